@@ -1,0 +1,103 @@
+"""Generate a video with Wan2.1 and NABLA attention: python generate.py --prompt "..." --config nabla_0.7.yaml"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+TASKS = {
+    "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
+    "t2v-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
+    "t2i-14B": "Wan-AI/Wan2.1-T2V-14B",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--prompt", help="what the video shows")
+    add("--config", help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again")
+    add("--task", choices=TASKS, help="t2v makes a video, t2i one picture; picks the checkpoint if nothing else names one")
+    add("--ckpt_dir", help="checkpoint: a directory or a hub id")
+    add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
+    add("--negative_prompt", help="what the video should not show")
+    add("--size", help="width*height in pixels, such as 1280*720; multiples of 16")
+    add("--frame_num", type=int, help="frames, 4n+1")
+    add("--base_seed", type=int, help="seed of the noise; -1 draws one")
+    add("--save_file", type=Path, help="output, .mp4 (or .png for t2i); the settings go beside it as .json")
+    add("--sample_solver", help="unipc or dpm++")
+    add("--sample_steps", type=int)
+    add("--sample_shift", type=float)
+    add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
+    add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)")
+    add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
+    add("--dit_fsdp", action="store_true", help="shard the transformer over GPUs")
+    return parser.parse_args(argv)
+
+
+def flag_settings(args: argparse.Namespace, is_image: bool) -> dict[str, Any]:
+    """The flags that were given, in the schema of the YAML files."""
+
+    def given(**values: Any) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value is not None}
+
+    return given(
+        checkpoint=args.ckpt_dir,
+        prompt=args.prompt,
+        attention=given(algorithm=args.sparse_algo),
+        sampling=given(
+            solver=args.sample_solver,
+            steps=args.sample_steps,
+            shift=args.sample_shift,
+            guide_scale=args.sample_guide_scale,
+            seed=None if args.base_seed == -1 else args.base_seed,
+            negative_prompt=args.negative_prompt,
+        ),
+        video=given(size=args.size, frame_num=1 if is_image and args.frame_num is None else args.frame_num),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("wan").setLevel(logging.INFO)
+    # Imported after parsing: --help and a mistyped flag should not wait for torch.
+    from wan import run
+    from wan.run import InputError
+
+    is_image = args.task == "t2i-14B"
+    try:
+        run.require_one_process(args.ulysses_size, args.t5_fsdp, args.dit_fsdp)
+        device = run.pick_device(args.device)
+        checkpoint, settings = run.settle(flag_settings(args, is_image), args.config, TASKS[args.task or "t2v-14B"])
+        path = args.save_file or run.default_path(settings.prompt, ".png" if is_image else ".mp4")
+        run.generate(checkpoint, settings, path, device, args.dtype, args.offload_model, args.t5_cpu)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

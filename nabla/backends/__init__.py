@@ -1,0 +1,67 @@
+"""The kernels behind one interface, and the choice of one for a device.
+
+A backend is a module with `prepare(blocks, layout)`, `attend(q, k, v, prepared)` and the flag `DIFFERENTIABLE`. Before
+it is used on a device it must agree there with `reference` on a small problem that dense attention would fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+
+from nabla.backends import flex, reference
+from nabla.config import InputError
+from nabla.tiling import TileLayout
+
+BACKENDS = {"flex": flex, "reference": reference}
+
+_verified: dict[tuple[str, torch.device, int], str] = {}
+
+
+def choose(name: str, device: torch.device, block: int) -> ModuleType:
+    """The backend to use for `name` ("auto" or a key of `BACKENDS`) on a device, with blocks of `block` tokens.
+
+    `auto` takes flex on a GPU, where it must pass its check, and reference elsewhere; on a CPU flex costs a compile of
+    many seconds, so it is taken there only if its check was asked for and passed before. Raises `InputError` if the
+    named backend fails its check.
+    """
+    if name == "reference":
+        return reference
+    if name == "auto" and device.type != "cuda" and _verified.get(("flex", device, block)) != "":
+        return reference
+    fault = verify("flex", device, block)
+    if not fault:
+        return flex
+    if name == "flex":
+        raise InputError(f"backend flex does not work on {device}: {fault}; use backend: reference")
+    warnings.warn(f"flex does not work on {device} ({fault}); using the slow backend reference", stacklevel=3)
+    return reference
+
+
+def verify(name: str, device: torch.device, block: int) -> str:
+    """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line."""
+    key = name, device, block
+    if key not in _verified:
+        _verified[key] = _fault(BACKENDS[name], device, block)
+    return _verified[key]
+
+
+@torch.no_grad()
+def _fault(backend: ModuleType, device: torch.device, block: int) -> str:
+    dtype, tolerance = (torch.bfloat16, 2e-2) if device.type == "cuda" else (torch.float32, 1e-4)
+    generator = torch.Generator().manual_seed(0)
+    random = functools.partial(torch.randn, generator=generator)
+    layout = TileLayout.build((3, 1, 2 * block - block // 4), (1, 1, block), device)
+    q, k, v = (random(1, 2, layout.blocks * block, 64).to(device, dtype) for _ in range(3))
+    kept = (random(1, 2, layout.blocks, layout.blocks) > 0.5) | torch.eye(layout.blocks, dtype=torch.bool)
+    kept = kept.to(device)
+    try:
+        result = backend.attend(q, k, v, backend.prepare(kept, layout)).float()
+    except Exception as error:  # any failure of an optional kernel is a reason not to use it, and is reported as such
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    exact = reference.attend(q.float(), k.float(), v.float(), reference.prepare(kept, layout))
+    error = (result - exact).norm() / exact.norm()
+    return "" if error < tolerance else f"its result is off by {error:.1%}"

@@ -1,0 +1,34 @@
+"""Boolean block masks as the int32 lists that sparse kernels read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The positions below are int64, 8 bytes an entry; heads are taken in groups of at most this many entries.
+LIST_ENTRIES = 2**27
+
+
+class BlockLists(NamedTuple):
+    """For every query block, how many key blocks and which: (..., N) and (..., N, N) int32, ascending, zeros after."""
+
+    counts: Tensor
+    indices: Tensor
+
+
+def to_lists(blocks: Tensor) -> BlockLists:
+    """(B, heads, N, N) bool -> `BlockLists` of the True entries of every row."""
+    heads = max(1, LIST_ENTRIES // (blocks.shape[0] * blocks.shape[-1] ** 2))
+    indices = torch.cat([_indices(group) for group in blocks.split(heads, dim=1)], dim=1)
+    return BlockLists(blocks.sum(dim=-1, dtype=torch.int32), indices)
+
+
+def _indices(blocks: Tensor) -> Tensor:
+    width = blocks.shape[-1]
+    # Each kept block moves to its rank among the kept ones of its row; the rest go to a last column that is cut off.
+    position = torch.where(blocks, blocks.cumsum(dim=-1) - 1, width)
+    numbers = torch.arange(width, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+    lists = torch.zeros(*blocks.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
+    return lists.scatter(-1, position, numbers)[..., :-1].contiguous()

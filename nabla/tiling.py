@@ -1,0 +1,76 @@
+"""Raster tokens of a (frames, rows, columns) grid to tiles and back, for any grid.
+
+Edge tiles that the grid does not fill are partial: their valid tokens come first, and the slots after them are
+padding that repeats the tile's first token, so that it is finite everywhere and never counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Where each token of a grid sits in tile order. Build with `TileLayout.build`.
+
+    source: (N * block,) int64, the raster token that fills each slot
+    slot: (S,) int64, the slot of each raster token
+    sizes: (N,) int32, valid tokens of each tile
+    """
+
+    grid: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    source: Tensor
+    slot: Tensor
+    sizes: Tensor
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Tiles along frames, rows and columns; blocks are numbered in raster order of these."""
+        return tuple(math.ceil(n / t) for n, t in zip(self.grid, self.tile))
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.tiles)
+
+    @property
+    def block(self) -> int:
+        return math.prod(self.tile)
+
+    @property
+    def has_partial_tiles(self) -> bool:
+        return self.blocks * self.block != math.prod(self.grid)
+
+    @classmethod
+    def build(cls, grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str) -> TileLayout:
+        """Lay out a grid of (frames, rows, columns) tokens on `device`."""
+        tokens = torch.arange(math.prod(grid)).view(grid)
+        (frames, rows, columns), (t, h, w) = grid, tile
+        tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)
+        n_t, n_h, n_w = (n // m for n, m in zip(tokens.shape, tile))
+        tiled = tokens.view(n_t, t, n_h, h, n_w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, t * h * w)
+        valid_first = (tiled < 0).to(torch.int8).argsort(dim=1, stable=True)
+        tiled = tiled.gather(1, valid_first)
+        valid = tiled >= 0
+        source = torch.where(valid, tiled, tiled[:, :1]).flatten()
+        slot = torch.empty(math.prod(grid), dtype=torch.int64)
+        slot[tiled[valid]] = valid.flatten().nonzero().squeeze(1)
+        sizes = valid.sum(1, dtype=torch.int32)
+        return cls(tuple(grid), tuple(tile), *(x.to(device) for x in (source, slot, sizes)))
+
+    def to_tiles(self, x: Tensor) -> Tensor:
+        """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order."""
+        return x.index_select(1, self.source).transpose(1, 2)
+
+    def to_raster(self, x: Tensor) -> Tensor:
+        """(B, heads, N * block, D) in tile order -> (B, S, heads, D) in raster order, padding dropped."""
+        return x.transpose(1, 2).index_select(1, self.slot)
+
+    def valid(self) -> Tensor:
+        """(N, block) bool: which slots hold a token."""
+        return torch.arange(self.block, device=self.sizes.device) < self.sizes[:, None]

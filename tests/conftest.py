@@ -1,0 +1,51 @@
+"""Shared by all tests: the reference checkpoint and what the reference programs compute on it, and the GPU's absence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def nano() -> Path:
+    """A tiny checkpoint in the published layout. It has no tokenizer."""
+    return DATA / "wan-nano" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, torch.Tensor]:
+    """What the reference programs compute on `nano`, in float32; forwards are cut to their first 6 frames."""
+    return load_file(DATA / "wan-nano" / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with random weights and a tokenizer, as `make_random_checkpoint.py` writes it."""
+    from wan import random_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "nano"
+    random_checkpoint.write("nano", folder, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def damaged(random_nano: Path, tmp_path: Path) -> Path:
+    """A copy of `random_nano` for a test to damage."""
+    return Path(shutil.copytree(random_nano, tmp_path / "damaged"))
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((actual - exact).norm() / exact.norm()).item()

@@ -1,0 +1,197 @@
+"""The op put into diffusers' own pipelines, and taken out again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+import nabla
+import wan
+from nabla import InputError, NablaConfig
+from wan.attention import StepCounter
+
+CONFIG = NablaConfig(threshold=0.4, window=(1, 1, 1), tile=(1, 4, 4))
+
+
+def tiny_transformer(seed: int, **changes) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    settings = dict(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    return WanTransformer3DModel(**settings | changes).eval()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4).eval()
+
+
+def text_states(seed: int) -> torch.Tensor:
+    return torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def run(pipe, **inputs) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=text_states(1),
+        negative_prompt_embeds=text_states(2),
+        height=96,
+        width=80,
+        num_frames=9,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        **inputs,
+    ).frames
+
+
+def t2v(vae):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = WanPipeline(None, None, vae, scheduler, transformer=tiny_transformer(0))
+    return pipe, [pipe.transformer], {}
+
+
+def two_experts(vae):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    first, second = tiny_transformer(0), tiny_transformer(1)
+    pipe = WanPipeline(None, None, vae, scheduler, transformer=first, transformer_2=second, boundary_ratio=0.9)
+    return pipe, [first, second], {}
+
+
+def i2v(vae):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    transformer = tiny_transformer(0, in_channels=36, image_dim=24, added_kv_proj_dim=24)
+    pipe = WanImageToVideoPipeline(None, None, vae, scheduler, transformer=transformer)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 80, 3), dtype=np.uint8))
+    return pipe, [transformer], {"image": image, "image_embeds": torch.randn(1, 257, 24)}
+
+
+class OracleProcessor(WanAttnProcessor):
+    """diffusers' own processor with the kept blocks as a token mask, on the grid that the test's video has."""
+
+    grid = (3, 6, 5)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        q, k = (wan.attention.rotate(x.unflatten(2, (attn.heads, -1)), *rotary_emb) for x in (q, k))
+        kept = nabla.select_blocks(q, k, self.grid, CONFIG)
+        place = torch.cartesian_prod(*map(torch.arange, self.grid)) // torch.tensor(CONFIG.tile)
+        tiles = [-(-n // t) for n, t in zip(self.grid, CONFIG.tile)]
+        block = (place[:, 0] * tiles[1] + place[:, 1]) * tiles[2] + place[:, 2]
+        mask = kept[:, :, block][:, :, :, block]
+        return super().__call__(attn, hidden_states, None, mask, rotary_emb)
+
+
+@pytest.mark.parametrize("make", (t2v, i2v, two_experts))
+def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
+    pipe, transformers, inputs = make(vae)
+    dense = run(pipe, **inputs)
+    wan.apply_attention(transformers, CONFIG)
+    sparse = run(pipe, **inputs)
+    wan.remove_attention(transformers)
+    assert np.array_equal(dense, run(pipe, **inputs))
+    assert not any(hasattr(block.attn1, "nabla_plan") for t in transformers for block in t.blocks)
+    for transformer in transformers:
+        for block in transformer.blocks:
+            block.attn1.set_processor(OracleProcessor())
+    oracle = run(pipe, **inputs)
+    assert np.abs(sparse - oracle).max() < 1e-4
+    assert np.abs(sparse - dense).max() > 1e-3
+
+
+def forward(transformer, timestep=500.0, seed=0):
+    latents = torch.randn(1, 16, 3, 12, 10, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return transformer(latents, torch.tensor([timestep]), text_states(1), return_dict=False)[0]
+
+
+def test_fused_projections_give_the_same():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, CONFIG)
+    apart = forward(transformer)
+    transformer.fuse_qkv_projections()
+    torch.testing.assert_close(forward(transformer), apart)
+
+
+def test_threshold_one_equals_dense():
+    transformer = tiny_transformer(0)
+    dense = forward(transformer)
+    wan.apply_attention(transformer, NablaConfig(threshold=1))
+    assert (forward(transformer) - dense).abs().max() < 1e-5
+
+
+def test_dense_layers_and_dense_steps_are_bit_equal_to_dense():
+    transformer = tiny_transformer(0)
+    dense = forward(transformer)
+    wan.apply_attention(transformer, NablaConfig(threshold=0.3, tile=(1, 4, 4), dense_layers=(0, 1)))
+    assert torch.equal(forward(transformer), dense)
+    for algorithm in ("nabla-0.3", "sta-1-1-1", "nabla-0.3_sta-1-1-1", "keep-0.2"):
+        config = nabla.NablaConfig.from_dict({"algorithm": algorithm, "tile": (1, 4, 4), "dense_steps": 2})
+        wan.apply_attention(transformer, config)
+        at = {t: forward(transformer, t) for t in (900.0, 800.0, 700.0)}
+        wan.remove_attention(transformer)
+        assert [torch.equal(out, forward(transformer, t)) for t, out in at.items()] == [True, True, False]
+
+
+def test_one_layer_dense_differs_from_all_and_none():
+    transformer = tiny_transformer(0)
+    results = []
+    for layers in ((), (0,), (1,), (0, 1)):
+        wan.apply_attention(transformer, NablaConfig(threshold=0.3, tile=(1, 4, 4), dense_layers=layers))
+        results.append(forward(transformer))
+    assert all(not torch.equal(a, b) for n, a in enumerate(results) for b in results[:n])
+
+
+def test_steps_are_counted_over_guidance_branches_experts_and_videos():
+    counter = StepCounter()
+    seen = [counter.see(torch.tensor([float(t), float(t)])) for t in (999, 999, 800, 800, 600, 999, 900, 950)]
+    assert seen == [0, 0, 1, 1, 2, 0, 1, 0]
+
+
+def test_another_model_and_layers_that_do_not_exist_are_refused(vae):
+    with pytest.raises(InputError, match="AutoencoderKLWan is not a WanTransformer3DModel"):
+        wan.apply_attention(vae, CONFIG)
+    with pytest.raises(InputError, match="dense_layers 2 does not exist; layers are 0 to 1"):
+        wan.apply_attention(tiny_transformer(0), NablaConfig(threshold=0.5, dense_layers=(0, 2)))
+
+
+def test_context_parallelism_is_refused_and_not_passed_by():
+    transformer = tiny_transformer(0)
+    transformer.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(InputError, match="context parallelism"):
+        wan.apply_attention(transformer, CONFIG)
+
+
+def test_compiled_blocks_see_one_graph_whatever_step_threshold_prompt_and_layer():
+    transformer = tiny_transformer(0, num_layers=3)
+    counter = CompileCounter()
+    for block in transformer.blocks:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
+    for threshold in (0.3, 0.5, 0.7):
+        wan.apply_attention(transformer, NablaConfig(threshold=threshold, tile=(1, 4, 4)))
+        for timestep in (900.0, 600.0, 300.0):
+            forward(transformer, timestep, seed=int(timestep))
+    assert counter.frame_count == 1
+    wan.apply_attention(transformer, NablaConfig(threshold=0.7, tile=(1, 4, 4), dense_steps=1))
+    for timestep in (900.0, 600.0, 300.0):
+        forward(transformer, timestep)
+    assert counter.frame_count == 2

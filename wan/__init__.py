@@ -1,0 +1,8 @@
+"""Wan2.1 text-to-video generation with block-sparse attention, as a small patch around diffusers' classes."""
+
+from wan.attention import apply_attention, remove_attention
+from wan.checkpoint import Checkpoint
+from wan.pipeline import WanT2V
+from wan.weights import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "WanT2V", "apply_attention", "remove_attention"]

@@ -1,0 +1,157 @@
+"""NABLA in the self-attention of any diffusers Wan transformer: put in, take out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
+
+import nabla
+from nabla import InputError, NablaConfig, Plan
+
+
+def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
+    """Replace the self-attention of a `WanTransformer3DModel` by NABLA, in place; `remove_attention` undoes it.
+
+    Given several transformers, such as the two experts of a Wan2.2 pipeline, their sampling steps are counted together
+    for `config.dense_steps`. A new video is recognised by its timestep being higher than the last one seen.
+    Raises `InputError` for another kind of model, for layers that it does not have, and while its context parallelism
+    is enabled.
+    """
+    transformers = [transformer] if isinstance(transformer, nn.Module) else list(transformer)
+    for one in transformers:
+        _check(one, config)
+    steps = StepCounter()
+    for one in transformers:
+        remove_attention(one)
+        one.nabla = AppliedAttention(one, config, steps)
+
+
+def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
+    """Give transformers back the attention that they had before `apply_attention`; nothing happens to others."""
+    for one in [transformer] if isinstance(transformer, nn.Module) else transformer:
+        if isinstance(getattr(one, "nabla", None), AppliedAttention):
+            one.nabla.remove()
+            del one.nabla
+
+
+class StepCounter:
+    """Counts sampling steps by the timesteps that go by: they fall from step to step and rise for a new video."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.timestep = float("-inf")
+
+    def see(self, timestep: Tensor) -> int:
+        """The step, counted from 0, that a forward with this timestep belongs to."""
+        value = timestep.max().item()
+        if value != self.timestep:
+            self.step = 0 if value > self.timestep else self.step + 1
+            self.timestep = value
+        return self.step
+
+
+class AppliedAttention:
+    """What `apply_attention` leaves on a transformer: plans by grid, and what is needed to take it out again.
+
+    Each self-attention module is told what to do by its attribute `nabla_plan`, set before every forward: a plan, or
+    None for dense. It is set outside the blocks, so that these can be compiled.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
+        self.config = config
+        self.plans: dict[tuple, Plan] = {}
+        self.steps = steps
+        self.patch = transformer.config.patch_size
+        layers = [] if config.is_dense else enumerate(transformer.blocks)
+        self.modules: list[WanAttention] = [block.attn1 for n, block in layers if n not in config.dense_layers]
+        self.originals = [module.processor for module in self.modules]
+        processor = NablaProcessor(self.originals[0]) if self.originals else None
+        for module in self.modules:
+            module.nabla_plan = None
+            module.set_processor(processor)
+        self.hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def remove(self) -> None:
+        self.hook.remove()
+        for module, original in zip(self.modules, self.originals):
+            module.set_processor(original)
+            del module.nabla_plan
+
+    def plan(self, latents_size: tuple[int, int, int], device: torch.device) -> Plan:
+        """The plan for latents of (frames, height, width), made on first use of that size."""
+        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device
+        if key not in self.plans:
+            self.plans[key] = nabla.plan(key[0], self.config, device)
+        return self.plans[key]
+
+    @torch.compiler.disable
+    def _before_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.modules:
+            return
+        latents = args[0] if args else kwargs["hidden_states"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        dense = self.config.dense_steps > 0 and self.steps.see(timestep) < self.config.dense_steps
+        plan = None if dense else self.plan(latents.shape[2:], latents.device)
+        for module in self.modules:
+            module.nabla_plan = plan
+
+
+class NablaProcessor(WanAttnProcessor):
+    """Self-attention by `nabla.attend` where the module has a plan, and diffusers' own otherwise.
+
+    One instance, without state of its own, serves all layers.
+    """
+
+    def __init__(self, original: WanAttnProcessor):
+        super().__init__()
+        self._attention_backend = original._attention_backend
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        plan = attn.nabla_plan
+        if plan is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if self._parallel_config is not None:
+            raise InputError("sparse attention does not work under diffusers' context parallelism; leave one of them out")
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        out = nabla.attend(q, k, v, plan).flatten(2)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, S, heads, D): each pair of neighbours turned by its angle.
+
+    cos, sin: (1, S, 1, D), each angle given twice in a row, as diffusers' `WanRotaryPosEmbed` makes them.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _check(transformer: nn.Module, config: NablaConfig) -> None:
+    if not isinstance(transformer, WanTransformer3DModel):
+        raise InputError(f"{type(transformer).__name__} is not a WanTransformer3DModel; the attention fits only those")
+    layers = len(transformer.blocks)
+    if config.dense_layers and config.dense_layers[-1] >= layers:
+        raise InputError(f"dense_layers {config.dense_layers[-1]} does not exist; layers are 0 to {layers - 1}")
+    for block in transformer.blocks:
+        if getattr(block.attn1.processor, "_parallel_config", None) is not None and not config.is_dense:
+            raise InputError("sparse attention does not work under diffusers' context parallelism; disable it first")

@@ -1,0 +1,78 @@
+"""Tensor names of the published layout for the modules of diffusers and transformers.
+
+Each rule maps a piece of a library's name to the published one; the inverse follows from listing a model's tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+Rule = tuple[str, str]
+
+TRANSFORMER: tuple[Rule, ...] = (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+)
+
+TEXT_ENCODER: tuple[Rule, ...] = (
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.", "blocks."),
+    (r"\.layer\.0\.layer_norm\.", ".norm1."),
+    (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+    (r"\.layer\.0\.SelfAttention\.", ".attn."),
+    (r"\.layer\.1\.layer_norm\.", ".norm2."),
+    (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+    (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+    (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
+)
+
+VAE: tuple[Rule, ...] = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm1\.", r".\1.residual.0."),
+    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.conv1\.", r".\1.residual.2."),
+    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm2\.", r".\1.residual.3."),
+    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.conv2\.", r".\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+
+
+def published(name: str, rules: Iterable[Rule]) -> str:
+    """The published name of a library's tensor."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def published_vae(name: str, residuals: int) -> str:
+    """The published name of a tensor of `AutoencoderKLWan` with `residuals` residual blocks in a decoder stage.
+
+    The published decoder numbers its residual blocks and upsamplers through; diffusers numbers them by stage.
+    """
+    stage = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name)
+    if stage:
+        number = int(stage[1]) * (residuals + 1) + (int(stage[3]) if stage[2] == "resnets" else residuals)
+        name = f"decoder.upsamples.{number}." + name[stage.end() :]
+    return published(name, VAE)

@@ -1,0 +1,172 @@
+"""Checkpoints of any size in the published layout with random weights: real speed and memory, meaningless pictures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
+from safetensors.torch import save_file
+
+from wan import names
+from wan.checkpoint import PAD_TOKEN, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_STEM, VAE_FILE
+
+SHARD_BYTES = 5 * 2**30
+FREQ_DIM = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that tell Wan2.1's models apart; all else is common to them."""
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    text_dim: int = 4096
+    text_heads: int = 64
+    text_layers: int = 24
+    text_ffn_dim: int = 10240
+    vocabulary: int = 256384
+    vae_dim: int = 96
+
+
+MODELS = {
+    "nano": Sizes(128, 2, 2, 256, text_dim=64, text_heads=4, text_layers=2, text_ffn_dim=128, vocabulary=512, vae_dim=8),
+    "t2v-1.3B": Sizes(1536, 12, 30, 8960),
+    "t2v-14B": Sizes(5120, 40, 40, 13824),
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def transformer_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the transformer's tensors."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            num_attention_heads=sizes.heads,
+            attention_head_dim=sizes.dim // sizes.heads,
+            text_dim=sizes.text_dim,
+            freq_dim=FREQ_DIM,
+            ffn_dim=sizes.ffn_dim,
+            num_layers=sizes.layers,
+        )
+    return {names.published(name, names.TRANSFORMER): tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def text_encoder_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the text encoder's tensors."""
+    config = UMT5Config(
+        vocab_size=sizes.vocabulary,
+        d_model=sizes.text_dim,
+        d_kv=sizes.text_dim // sizes.text_heads,
+        d_ff=sizes.text_ffn_dim,
+        num_layers=sizes.text_layers,
+        num_heads=sizes.text_heads,
+    )
+    with torch.device("meta"):
+        state = UMT5EncoderModel(config).state_dict()
+    state.pop("encoder.embed_tokens.weight", None)
+    return {names.published(name, names.TEXT_ENCODER): tuple(t.shape) for name, t in state.items()}
+
+
+def vae_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the VAE's tensors."""
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=sizes.vae_dim)
+    residuals = model.config.num_res_blocks + 1
+    return {names.published_vae(name, residuals): tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | None = None, seed: int = 0) -> None:
+    """Write a checkpoint of the size of `model`, a key of `MODELS`; `dtype` is the transformer's."""
+    sizes = MODELS[model]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, transformer_shapes(sizes), dtype, draw)
+    for file, shapes, kept in (
+        (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
+        (VAE_FILE, vae_shapes(sizes), torch.float32),
+    ):
+        torch.save({name: draw(name, shape, dtype=kept) for name, shape in shapes.items()}, folder / file)
+    _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
+    config = {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": sizes.dim,
+        "num_heads": sizes.heads,
+        "num_layers": sizes.layers,
+        "ffn_dim": sizes.ffn_dim,
+        "freq_dim": FREQ_DIM,
+        "in_dim": 16,
+        "out_dim": 16,
+        "text_len": 512,
+        "eps": 1e-6,
+    }
+    if sparse_algorithm is not None:
+        config["sparse_algo"] = sparse_algorithm
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Values that keep activations near unit size, so that nothing overflows whatever the depth."""
+    device = generator.device
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=dtype)
+    if name.endswith("gamma") or (len(shape) == 1 and "norm" in name):
+        return torch.ones(shape, dtype=dtype)
+    is_table = name == "token_embedding.weight" or "modulation" in name
+    scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
+    values = torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+    return values.cpu()
+
+
+def _write_shards(folder: Path, shapes: Shapes, dtype: torch.dtype, draw) -> None:
+    shards = list(_split(shapes, SHARD_BYTES // dtype.itemsize))
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{TRANSFORMER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: draw(name, shape, dtype=dtype) for name, shape in shard.items()}, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{TRANSFORMER_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _split(shapes: Mapping[str, tuple[int, ...]], elements: int) -> Iterator[Shapes]:
+    shard: Shapes = {}
+    for name, shape in shapes.items():
+        if shard and sum(map(math.prod, shard.values())) + math.prod(shape) > elements:
+            yield shard
+            shard = {}
+        shard[name] = shape
+    yield shard
+
+
+def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer with T5's special tokens, trained on captions of simple scenes."""
+    colours, things = ("red", "green", "blue", "yellow"), ("circle", "square", "cat", "boat", "tree", "river")
+    places = ("on a white background", "under a cloudy sky", "at night in the city", "in front of a mountain")
+    moves = ("moves from left to right", "jumps high", "turns slowly", "waits quietly")
+    captions = (f"A {c} {t} {m} {p}." for c in colours for t in things for m in moves for p in places)
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = [PAD_TOKEN, "</s>", "<unk>"]
+    size = min(vocabulary, 400)
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD_TOKEN, eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )

@@ -1,0 +1,33 @@
+"""Prompts to token ids, and text states to the rows that the transformer was trained with."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import ftfy
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nabla import InputError
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken encodings, resolve HTML entities twice, fold white space, as was done for training."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def pad_rows(text: Tensor, length: int) -> Tensor:
+    """Text states (B, L, C) with zero rows added up to (B, length, C); raises `InputError` if there are more."""
+    if text.shape[1] > length:
+        raise InputError(f"text states of {text.shape[1]} rows are too long; the transformer takes up to {length}")
+    return F.pad(text, (0, 0, 0, length - text.shape[1]))
+
+
+def pad_text(_: nn.Module, args: tuple, kwargs: dict[str, Any], length: int) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook for a transformer that applies `pad_rows` to its text states."""
+    if len(args) > 2:
+        return (*args[:2], pad_rows(args[2], length), *args[3:]), kwargs
+    return args, kwargs | {"encoder_hidden_states": pad_rows(kwargs["encoder_hidden_states"], length)}

@@ -1,0 +1,61 @@
+"""Writing videos, pictures and their settings, each file whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+
+from nabla import InputError
+
+# imageio-ffmpeg's scale from 0 to 10.
+QUALITY = 8
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` unless a file can be written at `path`."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be written ({reason}); choose another --save_file") from None
+
+
+def write_video(path: Path, video: np.ndarray, fps: int) -> None:
+    """Write (frames, height, width, 3) uint8 as H.264 mp4."""
+    with _whole(path) as partial:
+        imageio.mimwrite(partial, video, fps=fps, codec="libx264", quality=QUALITY, macro_block_size=None)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 in the format of the path's ending."""
+    with _whole(path) as partial:
+        imageio.imwrite(partial, image)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with _whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it if the body succeeds and vanishes if it does not."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another --save_file") from error
+    finally:
+        partial.unlink(missing_ok=True)
