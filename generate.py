@@ -50,7 +50,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
     add("--dit_fsdp", action="store_true", help="shard the transformer over GPUs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.task == "t2i-14B" and args.frame_num not in (None, 1):
+        parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
+    return args
 
 
 def flag_settings(args: argparse.Namespace, is_image: bool) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def flag_settings(args: argparse.Namespace, is_image: bool) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
     from wan import run

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -80,9 +82,14 @@ def two_experts(vae):
 def i2v(vae):
     scheduler = FlowMatchEulerDiscreteScheduler()
     transformer = tiny_transformer(0, in_channels=36, image_dim=24, added_kv_proj_dim=24)
-    pipe = WanImageToVideoPipeline(None, None, vae, scheduler, transformer=transformer)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
+    encoder = CLIPVisionModel(CLIPVisionConfig(image_size=224, **sizes)).eval()
+    pipe = WanImageToVideoPipeline(
+        None, None, vae, scheduler, CLIPImageProcessor(), encoder, transformer=transformer
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 80, 3), dtype=np.uint8))
-    return pipe, [transformer], {"image": image, "image_embeds": torch.randn(1, 257, 24)}
+    return pipe, [transformer], {"image": image}
 
 
 class OracleProcessor(WanAttnProcessor):

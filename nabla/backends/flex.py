@@ -37,6 +37,20 @@ def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     return Blocks(blocks, layout.sizes, to_lists(blocks & ~full_tiles), to_lists(blocks & full_tiles))
 
 
+@torch.library.custom_op("nabla::own_buffer", mutates_args=())
+def own_buffer(x: Tensor) -> Tensor:
+    """A copy that a compiler cannot see through.
+
+    On a CPU (torch 2.13) a tensor that `mask_mod` captures from its own graph is read wrongly unless it is opaque.
+    """
+    return x.clone()
+
+
+@own_buffer.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype.
 
@@ -59,17 +73,17 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
             "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE, force_eager or a "
             "recompile limit); switch it on or use backend: reference"
         )
-    kept, sizes = blocks.kept, blocks.sizes
+    kept, sizes = own_buffer(blocks.kept), blocks.sizes
     block = q.shape[2] // kept.shape[-1]
-    per_batch, per_head = kept.shape[0] > 1, kept.shape[1] > 1
+    batches, heads = kept.shape[:2]
 
     def keeps(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         tile = key // block
-        return kept[b if per_batch else 0, h if per_head else 0, query // block, tile] & (key % block < sizes[tile])
+        return kept[b % batches, h % heads, query // block, tile] & (key % block < sizes[tile])
 
-    mask = BlockMask.from_kv_blocks(
-        *blocks.partial, *blocks.full, BLOCK_SIZE=block, mask_mod=keeps, compute_q_blocks=False
-    )
+    # The transposed lists, second, are read by a backward alone. Here there is none, but torch 2.8 wants them given.
+    lists = *blocks.partial, *blocks.full
+    mask = BlockMask((q.shape[2], k.shape[2]), *lists, *lists, BLOCK_SIZE=(block, block), mask_mod=keeps)
     return flex_attention(q, k, v, block_mask=mask, kernel_options=_kernel_options(q, block))
 
 

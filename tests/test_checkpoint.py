@@ -1,0 +1,247 @@
+"""Loading: both layouts, strictly, in little memory; every damage is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+import wan
+from nabla import InputError
+from wan import checkpoint as parts
+from wan import random_checkpoint
+from wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, Checkpoint
+from wan.weights import CheckpointError
+
+SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
+SINGLE = "diffusion_pytorch_model.safetensors"
+LOADERS = {
+    "transformer": parts.load_transformer,
+    "vae": parts.load_vae,
+    "text_encoder": parts.load_text_encoder,
+}
+
+
+@pytest.fixture
+def copy(nano, tmp_path) -> Path:
+    return Path(shutil.copytree(nano, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def diffusers_layout(random_nano, tmp_path_factory) -> Path:
+    """`random_nano` saved by the libraries' own methods."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    checkpoint = Checkpoint.open(random_nano)
+    for name, loader in LOADERS.items():
+        loader(checkpoint, torch.float32, "cpu").save_pretrained(folder / name)
+    parts.load_tokenizer(checkpoint).save_pretrained(folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return folder
+
+
+def states(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: loader(checkpoint, torch.float32, "cpu").state_dict() for name, loader in LOADERS.items()}
+
+
+def test_published_names_and_shapes_are_those_of_the_real_checkpoints():
+    known = json.loads((DATA / "wan21_keys.json").read_text())
+    for model in ("t2v-14B", "t2v-1.3B"):
+        sizes = random_checkpoint.MODELS[model]
+        shapes = random_checkpoint.transformer_shapes(sizes)
+        one_block = {name: list(shape) for name, shape in shapes.items() if not name.startswith("blocks.") or ".0." in name[:9]}
+        assert one_block == known[model]["keys"]
+        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == known[model]["parameters"]
+    for key, made in (
+        ("umt5-xxl encoder", random_checkpoint.text_encoder_shapes(sizes)),
+        ("vae", random_checkpoint.vae_shapes(sizes)),
+    ):
+        one_block = {n: list(s) for n, s in made.items() if not n.startswith("blocks.") or n.startswith("blocks.0.")}
+        assert one_block == known[key]["keys"]
+        assert sum(torch.Size(shape).numel() for shape in made.values()) == known[key]["parameters"]
+
+
+def test_both_layouts_give_the_same_video(random_nano, diffusers_layout):
+    settings = dict(size=(96, 80), frame_num=5, seed=3, steps=2)
+    videos = [wan.WanT2V.from_pretrained(f).generate("a cat", **settings) for f in (random_nano, diffusers_layout)]
+    assert (videos[0] == videos[1]).all()
+
+
+def test_single_file_equals_shards(nano, copy):
+    shards = sorted(copy.glob("*.safetensors"))
+    save_file({k: v for shard in shards for k, v in load_file(shard).items()}, copy / SINGLE)
+    for file in (*shards, *copy.glob("*.index.json")):
+        file.unlink()
+    ours, whole = (states(folder)["transformer"] for folder in (nano, copy))
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
+
+
+def test_bf16_keeps_norms_modulations_and_time_embedding_in_float32(nano):
+    transformer = parts.load_transformer(Checkpoint.open(nano), torch.bfloat16, "cpu")
+    kinds = {name: tensor.dtype for name, tensor in transformer.named_parameters()}
+    assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16
+    for name in ("blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"):
+        assert kinds[name] == torch.float32
+    assert transformer.rope.freqs_cos.dtype == torch.float32 and transformer.dtype == torch.bfloat16
+
+
+def test_the_attention_that_a_checkpoint_names_is_the_default(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"sparse_algo": "nabla-0.6_sta-11-3-3"}))
+    pipe = wan.WanT2V.from_pretrained(copy)
+    assert pipe.transformer.nabla.config.algorithm == "nabla-0.6_sta-11-3-3"
+
+
+def test_tokenizer_reads_tokenizer_json_as_it_is(random_nano):
+    pipe = wan.WanT2V.from_pretrained(random_nano)
+    ids, mask = pipe.tokenize(["A  red &amp;amp; blue\n circle", "一只猫"])
+    exact = PreTrainedTokenizerFast(tokenizer_file=str(random_nano / TOKENIZER_FOLDER / "tokenizer.json"))
+    for row, kept, text in zip(ids, mask, ("A red & blue circle", "一只猫")):
+        wanted = exact(text).input_ids
+        assert row[: len(wanted)].tolist() == wanted and row[len(wanted) :].eq(0).all()
+        assert kept.sum() == len(wanted) and wanted[-1] == 1
+    assert ids.shape == mask.shape == (2, 512)
+
+
+def test_a_long_prompt_is_cut_to_the_text_length(random_nano):
+    ids, mask = wan.WanT2V.from_pretrained(random_nano).tokenize(["red circle " * 600])
+    assert ids.shape == (1, 512) and mask.all() and ids[0, -1] == 1
+
+
+def change(folder: Path, file: str, edit) -> None:
+    path = folder / file
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    (
+        (lambda t: t.pop("blocks.0.self_attn.q.weight"), "tensor 'blocks.0.self_attn.q.weight' is missing"),
+        (lambda t: t.update(extra=torch.ones(1)), "tensor 'extra' does not belong to this model"),
+        (
+            lambda t: t.update({"blocks.0.ffn.0.bias": torch.ones(7)}),
+            r"tensor 'blocks.0.ffn.0.bias' is \(7,\), but must be \(128,\)",
+        ),
+        (lambda t: t.update({"blocks.2.ffn.0.bias": torch.ones(128)}), "which another of the files holds too"),
+    ),
+)
+def test_missing_extra_and_misshapen_tensors_are_named(copy, edit, message):
+    change(copy, SHARD, edit)
+    with pytest.raises(CheckpointError, match=message):
+        wan.WanT2V.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", (SHARD, TEXT_ENCODER_FILE, VAE_FILE))
+@pytest.mark.parametrize("keep", (0, 7, 0.5, 0.98))
+def test_truncated_files(copy, file, keep):
+    data = (copy / file).read_bytes()
+    (copy / file).write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match=rf"{file} is truncated or corrupt .*; download it again"):
+        wan.WanT2V.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", (SHARD, TEXT_ENCODER_FILE, VAE_FILE))
+def test_overwritten_files(copy, file):
+    (copy / file).write_bytes(b"<html>404: not found</html>" * 40)
+    with pytest.raises(CheckpointError, match="is truncated or corrupt"):
+        wan.WanT2V.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", ("config.json", SHARD, TEXT_ENCODER_FILE, VAE_FILE))
+def test_missing_parts(copy, file):
+    (copy / file).unlink()
+    with pytest.raises(CheckpointError, match=rf"{file} is missing"):
+        wan.WanT2V.from_pretrained(copy)
+
+
+def test_no_transformer_at_all(copy):
+    for file in (*copy.glob("*.safetensors"), *copy.glob("*.index.json")):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no diffusion_pytorch_model"):
+        wan.WanT2V.from_pretrained(copy)
+
+
+def test_code_in_a_pickle_is_not_run(copy, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "boom",)
+
+    torch.save({"encoder.conv1.weight": Bomb()}, copy / VAE_FILE)
+    with pytest.raises(CheckpointError, match="is truncated or corrupt"):
+        wan.WanT2V.from_pretrained(copy)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    (
+        ("{", "config.json cannot be read as JSON"),
+        ("[]", "config.json does not hold a JSON object"),
+        ('{"model_type": "i2v"}', "is a 'i2v' model"),
+        ('{"dim": 64}', "'num_heads' is missing"),
+    ),
+)
+def test_bad_configuration(copy, config, message):
+    (copy / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=message):
+        wan.WanT2V.from_pretrained(copy)
+
+
+def test_a_checkpoint_without_tokenizer_serves_all_but_prompts(nano):
+    pipe = wan.WanT2V.from_pretrained(nano)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        pipe.generate("a cat", size=(64, 64), frame_num=1, steps=1)
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+        Checkpoint.open(nano).require_tokenizer()
+
+
+def test_a_checkpoint_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="hf download Wan-AI/none --local-dir DIR.*make_random_checkpoint.py"):
+        Checkpoint.open("Wan-AI/none")
+    with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
+        Checkpoint.open("/no/such/directory")
+
+
+def test_wrong_inputs_to_the_pipeline(random_nano):
+    pipe = wan.WanT2V.from_pretrained(random_nano)
+    context = torch.zeros(1, 600, 64)
+    with pytest.raises(InputError, match="600 rows are too long"):
+        pipe.sample(context, context, noise=torch.zeros(1, 16, 1, 8, 8), steps=1)
+    with pytest.raises(InputError, match="needs negative text states"):
+        pipe.sample(context[:, :5], noise=torch.zeros(1, 16, 1, 8, 8), steps=1)
+    with pytest.raises(InputError, match="6 frames cannot be encoded"):
+        pipe.encode(torch.zeros(3, 6, 64, 64))
+
+
+def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, monkeypatch):
+    """A float32 transformer of 600 MB in shards of 100 MB, loaded to 300 MB of bfloat16."""
+    small = {field: getattr(random_checkpoint.MODELS["nano"], field) for field in ("text_dim", "text_heads", "vocabulary")}
+    sizes = random_checkpoint.Sizes(1024, 8, 9, 4096, text_layers=1, text_ffn_dim=64, vae_dim=8, **small)
+    monkeypatch.setitem(random_checkpoint.MODELS, "some", sizes)
+    monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 100 * 2**20)
+    random_checkpoint.write("some", tmp_path, torch.float32)
+    code = (
+        "import sys, torch\n"
+        "from wan.checkpoint import Checkpoint, load_transformer\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
+        "checkpoint = Checkpoint.open(sys.argv[1])\n"
+        "before = peak()\n"
+        "model = load_transformer(checkpoint, torch.bfloat16, 'cpu')\n"
+        "print(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.run(command, cwd=Path(wan.__file__).parents[1], check=True, capture_output=True, text=True)
+    size, grown = map(float, run.stdout.split())
+    assert size > 250
+    assert grown < size + 100 + 50

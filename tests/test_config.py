@@ -1,0 +1,164 @@
+"""Settings: parsing, precedence, every file in configs/, and one clear line for each bad value."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from nabla import InputError, NablaConfig
+from wan.config import CONFIG_FOLDER, STA_DENSE_STEPS, Settings, read_settings, resolve
+
+ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
+
+
+@pytest.mark.parametrize(
+    "algorithm, config",
+    (
+        ("dense", NablaConfig()),
+        ("nabla-0.7", NablaConfig(threshold=0.7)),
+        ("sta-11-3-3", NablaConfig(window=(11, 3, 3))),
+        ("nabla-0.6_sta-11-3-3", NablaConfig(threshold=0.6, window=(11, 3, 3))),
+        ("keep-0.2", NablaConfig(keep=0.2)),
+        ("nabla-1e-05", NablaConfig(threshold=1e-5)),
+    ),
+)
+def test_algorithm_strings_both_ways(algorithm, config):
+    assert NablaConfig.parse(algorithm) == config
+    assert config.algorithm == algorithm
+
+
+@pytest.mark.parametrize("text", ("", "nabla", "nabla-", "sta-1-2", "nabla-0.5_nabla-0.6", "nabla_0.7", "sta-a-b-c", "x"))
+def test_unknown_algorithm_strings(text):
+    with pytest.raises(InputError, match="is not known; use dense, nabla-0.7"):
+        NablaConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    (
+        ({"threshold": 0}, r"threshold 0 is outside \(0, 1\]"),
+        ({"threshold": 1.5}, r"threshold 1.5 is outside \(0, 1\]"),
+        ({"threshold": -0.1}, "outside"),
+        ({"threshold": "high"}, "outside"),
+        ({"threshold": float("nan")}, "outside"),
+        ({"keep": 2}, r"keep 2 is outside \(0, 1\]"),
+        ({"threshold": 0.5, "keep": 0.5}, "alternatives"),
+        ({"window": (3, 3)}, "window .* is not three positive integers"),
+        ({"window": (3, 0, 3)}, "not three positive integers"),
+        ({"window": (3, 1.5, 3)}, "not three positive integers"),
+        ({"window": "11-3-3"}, "not three positive integers"),
+        ({"tile": (0, 8, 8)}, "tile .* is not three positive integers"),
+        ({"dense_steps": -1}, "dense_steps -1"),
+        ({"dense_layers": (1, -1)}, "dense_layers"),
+        ({"dense_layers": "all"}, "dense_layers"),
+        ({"backend": "cuda"}, "backend 'cuda' is not known; use one of auto"),
+    ),
+)
+def test_values_outside_what_is_allowed(settings, message):
+    with pytest.raises(InputError, match=message):
+        NablaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    (
+        ({"algorithm": "nabla"}, "takes threshold, but given are none"),
+        ({"algorithm": "sta", "window": [3, 3, 3], "threshold": 0.5}, "takes window, but given are threshold, window"),
+        ({"algorithm": "dense", "threshold": 0.5}, "takes no threshold or window"),
+        ({"algorithm": "nabla-0.7", "threshold": 0.5}, "already carries its numbers; remove threshold"),
+        ({"algorithm": "nabla", "treshold": 0.5}, "unknown key 'treshold'; allowed are algorithm"),
+    ),
+)
+def test_attention_mappings_that_do_not_fit(settings, message):
+    with pytest.raises(InputError, match=message):
+        resolve(ROOM | {"attention": settings})
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    (
+        ({"video": {"size": "1280*721"}}, r"size 1280\*721: both must be positive multiples of 16; .* 1280\*720"),
+        ({"video": {"size": "0*16"}}, "multiples of 16"),
+        ({"video": {"size": "big"}}, "size 'big' is not of the form"),
+        ({"video": {"frame_num": 80}}, r"frame_num 80 is not of the form 4n\+1; use 77 or 81"),
+        ({"video": {"frame_num": 0}}, r"4n\+1; use 1 or 5"),
+        ({"video": {"fps": 0}}, "fps 0"),
+        ({"video": {"length": 3}}, "video has an unknown key 'length'"),
+        ({"video": 3}, "video 3 is not a mapping"),
+        ({"sampling": {"steps": 0}}, "steps 0"),
+        ({"sampling": {"steps": 2.5}}, "steps 2.5"),
+        ({"sampling": {"shift": 0}}, "shift 0"),
+        ({"sampling": {"guide_scale": 0.5}}, "guide_scale 0.5"),
+        ({"sampling": {"solver": "euler"}}, "solver 'euler' is not known; use one of unipc, dpm"),
+        ({"sampling": {"seed": -3}}, "seed -3"),
+        ({"sampling": {"negative_prompt": 3}}, "negative_prompt 3"),
+        ({"sampling": {"cfg": 3}}, "sampling has an unknown key 'cfg'"),
+        ({"model": "x"}, "the settings has an unknown key 'model'"),
+        ({"prompt": "  "}, "the prompt is empty"),
+    ),
+)
+def test_bad_settings(layer, message):
+    with pytest.raises(InputError, match=message):
+        resolve(layer, ROOM)
+
+
+def test_every_config_file_loads_and_runs_what_its_name_says():
+    files = sorted(CONFIG_FOLDER.glob("*.yaml"))
+    assert len(files) >= 7
+    for file in files:
+        settings = resolve(read_settings(file.name), {"prompt": "a cat"})
+        name = "dense" if file.stem == "full" else file.stem.replace("nabla_", "nabla-").replace("sta_", "sta-")
+        head, _, window = name.partition("sta-")
+        assert settings.attention.algorithm == head + ("sta-" + window.replace("_", "-") if window else "")
+        assert settings.attention.dense_steps == (12 if file.stem == "sta_18_3_3" else 0)
+        tuned = settings.checkpoint.removeprefix("ai-forever/Wan2.1-T2V-14B-")
+        if settings.checkpoint.startswith("ai-forever/"):
+            assert tuned.lower().replace("-sta-", "_sta-") == settings.attention.algorithm
+        else:
+            assert settings.checkpoint == "Wan-AI/Wan2.1-T2V-14B"
+
+
+def test_precedence_flag_yaml_checkpoint_program():
+    flag = {"attention": {"algorithm": "sta-3-3-3"}, "sampling": {"steps": 4}}
+    yaml = {"attention": {"algorithm": "nabla", "threshold": 0.5, "dense_layers": [0]}, "sampling": {"steps": 5, "shift": 3.0}}
+    checkpoint = {"attention": {"algorithm": "nabla-0.9"}, "sampling": {"steps": 6, "shift": 4.0, "guide_scale": 2.0}}
+    settings = resolve(flag, yaml, checkpoint, ROOM)
+    assert settings.attention == NablaConfig(window=(3, 3, 3), dense_layers=(0,), dense_steps=STA_DENSE_STEPS)
+    sampling = settings.sampling
+    assert (sampling.steps, sampling.shift, sampling.guide_scale, sampling.solver) == (4, 3.0, 2.0, "unipc")
+    assert resolve(yaml, checkpoint, ROOM).attention == NablaConfig(threshold=0.5, dense_layers=(0,))
+    assert resolve(checkpoint, ROOM).attention == NablaConfig(threshold=0.9)
+    assert resolve(ROOM).attention == NablaConfig()
+
+
+def test_a_window_alone_runs_its_first_steps_dense_unless_told_otherwise():
+    assert resolve(ROOM | {"attention": {"algorithm": "sta-3-3-3"}}).attention.dense_steps == STA_DENSE_STEPS
+    assert resolve(ROOM | {"attention": {"algorithm": "sta-3-3-3", "dense_steps": 0}}).attention.dense_steps == 0
+
+
+@pytest.mark.parametrize("algorithm", ("dense", "nabla-0.7", "sta-3-3-3", "keep-0.2_sta-1-3-3"))
+def test_settings_survive_the_json_beside_a_video(tmp_path, algorithm):
+    settings = resolve(ROOM | {"attention": {"algorithm": algorithm, "tile": [1, 4, 4]}, "sampling": {"seed": 7}})
+    path = tmp_path / "video.json"
+    path.write_text(json.dumps({"settings": settings.to_dict(), "made_with": {}}))
+    again = resolve(read_settings(str(path)), {"attention": {"algorithm": "nabla-0.1"}})
+    assert isinstance(again, Settings) and again == settings
+
+
+def test_config_files_are_found_from_anywhere_and_paths_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_settings("nabla_0.7.yaml")["attention"]["threshold"] == 0.7
+    (tmp_path / "mine.yaml").write_text("sampling: {steps: 3}\n")
+    assert read_settings("mine.yaml") == read_settings(os.fspath(tmp_path / "mine.yaml")) == {"sampling": {"steps": 3}}
+
+
+@pytest.mark.parametrize("content", ("a: [1", "- a list", "\t:", "just text"))
+def test_files_that_are_no_settings(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match="bad.yaml"):
+        read_settings(str(path))
+    with pytest.raises(InputError, match="neither a file nor one of full.yaml"):
+        read_settings("none.yaml")

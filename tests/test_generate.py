@@ -1,0 +1,235 @@
+"""generate.py from the command line: what it writes, what it says, and one clear line for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+
+import generate
+from wan import WanT2V, video
+from wan.checkpoint import TOKENIZER_FOLDER, VAE_FILE
+
+ROOT = Path(generate.__file__).parent
+
+
+@pytest.fixture
+def run(random_nano, tmp_path, monkeypatch, capsys):
+    """Run generate.py in an empty directory: `run(*flags)` -> (exit code, what it printed, files it left)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str, ckpt_dir: Path | str | None = random_nano, prompt: str | None = "A red circle"):
+        small = {"--size": "64*48", "--frame_num": "5", "--sample_steps": "2", "--base_seed": "1", "--device": "cpu"}
+        small |= {"--save_file": "out.mp4"}
+        small |= {} if ckpt_dir is None else {"--ckpt_dir": str(ckpt_dir)}
+        small |= {} if prompt is None else {"--prompt": prompt}
+        defaults = [word for flag, value in small.items() if flag not in flags for word in (flag, value)]
+        try:
+            code = generate.main([*defaults, *flags])
+        except SystemExit as left:
+            code = left.code
+        files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+        return code, capsys.readouterr().err, files
+
+    return run
+
+
+def test_writes_the_video_and_its_settings_and_can_make_it_again(run, tmp_path):
+    code, said, files = run("--config", "nabla_0.7.yaml")
+    assert code == 0 and files == ["out.json", "out.mp4"]
+    frames = iio.imread("out.mp4")
+    assert frames.shape == (5, 48, 64, 3)
+    meta = iio.immeta("out.mp4")
+    assert meta["fps"] == 16 and "h264" in meta["codec"]
+    assert "attention: nabla-0.7, backend reference, grid 2x3x4 = 24 tokens, 2 blocks of 64 tokens, 2 of them" in said
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["settings"]["sampling"]["seed"] == 1 and record["made_with"]["versions"]["torch"] == torch.__version__
+    again = generate.main(["--config", "out.json", "--save_file", "again.mp4", "--device", "cpu"])
+    assert again == 0 and (iio.imread("again.mp4") == frames).all()
+    assert json.loads((tmp_path / "again.json").read_text())["settings"] == record["settings"]
+
+
+def test_seed_and_prompt_change_the_video_and_an_unset_seed_is_drawn_and_kept(run, tmp_path):
+    run()
+    first = iio.imread("out.mp4")
+    for flags in (("--base_seed", "2"), ("--prompt", "A blue boat"), ("--negative_prompt", "night")):
+        run(*flags)
+        assert (iio.imread("out.mp4") != first).any()
+    run("--base_seed", "-1")
+    assert json.loads((tmp_path / "out.json").read_text())["settings"]["sampling"]["seed"] >= 0
+
+
+def test_t2i_writes_one_picture(run):
+    code, _, files = run("--task", "t2i-14B", "--save_file", "out.png", "--frame_num", "1")
+    assert code == 0 and files == ["out.json", "out.png"]
+    assert iio.imread("out.png").shape == (48, 64, 3)
+
+
+def test_without_save_file_the_prompt_names_the_video(random_nano, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--prompt", "A cat, at night!", "--ckpt_dir", str(random_nano), "--size", "32*32", "--device", "cpu"]
+    assert generate.main([*flags, "--frame_num", "1", "--sample_steps", "1", "--sample_guide_scale", "1"]) == 0
+    assert [path.suffix for path in sorted(tmp_path.glob("A-cat-at-night_*"))] == [".json", ".mp4"]
+
+
+def test_other_flags_of_wan(run):
+    flags = "--sample_solver dpm++ --sample_shift 3 --sample_guide_scale 1 --t5_cpu --offload_model true --dtype bfloat16"
+    code, said, _ = run(*flags.split(), "--sparse_algo", "sta-1-1-1")
+    assert code == 0
+    assert "sta-1-1-1, first 12 steps dense" in said and "cpu in bfloat16" in said and "2 steps of dpm++" in said
+
+
+def test_flag_beats_yaml_beats_checkpoint_and_a_disagreement_is_one_line(run, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"sparse_algo": "nabla-0.9"}))
+    said = run(ckpt_dir=damaged)[1]
+    assert "attention: nabla-0.9," in said and "warning" not in said
+    said = run("--config", "nabla_0.7.yaml", ckpt_dir=damaged)[1]
+    assert "attention: nabla-0.7," in said
+    assert [line for line in said.splitlines() if "warning" in line] == [
+        f"warning: checkpoint {damaged} was made for nabla-0.9; running nabla-0.7 as asked"
+    ]
+    assert "attention: dense," in run("--config", "nabla_0.7.yaml", "--sparse_algo", "dense", ckpt_dir=damaged)[1]
+
+
+def test_sampling_defaults_from_the_checkpoint(run, damaged):
+    (damaged / "defaults.yaml").write_text("sampling: {solver: dpm++, steps: 3, shift: 2.0}\nvideo: {fps: 8}\n")
+    _, said, _ = run(ckpt_dir=damaged)
+    assert "2 steps of dpm++" in said
+    assert iio.immeta("out.mp4")["fps"] == 8
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        ("--size 64*50", "size 64*50: both must be positive multiples of 16; the nearest below is 64*48"),
+        ("--size huge", "size 'huge' is not of the form width*height"),
+        ("--frame_num 6", "frame_num 6 is not of the form 4n+1; use 5 or 9"),
+        ("--frame_num six", "argument --frame_num: invalid int value: 'six'"),
+        ("--sparse_algo nabla-1.5", "threshold 1.5 is outside (0, 1]"),
+        ("--sparse_algo nabla-0", "threshold 0.0 is outside (0, 1]"),
+        ("--sparse_algo sta-3-0-3", "window (3, 0, 3) is not three positive integers"),
+        ("--sparse_algo sparse", "attention algorithm 'sparse' is not known"),
+        ("--sample_solver euler", "solver 'euler' is not known"),
+        ("--sample_steps 0", "steps 0 is not a whole number of at least 1"),
+        ("--sample_shift -1", "shift -1.0 is not a positive number"),
+        ("--sample_guide_scale 0", "guide_scale 0.0 is not a number of at least 1"),
+        ("--base_seed -7", "seed -7 is not a whole number"),
+        ("--config none.yaml", "config 'none.yaml' is neither a file nor one of full.yaml"),
+        ("--task t2v-70B", "argument --task: invalid choice: 't2v-70B'"),
+        ("--task t2i-14B --save_file out.png", "frame_num 5: task t2i-14B makes one picture"),
+        ("--save_file no/such/folder/out.mp4", "cannot be written (No such file or directory)"),
+        ("--save_file out.avi", "save_file out.avi must end in .mp4"),
+        ("--save_file out.png", "must end in .mp4 for 5 frames"),
+        ("--device tpu", "device 'tpu' cannot be used"),
+        ("--offload_model maybe", "'maybe' is neither true nor false"),
+        ("--ulysses_size 2", "ulysses_size 2: only one process with one GPU"),
+        ("--dit_fsdp", "dit_fsdp: only one process"),
+        ("--unknown 1", "unrecognized arguments: --unknown 1"),
+    ),
+)
+def test_wrong_flags(run, flags, message):
+    code, said, files = run(*flags.split())
+    assert code == 2 and files == []
+    assert said.count("\n") == 1 and said.startswith("error: ") and message in said
+
+
+@pytest.mark.parametrize("prompt", ("", "   ", None))
+def test_empty_prompt(run, prompt):
+    code, said, files = run(prompt=prompt)
+    assert (code, files) == (2, []) and said == "error: the prompt is empty; say what the video should show with --prompt\n"
+
+
+def test_unknown_key_in_a_yaml(run, tmp_path):
+    (tmp_path / "mine.yaml").write_text("attention: {algorithm: nabla, threshold: 0.7, windw: [3, 3, 3]}\n")
+    code, said, files = run("--config", "mine.yaml")
+    assert (code, files) == (2, ["mine.yaml"]) and "attention has an unknown key 'windw'; allowed are" in said
+
+
+@pytest.mark.parametrize("part", (VAE_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"))
+def test_missing_part_of_a_checkpoint(run, damaged, part):
+    (damaged / part).unlink()
+    code, said, files = run(ckpt_dir=damaged)
+    assert code == 2 and "out.mp4" not in files
+    assert said.count("\n") == 1 and f"{part} is missing" in said
+
+
+@pytest.mark.parametrize("part", (VAE_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"))
+def test_corrupt_part_of_a_checkpoint(run, damaged, part):
+    data = (damaged / part).read_bytes()
+    (damaged / part).write_bytes(data[: len(data) // 2])
+    code, said, _ = run(ckpt_dir=damaged)
+    assert code == 2 and said.splitlines()[-1].startswith("error: ") and "download it again" in said
+    assert "Traceback" not in said
+
+
+def test_a_checkpoint_that_cannot_be_had_says_which_how_and_what_else(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said, files = run("--config", "nabla_0.6_sta_11_3_3.yaml", ckpt_dir=None)
+    assert code == 2 and files == [] and said.count("\n") == 1
+    name = "ai-forever/Wan2.1-T2V-14B-NABLA-0.6-STA-11-3-3"
+    assert f"checkpoint {name} is not a directory" in said
+    assert f"hf download {name} --local-dir DIR" in said and "make_random_checkpoint.py --model nano" in said
+
+
+def test_out_of_memory_says_what_to_lower(run, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(WanT2V, "generate", exhausted)
+    code, said, files = run()
+    assert (code, files) == (2, [])
+    assert said.splitlines()[-1] == (
+        "error: the GPU ran out of memory; try a smaller --size than 64*48, fewer than 5 frames (--frame_num), "
+        "--offload_model true or --t5_cpu"
+    )
+
+
+def test_a_write_that_fails_leaves_nothing(run, monkeypatch):
+    def full_disk(path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video.imageio, "mimwrite", full_disk)
+    code, said, files = run()
+    assert (code, files) == (2, []) and "out.mp4 cannot be written (No space left on device)" in said
+
+
+def test_bugs_keep_their_traceback(run, monkeypatch):
+    monkeypatch.setattr(WanT2V, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_an_interrupted_run_writes_nothing(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WanT2V, "generate", interrupt)
+    code, said, files = run()
+    assert (code, files) == (130, []) and said.splitlines()[-1] == "interrupted; nothing was written"
+
+
+def test_as_a_program_from_another_directory_and_under_torchrun(tmp_path):
+    command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "a cat", "--size", "17*16"]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert plain.returncode == 2 and plain.stderr.startswith("error: size 17*16") and not plain.stdout
+    many = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "4"})
+    assert many.returncode == 2 and many.stderr.startswith("error: 4 processes: only one process")
+    shown = subprocess.run([*command[:2], "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--sparse_algo" in shown.stdout
+
+
+def test_random_checkpoint_script(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "make_random_checkpoint.py"), "--model", "nano"]
+    made = subprocess.run([*script, "--out", str(tmp_path / "x"), "--sparse_algo", "nabla-0.7"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["sparse_algo"] == "nabla-0.7"
+    bad = subprocess.run([*script, "--out", str(tmp_path / "y"), "--sparse_algo", "x"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: attention algorithm 'x'") and not (tmp_path / "y").exists()

@@ -1,0 +1,134 @@
+"""On a CUDA GPU: the fast kernel against float64, the traps, and the whole pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+import nabla
+import wan
+from nabla import NablaConfig, backends
+from nabla.backends import flex, reference
+
+pytestmark = pytest.mark.gpu
+
+AUTO = NablaConfig(threshold=0.5)
+FULL, PARTIAL = (3, 32, 32), (3, 30, 52)
+
+
+def random_qkv(grid, heads=4, dim=128, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = 1, math.prod(grid), heads, dim
+    return tuple(torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(3))
+
+
+def dense_error(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return relative_error(
+        F.scaled_dot_product_attention(q, k, v).double(),
+        F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
+    )
+
+
+@pytest.mark.parametrize("dim", (64, 128))
+@pytest.mark.parametrize("grid", (FULL, PARTIAL, (21, 45, 80)))
+@pytest.mark.parametrize("algorithm", ("nabla-0.4", "keep-0.1", "sta-3-3-3", "nabla-0.2_sta-3-1-3"))
+def test_flex_is_as_exact_as_dense_attention(grid, algorithm, dim):
+    config = NablaConfig.parse(algorithm)
+    q, k, v = random_qkv(grid, heads=1 if grid[0] == 21 else 4, dim=dim)
+    plan = nabla.plan(grid, config, "cuda")
+    assert plan.backend is flex
+    kept = nabla.attention(q, k, v, grid, config)
+    layout = plan.layout
+    blocks = nabla.select_blocks(q, k, grid, config)
+    tiles = (layout.to_tiles(x.double()) for x in (q, k, v))
+    exact = layout.to_raster(reference.attend(*tiles, reference.prepare(blocks, layout)))
+    assert relative_error(kept.double(), exact) < 1.2 * dense_error(q, k, v)
+
+
+def test_nine_grids_in_one_process():
+    for columns in range(9, 18):
+        grid = (2, 8, columns)
+        q, k, v = random_qkv(grid)
+        exact = nabla.attention(q, k, v, grid, replace(AUTO, backend="reference"))
+        assert relative_error(nabla.attention(q, k, v, grid, AUTO), exact) < 1e-2, grid
+
+
+def test_forced_eager_mode_is_a_clear_error_and_auto_falls_to_the_reference_aloud(monkeypatch):
+    monkeypatch.setattr(backends, "_verified", {})
+    q, k, v = random_qkv(PARTIAL)
+    with torch.compiler.set_stance("force_eager"):
+        with pytest.warns(UserWarning, match="switched off.*using the slow backend reference"):
+            plan = nabla.plan(PARTIAL, AUTO, "cuda")
+        assert plan.backend is reference
+        with pytest.raises(RuntimeError, match="switched off"):
+            nabla.attend(q, k, v, replace(plan, backend=flex))
+
+
+def test_inside_a_compiled_caller():
+    q, k, v = random_qkv(PARTIAL)
+    plan = nabla.plan(PARTIAL, AUTO, "cuda")
+    result = torch.compile(nabla.attend, fullgraph=True, dynamic=False)(q, k, v, plan)
+    exact = nabla.attention(q, k, v, PARTIAL, replace(AUTO, backend="reference"))
+    assert relative_error(result, exact) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_other_dtypes(dtype):
+    q, k, v = random_qkv(PARTIAL, dtype=dtype)
+    exact = nabla.attention(q, k, v, PARTIAL, replace(AUTO, backend="reference"))
+    assert relative_error(nabla.attention(q, k, v, PARTIAL, AUTO), exact) < 5e-3
+
+
+def test_gradients_go_through_the_reference():
+    qkv = [x.requires_grad_() for x in random_qkv((2, 12, 20), dtype=torch.float32)]
+    wanted = torch.autograd.grad(
+        nabla.attention(*qkv, (2, 12, 20), replace(AUTO, backend="reference")).sum(), qkv
+    )
+    for a, b in zip(torch.autograd.grad(nabla.attention(*qkv, (2, 12, 20), AUTO).sum(), qkv), wanted):
+        torch.testing.assert_close(a, b)
+
+
+def test_selection_is_the_cpu_s():
+    q, k, _ = random_qkv(PARTIAL, dtype=torch.float32)
+    on_gpu = nabla.select_blocks(q, k, PARTIAL, AUTO).cpu()
+    on_cpu = nabla.select_blocks(q.cpu(), k.cpu(), PARTIAL, AUTO)
+    assert (on_gpu != on_cpu).float().mean() < 1e-4
+
+
+def test_published_size_needs_little_memory_beside_its_tensors():
+    grid = (21, 45, 80)
+    q, k, v = random_qkv(grid, heads=40)
+    plan = nabla.plan(grid, NablaConfig(keep=0.1), "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nabla.attend(q, k, v, plan)
+    assert torch.cuda.max_memory_allocated() - before < 8 * 2**30
+
+
+@pytest.mark.parametrize("offload", (False, True))
+def test_pipeline_in_bf16_follows_float32(random_nano, offload):
+    settings = dict(size=(256, 208), frame_num=9, seed=1, steps=4)
+    exact = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.float32).generate("a cat", **settings)
+    pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, offload=offload)
+    video = pipe.generate("a cat", **settings)
+    assert video.shape == (9, 208, 256, 3)
+    assert abs(video.astype(float) - exact).mean() < 12
+    assert next(pipe.transformer.parameters()).is_cuda is not offload
+
+
+def test_compiled_blocks_run_sparse(random_nano):
+    pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16)
+    latents = torch.randn(1, 16, 3, 26, 32, device="cuda", dtype=torch.bfloat16)
+    inputs = latents, torch.tensor([500], device="cuda"), torch.randn(1, 512, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = pipe.transformer(*inputs, return_dict=False)[0]
+        for block in pipe.transformer.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        compiled = pipe.transformer(*inputs, return_dict=False)[0]
+    assert relative_error(compiled.float(), plain.float()) < 3e-2
