@@ -52,7 +52,7 @@ class Plan:
         config, layout = self.config, self.layout
         dense = f", first {config.dense_steps} steps dense" if config.dense_steps else ""
         dense += f", layers {', '.join(map(str, config.dense_layers))} dense" if config.dense_layers else ""
-        partial = int((layout.sizes < layout.block).sum())
+        partial = int((~layout.full).sum())
         blocks = f"{layout.blocks:,} blocks of {layout.block} tokens, {partial:,} of them partial"
         return f"{config.algorithm}{dense}, backend {self.backend_name}, {grid}, {blocks}"
 

@@ -13,8 +13,8 @@ MAP_ENTRIES = 2**27
 
 def block_means(x: Tensor, layout: TileLayout) -> Tensor:
     """Mean of each block's valid tokens: (B, heads, N * block, D) in tile order -> (B, heads, N, D) float32."""
-    valid = layout.valid()[..., None]
-    sums = (x.unflatten(2, (layout.blocks, layout.block)).float() * valid).sum(dim=3)
+    tokens = x.unflatten(2, (layout.blocks, layout.block)).float()
+    sums = (tokens * layout.valid[..., None]).sum(dim=3)
     return sums / layout.sizes[:, None]
 
 

@@ -21,6 +21,8 @@ class TileLayout:
     source: (N * block,) int64, the raster token that fills each slot
     slot: (S,) int64, the slot of each raster token
     sizes: (N,) int32, valid tokens of each tile
+    valid: (N, block) bool, which slots hold a token
+    full: (N,) bool, which tiles have no padding
     """
 
     grid: tuple[int, int, int]
@@ -28,6 +30,8 @@ class TileLayout:
     source: Tensor
     slot: Tensor
     sizes: Tensor
+    valid: Tensor
+    full: Tensor
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -61,7 +65,8 @@ class TileLayout:
         slot = torch.empty(math.prod(grid), dtype=torch.int64)
         slot[tiled[valid]] = valid.flatten().nonzero().squeeze(1)
         sizes = valid.sum(1, dtype=torch.int32)
-        return cls(tuple(grid), tuple(tile), *(x.to(device) for x in (source, slot, sizes)))
+        full = valid.all(1)
+        return cls(tuple(grid), tuple(tile), *(x.to(device) for x in (source, slot, sizes, valid, full)))
 
     def to_tiles(self, x: Tensor) -> Tensor:
         """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order."""
@@ -70,7 +75,3 @@ class TileLayout:
     def to_raster(self, x: Tensor) -> Tensor:
         """(B, heads, N * block, D) in tile order -> (B, S, heads, D) in raster order, padding dropped."""
         return x.transpose(1, 2).index_select(1, self.slot)
-
-    def valid(self) -> Tensor:
-        """(N, block) bool: which slots hold a token."""
-        return torch.arange(self.block, device=self.sizes.device) < self.sizes[:, None]

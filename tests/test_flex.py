@@ -32,9 +32,10 @@ def fresh_check(monkeypatch):
     monkeypatch.setattr(backends, "_verified", {})
 
 
+@pytest.mark.parametrize("grid", ((2, 11, 18), (2, 16, 16)))
 @pytest.mark.parametrize("algorithm", ("nabla-0.5", "nabla-0.3_sta-1-3-1", "sta-3-1-1", "keep-0.3"))
-def test_equals_reference_on_partial_tiles(algorithm):
-    grid, config = (2, 11, 18), NablaConfig.parse(algorithm)
+def test_equals_reference(algorithm, grid):
+    config = NablaConfig.parse(algorithm)
     qkv = random_qkv(grid, heads=3, batch=2)
     exact = nabla.attention(*qkv, grid, replace(config, backend="reference"))
     dense = nabla.attention(*qkv, grid, NablaConfig())
@@ -79,19 +80,12 @@ def test_compilation_switched_off_is_a_clear_error():
     assert "needs torch.compile, which is switched off" in run.stderr.splitlines()[-1]
 
 
-def test_graph_executed_eagerly_is_still_sparse():
-    """A backend of torch.compile that executes the traced graph as it is reaches FlexAttention's dense fallback."""
-    grid = (2, 11, 18)
-    qkv, plan = random_qkv(grid), nabla.plan(grid, REFERENCE, "cpu")
-    plan = replace(plan, backend=flex)
-    result = torch.compile(nabla.attend, backend="eager", fullgraph=True)(*qkv, plan)
-    assert (result - nabla.attention(*qkv, grid, REFERENCE)).abs().max() < 1e-5
-
-
-def test_inside_a_compiled_caller():
-    grid = (2, 11, 18)
+@pytest.mark.parametrize("backend", ("inductor", "aot_eager", "eager"))
+@pytest.mark.parametrize("grid", ((2, 11, 18), (2, 8, 16)))
+def test_inside_a_compiled_caller(backend, grid):
+    """Also where the caller's graph is executed as it is, which would take FlexAttention's dense path."""
     qkv, plan = random_qkv(grid), nabla.plan(grid, FLEX, "cpu")
-    result = torch.compile(nabla.attend, fullgraph=True, dynamic=False)(*qkv, plan)
+    result = torch.compile(nabla.attend, backend=backend, fullgraph=True, dynamic=False)(*qkv, plan)
     assert (result - nabla.attention(*qkv, grid, REFERENCE)).abs().max() < 1e-5
 
 

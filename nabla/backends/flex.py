@@ -1,18 +1,17 @@
 """Block-sparse attention by compiled FlexAttention.
 
-Uncompiled FlexAttention ignores block lists and scores every pair. So the kernel is only ever reached through a
-full-graph compile that fails rather than runs eagerly, and `mask_mod` states the whole truth besides: even a backend
-of torch.compile that executes the graph eagerly gives the right result.
+Uncompiled FlexAttention ignores block lists and scores every pair. So it is only ever reached through a custom operator
+that compiles it by itself, whatever compiles or runs the caller, and that fails where torch.compile is switched off.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
 from nabla.block_lists import BlockLists, to_lists
 from nabla.tiling import TileLayout
@@ -23,32 +22,21 @@ RECOMPILE_LIMIT = 4096
 
 
 class Blocks(NamedTuple):
-    """Kept blocks, split by whether the key tile is full: only partial tiles are masked token by token."""
+    """Kept blocks by whether the key tile is full, since only partial tiles are masked token by token.
 
-    kept: Tensor
-    sizes: Tensor
-    partial: BlockLists
+    Where all tiles are full, `partial` and `valid` are None, and the kernel has no masking in it at all.
+    """
+
     full: BlockLists
+    partial: BlockLists | None
+    valid: Tensor | None
 
 
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    full_tiles = layout.sizes == layout.block
-    return Blocks(blocks, layout.sizes, to_lists(blocks & ~full_tiles), to_lists(blocks & full_tiles))
-
-
-@torch.library.custom_op("nabla::own_buffer", mutates_args=())
-def own_buffer(x: Tensor) -> Tensor:
-    """A copy that a compiler cannot see through.
-
-    On a CPU (torch 2.13) a tensor that `mask_mod` captures from its own graph is read wrongly unless it is opaque.
-    """
-    return x.clone()
-
-
-@own_buffer.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    if not layout.has_partial_tiles:
+        return Blocks(to_lists(blocks), None, None)
+    return Blocks(to_lists(blocks & layout.full), to_lists(blocks & ~layout.full), layout.valid.flatten())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -56,10 +44,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
     Raises `RuntimeError` where torch.compile is switched off.
     """
-    if torch.compiler.is_compiling():
-        return _flex(q, k, v, blocks)
+    return block_sparse(q, k, v, *blocks.full, *(blocks.partial or (None, None)), blocks.valid)
+
+
+@torch.library.custom_op("nabla::flex", mutates_args=())
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    partial_counts: Optional[Tensor],
+    partial_indices: Optional[Tensor],
+    valid: Optional[Tensor],
+) -> Tensor:
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(q, k, v, blocks)
+        return _compiled()(q, k, v, counts, indices, partial_counts, partial_indices, valid)
+
+
+@block_sparse.register_fake
+def _(q: Tensor, *_) -> Tensor:
+    return torch.empty_like(q)
 
 
 @functools.cache
@@ -67,23 +72,24 @@ def _compiled():
     return torch.compile(_flex, fullgraph=True, dynamic=False)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid) -> Tensor:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
-            "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE, force_eager or a "
-            "recompile limit); switch it on or use backend: reference"
+            "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or force_eager); "
+            "switch it on or use backend: reference"
         )
-    kept, sizes = own_buffer(blocks.kept), blocks.sizes
-    block = q.shape[2] // kept.shape[-1]
-    batches, heads = kept.shape[:2]
+    block = q.shape[2] // counts.shape[-1]
 
-    def keeps(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        tile = key // block
-        return kept[b % batches, h % heads, query // block, tile] & (key % block < sizes[tile])
+    def is_valid(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return valid[key]
 
+    # Blocks named as "full" skip mask_mod. Without one, a CPU takes only lists that are not named so.
+    if valid is None:
+        lists, mask_mod = (counts, indices, None, None), noop_mask
+    else:
+        lists, mask_mod = (partial_counts, partial_indices, counts, indices), is_valid
     # The transposed lists, second, are read by a backward alone. Here there is none, but torch 2.8 wants them given.
-    lists = *blocks.partial, *blocks.full
-    mask = BlockMask((q.shape[2], k.shape[2]), *lists, *lists, BLOCK_SIZE=(block, block), mask_mod=keeps)
+    mask = BlockMask((q.shape[2], k.shape[2]), *lists, *lists, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
     return flex_attention(q, k, v, block_mask=mask, kernel_options=_kernel_options(q, block))
 
 

@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
 
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    return Blocks(blocks, layout.valid().flatten())
+    return Blocks(blocks, layout.valid.flatten())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
