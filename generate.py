@@ -53,10 +53,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.task == "t2i-14B" and args.frame_num not in (None, 1):
         parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
+    if args.task == "t2i-14B" and args.save_file is not None and args.save_file.suffix != ".png":
+        parser.error(f"save_file {args.save_file}: task t2i-14B makes a picture; end it in .png")
     return args
 
 
-def flag_settings(args: argparse.Namespace, is_image: bool) -> dict[str, Any]:
+def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, in the schema of the YAML files."""
 
     def given(**values: Any) -> dict[str, Any]:
@@ -65,16 +67,17 @@ def flag_settings(args: argparse.Namespace, is_image: bool) -> dict[str, Any]:
     return given(
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
+        dtype=args.dtype,
         attention=given(algorithm=args.sparse_algo),
         sampling=given(
             solver=args.sample_solver,
             steps=args.sample_steps,
             shift=args.sample_shift,
             guide_scale=args.sample_guide_scale,
-            seed=None if args.base_seed == -1 else args.base_seed,
+            seed=args.base_seed,
             negative_prompt=args.negative_prompt,
         ),
-        video=given(size=args.size, frame_num=1 if is_image and args.frame_num is None else args.frame_num),
+        video=given(size=args.size, frame_num=1 if args.task == "t2i-14B" else args.frame_num),
     )
 
 
@@ -83,16 +86,21 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
-    from wan import run
-    from wan.run import InputError
+    from nabla import InputError
+    from wan.run import require_one_process, run
 
-    is_image = args.task == "t2i-14B"
     try:
-        run.require_one_process(args.ulysses_size, args.t5_fsdp, args.dit_fsdp)
-        device = run.pick_device(args.device)
-        checkpoint, settings = run.settle(flag_settings(args, is_image), args.config, TASKS[args.task or "t2v-14B"])
-        path = args.save_file or run.default_path(settings.prompt, ".png" if is_image else ".mp4")
-        run.generate(checkpoint, settings, path, device, args.dtype, args.offload_model, args.t5_cpu)
+        require_one_process(args.ulysses_size, args.t5_fsdp, args.dit_fsdp)
+        run(
+            flag_settings(args),
+            args.config,
+            args.task,
+            TASKS[args.task or "t2v-14B"],
+            args.save_file,
+            args.device,
+            args.offload_model,
+            args.t5_cpu,
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

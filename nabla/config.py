@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 BACKEND_NAMES = ("auto", "flex", "reference")
+KINDS = ("dense", "nabla", "sta", "nabla_sta")
+MAX_BLOCK = 1024
 
 
 class InputError(ValueError):
@@ -40,15 +43,20 @@ class NablaConfig:
         if self.threshold is not None and self.keep is not None:
             raise InputError(f"threshold {self.threshold} and keep {self.keep} are alternatives; give one of them")
         for name in ("threshold", "keep"):
-            _check_share(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 < value <= 1):
+                raise InputError(f"{name} {value!r} is outside (0, 1]; 1 keeps every block, smaller values keep fewer")
         if self.window is not None:
             object.__setattr__(self, "window", _three_positive("window", self.window))
         object.__setattr__(self, "tile", _three_positive("tile", self.tile))
-        if not _is_count(self.dense_steps):
+        if self.block > MAX_BLOCK:
+            raise InputError(f"tile {self.tile} holds {self.block} tokens; at most {MAX_BLOCK} are allowed, 64 are usual")
+        if not is_count(self.dense_steps):
             raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
-        if isinstance(self.dense_layers, str) or not all(_is_count(n) for n in _items(self.dense_layers)):
-            raise InputError(f"dense_layers {self.dense_layers!r}: give a list of layer numbers, counted from 0")
-        object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+        layers = self.dense_layers
+        if not isinstance(layers, (list, tuple, range)) or not all(map(is_count, layers)):
+            raise InputError(f"dense_layers {layers!r}: give a list of layer numbers, counted from 0")
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(layers))))
         if self.backend not in BACKEND_NAMES:
             raise InputError(f"backend {self.backend!r} is not known; use one of {', '.join(BACKEND_NAMES)}")
 
@@ -67,6 +75,11 @@ class NablaConfig:
         return not self.selects and self.window is None
 
     @property
+    def kind(self) -> str:
+        """One of `KINDS`: what the blocks are kept by."""
+        return "_".join(["nabla"] * self.selects + ["sta"] * (self.window is not None)) or "dense"
+
+    @property
     def algorithm(self) -> str:
         """The string that `parse` reads, such as `nabla-0.6_sta-11-3-3`."""
         parts = [f"nabla-{self.threshold}"] if self.threshold is not None else []
@@ -80,80 +93,68 @@ class NablaConfig:
 
         Window sizes are in blocks. Raises `InputError` for any other string.
         """
-        if algorithm == "dense":
-            return cls()
-        settings: dict[str, Any] = {}
-        for part in str(algorithm).split("_"):
-            share = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part)
-            window = re.fullmatch(r"sta-(\d+)-(\d+)-(\d+)", part)
-            if share:
-                name, value = {"nabla": "threshold", "keep": "keep"}[share[1]], float(share[2])
-            elif window:
-                name, value = "window", tuple(map(int, window.groups()))
+        numbers: dict[str, Any] = {}
+        for part in [] if algorithm == "dense" else str(algorithm).split("_"):
+            share = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part, re.ASCII)
+            window = re.fullmatch(r"sta-(\d+)-(\d+)-(\d+)", part, re.ASCII)
+            if share and not numbers:
+                numbers["threshold" if share[1] == "nabla" else "keep"] = float(share[2])
+            elif window and "window" not in numbers:
+                numbers["window"] = tuple(map(int, window.groups()))
             else:
-                name, value = "", None
-            if not name or name in settings:
                 raise InputError(
                     f"attention algorithm {algorithm!r} is not known; use dense, nabla-0.7, sta-11-3-3 "
                     "or nabla-0.6_sta-11-3-3 (threshold; window in blocks of frames, rows, columns)"
                 )
-            settings[name] = value
-        return cls(**settings)
+        return cls(**numbers)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> NablaConfig:
         """Build from the `attention` mapping of a YAML file.
 
-        `algorithm` is a string for `parse`, or one of the bare names dense, nabla, sta and nabla_sta, whose numbers
-        then stand in `threshold` (or `keep`) and `window`. Raises `InputError` for unknown, missing or unused keys.
+        Its `algorithm` is a string for `parse`, or one of `KINDS`, whose numbers then stand in `threshold` (or `keep`)
+        and `window`. Raises `InputError` for keys that are unknown, missing, or not used by the algorithm.
         """
-        settings = dict(settings)
+        settings = {key: value for key, value in settings.items() if value is not None}
         known = {field.name for field in fields(cls)} | {"algorithm"}
-        if unknown := sorted(set(settings) - known):
+        if unknown := sorted(map(str, settings.keys() - known)):
             raise InputError(f"attention has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
         algorithm = settings.pop("algorithm", None)
-        numbers = {key for key in ("threshold", "keep", "window") if settings.get(key) is not None}
-        if algorithm in _BARE_NAMES:
-            wanted = _BARE_NAMES[algorithm]
-            given = {"threshold" if key == "keep" else key for key in numbers}
-            if given != wanted:
-                raise InputError(
-                    f"attention algorithm {algorithm!r} takes {' and '.join(sorted(wanted)) or 'no threshold or window'}"
-                    f", but given are {', '.join(sorted(numbers)) or 'none'}"
-                )
-            return cls(**settings)
-        if algorithm is None:
-            return cls(**settings)
-        if numbers:
+        given = cls(**settings)
+        if algorithm is None or algorithm == given.kind:
+            return given
+        if algorithm in KINDS:
             raise InputError(
-                f"attention algorithm {algorithm!r} already carries its numbers; remove {', '.join(sorted(numbers))} "
-                f"or use one of the bare names {', '.join(_BARE_NAMES)}"
+                f"attention algorithm {algorithm!r} takes {_NUMBERS[algorithm]}, but given are {_NUMBERS[given.kind]}"
             )
-        base = cls.parse(algorithm)
-        rest = {key: value for key, value in settings.items() if key not in ("threshold", "keep", "window")}
-        return replace(base, **rest)
+        named = cls.parse(algorithm)
+        if not given.is_dense:
+            raise InputError(
+                f"attention algorithm {algorithm!r} carries its numbers already; remove {_NUMBERS[given.kind]}, "
+                f"or name it by one of {', '.join(KINDS)}"
+            )
+        return replace(given, threshold=named.threshold, keep=named.keep, window=named.window)
 
 
-_BARE_NAMES = {"dense": set(), "nabla": {"threshold"}, "sta": {"window"}, "nabla_sta": {"threshold", "window"}}
+_NUMBERS = {
+    "dense": "no threshold and no window",
+    "nabla": "a threshold (or keep)",
+    "sta": "a window",
+    "nabla_sta": "a threshold (or keep) and a window",
+}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number, 0 or more."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
-def _items(value: object) -> tuple:
-    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
-
-
-def _check_share(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise InputError(f"{name} {value!r} is outside (0, 1]; 1 keeps every block, smaller values keep fewer")
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:
-    numbers = _items(value)
-    if len(numbers) != 3 or not all(_is_count(n) and n > 0 for n in numbers):
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(is_count(n) and n > 0 for n in value):
         raise InputError(f"{name} {value!r} is not three positive integers (frames, rows, columns)")
-    return numbers
+    return tuple(map(int, value))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from nabla.config import NablaConfig
 from nabla.tiling import TileLayout
+from nabla.window import window_blocks
 
 # Sorting a map costs 12 bytes an entry beside it; heads are taken in groups of at most this many entries.
 MAP_ENTRIES = 2**27
@@ -47,19 +52,56 @@ def _unsort(kept: Tensor, order: Tensor) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def choose_blocks(
-    q: Tensor, k: Tensor, layout: TileLayout, cut: Tensor | None, count: Tensor | None, window: Tensor | None
-) -> Tensor:
-    """Kept blocks, (B, heads, N, N) bool, of q and k (B, heads, N * block, D) in tile order.
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What decides the kept blocks, all but q and k. Build with `Selection.build`.
 
-    Exactly one of `cut` (0-d float32, one minus the threshold) and `count` (0-d int) is given; `window` is an (N, N)
-    bool mask of blocks kept besides.
+    The threshold is a tensor, so that compiled code serves every value of it.
+
+    cut: 0-d float32, one minus the threshold, or None
+    count: 0-d int64, blocks to keep in every row, or None
+    window: (1, 1, N, N) bool, blocks kept besides, or None
     """
-    q, k = block_means(q, layout), block_means(k, layout)
-    heads = max(1, MAP_ENTRIES // (q.shape[0] * layout.blocks**2))
-    groups = []
-    for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):
-        probability = block_map(q_group, k_group)
-        groups.append(keep_mass(probability, cut) if count is None else keep_count(probability, count))
-    kept = torch.cat(groups, dim=1)
-    return kept if window is None else kept | window
+
+    layout: TileLayout
+    cut: Tensor | None
+    count: Tensor | None
+    window: Tensor | None
+
+    @classmethod
+    def build(cls, grid: tuple[int, int, int], config: NablaConfig, device: torch.device | str) -> Selection:
+        """For a grid of (frames, rows, columns) tokens. The config must not be dense."""
+        layout = TileLayout.build(grid, config.tile, device)
+        cut = count = window = None
+        if config.threshold is not None:
+            cut = torch.tensor(1 - config.threshold, dtype=torch.float32, device=device)
+        if config.keep is not None:
+            count = torch.tensor(blocks_to_keep(config.keep, layout.blocks), device=device)
+        if config.window is not None:
+            window = window_blocks(layout.tiles, config.window, device)[None, None]
+        return cls(layout, cut, count, window)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the window alone decides, whatever q and k."""
+        return self.cut is None and self.count is None
+
+    @torch.no_grad()
+    def blocks(self, q: Tensor, k: Tensor) -> Tensor:
+        """Kept blocks of q and k (B, heads, N * block, D) in tile order: (B or 1, heads or 1, N, N) bool."""
+        if self.is_fixed:
+            return self.window
+        q, k = block_means(q, self.layout), block_means(k, self.layout)
+        heads = max(1, MAP_ENTRIES // (q.shape[0] * self.layout.blocks**2))
+        groups = []
+        for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):
+            probability = block_map(q_group, k_group)
+            by_mass = self.count is None
+            groups.append(keep_mass(probability, self.cut) if by_mass else keep_count(probability, self.count))
+        kept = torch.cat(groups, dim=1)
+        return kept if self.window is None else kept | self.window
+
+
+def blocks_to_keep(share: float, blocks: int) -> int:
+    """The least number of blocks that is at least `share` of them; a share that is exact up to rounding is exact."""
+    return max(1, math.ceil(share * blocks - 1e-9))

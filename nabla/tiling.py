@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nabla.config import InputError, is_count
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class TileLayout:
     """Where each token of a grid sits in tile order. Build with `TileLayout.build`.
 
@@ -50,9 +52,16 @@ class TileLayout:
     def has_partial_tiles(self) -> bool:
         return self.blocks * self.block != math.prod(self.grid)
 
+    @staticmethod
+    def check_grid(grid: tuple[int, int, int]) -> None:
+        """Raise `InputError` unless a grid is three positive integers."""
+        if len(grid) != 3 or not all(is_count(n) and n > 0 for n in grid):
+            raise InputError(f"grid {tuple(grid)} is not three positive integers (frames, rows, columns) of tokens")
+
     @classmethod
     def build(cls, grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str) -> TileLayout:
-        """Lay out a grid of (frames, rows, columns) tokens on `device`."""
+        """Lay out a grid of (frames, rows, columns) tokens on `device`; raises `InputError` for any other grid."""
+        cls.check_grid(grid)
         tokens = torch.arange(math.prod(grid)).view(grid)
         (frames, rows, columns), (t, h, w) = grid, tile
         tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)

@@ -15,7 +15,7 @@ def window_blocks(tiles: tuple[int, int, int], window: tuple[int, int, int], dev
     near = []
     for count, extent in zip(tiles, window):
         position = torch.arange(count, device=device)
-        near.append((position[:, None] - position[None, :]).abs() <= extent // 2)
+        near.append((position[:, None] - position[None, :]).abs() <= min(extent, 2 * count) // 2)
     t, h, w = near
     both = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
     blocks = len(t) * len(h) * len(w)

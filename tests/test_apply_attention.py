@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +176,47 @@ def test_steps_are_counted_over_guidance_branches_experts_and_videos():
     counter = StepCounter()
     seen = [counter.see(torch.tensor([float(t), float(t)])) for t in (999, 999, 800, 800, 600, 999, 900, 950)]
     assert seen == [0, 0, 1, 1, 2, 0, 1, 0]
+
+
+def test_the_loop_tells_the_steps_whatever_came_before(random_nano):
+    config = nabla.NablaConfig(threshold=0.3, tile=(1, 4, 4), dense_steps=2)
+    settings = dict(size=(96, 80), frame_num=5, seed=0, steps=4)
+    video = wan.WanT2V.from_pretrained(random_nano, config).generate("a cat", **settings)
+    pipe = wan.WanT2V.from_pretrained(random_nano, config)
+    pipe.generate("a dog", **settings | {"steps": 1, "solver": "dpm++"})
+    assert (pipe.generate("a cat", **settings) == video).all()
+
+
+def test_training_never_counts_steps():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, NablaConfig(threshold=0.3, tile=(1, 4, 4), dense_steps=5))
+    sparse = replace(transformer.nabla.config, dense_steps=0)
+    transformer.train()
+    trained = forward(transformer)
+    wan.apply_attention(transformer, sparse)
+    assert torch.equal(forward(transformer), trained)
+
+
+def test_a_transformer_that_has_run_can_be_copied_pickled_and_trained():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, CONFIG)
+    with torch.inference_mode():
+        latents = torch.randn(1, 16, 3, 12, 10)
+        transformer(latents, torch.tensor([500.0]), text_states(1))
+    again = copy.deepcopy(transformer)
+    assert torch.equal(forward(again), forward(transformer))
+    torch.save(transformer, io.BytesIO())
+    latents = torch.randn(1, 16, 3, 12, 10)
+    transformer(latents, torch.tensor([500.0]), text_states(1), return_dict=False)[0].sum().backward()
+    assert transformer.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+def test_a_compiled_transformer_is_patched_inside_its_wrapper():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(torch.compile(transformer), CONFIG)
+    assert transformer.nabla.config == CONFIG
+    wan.remove_attention(torch.compile(transformer))
+    assert not hasattr(transformer, "nabla")
 
 
 def test_another_model_and_layers_that_do_not_exist_are_refused(vae):

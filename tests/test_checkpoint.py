@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -16,18 +17,22 @@ from transformers import PreTrainedTokenizerFast
 
 import wan
 from nabla import InputError
-from wan import checkpoint as parts
-from wan import random_checkpoint
-from wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, Checkpoint
+from wan import parts, random_checkpoint
+from wan.checkpoint import TOKENIZER_FOLDER, Checkpoint
+from wan.parts import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import CheckpointError
 
 SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
 SINGLE = "diffusion_pytorch_model.safetensors"
-LOADERS = {
-    "transformer": parts.load_transformer,
-    "vae": parts.load_vae,
-    "text_encoder": parts.load_text_encoder,
-}
+
+
+def load_models(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
+    checkpoint = Checkpoint.open(folder)
+    return {
+        "transformer": parts.load_transformer(parts.transformer_part(checkpoint), dtype, "cpu"),
+        "vae": parts.vae_part(checkpoint).load(dtype, "cpu"),
+        "text_encoder": parts.text_encoder_part(checkpoint, dtype).load(dtype, "cpu"),
+    }
 
 
 @pytest.fixture
@@ -39,17 +44,11 @@ def copy(nano, tmp_path) -> Path:
 def diffusers_layout(random_nano, tmp_path_factory) -> Path:
     """`random_nano` saved by the libraries' own methods."""
     folder = tmp_path_factory.mktemp("diffusers")
-    checkpoint = Checkpoint.open(random_nano)
-    for name, loader in LOADERS.items():
-        loader(checkpoint, torch.float32, "cpu").save_pretrained(folder / name)
-    parts.load_tokenizer(checkpoint).save_pretrained(folder / "tokenizer")
+    for name, model in load_models(random_nano).items():
+        model.save_pretrained(folder / name)
+    parts.load_tokenizer(Checkpoint.open(random_nano), 512).save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return folder
-
-
-def states(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: loader(checkpoint, torch.float32, "cpu").state_dict() for name, loader in LOADERS.items()}
 
 
 def test_published_names_and_shapes_are_those_of_the_real_checkpoints():
@@ -80,12 +79,12 @@ def test_single_file_equals_shards(nano, copy):
     save_file({k: v for shard in shards for k, v in load_file(shard).items()}, copy / SINGLE)
     for file in (*shards, *copy.glob("*.index.json")):
         file.unlink()
-    ours, whole = (states(folder)["transformer"] for folder in (nano, copy))
+    ours, whole = (load_models(folder)["transformer"].state_dict() for folder in (nano, copy))
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
 
 
 def test_bf16_keeps_norms_modulations_and_time_embedding_in_float32(nano):
-    transformer = parts.load_transformer(Checkpoint.open(nano), torch.bfloat16, "cpu")
+    transformer = load_models(nano, torch.bfloat16)["transformer"]
     kinds = {name: tensor.dtype for name, tensor in transformer.named_parameters()}
     assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16
     for name in ("blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"):
@@ -98,6 +97,12 @@ def test_the_attention_that_a_checkpoint_names_is_the_default(copy):
     (copy / "config.json").write_text(json.dumps(config | {"sparse_algo": "nabla-0.6_sta-11-3-3"}))
     pipe = wan.WanT2V.from_pretrained(copy)
     assert pipe.transformer.nabla.config.algorithm == "nabla-0.6_sta-11-3-3"
+
+
+def test_a_window_that_a_checkpoint_names_runs_its_first_steps_dense(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"sparse_algo": "sta-3-3-3"}))
+    assert wan.WanT2V.from_pretrained(copy).transformer.nabla.config.dense_steps == 12
 
 
 def test_tokenizer_reads_tokenizer_json_as_it_is(random_nano):
@@ -171,6 +176,39 @@ def test_no_transformer_at_all(copy):
         wan.WanT2V.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("weight_map", (None, [], "x", {"a": 1}, {"a": "../x.safetensors"}))
+def test_an_index_that_makes_no_sense(copy, weight_map):
+    (copy / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="does not say which file holds which tensor"):
+        wan.WanT2V.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_flipped_bytes_in_a_pickle_are_one_clear_line_or_harmless(copy, seed):
+    data = bytearray((copy / TEXT_ENCODER_FILE).read_bytes())
+    generator = random.Random(seed)
+    for _ in range(20):
+        data[generator.randrange(6000)] = generator.randrange(256)
+    (copy / TEXT_ENCODER_FILE).write_bytes(bytes(data))
+    try:
+        wan.WanT2V.from_pretrained(copy)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    (
+        ({"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline; only Wan2.1"),
+        ({"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}, "is a Wan2.2 pipeline"),
+    ),
+)
+def test_other_pipelines_of_diffusers(copy, index, message):
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        wan.WanT2V.from_pretrained(copy)
+
+
 def test_code_in_a_pickle_is_not_run(copy, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -188,7 +226,9 @@ def test_code_in_a_pickle_is_not_run(copy, tmp_path):
         ("{", "config.json cannot be read as JSON"),
         ("[]", "config.json does not hold a JSON object"),
         ('{"model_type": "i2v"}', "is a 'i2v' model"),
-        ('{"dim": 64}', "'num_heads' is missing"),
+        ('{"dim": 64}', "num_heads is None, but must be a positive integer"),
+        ('{"dim": "64", "num_heads": 0}', "num_heads is 0"),
+        ('{"text_len": null}', "text_len is None"),
     ),
 )
 def test_bad_configuration(copy, config, message):
@@ -218,9 +258,13 @@ def test_wrong_inputs_to_the_pipeline(random_nano):
     context = torch.zeros(1, 600, 64)
     with pytest.raises(InputError, match="600 rows are too long"):
         pipe.sample(context, context, noise=torch.zeros(1, 16, 1, 8, 8), steps=1)
+    with pytest.raises(InputError, match="600 rows are too long"):
+        pipe.encode_text(torch.zeros(1, 600, dtype=torch.long), torch.ones(1, 600, dtype=torch.long))
+    with pytest.raises(InputError, match="values that are not finite"):
+        pipe.sample(context[:, :5], guide_scale=1, noise=torch.full((1, 16, 1, 8, 8), torch.nan), steps=1)
     with pytest.raises(InputError, match="needs negative text states"):
         pipe.sample(context[:, :5], noise=torch.zeros(1, 16, 1, 8, 8), steps=1)
-    with pytest.raises(InputError, match="6 frames cannot be encoded"):
+    with pytest.raises(InputError, match="6 frames of 64.64 cannot be encoded"):
         pipe.encode(torch.zeros(3, 6, 64, 64))
 
 
@@ -233,11 +277,12 @@ def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, mo
     random_checkpoint.write("some", tmp_path, torch.float32)
     code = (
         "import sys, torch\n"
-        "from wan.checkpoint import Checkpoint, load_transformer\n"
+        "from wan.checkpoint import Checkpoint\n"
+        "from wan.parts import load_transformer, transformer_part\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
         "checkpoint = Checkpoint.open(sys.argv[1])\n"
         "before = peak()\n"
-        "model = load_transformer(checkpoint, torch.bfloat16, 'cpu')\n"
+        "model = load_transformer(transformer_part(checkpoint), torch.bfloat16, 'cpu')\n"
         "print(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, peak() - before)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

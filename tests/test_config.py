@@ -50,7 +50,10 @@ def test_unknown_algorithm_strings(text):
         ({"window": (3, 1.5, 3)}, "not three positive integers"),
         ({"window": "11-3-3"}, "not three positive integers"),
         ({"tile": (0, 8, 8)}, "tile .* is not three positive integers"),
+        ({"tile": (1, 100000, 100000)}, "at most 1024 are allowed"),
+        ({"window": {11, 3, 5}}, "not three positive integers"),
         ({"dense_steps": -1}, "dense_steps -1"),
+        ({"dense_steps": True}, "dense_steps True"),
         ({"dense_layers": (1, -1)}, "dense_layers"),
         ({"dense_layers": "all"}, "dense_layers"),
         ({"backend": "cuda"}, "backend 'cuda' is not known; use one of auto"),
@@ -64,10 +67,14 @@ def test_values_outside_what_is_allowed(settings, message):
 @pytest.mark.parametrize(
     "settings, message",
     (
-        ({"algorithm": "nabla"}, "takes threshold, but given are none"),
-        ({"algorithm": "sta", "window": [3, 3, 3], "threshold": 0.5}, "takes window, but given are threshold, window"),
-        ({"algorithm": "dense", "threshold": 0.5}, "takes no threshold or window"),
-        ({"algorithm": "nabla-0.7", "threshold": 0.5}, "already carries its numbers; remove threshold"),
+        ({"algorithm": "nabla"}, r"takes a threshold \(or keep\), but given are no threshold and no window"),
+        ({"algorithm": "sta", "window": [3, 3, 3], "threshold": 0.5}, "takes a window, but given are a threshold"),
+        ({"algorithm": "dense", "threshold": 0.5}, "takes no threshold and no window"),
+        ({"algorithm": "nabla-0.7", "threshold": 0.5}, "carries its numbers already; remove a threshold"),
+        ({"algorithm": ["nabla"]}, r"algorithm \['nabla'\] is not known"),
+        ({"algorithm": 3}, "algorithm 3 is not known"),
+        ({1: 2, "a": 3}, "unknown key '1'"),
+        ({"dense_layers": 1}, "dense_layers 1: give a list"),
         ({"algorithm": "nabla", "treshold": 0.5}, "unknown key 'treshold'; allowed are algorithm"),
     ),
 )
@@ -97,6 +104,16 @@ def test_attention_mappings_that_do_not_fit(settings, message):
         ({"sampling": {"cfg": 3}}, "sampling has an unknown key 'cfg'"),
         ({"model": "x"}, "the settings has an unknown key 'model'"),
         ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": 3}, "prompt 3 is not a text"),
+        ({"checkpoint": None}, "checkpoint None is not a directory or a hub id"),
+        ({"dtype": "int8"}, "dtype 'int8' is not known; use one of bfloat16"),
+        ({"sampling": {"seed": True}}, "seed True"),
+        ({"sampling": {"steps": 10**11}}, "from 1 to 1000"),
+        ({"sampling": {"shift": True}}, "shift True"),
+        ({"sampling": {"shift": float("inf")}}, "shift inf"),
+        ({"video": {"frame_num": float("nan")}}, r"frame_num nan is not of the form 4n\+1"),
+        ({"video": {"size": [64.9, 48.2]}}, "is not of the form"),
+        ({"video": {"size": {64: 1, 48: 2}}}, "is not of the form"),
     ),
 )
 def test_bad_settings(layer, message):
@@ -128,6 +145,7 @@ def test_precedence_flag_yaml_checkpoint_program():
     assert settings.attention == NablaConfig(window=(3, 3, 3), dense_layers=(0,), dense_steps=STA_DENSE_STEPS)
     sampling = settings.sampling
     assert (sampling.steps, sampling.shift, sampling.guide_scale, sampling.solver) == (4, 3.0, 2.0, "unipc")
+    assert resolve({"attention": {"algorithm": "nabla-0.4"}}, read_settings("sta_18_3_3.yaml"), ROOM).attention.dense_steps == 0
     assert resolve(yaml, checkpoint, ROOM).attention == NablaConfig(threshold=0.5, dense_layers=(0,))
     assert resolve(checkpoint, ROOM).attention == NablaConfig(threshold=0.9)
     assert resolve(ROOM).attention == NablaConfig()

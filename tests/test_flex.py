@@ -14,7 +14,7 @@ import torch
 
 import nabla
 from nabla import InputError, NablaConfig, backends
-from nabla.backends import flex, reference
+from nabla.backends import flex
 from nabla.tiling import TileLayout
 
 FLEX = NablaConfig(threshold=0.5, backend="flex")
@@ -100,9 +100,14 @@ def test_training_takes_the_reference_or_says_that_flex_cannot():
 
 def test_auto_on_a_cpu_is_reference_until_flex_has_passed():
     auto = replace(FLEX, backend="auto")
-    assert nabla.plan((1, 8, 16), auto, "cpu").backend is reference
-    assert nabla.plan((1, 8, 16), FLEX, "cpu").backend is flex
-    assert nabla.plan((1, 8, 16), auto, "cpu").backend is flex
+    grid = (1, 8, 16)
+    assert nabla.plan(grid, auto, "cpu").backend == "reference"
+    assert nabla.plan(grid, FLEX, "cpu").backend == "flex"
+    assert nabla.plan(grid, auto, "cpu").backend == "flex"
+    double = [x.double() for x in random_qkv(grid)]
+    assert nabla.attention(*double, grid, auto).dtype == torch.float64
+    with pytest.raises(InputError, match="flex does not take torch.float64"):
+        nabla.attention(*double, grid, FLEX)
 
 
 def test_a_backend_that_answers_with_dense_attention_fails_its_check(monkeypatch):

@@ -14,7 +14,8 @@ import torch
 
 import generate
 from wan import WanT2V, video
-from wan.checkpoint import TOKENIZER_FOLDER, VAE_FILE
+from wan.checkpoint import TOKENIZER_FOLDER
+from wan.parts import VAE_FILE
 
 ROOT = Path(generate.__file__).parent
 
@@ -61,8 +62,20 @@ def test_seed_and_prompt_change_the_video_and_an_unset_seed_is_drawn_and_kept(ru
     for flags in (("--base_seed", "2"), ("--prompt", "A blue boat"), ("--negative_prompt", "night")):
         run(*flags)
         assert (iio.imread("out.mp4") != first).any()
-    run("--base_seed", "-1")
-    assert json.loads((tmp_path / "out.json").read_text())["settings"]["sampling"]["seed"] >= 0
+    (tmp_path / "seed.yaml").write_text("sampling: {seed: 3}")
+    drawn = set()
+    for _ in range(2):
+        run("--base_seed", "-1", "--config", "seed.yaml")
+        drawn.add(json.loads((tmp_path / "out.json").read_text())["settings"]["sampling"]["seed"])
+    assert len(drawn) == 2 and min(drawn) >= 0 and 3 not in drawn
+
+
+def test_a_record_keeps_the_dtype_and_finds_the_checkpoint_from_elsewhere(run, random_nano, tmp_path, monkeypatch):
+    monkeypatch.chdir(random_nano.parent)
+    assert run("--dtype", "bfloat16", "--save_file", str(tmp_path / "out.mp4"), ckpt_dir="nano")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--config", "out.json", "--save_file", "again.mp4", "--device", "cpu"]) == 0
+    assert (iio.imread("again.mp4") == iio.imread("out.mp4")).all()
 
 
 def test_t2i_writes_one_picture(run):
@@ -74,8 +87,10 @@ def test_t2i_writes_one_picture(run):
 def test_without_save_file_the_prompt_names_the_video(random_nano, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--prompt", "A cat, at night!", "--ckpt_dir", str(random_nano), "--size", "32*32", "--device", "cpu"]
-    assert generate.main([*flags, "--frame_num", "1", "--sample_steps", "1", "--sample_guide_scale", "1"]) == 0
-    assert [path.suffix for path in sorted(tmp_path.glob("A-cat-at-night_*"))] == [".json", ".mp4"]
+    flags += ["--sample_steps", "1", "--sample_guide_scale", "1"]
+    for frames, suffix in (("5", ".mp4"), ("1", ".png")):
+        assert generate.main([*flags, "--frame_num", frames]) == 0
+        assert len(list(tmp_path.glob(f"A-cat-at-night_*{suffix}"))) == 1
 
 
 def test_other_flags_of_wan(run):
@@ -105,6 +120,17 @@ def test_sampling_defaults_from_the_checkpoint(run, damaged):
     assert iio.immeta("out.mp4")["fps"] == 8
 
 
+def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"sparse_algo": "nabla-.9"}))
+    (damaged / "defaults.yaml").write_text("attention: {backend: reference, dense_layers: [1]}\n")
+    said = run(ckpt_dir=damaged)[1]
+    assert "attention: nabla-0.9, layers 1 dense, backend reference" in said and "warning" not in said
+    (damaged / "defaults.yaml").write_text("prompt: a dog\n")
+    code, said, _ = run(ckpt_dir=damaged)
+    assert code == 2 and "defaults.yaml may not name a prompt" in said
+
+
 @pytest.mark.parametrize(
     "flags, message",
     (
@@ -117,17 +143,23 @@ def test_sampling_defaults_from_the_checkpoint(run, damaged):
         ("--sparse_algo sta-3-0-3", "window (3, 0, 3) is not three positive integers"),
         ("--sparse_algo sparse", "attention algorithm 'sparse' is not known"),
         ("--sample_solver euler", "solver 'euler' is not known"),
-        ("--sample_steps 0", "steps 0 is not a whole number of at least 1"),
+        ("--sample_steps 0", "steps 0 is not a whole number from 1 to 1000"),
         ("--sample_shift -1", "shift -1.0 is not a positive number"),
+        ("--sample_shift nan", "shift nan is not a positive number"),
+        ("--sample_guide_scale inf", "guide_scale inf is not a number"),
         ("--sample_guide_scale 0", "guide_scale 0.0 is not a number of at least 1"),
         ("--base_seed -7", "seed -7 is not a whole number"),
         ("--config none.yaml", "config 'none.yaml' is neither a file nor one of full.yaml"),
         ("--task t2v-70B", "argument --task: invalid choice: 't2v-70B'"),
         ("--task t2i-14B --save_file out.png", "frame_num 5: task t2i-14B makes one picture"),
+        ("--task t2i-14B --frame_num 1", "task t2i-14B makes a picture; end it in .png"),
         ("--save_file no/such/folder/out.mp4", "cannot be written (No such file or directory)"),
         ("--save_file out.avi", "save_file out.avi must end in .mp4"),
         ("--save_file out.png", "must end in .mp4 for 5 frames"),
+        (f"--save_file {'x' * 300}.mp4", "cannot be written (File name too long)"),
+        ("--ckpt_dir ~nobody-here/x", "checkpoint '~nobody-here/x' is neither a directory nor a hub id"),
         ("--device tpu", "device 'tpu' cannot be used"),
+        ("--device meta", "device 'meta' cannot be used"),
         ("--offload_model maybe", "'maybe' is neither true nor false"),
         ("--ulysses_size 2", "ulysses_size 2: only one process with one GPU"),
         ("--dit_fsdp", "dit_fsdp: only one process"),
@@ -140,7 +172,23 @@ def test_wrong_flags(run, flags, message):
     assert said.count("\n") == 1 and said.startswith("error: ") and message in said
 
 
-@pytest.mark.parametrize("prompt", ("", "   ", None))
+def test_a_task_of_another_size_than_the_config_s_checkpoint(run):
+    code, said, _ = run("--config", "nabla_0.7.yaml", "--task", "t2v-1.3B", ckpt_dir=None)
+    assert code == 2 and said.startswith("error: task t2v-1.3B: config nabla_0.7.yaml names ai-forever/Wan2.1-T2V-14B")
+
+
+def test_a_file_that_is_not_a_record_is_not_overwritten(run, tmp_path):
+    (tmp_path / "out.json").write_text('{"mine": 1}')
+    code, said, files = run()
+    assert (code, files) == (2, ["out.json"]) and "out.json exists and is not the record of a video" in said
+
+
+def test_a_prompt_that_is_not_unicode(run):
+    code, said, files = run(prompt="a \udcff cat")
+    assert (code, files) == (2, []) and "prompt is not valid Unicode" in said
+
+
+@pytest.mark.parametrize("prompt", ("", "   ", "&nbsp;", None))
 def test_empty_prompt(run, prompt):
     code, said, files = run(prompt=prompt)
     assert (code, files) == (2, []) and said == "error: the prompt is empty; say what the video should show with --prompt\n"

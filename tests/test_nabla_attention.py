@@ -19,7 +19,7 @@ import nabla
 from nabla import InputError, NablaConfig
 from nabla.backends import reference
 from nabla.block_lists import to_lists
-from nabla.selection import keep_mass
+from nabla.selection import blocks_to_keep, keep_mass
 
 ALGORITHMS = ("nabla-0.5", "nabla-0.9", "sta-3-1-3", "nabla-0.3_sta-1-3-1", "keep-0.3", "keep-0.2_sta-3-1-1")
 
@@ -53,7 +53,8 @@ def oracle(q, k, v, grid, config):
             for row, probabilities in enumerate(rows):
                 order = probabilities.argsort()
                 if config.keep is not None:
-                    chosen = order[n - max(1, round(config.keep * n)) :]
+                    count = next(m for m in range(1, n + 1) if m / n >= config.keep)
+                    chosen = order[n - count :]
                 else:
                     total = torch.cumsum(probabilities[order], 0)
                     chosen = order[total >= 1 - config.threshold]
@@ -157,8 +158,13 @@ def test_higher_threshold_keeps_more_and_never_nothing():
 def test_keep_keeps_a_fixed_share_of_the_most_probable():
     q, k, _ = random_qkv((3, 24, 24))
     kept = nabla.select_blocks(q, k, (3, 24, 24), NablaConfig(keep=0.2))
-    assert (kept.sum(-1) == round(0.2 * 27)).all()
+    assert (kept.sum(-1) == 6).all()
     assert (nabla.select_blocks(q, k, (3, 24, 24), NablaConfig(keep=1e-6)).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("share, blocks, count", ((0.5, 3, 2), (0.5, 4, 2), (0.2, 1260, 252), (0.07, 100, 7), (0.1, 1, 1)))
+def test_keep_is_never_below_its_share(share, blocks, count):
+    assert blocks_to_keep(share, blocks) == count
 
 
 def test_ties_drop_lower_numbered_blocks_first():

@@ -76,7 +76,7 @@ def test_guided_loop(pipe, expected, algorithm):
 
 def test_one_batch_of_two_equals_two_forwards(pipe, expected, monkeypatch):
     wan.apply_attention(pipe.transformer, NablaConfig.parse("nabla-0.7"))
-    monkeypatch.setattr(pipe, "_has_room_for_both", lambda latents: True)
+    monkeypatch.setattr("wan.memory.has_room_for_both", lambda transformer, latents: True)
     test_guided_loop(pipe, expected, "nabla-0.7")
 
 

@@ -17,12 +17,11 @@ from nabla import InputError, NablaConfig, Plan
 def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
     """Replace the self-attention of a `WanTransformer3DModel` by NABLA, in place; `remove_attention` undoes it.
 
-    Given several transformers, such as the two experts of a Wan2.2 pipeline, their sampling steps are counted together
-    for `config.dense_steps`. A new video is recognised by its timestep being higher than the last one seen.
-    Raises `InputError` for another kind of model, for layers that it does not have, and while its context parallelism
-    is enabled.
+    Given several transformers at once, such as the two experts of a Wan2.2 pipeline, their sampling steps are counted
+    together for `config.dense_steps`; one given alone is counted alone. Raises `InputError` for another kind of model,
+    for layers that it does not have, and while its context parallelism is enabled.
     """
-    transformers = [transformer] if isinstance(transformer, nn.Module) else list(transformer)
+    transformers = _each(transformer)
     for one in transformers:
         _check(one, config)
     steps = StepCounter()
@@ -33,21 +32,38 @@ def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaC
 
 def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
     """Give transformers back the attention that they had before `apply_attention`; nothing happens to others."""
-    for one in [transformer] if isinstance(transformer, nn.Module) else transformer:
+    for one in _each(transformer):
         if isinstance(getattr(one, "nabla", None), AppliedAttention):
             one.nabla.remove()
             del one.nabla
 
 
+def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """One or several transformers, each out of the wrapper that `torch.compile(model)` puts around it."""
+    several = [transformer] if isinstance(transformer, nn.Module) else transformer
+    return [getattr(one, "_orig_mod", one) for one in several]
+
+
 class StepCounter:
-    """Counts sampling steps by the timesteps that go by: they fall from step to step and rise for a new video."""
+    """The sampling step that a forward belongs to, from 0: told by the loop, or else seen from the timesteps.
+
+    Timesteps fall from step to step; one that rises begins a new video. Two steps of equal timestep count as one.
+    """
 
     def __init__(self) -> None:
+        self.told: int | None = None
         self.step = 0
         self.timestep = float("-inf")
 
+    def tell(self, step: int | None) -> None:
+        """State the step of the forwards to come; None leaves it to the timesteps again, from a new video on."""
+        self.told = step
+        self.timestep = float("-inf")
+
     def see(self, timestep: Tensor) -> int:
-        """The step, counted from 0, that a forward with this timestep belongs to."""
+        """The step that a forward with this timestep belongs to."""
+        if self.told is not None:
+            return self.told
         value = timestep.max().item()
         if value != self.timestep:
             self.step = 0 if value > self.timestep else self.step + 1
@@ -90,12 +106,14 @@ class AppliedAttention:
         return self.plans[key]
 
     @torch.compiler.disable
-    def _before_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.modules:
             return
         latents = args[0] if args else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        dense = self.config.dense_steps > 0 and self.steps.see(timestep) < self.config.dense_steps
+        # Training draws timesteps at random, so they say nothing of steps.
+        counts = self.config.dense_steps > 0 and not transformer.training
+        dense = counts and self.steps.see(timestep) < self.config.dense_steps
         plan = None if dense else self.plan(latents.shape[2:], latents.device)
         for module in self.modules:
             module.nabla_plan = plan

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nabla import InputError, NablaConfig
-
-log = logging.getLogger("wan")
+from nabla.config import is_count, is_number
+from wan.text import clean_prompt
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 VAE_STRIDE = (4, 8, 8)
@@ -26,12 +25,14 @@ DEFAULT_NEGATIVE_PROMPT = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
     "背景人很多，倒着走"
 )
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_STEPS = 1000
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to walk from noise to latents. `seed` None draws one."""
+    """How to walk from noise to latents. `seed` None or -1 draws one."""
 
     solver: str = "unipc"
     steps: int = 50
@@ -42,10 +43,9 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_sampling(self.solver, self.steps, self.shift, self.guide_scale)
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
-            raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1")
-        if not isinstance(self.negative_prompt, str):
-            raise InputError(f"negative_prompt {self.negative_prompt!r} is not a text")
+        if self.seed not in (None, -1) and not (is_count(self.seed) and self.seed < 2**63):
+            raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1, or -1 to draw one")
+        check_text("negative_prompt", self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,27 @@ class VideoSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", parse_size(self.size))
         check_video(self.size, self.frame_num)
-        if not isinstance(self.fps, int) or self.fps < 1:
+        if not is_count(self.fps) or self.fps == 0:
             raise InputError(f"fps {self.fps!r} is not a whole number of at least 1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a video. `checkpoint` is a directory or a hub id."""
+    """Everything that decides a video. `checkpoint` is a directory or a hub id; `dtype` None leaves it to the device."""
 
     checkpoint: str
     prompt: str
+    dtype: str | None = None
     attention: NablaConfig = NablaConfig()
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     video: VideoSettings = field(default_factory=VideoSettings)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, str) or not self.checkpoint:
+            raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
+        check_prompt(self.prompt)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
@@ -87,101 +95,118 @@ def resolve(*layers: Mapping[str, Any]) -> Settings:
 
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
-    merged: dict[str, Any] = {"attention": {}, "sampling": {}, "video": {}}
+    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
     for layer in reversed(layers):
-        _check_keys("the settings", layer, {"checkpoint", "prompt", *SECTIONS})
+        _check_keys("the settings", layer, {item.name for item in fields(Settings)})
         for key, value in layer.items():
-            if key not in SECTIONS:
-                merged[key] = value
-                continue
-            if not isinstance(value, Mapping):
-                raise InputError(f"{key} {value!r} is not a mapping of settings")
-            if key == "attention" and any(name in value for name in _CHOICE):
-                merged[key] = {name: old for name, old in merged[key].items() if name not in _CHOICE}
-            merged[key] |= value
+            merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
     for name in ("sampling", "video"):
         _check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
-    check_prompt(merged.get("prompt"))
     return Settings(
-        checkpoint=str(merged["checkpoint"]),
-        prompt=merged["prompt"],
-        attention=attention_config(merged["attention"]),
-        sampling=SamplingSettings(**merged["sampling"]),
-        video=VideoSettings(**merged["video"]),
+        **merged
+        | {
+            "attention": attention_config(merged["attention"]),
+            "sampling": SamplingSettings(**merged["sampling"]),
+            "video": VideoSettings(**merged["video"]),
+        }
     )
+
+
+def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]:
+    if not isinstance(upper, Mapping):
+        raise InputError(f"{section} {upper!r} is not a mapping of settings")
+    if section == "attention" and any(key in upper for key in _CHOICE):
+        # Another algorithm: the numbers of the lower one, and its dense steps, were meant for that one.
+        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps")}
+    return {**lower, **upper}
 
 
 def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
     """An `attention` mapping to its config; a window alone runs its first steps dense unless `dense_steps` says else."""
     config = NablaConfig.from_dict(settings)
-    if config.window is not None and not config.selects and "dense_steps" not in settings:
-        return NablaConfig.from_dict({**settings, "dense_steps": STA_DENSE_STEPS})
+    if config.kind == "sta" and settings.get("dense_steps") is None:
+        return replace(config, dense_steps=STA_DENSE_STEPS)
     return config
 
 
-def read_settings(name: str) -> dict[str, Any]:
+def read_settings(name: str | Path) -> dict[str, Any]:
     """A layer of settings from a YAML file, or from the JSON file beside a video.
 
     `name` is a path, or the name of a file in `configs/` whatever the working directory.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        path = CONFIG_FOLDER / name
-    if not path.is_file():
+    try:
+        candidates = [Path(name).expanduser(), CONFIG_FOLDER / name]
+        path = next((path for path in candidates if path.is_file()), None)
+    except (OSError, RuntimeError):
+        path = None
+    if path is None:
         known = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
-        raise InputError(f"config {name!r} is neither a file nor one of {known}")
+        raise InputError(f"config {str(name)!r} is neither a file nor one of {known}")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)["settings"] if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if path.suffix == ".json":
+        content = content.get("settings") if isinstance(content, dict) else content
+    if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
         raise InputError(f"config {path} does not hold a mapping of settings")
-    return content
+    return content or {}
 
 
 def parse_size(size: object) -> tuple[int, int]:
     """(width, height) from `1280*720`, `1280x720` or a pair."""
-    parts = size.replace("x", "*").split("*") if isinstance(size, str) else size
-    try:
-        width, height = (int(part) for part in parts)
-    except (TypeError, ValueError):
-        raise InputError(f"size {size!r} is not of the form width*height, such as 1280*720") from None
-    return width, height
+    if isinstance(size, str):
+        parts = size.replace("x", "*").split("*")
+        size = [int(part) if part.isdecimal() else part for part in parts]
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
+        given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
+        raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")
+    return int(size[0]), int(size[1])
 
 
 def check_video(size: tuple[int, int], frame_num: int) -> None:
     """Raise `InputError` unless a video of `size` (width, height) and `frame_num` frames can be made, uncropped."""
     width, height = size
     rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
-    if width < columns or height < rows or width % columns or height % rows:
+    if not width or not height or width % columns or height % rows:
         near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
         raise InputError(f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}")
     step = VAE_STRIDE[0]
-    if not isinstance(frame_num, int) or frame_num < 1 or frame_num % step != 1:
-        near = max(0, (int(frame_num) - 1) // step) * step + 1 if isinstance(frame_num, (int, float)) else 81
-        raise InputError(f"frame_num {frame_num} is not of the form {step}n+1; use {near} or {near + step}")
+    if not is_count(frame_num) or frame_num % step != 1:
+        below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
+        raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
 
 
 def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:
     """Raise `InputError` for a solver that is not known or numbers outside what is allowed."""
     if solver not in SOLVERS:
         raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps {steps!r} is not a whole number of at least 1; 50 is usual")
-    if not isinstance(shift, (int, float)) or shift <= 0:
+    if not is_count(steps) or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
+    if not is_number(shift) or shift <= 0:
         raise InputError(f"shift {shift!r} is not a positive number; 5.0 is usual")
-    if not isinstance(guide_scale, (int, float)) or guide_scale < 1:
+    if not is_number(guide_scale) or guide_scale < 1:
         raise InputError(f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual")
 
 
+def check_text(name: str, text: object) -> None:
+    """Raise `InputError` unless a value is text that can be written to a file."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} {text!r} is not a text; put it in quotes")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
+
+
 def check_prompt(prompt: object) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
+    """Raise `InputError` unless a prompt says something."""
+    check_text("prompt", prompt or "")
+    if not clean_prompt(prompt or ""):
         raise InputError("the prompt is empty; say what the video should show with --prompt")
 
 
 def _check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
-    if unknown := sorted(map(str, set(given) - allowed)):
+    if unknown := sorted(map(str, given.keys() - allowed)):
         raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

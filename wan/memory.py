@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
+from torch import Tensor, nn
+
+from wan.config import VAE_STRIDE
+
+log = logging.getLogger("wan")
 
 GIB = 2**30
 # Measured on the published VAE, 81 frames: 20.7 GiB for 1280x720 in float32.
@@ -26,11 +34,23 @@ def is_crowded(device: torch.device, weights: int) -> bool:
     return weights > WEIGHT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
-def forward_bytes(tokens: int, dim: int, ffn_dim: int, itemsize: int) -> int:
-    """Activations of one transformer forward at batch 1."""
-    return tokens * (dim * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
+def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
+    """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
+    if latents.device.type != "cuda":
+        return False
+    config = transformer.config
+    tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
+    hidden = config.num_attention_heads * config.attention_head_dim * HIDDEN_COPIES * 4
+    need = tokens * (hidden + config.ffn_dim * 2 * transformer.dtype.itemsize)
+    return need < free_bytes(latents.device) // 8
 
 
-def decode_bytes(height: int, width: int, itemsize: int) -> int:
-    """Working memory of decoding a video of height x width pixels without tiling."""
-    return height * width * DECODE_BYTES_PER_PIXEL * itemsize // 4
+def needs_tiling(latents: Tensor) -> bool:
+    """Whether a GPU has too little memory left to decode latents (B, C, T, h, w) at once; says so if that is so."""
+    if latents.device.type != "cuda":
+        return False
+    pixels = latents[0, 0, 0].numel() * VAE_STRIDE[1] * VAE_STRIDE[2]
+    need, free = pixels * DECODE_BYTES_PER_PIXEL * latents.element_size() // 4, free_bytes(latents.device)
+    if need > free:
+        log.info("decoding in tiles: at once needs %.1f GiB, %.1f are free", need / GIB, free / GIB)
+    return need > free

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from nabla import InputError, NablaConfig
-from wan import checkpoint as parts
-from wan import memory
+from wan import memory, parts
 from wan.attention import apply_attention
 from wan.checkpoint import Checkpoint
-from wan.config import DEFAULT_NEGATIVE_PROMPT, VAE_STRIDE, check_prompt, check_sampling, check_video
+from wan.config import VAE_STRIDE, SamplingSettings, VideoSettings, check_prompt, check_sampling, resolve
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
-
-log = logging.getLogger("wan")
+from wan.weights import CheckpointError
 
 
 class WanT2V:
@@ -35,6 +31,7 @@ class WanT2V:
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
     vae: diffusers' `AutoencoderKLWan`, in float32
     text_encoder: transformers' `UMT5EncoderModel`
+    sampling, video: the settings that `generate` uses where it is given none
     seconds: how long each stage of the last `generate` took
     """
 
@@ -48,6 +45,8 @@ class WanT2V:
         text_device: torch.device,
         text_length: int,
         offload: bool,
+        sampling: SamplingSettings,
+        video: VideoSettings,
     ):
         self.transformer = transformer
         self.vae = vae
@@ -57,6 +56,8 @@ class WanT2V:
         self.text_device = text_device
         self.text_length = text_length
         self.offload = offload
+        self.sampling = sampling
+        self.video = video
         self.seconds: dict[str, float] = {}
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
         shape = (1, vae.config.z_dim, 1, 1, 1)
@@ -82,33 +83,33 @@ class WanT2V:
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-        device = torch.device(device)
+        device, cpu = torch.device(device), torch.device("cpu")
+        defaults = resolve(*checkpoint.settings_layers, {"checkpoint": checkpoint.name, "prompt": "none"})
+        vae, text = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
+        transformer = parts.transformer_part(checkpoint)
         if offload is None:
-            parts_on_device = [files for part, files in checkpoint.weights.items() if not (t5_cpu and part == "text_encoder")]
-            need = sum(files.elements for files in parts_on_device) * dtype.itemsize
-            offload = memory.is_crowded(device, need)
-        home = torch.device("cpu") if offload else device
-        text_device = torch.device("cpu") if t5_cpu else device
+            on_device = [transformer, vae] if t5_cpu else [transformer, vae, text]
+            offload = memory.is_crowded(device, sum(part.bytes(dtype) for part in on_device))
+        home = cpu if offload else device
         pipe = cls(
-            vae=parts.load_vae(checkpoint, torch.float32, home),
-            text_encoder=parts.load_text_encoder(checkpoint, dtype, torch.device("cpu") if t5_cpu else home),
-            transformer=parts.load_transformer(checkpoint, dtype, home),
-            tokenizer=parts.load_tokenizer(checkpoint),
+            vae=vae.load(torch.float32, home),
+            text_encoder=text.load(dtype, cpu if t5_cpu else home),
+            transformer=parts.load_transformer(transformer, dtype, home),
+            tokenizer=parts.load_tokenizer(checkpoint, text.model.config.vocab_size),
             device=device,
-            text_device=text_device,
+            text_device=cpu if t5_cpu else device,
             text_length=checkpoint.text_length,
             offload=offload,
+            sampling=defaults.sampling,
+            video=defaults.video,
         )
-        if attention is None:
-            named = checkpoint.sparse_algorithm
-            attention = NablaConfig() if named is None else NablaConfig.parse(named)
-        apply_attention(pipe.transformer, attention)
+        apply_attention(pipe.transformer, defaults.attention if attention is None else attention)
         return pipe
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training."""
+        """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training; too long ones are cut."""
         if self.tokenizer is None:
-            raise parts.CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
+            raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
         tokens = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
@@ -125,8 +126,7 @@ class WanT2V:
         with self._placed(self.text_encoder, self.text_device) as encoder:
             mask = mask.to(self.text_device)
             states = encoder(ids.to(self.text_device), mask).last_hidden_state * mask[..., None]
-        states = states.to(self.transformer.dtype)
-        return F.pad(states, (0, 0, 0, self.text_length - states.shape[1])).to(self.device)
+        return pad_rows(states.to(self.device, self.transformer.dtype), self.text_length)
 
     @torch.no_grad()
     def sample(
@@ -144,24 +144,42 @@ class WanT2V:
         """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
+        Raises `InputError` for settings outside what is allowed, and if the latents end up not finite.
         """
         check_sampling(solver, steps, shift, guide_scale)
         if guide_scale != 1 and negative_context is None:
             raise InputError(f"guide_scale {guide_scale} needs negative text states; give them, or set it to 1")
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
-        bar = partial(tqdm, desc="sampling", unit="step") if progress else None
-        walk = make_solver(solver, steps, shift, self.device)
-        with self._placed(self.transformer, self.device) as transformer:
-            batch_guidance = self._has_room_for_both(latents)
-            latents = denoise(transformer, latents, *texts, walk, guide_scale, batch_guidance, bar)
+        counter = self.transformer.nabla.steps if hasattr(self.transformer, "nabla") else None
+        try:
+            with self._placed(self.transformer, self.device) as transformer:
+                latents = denoise(
+                    transformer,
+                    latents,
+                    *texts,
+                    make_solver(solver, steps, shift, self.device),
+                    guide_scale,
+                    batch_guidance=memory.has_room_for_both(transformer, latents),
+                    progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
+                    at_step=counter.tell if counter else lambda step: None,
+                )
+        finally:
+            if counter:
+                counter.tell(None)
+        if not latents.isfinite().all():
+            raise InputError(f"sampling ended in values that are not finite; in {transformer.dtype} try bfloat16 or float32")
         return latents.view(noise.shape)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
-        if video.shape[-3] % VAE_STRIDE[0] != 1:
-            raise InputError(f"{video.shape[-3]} frames cannot be encoded; the number of frames must be 4n+1")
+        frames, height, width = video.shape[-3:]
+        if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
+            raise InputError(
+                f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
+                f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
+            )
         with self._placed(self.vae, self.device) as vae:
             moments = vae.encode(_batched(video, 5).to(self.device, vae.dtype)).latent_dist.mode()
         latents = (moments - self.latents_mean.to(moments)) / self.latents_std.to(moments)
@@ -176,7 +194,7 @@ class WanT2V:
         """
         with self._placed(self.vae, self.device) as vae:
             batch = _batched(latents, 5).to(self.device, vae.dtype)
-            vae.use_tiling = self._needs_tiling(batch)
+            vae.use_tiling = memory.needs_tiling(batch)
             batch = batch * self.latents_std.to(batch) + self.latents_mean.to(batch)
             video = vae.decode(batch).sample
         return video if latents.ndim == 5 else video[0]
@@ -184,61 +202,59 @@ class WanT2V:
     def generate(
         self,
         prompt: str,
-        negative_prompt: str = DEFAULT_NEGATIVE_PROMPT,
-        size: tuple[int, int] = (1280, 720),
-        frame_num: int = 81,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | str | None = None,
+        frame_num: int | None = None,
         seed: int = 0,
-        steps: int = 50,
-        shift: float = 5.0,
-        guide_scale: float = 5.0,
-        solver: str = "unipc",
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """A video for a prompt: (frame_num, height, width, 3) uint8.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
-        The seed draws the noise on the pipeline's device, as the published program does.
-        Raises `InputError` for settings outside what is allowed.
+        What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
+        device, as the published program does. Raises `InputError` for settings outside what is allowed.
         """
         check_prompt(prompt)
-        check_video(size, frame_num)
-        check_sampling(solver, steps, shift, guide_scale)
+        video = _changed(self.video, size=size, frame_num=frame_num)
+        sampling = _changed(
+            self.sampling,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            guide_scale=guide_scale,
+            solver=solver,
+        )
         self.seconds = {}
         with self._stage("text"):
-            context, negative_context = self.encode_text(*self.tokenize([prompt, negative_prompt])).split(1)
+            prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
+            contexts = self.encode_text(*self.tokenize(prompts)).split(1)
         with self._stage("sampling"):
-            noise = self.draw_noise(size, frame_num, seed)
             latents = self.sample(
-                context,
-                negative_context,
-                noise=noise,
-                steps=steps,
-                shift=shift,
-                guide_scale=guide_scale,
-                solver=solver,
+                *contexts,
+                noise=self.draw_noise(video, sampling.seed),
+                steps=sampling.steps,
+                shift=sampling.shift,
+                guide_scale=sampling.guide_scale,
+                solver=sampling.solver,
                 progress=progress,
             )
         with self._stage("decode"):
             return to_frames(self.decode(latents)[0])
 
-    def draw_noise(self, size: tuple[int, int], frame_num: int, seed: int) -> Tensor:
-        """Float32 noise (1, C, T, h, w) for a video of `size` (width, height) and `frame_num` frames."""
+    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(self._latents_shape(size, frame_num), generator=generator, device=self.device)[None]
+        shape = self.vae.config.z_dim, *latents_size(video)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
 
-    def describe_attention(self, size: tuple[int, int], frame_num: int) -> str:
+    def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size."""
-        return self.transformer.nabla.plan(self._latents_shape(size, frame_num)[1:], self.device).describe()
-
-    def _latents_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
-        (width, height), (t, h, w) = size, VAE_STRIDE
-        return self.vae.config.z_dim, (frame_num - 1) // t + 1, height // h, width // w
-
-    def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
-        if text is None:
-            return None
-        text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
-        return pad_rows(text, self.text_length)
+        return self.transformer.nabla.plan(latents_size(video), self.device).describe()
 
     @contextmanager
     def _placed(self, module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
@@ -259,29 +275,26 @@ class WanT2V:
             torch.cuda.synchronize(self.device)
         self.seconds[name] = time.perf_counter() - start
 
-    def _has_room_for_both(self, latents: Tensor) -> bool:
-        """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
-        if self.device.type != "cuda":
-            return False
-        config = self.transformer.config
-        tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
-        dim = config.num_attention_heads * config.attention_head_dim
-        need = memory.forward_bytes(tokens, dim, config.ffn_dim, self.transformer.dtype.itemsize)
-        return need < memory.free_bytes(self.device) // 8
+    def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
+        if text is None:
+            return None
+        text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
+        return pad_rows(text, self.text_length)
 
-    def _needs_tiling(self, latents: Tensor) -> bool:
-        if self.device.type != "cuda":
-            return False
-        height, width = latents.shape[3] * VAE_STRIDE[1], latents.shape[4] * VAE_STRIDE[2]
-        need, free = memory.decode_bytes(height, width, latents.element_size()), memory.free_bytes(self.device)
-        if need > free:
-            log.info("decoding in tiles: at once needs %.1f GiB, %.1f are free", need / memory.GIB, free / memory.GIB)
-        return need > free
+
+def latents_size(video: VideoSettings) -> tuple[int, int, int]:
+    """(frames, height, width) of a video's latents."""
+    (width, height), (t, h, w) = video.size, VAE_STRIDE
+    return (video.frame_num - 1) // t + 1, height // h, width // w
 
 
 def to_frames(video: Tensor) -> np.ndarray:
-    """(3, frames, height, width) in [-1, 1] -> (frames, height, width, 3) uint8."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    """(3, frames, height, width) in [-1, 1] -> (frames, height, width, 3) uint8, rounded down as published."""
+    return ((video.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _changed(settings: Any, **values: Any) -> Any:
+    return replace(settings, **{key: value for key, value in values.items() if value is not None})
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:

@@ -18,7 +18,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
 from safetensors.torch import save_file
 
 from wan import names
-from wan.checkpoint import PAD_TOKEN, TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_STEM, VAE_FILE
+from wan.checkpoint import TOKENIZER_FOLDER
+from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE
 
 SHARD_BYTES = 5 * 2**30
 FREQ_DIM = 256
@@ -135,12 +136,12 @@ def _write_shards(folder: Path, shapes: Shapes, dtype: torch.dtype, draw) -> Non
     shards = list(_split(shapes, SHARD_BYTES // dtype.itemsize))
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{TRANSFORMER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{MODEL_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: draw(name, shape, dtype=dtype) for name, shape in shard.items()}, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(map(math.prod, shapes.values())) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{TRANSFORMER_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / f"{MODEL_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], elements: int) -> Iterator[Shapes]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
-from nabla import InputError
+from wan.config import check_sampling
 
 TRAIN_TIMESTEPS = 1000
 # The first sigma before shifting; the published programs start each solver elsewhere, unipc at a float32 number.
-SOLVERS = {
+KINDS = {
     "unipc": (UniPCMultistepScheduler, float(np.float32(0.999))),
     "dpm++": (DPMSolverMultistepScheduler, 1.0),
 }
@@ -24,16 +24,11 @@ Solver = UniPCMultistepScheduler | DPMSolverMultistepScheduler
 def make_solver(name: str, steps: int, shift: float, device: torch.device | str = "cpu") -> Solver:
     """A scheduler of diffusers on the published schedule.
 
-    Its own flow sigmas differ by about 0.1 %, enough to change the video that a seed gives. Raises `InputError` for an
-    unknown name, fewer than one step or a shift that is not positive.
+    Its own flow sigmas differ by about 0.1 %, enough to change the video that a seed gives. Raises `InputError` for
+    settings outside what is allowed.
     """
-    if name not in SOLVERS:
-        raise InputError(f"solver {name!r} is not known; use one of {', '.join(SOLVERS)}")
-    if steps < 1:
-        raise InputError(f"steps {steps}: at least 1 is needed")
-    if shift <= 0:
-        raise InputError(f"shift {shift} is not positive; the published default is 5.0")
-    kind, first = SOLVERS[name]
+    check_sampling(name, steps, shift, guide_scale=1)
+    kind, first = KINDS[name]
     solver = kind(
         num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
@@ -55,13 +50,15 @@ def denoise(
     solver: Solver,
     guide_scale: float,
     batch_guidance: bool = False,
-    progress: Iterable | None = None,
+    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
+    at_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Walk latents (B, C, T, h, w), float32 noise, down the solver's sigmas to clean latents.
 
     context, negative_context: text states (B, L, C); the negative ones are not needed at guide_scale 1
     batch_guidance: run both guidance branches as one batch instead of one after the other
     progress: wraps the timesteps, as tqdm does
+    at_step: is told each step, from 0, before its forwards
     """
     dtype = transformer.dtype
     guided = guide_scale != 1
@@ -72,7 +69,8 @@ def denoise(
         model_input = latents.to(dtype).repeat(copies, 1, 1, 1, 1)
         return transformer(model_input, timestep.expand(len(text)), text, return_dict=False)[0].float()
 
-    for timestep in solver.timesteps if progress is None else progress(solver.timesteps):
+    for step, timestep in enumerate(progress(solver.timesteps)):
+        at_step(step)
         if both is not None:
             prediction, negative = velocity(both, timestep).chunk(2)
         else:

@@ -22,13 +22,13 @@ QUALITY = 8
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file can be written at `path`."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent):
+        is_new = not path.exists()
+        with open(path, "ab"):
             pass
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
+        if is_new:
+            path.unlink()
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} cannot be written ({reason}); choose another --save_file") from None
+        raise _refusal(path, error) from None
 
 
 def write_video(path: Path, video: np.ndarray, fps: int) -> None:
@@ -44,18 +44,22 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with _whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it if the body succeeds and vanishes if it does not."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        os.replace(partial, path)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            partial = Path(folder) / f"file{path.suffix}"
+            yield partial
+            os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another --save_file") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written ({error.strerror or error}); choose another --save_file")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nabla import InputError
@@ -51,7 +51,10 @@ class WeightFiles:
         """The safetensors of a folder whose names start with `stem`: as the index lists them, or a single file."""
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(n, str) and Path(n).name == n for n in listed.values()):
+                raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
+            names = sorted(set(listed.values()))
         else:
             names = sorted(path.name for path in folder.glob(f"{stem}*.safetensors"))
             if len(names) > 1 and f"{stem}.safetensors" in names:
@@ -63,11 +66,6 @@ class WeightFiles:
                 raise CheckpointError(f"{folder / name} is missing; download the checkpoint again")
         return cls([folder / name for name in names])
 
-    @property
-    def elements(self) -> int:
-        """How many numbers the files hold."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for file in self.files:
             with _open(file) as (shapes, read):
@@ -75,34 +73,41 @@ class WeightFiles:
                     yield name, read(name)
 
 
-def load(
-    model: nn.Module,
-    weights: WeightFiles,
-    names: Mapping[str, str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    float32: tuple[str, ...] = (),
-    tie: Callable[[], object] | None = None,
-) -> nn.Module:
-    """Give a model built on the meta device its weights; needs no more memory than the result and one tensor.
+@dataclass(frozen=True)
+class Part:
+    """A model on the meta device and the files that hold its tensors; made only if these fit, before data is read.
 
     names: tensor name in the files -> name in the model, all of them
     float32: modules or parameters by name that stay in float32 whatever the dtype
-    tie: gives the tensors that no file holds to the modules that share them
     Raises `CheckpointError` naming the first tensor that is missing, extra or of another shape.
     """
-    expected = model.state_dict()
-    check_names(weights, {file_name: tuple(expected[own].shape) for file_name, own in names.items()})
-    state = {}
-    for file_name, tensor in weights:
-        own = names[file_name]
-        wanted = torch.float32 if set(own.split(".")) & set(float32) else dtype
-        # A tensor kept as read would pin its whole file in memory.
-        state[own] = tensor.to(device=device, dtype=wanted, copy=True)
-    model.load_state_dict(state, strict=tie is None, assign=True)
-    if tie is not None:
-        tie()
-    return model.requires_grad_(False).eval()
+
+    model: nn.Module
+    weights: WeightFiles
+    names: Mapping[str, str]
+    float32: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        expected = self.model.state_dict()
+        check_names(self.weights, {name: tuple(expected[own].shape) for name, own in self.names.items()})
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Memory that the weights take in a dtype."""
+        return sum(map(math.prod, self.weights.shapes.values())) * dtype.itemsize
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """Read the weights into the model; needs no more memory than the result and one tensor."""
+        state = {}
+        for file_name, tensor in self.weights:
+            own = self.names[file_name]
+            wanted = torch.float32 if set(own.split(".")) & set(self.float32) else dtype
+            # A tensor kept as read would pin its whole file in memory.
+            state[own] = tensor.to(device=device, dtype=wanted, copy=True)
+        # Tied tensors stand once in the files.
+        missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
+        if missing:
+            self.model.tie_weights()
+        return self.model.requires_grad_(False).eval()
 
 
 def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -127,15 +132,23 @@ def _open(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[st
     """Shapes of a file's tensors and a function that reads one."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; download the checkpoint again")
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                yield {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}, opened.get_tensor
-        else:
+    if file.suffix != ".safetensors":
+        with _damage(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            yield {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        yield shapes, tensors.__getitem__
+        return
+    with _damage(file):
+        opened = safe_open(file, framework="pt")
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    yield shapes, opened.get_tensor
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """Turn whatever a library raises for a damaged file, and a pickle raises nearly anything, into one clear line."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{file} is truncated or corrupt ({reason}); download it again") from error

@@ -1,7 +1,8 @@
 """The kernels behind one interface, and the choice of one for a device.
 
-A backend is a module with `prepare(blocks, layout)`, `attend(q, k, v, prepared)` and the flag `DIFFERENTIABLE`. Before
-it is used on a device it must agree there with `reference` on a small problem that dense attention would fail.
+A backend is a module with `prepare(blocks, layout)`, `attend(q, k, v, prepared)`, the flag `DIFFERENTIABLE` and
+`DTYPES`, None for all. Before it is used on a device it must agree there with `reference` on small problems that dense
+attention would fail.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ BACKENDS = {"flex": flex, "reference": reference}
 _verified: dict[tuple[str, torch.device, int], str] = {}
 
 
-def choose(name: str, device: torch.device, block: int) -> ModuleType:
-    """The backend to use for `name` ("auto" or a key of `BACKENDS`) on a device, with blocks of `block` tokens.
+def choose(name: str, device: torch.device, block: int) -> str:
+    """The key of `BACKENDS` to use for `name` ("auto" or such a key) on a device, with blocks of `block` tokens.
 
     `auto` takes flex on a GPU, where it must pass its check, and reference elsewhere; on a CPU flex costs a compile of
     many seconds, so it is taken there only if its check was asked for and passed before. Raises `InputError` if the
     named backend fails its check.
     """
     if name == "reference":
-        return reference
+        return "reference"
     if name == "auto" and device.type != "cuda" and _verified.get(("flex", device, block)) != "":
-        return reference
+        return "reference"
     fault = verify("flex", device, block)
     if not fault:
-        return flex
+        return "flex"
     if name == "flex":
         raise InputError(f"backend flex does not work on {device}: {fault}; use backend: reference")
     warnings.warn(f"flex does not work on {device} ({fault}); using the slow backend reference", stacklevel=3)
-    return reference
+    return "reference"
 
 
 def verify(name: str, device: torch.device, block: int) -> str:

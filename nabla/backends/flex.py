@@ -17,6 +17,7 @@ from nabla.block_lists import BlockLists, to_lists
 from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = False
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One compile a shape. The default limit of 8 counts every grid, dtype and head size of a process together.
 RECOMPILE_LIMIT = 4096
 

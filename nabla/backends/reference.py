@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = True
+DTYPES = None
 # Token pairs masked and scored at once; bounds memory to a few hundred MiB whatever the length.
 TOKEN_PAIRS = 2**26
 
