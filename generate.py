@@ -45,6 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
     add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             args.device,
             args.offload_model,
             args.t5_cpu,
+            args.compile,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nabla import fast_selection
 from nabla.backends import BACKENDS, choose
 from nabla.config import InputError, NablaConfig
 from nabla.selection import Selection
@@ -79,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if plan.fixed is not None and name == plan.backend:
         prepared = plan.fixed
     else:
-        prepared = backend.prepare(selection.blocks(q, k), selection.layout)
+        prepared = backend.choose(q, k, selection)
     return selection.layout.to_raster(backend.attend(q, k, v, prepared))
 
 
@@ -99,8 +100,10 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         blocks = TileLayout.build(grid, config.tile, q.device).blocks
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
-    to_tiles = selection.layout.to_tiles
-    return selection.blocks(to_tiles(q), to_tiles(k)).expand(batch, heads, -1, -1)
+    q, k = selection.layout.to_tiles(q), selection.layout.to_tiles(k)
+    fast = fast_selection.applies(q, selection)
+    blocks = fast_selection.select_blocks(q, k, selection) if fast else selection.blocks(q, k)
+    return blocks.expand(batch, heads, -1, -1)
 
 
 def _backend_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str:

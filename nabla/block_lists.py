@@ -25,6 +25,16 @@ def to_lists(blocks: Tensor) -> BlockLists:
     return BlockLists(blocks.sum(dim=-1, dtype=torch.int32), indices)
 
 
+def from_lists(lists: BlockLists) -> Tensor:
+    """`BlockLists` -> (..., N, N) bool, the inverse of `to_lists`."""
+    width = lists.indices.shape[-1]
+    rank = torch.arange(width, dtype=torch.int32, device=lists.counts.device)
+    # What stands after a list's end goes to a last column that is cut off.
+    number = torch.where(rank < lists.counts[..., None], lists.indices, width).long()
+    blocks = torch.zeros(*lists.indices.shape[:-1], width + 1, dtype=torch.bool, device=lists.counts.device)
+    return blocks.scatter(-1, number, True)[..., :-1]
+
+
 def _indices(blocks: Tensor) -> Tensor:
     width = blocks.shape[-1]
     # Each kept block moves to its rank among the kept ones of its row; the rest go to a last column that is cut off.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import nabla
 from nabla import InputError, NablaConfig
 from nabla.backends import reference
-from nabla.block_lists import to_lists
+from nabla.block_lists import from_lists, to_lists
 from nabla.selection import blocks_to_keep, keep_mass
 
 ALGORITHMS = ("nabla-0.5", "nabla-0.9", "sta-3-1-3", "nabla-0.3_sta-1-3-1", "keep-0.3", "keep-0.2_sta-3-1-1")
@@ -176,6 +176,7 @@ def test_block_lists_name_the_kept_blocks_in_order():
     blocks = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.6
     lists = to_lists(blocks)
     assert lists.indices.dtype == lists.counts.dtype == torch.int32 and lists.indices.shape == blocks.shape
+    assert torch.equal(from_lists(lists), blocks)
     for place in itertools.product(range(2), range(3), range(7)):
         kept = blocks[place].nonzero().flatten().tolist()
         assert lists.counts[place] == len(kept)

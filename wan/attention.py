@@ -38,6 +38,15 @@ def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
             del one.nabla
 
 
+def compile_blocks(transformer: WanTransformer3DModel) -> None:
+    """Compile the transformer's blocks, in place: one graph for all of them, whatever the step, prompt and threshold.
+
+    Before any hook is put on them, which then stays outside the graph.
+    """
+    for block in transformer.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
 def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     """One or several transformers, each out of the wrapper that `torch.compile(model)` puts around it."""
     several = [transformer] if isinstance(transformer, nn.Module) else transformer

@@ -17,12 +17,15 @@ from tqdm import tqdm
 
 from nabla import InputError, NablaConfig
 from wan import memory, parts
-from wan.attention import apply_attention
+from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import VAE_STRIDE, SamplingSettings, VideoSettings, check_prompt, check_sampling, resolve
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.weights import CheckpointError
+
+# A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
+COMPILES_PER_BLOCK = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
 
 
 class WanT2V:
@@ -73,6 +76,7 @@ class WanT2V:
         dtype: torch.dtype = torch.float32,
         offload: bool | None = None,
         t5_cpu: bool = False,
+        compile: bool | None = None,
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -80,6 +84,7 @@ class WanT2V:
         dtype: of the transformer and the text encoder; the VAE is float32
         offload: keep each component in host memory while it is idle; None decides by the size of the GPU
         t5_cpu: run the text encoder on the CPU
+        compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
@@ -103,6 +108,8 @@ class WanT2V:
             sampling=defaults.sampling,
             video=defaults.video,
         )
+        if device.type == "cuda" if compile is None else compile:
+            compile_blocks(pipe.transformer)
         apply_attention(pipe.transformer, defaults.attention if attention is None else attention)
         return pipe
 
@@ -153,7 +160,7 @@ class WanT2V:
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
         counter = self.transformer.nabla.steps if hasattr(self.transformer, "nabla") else None
         try:
-            with self._placed(self.transformer, self.device) as transformer:
+            with self._placed(self.transformer, self.device) as transformer, COMPILES_PER_BLOCK():
                 latents = denoise(
                     transformer,
                     latents,

@@ -54,6 +54,7 @@ def run(
     device: str | None,
     offload: bool | None,
     t5_cpu: bool,
+    compile: bool | None,
 ) -> None:
     """Make one video: flags over the config file over the checkpoint over the program's defaults.
 
@@ -77,7 +78,7 @@ def run(
     _warn_of_another_algorithm(checkpoint, settings)
     path = save_file or default_path(settings)
     check_output(path, settings)
-    generate(checkpoint, settings, path, device, offload, t5_cpu)
+    generate(checkpoint, settings, path, device, offload, t5_cpu, compile)
 
 
 def _check_task(task: str | None, config: str | None, named: object) -> None:
@@ -131,7 +132,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def generate(
-    checkpoint: Checkpoint, settings: Settings, path: Path, device: torch.device, offload: bool | None, t5_cpu: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    path: Path,
+    device: torch.device,
+    offload: bool | None = None,
+    t5_cpu: bool = False,
+    compile: bool | None = None,
 ) -> None:
     """Make the video that the settings describe and write it to `path`, its record beside it as JSON.
 
@@ -142,7 +149,7 @@ def generate(
     video, sampling = settings.video, settings.sampling
     try:
         dtype = getattr(torch, settings.dtype)
-        pipe = WanT2V.from_pretrained(checkpoint, settings.attention, device, dtype, offload, t5_cpu)
+        pipe = WanT2V.from_pretrained(checkpoint, settings.attention, device, dtype, offload, t5_cpu, compile)
         seconds = {"loading": time.perf_counter() - start}
         log.info("checkpoint: %s on %s in %s", settings.checkpoint, device, settings.dtype)
         log.info("attention: %s", pipe.describe_attention(video))

@@ -1,7 +1,7 @@
 """The kernels behind one interface, and the choice of one for a device.
 
-A backend is a module with `prepare(blocks, layout)`, `attend(q, k, v, prepared)`, the flag `DIFFERENTIABLE` and
-`DTYPES`, None for all. Before it is used on a device it must agree there with `reference` on small problems that dense
+A backend is a module with `choose(q, k, selection)` and `prepare(blocks, layout)`, which both give what its
+`attend(q, k, v, prepared)` needs, the flag `DIFFERENTIABLE`, and `DTYPES`, None for all. Before it is used on a device it must agree there with `reference` on small problems that dense
 attention would fail.
 """
 

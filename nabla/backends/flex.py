@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
+from nabla import fast_selection
 from nabla.block_lists import BlockLists, to_lists
+from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = False
@@ -38,6 +40,15 @@ def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     if not layout.has_partial_tiles:
         return Blocks(to_lists(blocks), None, None)
     return Blocks(to_lists(blocks & layout.full), to_lists(blocks & ~layout.full), layout.valid.flatten())
+
+
+def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
+    """The blocks that q and k (B, heads, N * block, D) in tile order choose, prepared."""
+    layout = selection.layout
+    if not fast_selection.applies(q, selection):
+        return prepare(selection.blocks(q, k), layout)
+    full, partial = fast_selection.select_lists(q, k, selection)
+    return Blocks(full, partial, layout.valid.flatten() if layout.has_partial_tiles else None)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = True
@@ -25,6 +26,11 @@ class Blocks(NamedTuple):
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
     return Blocks(blocks, layout.valid.flatten())
+
+
+def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
+    """The blocks that q and k (B, heads, N * block, D) in tile order choose, prepared."""
+    return prepare(selection.blocks(q, k), selection.layout)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
