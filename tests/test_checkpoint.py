@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import random
 import shutil
@@ -251,6 +252,23 @@ def test_a_checkpoint_that_cannot_be_had(monkeypatch):
         Checkpoint.open("Wan-AI/none")
     with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
         Checkpoint.open("/no/such/directory")
+
+
+def test_a_hub_id_is_downloaded_configuration_first(monkeypatch, random_nano):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(random_nano)
+
+    monkeypatch.setattr("wan.checkpoint.snapshot_download", download)
+    checkpoint = Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B")
+    assert checkpoint.name == "Wan-AI/Wan2.1-T2V-1.3B" and checkpoint.folder == random_nano
+    assert [name for name, _ in asked] == ["Wan-AI/Wan2.1-T2V-1.3B"] * 2
+    assert not any(pattern.endswith((".pth", ".safetensors")) for pattern in asked[0][1])
+    for file in random_nano.rglob("*.*"):
+        relative = file.relative_to(random_nano).as_posix()
+        assert file.is_dir() or any(fnmatch.fnmatch(relative, pattern) for pattern in asked[1][1]), relative
 
 
 def test_wrong_inputs_to_the_pipeline(random_nano):
