@@ -40,11 +40,15 @@ def transformer_part(checkpoint: Checkpoint) -> Part:
 def load_transformer(part: Part, dtype: torch.dtype, device: torch.device | str) -> WanTransformer3DModel:
     """The weights of `transformer_part`, and what is not saved with them."""
     model = part.load(dtype, device)
+    finish_transformer(model, device)
+    return model
+
+
+def finish_transformer(model: WanTransformer3DModel, device: torch.device | str) -> None:
+    """Give a transformer that was made on the meta device what is not saved with its weights."""
     own = model.config
-    # Meta construction left the rotary tables without values.
     model.rope = WanRotaryPosEmbed(own.attention_head_dim, own.patch_size, own.rope_max_seq_len).to(device)
     model.condition_embedder.timesteps_proj = PublishedTimesteps(own.freq_dim)
-    return model
 
 
 def vae_part(checkpoint: Checkpoint) -> Part:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from wan import names
 from wan.checkpoint import TOKENIZER_FOLDER
-from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE
+from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE, finish_transformer
 
 SHARD_BYTES = 5 * 2**30
 FREQ_DIM = 256
@@ -52,8 +52,26 @@ Shapes = dict[str, tuple[int, ...]]
 
 def transformer_shapes(sizes: Sizes) -> Shapes:
     """Published names and shapes of the transformer's tensors."""
+    state = _meta_transformer(sizes).state_dict()
+    return {names.published(name, names.TRANSFORMER): tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def random_transformer(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> WanTransformer3DModel:
+    """The transformer of the size of `model`, a key of `MODELS`, with random weights, without a checkpoint on disk."""
+    transformer = _meta_transformer(MODELS[model])
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for name, tensor in transformer.state_dict().items():
+        kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
+        state[name] = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
+    transformer.load_state_dict(state, assign=True)
+    finish_transformer(transformer, device)
+    return transformer.requires_grad_(False).eval()
+
+
+def _meta_transformer(sizes: Sizes) -> WanTransformer3DModel:
     with torch.device("meta"):
-        model = WanTransformer3DModel(
+        return WanTransformer3DModel(
             num_attention_heads=sizes.heads,
             attention_head_dim=sizes.dim // sizes.heads,
             text_dim=sizes.text_dim,
@@ -61,7 +79,6 @@ def transformer_shapes(sizes: Sizes) -> Shapes:
             ffn_dim=sizes.ffn_dim,
             num_layers=sizes.layers,
         )
-    return {names.published(name, names.TRANSFORMER): tuple(t.shape) for name, t in model.state_dict().items()}
 
 
 def text_encoder_shapes(sizes: Sizes) -> Shapes:
@@ -99,7 +116,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
         (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
         (VAE_FILE, vae_shapes(sizes), torch.float32),
     ):
-        torch.save({name: draw(name, shape, dtype=kept) for name, shape in shapes.items()}, folder / file)
+        torch.save({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
     _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
     config = {
         "_class_name": "WanModel",
@@ -120,16 +137,15 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values that keep activations near unit size, so that nothing overflows whatever the depth."""
+    """Values for a published name, on the generator's device, that keep activations near unit size at any depth."""
     device = generator.device
     if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
     if name.endswith("gamma") or (len(shape) == 1 and "norm" in name):
-        return torch.ones(shape, dtype=dtype)
+        return torch.ones(shape, dtype=dtype, device=device)
     is_table = name == "token_embedding.weight" or "modulation" in name
     scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
-    values = torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
-    return values.cpu()
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
 
 
 def _write_shards(folder: Path, shapes: Shapes, dtype: torch.dtype, draw) -> None:
@@ -137,7 +153,7 @@ def _write_shards(folder: Path, shapes: Shapes, dtype: torch.dtype, draw) -> Non
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{MODEL_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: draw(name, shape, dtype=dtype) for name, shape in shard.items()}, folder / file)
+        save_file({name: draw(name, shape, dtype=dtype).cpu() for name, shape in shard.items()}, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(map(math.prod, shapes.values())) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
