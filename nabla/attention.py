@@ -101,7 +101,7 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
     q, k = selection.layout.to_tiles(q), selection.layout.to_tiles(k)
-    fast = fast_selection.applies(q, selection)
+    fast = config.backend != "reference" and fast_selection.applies(q, selection)
     blocks = fast_selection.select_blocks(q, k, selection) if fast else selection.blocks(q, k)
     return blocks.expand(batch, heads, -1, -1)
 
@@ -121,7 +121,7 @@ def _backend_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) -> None:
-    if q.ndim != 4 or q.shape != k.shape or k.shape[:3] != v.shape[:3] or q.shape[1] != math.prod(grid):
+    if q.ndim != 4 or not q.shape == k.shape == v.shape or q.shape[1] != math.prod(grid):
         raise InputError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit grid {tuple(grid)}: "
             f"all must be (batch, {math.prod(grid)} tokens, heads, head size)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -96,7 +97,7 @@ class NablaConfig:
         numbers: dict[str, Any] = {}
         for part in [] if algorithm == "dense" else str(algorithm).split("_"):
             share = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part, re.ASCII)
-            window = re.fullmatch(r"sta-(\d+)-(\d+)-(\d+)", part, re.ASCII)
+            window = re.fullmatch(r"sta-(\d{1,9})-(\d{1,9})-(\d{1,9})", part, re.ASCII)
             if share and not numbers:
                 numbers["threshold" if share[1] == "nabla" else "keep"] = float(share[2])
             elif window and "window" not in numbers:
@@ -151,7 +152,7 @@ def is_count(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:

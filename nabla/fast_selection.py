@@ -64,12 +64,13 @@ def _select_lists(
 ) -> tuple[Tensor, Tensor]:
     """Counts (1 or 2, B, heads, N) and indices (1 or 2, B, heads, N, N), int32, of full tiles and of partial ones."""
     counts, indices = _empty_lists(q, sizes, full)
-    q_means, k_means = (_block_means(x, sizes) for x in (q, k))
     heads = max(1, MAP_ENTRIES // (q.shape[0] * sizes.shape[0] ** 2))
-    for start in range(0, q.shape[1], heads):
-        of = slice(start, start + heads)
-        scores = (q_means[:, of] * q.shape[-1] ** -0.5) @ k_means[:, of].transpose(-1, -2)
-        lists_of_map(scores, full, cut, count, window, counts[:, :, of], indices[:, :, of])
+    with torch.cuda.device(q.device), torch.autocast("cuda", enabled=False):
+        q_means, k_means = (_block_means(x, sizes) for x in (q, k))
+        for start in range(0, q.shape[1], heads):
+            of = slice(start, start + heads)
+            scores = (q_means[:, of] * q.shape[-1] ** -0.5) @ k_means[:, of].transpose(-1, -2)
+            lists_of_map(scores, full, cut, count, window, counts[:, :, of], indices[:, :, of])
     return counts, indices
 
 

@@ -91,6 +91,10 @@ class Selection:
         """Kept blocks of q and k (B, heads, N * block, D) in tile order: (B or 1, heads or 1, N, N) bool."""
         if self.is_fixed:
             return self.window
+        with torch.autocast(q.device.type, enabled=False):
+            return self._chosen(q, k)
+
+    def _chosen(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = block_means(q, self.layout), block_means(k, self.layout)
         heads = max(1, MAP_ENTRIES // (q.shape[0] * self.layout.blocks**2))
         groups = []

@@ -226,6 +226,13 @@ def test_another_model_and_layers_that_do_not_exist_are_refused(vae):
         wan.apply_attention(tiny_transformer(0), NablaConfig(threshold=0.5, dense_layers=(0, 2)))
 
 
+def test_a_processor_of_somebody_else_is_not_replaced():
+    transformer = tiny_transformer(0)
+    transformer.blocks[0].attn1.set_processor(torch.nn.Identity())
+    with pytest.raises(InputError, match="Identity is not diffusers' WanAttnProcessor"):
+        wan.apply_attention(transformer, CONFIG)
+
+
 def test_context_parallelism_is_refused_and_not_passed_by():
     transformer = tiny_transformer(0)
     transformer.blocks[0].attn1.processor._parallel_config = object()

@@ -138,6 +138,10 @@ def change(folder: Path, file: str, edit) -> None:
             lambda t: t.update({"blocks.0.ffn.0.bias": torch.ones(7)}),
             r"tensor 'blocks.0.ffn.0.bias' is \(7,\), but must be \(128,\)",
         ),
+        (
+            lambda t: t.update({"blocks.0.ffn.0.bias": torch.ones(128, dtype=torch.int8)}),
+            "tensor 'blocks.0.ffn.0.bias' is torch.int8",
+        ),
         (lambda t: t.update({"blocks.2.ffn.0.bias": torch.ones(128)}), "which another of the files holds too"),
     ),
 )
@@ -202,6 +206,7 @@ def test_flipped_bytes_in_a_pickle_are_one_clear_line_or_harmless(copy, seed):
     (
         ({"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline; only Wan2.1"),
         ({"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}, "is a Wan2.2 pipeline"),
+        ({"_class_name": "WanPipeline", "expand_timesteps": True}, "is a Wan2.2 pipeline"),
     ),
 )
 def test_other_pipelines_of_diffusers(copy, index, message):
@@ -269,6 +274,32 @@ def test_a_hub_id_is_downloaded_configuration_first(monkeypatch, random_nano):
     for file in random_nano.rglob("*.*"):
         relative = file.relative_to(random_nano).as_posix()
         assert file.is_dir() or any(fnmatch.fnmatch(relative, pattern) for pattern in asked[1][1]), relative
+
+
+def test_seeds_and_strings_of_the_pipeline(random_nano):
+    pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7")
+    assert pipe.transformer.nabla.config.threshold == 0.7
+    small = dict(size="64*48", frame_num=1, steps=1)
+    same = [pipe.generate("a cat", seed=3, **small) for _ in range(2)]
+    drawn = [pipe.generate("a cat", **small), pipe.generate("a cat", seed=-1, **small)]
+    assert (same[0] == same[1]).all() and (drawn[0] != drawn[1]).any()
+    with pytest.raises(InputError, match="4097 frames of .* are too many; at most 4093"):
+        pipe.generate("a cat", size=(16, 16), frame_num=4097, steps=1)
+    with pytest.raises(InputError, match="is not known"):
+        wan.WanT2V.from_pretrained(random_nano, "nabla")
+
+
+def test_an_algorithm_that_is_not_understood_can_be_overridden(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"sparse_algo": "weird"}))
+    with pytest.raises(InputError, match="'weird' is not known"):
+        wan.WanT2V.from_pretrained(copy)
+    assert wan.WanT2V.from_pretrained(copy, "dense").transformer.nabla.config.is_dense
+
+
+def test_a_random_checkpoint_is_not_written_over_anything(random_nano):
+    with pytest.raises(InputError, match="is not empty"):
+        random_checkpoint.write("nano", random_nano, torch.float32)
 
 
 def test_wrong_inputs_to_the_pipeline(random_nano):

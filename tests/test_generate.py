@@ -97,6 +97,7 @@ def test_other_flags_of_wan(run):
     flags = "--sample_solver dpm++ --sample_shift 3 --sample_guide_scale 1 --t5_cpu --offload_model true --dtype bfloat16"
     code, said, _ = run(*flags.split(), "--sparse_algo", "sta-1-1-1")
     assert code == 0
+    assert "warning: the first 12 steps run dense, so all 2 steps do" in said
     assert "sta-1-1-1, first 12 steps dense" in said and "cpu in bfloat16" in said and "2 steps of dpm++" in said
 
 
@@ -237,6 +238,15 @@ def test_out_of_memory_says_what_to_lower(run, monkeypatch):
         "error: the GPU ran out of memory; try a smaller --size than 64*48, fewer than 5 frames (--frame_num), "
         "--offload_model true or --t5_cpu"
     )
+
+
+def test_a_machine_without_memory_is_one_line(run, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 256 GB")
+
+    monkeypatch.setattr(WanT2V, "generate", exhausted)
+    code, said, files = run()
+    assert (code, files) == (2, []) and "the machine ran out of memory; try a smaller --size" in said.splitlines()[-1]
 
 
 def test_a_write_that_fails_leaves_nothing(run, monkeypatch):

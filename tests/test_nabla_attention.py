@@ -167,6 +167,13 @@ def test_keep_is_never_below_its_share(share, blocks, count):
     assert blocks_to_keep(share, blocks) == count
 
 
+def test_autocast_does_not_change_the_selection():
+    q, k, _ = random_qkv((4, 32, 32), dtype=torch.float32)
+    plain = nabla.select_blocks(q, k, (4, 32, 32), NablaConfig(threshold=0.6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nabla.select_blocks(q, k, (4, 32, 32), NablaConfig(threshold=0.6)), plain)
+
+
 def test_ties_drop_lower_numbered_blocks_first():
     probability = torch.full((1, 1, 1, 8), 1 / 8)
     assert keep_mass(probability, torch.tensor(0.4)).flatten().tolist() == [False] * 3 + [True] * 5

@@ -180,5 +180,8 @@ def _check(transformer: nn.Module, config: NablaConfig) -> None:
     if config.dense_layers and config.dense_layers[-1] >= layers:
         raise InputError(f"dense_layers {config.dense_layers[-1]} does not exist; layers are 0 to {layers - 1}")
     for block in transformer.blocks:
-        if getattr(block.attn1.processor, "_parallel_config", None) is not None and not config.is_dense:
+        processor = block.attn1.processor
+        if not isinstance(processor, WanAttnProcessor):
+            raise InputError(f"{type(processor).__name__} is not diffusers' WanAttnProcessor; put that back first")
+        if processor._parallel_config is not None and not config.is_dense:
             raise InputError("sparse attention does not work under diffusers' context parallelism; disable it first")

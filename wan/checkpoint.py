@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.config import read_settings
+from wan.config import attention_config, read_settings
 from wan.weights import CheckpointError, read_json
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -74,6 +75,15 @@ class Checkpoint:
         named = self.config.get("sparse_algo")
         return {} if named is None else {"attention": {"algorithm": named}}
 
+    def own_attention(self) -> NablaConfig | None:
+        """`own_algorithm` as a config; raises `CheckpointError` if it is not understood."""
+        if not self.own_algorithm:
+            return None
+        try:
+            return attention_config(self.own_algorithm["attention"])
+        except InputError as error:
+            raise CheckpointError(f"{self.folder}, sparse_algo of its configuration: {error}") from None
+
     def require_tokenizer(self) -> None:
         """Raise `CheckpointError` if there is no tokenizer, without which a prompt cannot be encoded."""
         if not (self.tokenizer_folder / "tokenizer.json").is_file():
@@ -102,8 +112,11 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
             raise CheckpointError(f"{folder / 'config.json'}: text_len is {config['text_len']!r}, not a positive integer")
         return True, config
     pipeline = read_json(index)
-    if pipeline.get("_class_name") != "WanPipeline" or any(pipeline.get("transformer_2") or ()):
-        kind = pipeline.get("_class_name") if pipeline.get("_class_name") != "WanPipeline" else "Wan2.2 pipeline"
+    kind = pipeline.get("_class_name")
+    second = pipeline.get("transformer_2")
+    if kind == "WanPipeline" and (pipeline.get("expand_timesteps") or (second not in (None, [None, None]))):
+        kind = "Wan2.2 pipeline"
+    if kind != "WanPipeline":
         raise CheckpointError(f"{folder} is a {kind}; only Wan2.1 text-to-video checkpoints are supported")
     config = read_json(folder / "transformer" / "config.json")
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel" or config.get("image_dim"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_STEPS = 1000
+MAX_FPS = 240
+MAX_SEED = 2**31
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 
@@ -47,6 +50,10 @@ class SamplingSettings:
             raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1, or -1 to draw one")
         check_text("negative_prompt", self.negative_prompt)
 
+    def with_seed(self) -> SamplingSettings:
+        """The same with a seed drawn, if it says to draw one."""
+        return replace(self, seed=secrets.randbelow(MAX_SEED)) if self.seed in (None, -1) else self
+
 
 @dataclass(frozen=True)
 class VideoSettings:
@@ -59,8 +66,8 @@ class VideoSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", parse_size(self.size))
         check_video(self.size, self.frame_num)
-        if not is_count(self.fps) or self.fps == 0:
-            raise InputError(f"fps {self.fps!r} is not a whole number of at least 1")
+        if not is_count(self.fps) or not 1 <= self.fps <= MAX_FPS:
+            raise InputError(f"fps {self.fps!r} is not a whole number from 1 to {MAX_FPS}; 16 is usual")
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ def resolve(*layers: Mapping[str, Any]) -> Settings:
     for layer in reversed(layers):
         _check_keys("the settings", layer, {item.name for item in fields(Settings)})
         for key, value in layer.items():
-            merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
+            if value is not None:
+                merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
     for name in ("sampling", "video"):
         _check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
     return Settings(
@@ -118,7 +126,7 @@ def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]
     if section == "attention" and any(key in upper for key in _CHOICE):
         # Another algorithm: the numbers of the lower one, and its dense steps, were meant for that one.
         lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps")}
-    return {**lower, **upper}
+    return {**lower, **{key: value for key, value in upper.items() if value is not None}}
 
 
 def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
@@ -158,7 +166,7 @@ def parse_size(size: object) -> tuple[int, int]:
     """(width, height) from `1280*720`, `1280x720` or a pair."""
     if isinstance(size, str):
         parts = size.replace("x", "*").split("*")
-        size = [int(part) if part.isdecimal() else part for part in parts]
+        size = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
         given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
         raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")

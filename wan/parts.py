@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from nabla.config import is_count
 from wan import names
 from wan.checkpoint import Checkpoint
+from wan.config import PATCH, VAE_STRIDE
 from wan.weights import CheckpointError, Part, WeightFiles, read_json
 
 MODEL_STEM = "diffusion_pytorch_model"
@@ -31,10 +32,15 @@ def transformer_part(checkpoint: Checkpoint) -> Part:
     """The transformer; diffusers keeps its norms, modulations and time embedding in float32."""
     folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
     weights = WeightFiles.find(folder, MODEL_STEM)
-    if not checkpoint.published:
-        return _part(WanTransformer3DModel, checkpoint.config, weights, str)
-    config = _published_transformer_config(checkpoint.config, weights)
-    return _part(WanTransformer3DModel, config, weights, functools.partial(names.published, rules=names.TRANSFORMER))
+    if checkpoint.published:
+        config = _published_transformer_config(checkpoint.config, weights)
+        rename = functools.partial(names.published, rules=names.TRANSFORMER)
+    else:
+        config, rename = checkpoint.config, str
+    part = _part(WanTransformer3DModel, config, weights, rename)
+    if tuple(part.model.config.patch_size) != PATCH:
+        raise CheckpointError(f"{folder} is not a transformer of Wan2.1: its patch must be {PATCH}")
+    return part
 
 
 def load_transformer(part: Part, dtype: torch.dtype, device: torch.device | str) -> WanTransformer3DModel:
@@ -54,7 +60,12 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
 def vae_part(checkpoint: Checkpoint) -> Part:
     if not checkpoint.published:
         weights = WeightFiles.find(checkpoint.folder / "vae", MODEL_STEM)
-        return _part(AutoencoderKLWan, read_json(checkpoint.folder / "vae" / "config.json"), weights, str)
+        part = _part(AutoencoderKLWan, read_json(checkpoint.folder / "vae" / "config.json"), weights, str)
+        own = part.model.config
+        strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
+        if strides != VAE_STRIDE or own.patch_size is not None or len(own.latents_mean) != own.z_dim:
+            raise CheckpointError(f"{checkpoint.folder / 'vae'} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}")
+        return part
     weights = WeightFiles([checkpoint.folder / VAE_FILE])
     config = _published_vae_config(weights)
     rename = functools.partial(names.published_vae, residuals=config["num_res_blocks"] + 1)
@@ -110,7 +121,7 @@ def _fits(kind: type[nn.Module], weights: WeightFiles) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        where, reason = weights.files[0].parent, " ".join(str(error).split())[:200]
+        where, reason = weights.files[0].parent, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{where}: its configuration does not fit {kind.__name__}: {reason}") from error
 
 

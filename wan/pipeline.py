@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from nabla import InputError, NablaConfig
 from wan import memory, parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
-from wan.config import VAE_STRIDE, SamplingSettings, VideoSettings, check_prompt, check_sampling, resolve
+from wan.config import PATCH, VAE_STRIDE, SamplingSettings, VideoSettings, check_prompt, check_sampling, resolve
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.weights import CheckpointError
 
+log = logging.getLogger("wan")
+
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
-COMPILES_PER_BLOCK = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
+many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
 
 
 class WanT2V:
@@ -71,7 +74,7 @@ class WanT2V:
     def from_pretrained(
         cls,
         path: str | Path | Checkpoint,
-        attention: NablaConfig | None = None,
+        attention: NablaConfig | str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         offload: bool | None = None,
@@ -80,7 +83,7 @@ class WanT2V:
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
-        attention: None takes the one that the checkpoint names, and dense attention if it names none
+        attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
         dtype: of the transformer and the text encoder; the VAE is float32
         offload: keep each component in host memory while it is idle; None decides by the size of the GPU
         t5_cpu: run the text encoder on the CPU
@@ -89,7 +92,13 @@ class WanT2V:
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
         device, cpu = torch.device(device), torch.device("cpu")
-        defaults = resolve(*checkpoint.settings_layers, {"checkpoint": checkpoint.name, "prompt": "none"})
+        if isinstance(attention, str):
+            attention = NablaConfig.parse(attention)
+        asked = {} if attention is None else {"attention": {"algorithm": "dense"}}
+        defaults = resolve(asked, *checkpoint.settings_layers, {"checkpoint": checkpoint.name, "prompt": "none"})
+        if attention is None:
+            attention = defaults.attention
+            log.info("attention of the checkpoint: %s", attention.algorithm)
         vae, text = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
         transformer = parts.transformer_part(checkpoint)
         if offload is None:
@@ -110,15 +119,15 @@ class WanT2V:
         )
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(pipe.transformer)
-        apply_attention(pipe.transformer, defaults.attention if attention is None else attention)
+        apply_attention(pipe.transformer, attention)
         return pipe
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training; too long ones are cut."""
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
         tokens = self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
+            [clean_prompt(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)],
             padding="max_length",
             truncation=True,
             max_length=self.text_length,
@@ -160,7 +169,7 @@ class WanT2V:
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
         counter = self.transformer.nabla.steps if hasattr(self.transformer, "nabla") else None
         try:
-            with self._placed(self.transformer, self.device) as transformer, COMPILES_PER_BLOCK():
+            with self._placed(self.transformer, self.device) as transformer, many_compiles():
                 latents = denoise(
                     transformer,
                     latents,
@@ -175,7 +184,8 @@ class WanT2V:
             if counter:
                 counter.tell(None)
         if not latents.isfinite().all():
-            raise InputError(f"sampling ended in values that are not finite; in {transformer.dtype} try bfloat16 or float32")
+            hint = "try --dtype bfloat16" if transformer.dtype == torch.float16 else "the weights or settings are at fault"
+            raise InputError(f"sampling ended in values that are not finite; {hint}")
         return latents.view(noise.shape)
 
     @torch.no_grad()
@@ -212,7 +222,7 @@ class WanT2V:
         negative_prompt: str | None = None,
         size: tuple[int, int] | str | None = None,
         frame_num: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         steps: int | None = None,
         shift: float | None = None,
         guide_scale: float | None = None,
@@ -223,7 +233,8 @@ class WanT2V:
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
-        device, as the published program does. Raises `InputError` for settings outside what is allowed.
+        device, as the published program does; -1, or none anywhere, draws the seed too. Raises `InputError` for
+        settings outside what is allowed.
         """
         check_prompt(prompt)
         video = _changed(self.video, size=size, frame_num=frame_num)
@@ -235,7 +246,8 @@ class WanT2V:
             shift=shift,
             guide_scale=guide_scale,
             solver=solver,
-        )
+        ).with_seed()
+        self._check_positions(video)
         self.seconds = {}
         with self._stage("text"):
             prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
@@ -259,8 +271,17 @@ class WanT2V:
         shape = self.vae.config.z_dim, *latents_size(video)
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
 
+    def _check_positions(self, video: VideoSettings) -> None:
+        """Raise `InputError` for a video longer on some axis than the transformer's rotary table."""
+        most = self.transformer.config.rope_max_seq_len
+        if max(n // p for n, p in zip(latents_size(video), PATCH)) > most:
+            width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
+            frames = (most - 1) * VAE_STRIDE[0] + 1
+            raise InputError(f"{video.frame_num} frames of {video.size} are too many; at most {frames} of {(width, height)}")
+
     def describe_attention(self, video: VideoSettings) -> str:
-        """One line: algorithm, backend, grid and blocks for a video of this size."""
+        """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
+        self._check_positions(video)
         return self.transformer.nabla.plan(latents_size(video), self.device).describe()
 
     @contextmanager

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
 from safetensors.torch import save_file
 
+from nabla import InputError
 from wan import names
 from wan.checkpoint import TOKENIZER_FOLDER
 from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE, finish_transformer
@@ -111,6 +112,8 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
     _write_shards(folder, transformer_shapes(sizes), dtype, draw)
     for file, shapes, kept in (
         (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import resource
-import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import torch
 from nabla import InputError
 from wan import memory
 from wan.checkpoint import Checkpoint
-from wan.config import Settings, attention_config, read_settings, resolve
+from wan.config import Settings, read_settings, resolve
 from wan.pipeline import WanT2V
 from wan.video import check_writable, write_image, write_json, write_video
 
@@ -71,11 +70,9 @@ def run(
     checkpoint = Checkpoint.open(settings.checkpoint)
     checkpoint.require_tokenizer()
     settings = resolve({"checkpoint": checkpoint.name}, flags, from_file, *checkpoint.settings_layers, fallback)
-    if settings.sampling.seed in (None, -1):
-        settings = replace(settings, sampling=replace(settings.sampling, seed=secrets.randbelow(2**31)))
-    if settings.dtype is None:
-        settings = replace(settings, dtype="float32" if device.type == "cpu" else "bfloat16")
-    _warn_of_another_algorithm(checkpoint, settings)
+    dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    settings = replace(settings, dtype=dtype, sampling=settings.sampling.with_seed())
+    _warn_of_the_unexpected(checkpoint, settings)
     path = save_file or default_path(settings)
     check_output(path, settings)
     generate(checkpoint, settings, path, device, offload, t5_cpu, compile)
@@ -88,13 +85,14 @@ def _check_task(task: str | None, config: str | None, named: object) -> None:
         raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")
 
 
-def _warn_of_another_algorithm(checkpoint: Checkpoint, settings: Settings) -> None:
-    if not checkpoint.own_algorithm:
-        return
-    own, chosen = attention_config(checkpoint.own_algorithm["attention"]), settings.attention
-    if own.algorithm != chosen.algorithm:
+def _warn_of_the_unexpected(checkpoint: Checkpoint, settings: Settings) -> None:
+    own, chosen = checkpoint.own_attention(), settings.attention
+    if own is not None and own.algorithm != chosen.algorithm:
         line = "warning: checkpoint %s was made for %s; running %s as asked"
         log.warning(line, checkpoint.name, own.algorithm, chosen.algorithm)
+    if not chosen.is_dense and chosen.dense_steps >= settings.sampling.steps:
+        line = "warning: the first %d steps run dense, so all %d steps do; lower dense_steps in a config"
+        log.warning(line, chosen.dense_steps, settings.sampling.steps)
 
 
 def default_path(settings: Settings) -> Path:
@@ -160,26 +158,31 @@ def generate(
             settings.prompt, size=video.size, frame_num=video.frame_num, progress=True, **asdict(sampling)
         )
     except torch.OutOfMemoryError as error:
-        raise InputError(_out_of_memory(settings, offload, t5_cpu)) from error
+        raise InputError(_out_of_memory("GPU", settings, offload, t5_cpu)) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
     seconds |= pipe.seconds
-    record = {"settings": settings.to_dict(), "made_with": _made_with(device, seconds)}
+    made_with = _made_with(device, seconds) | {"offload": pipe.offload, "t5_cpu": t5_cpu, "compile": compile}
+    record = {"settings": settings.to_dict(), "made_with": made_with}
     if path.suffix == ".png":
         write_image(path, frames[0])
     else:
         write_video(path, frames, video.fps)
     write_json(path.with_suffix(".json"), record)
     stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
-    peak = ", ".join(f"{where} {amount}" for where, amount in record["made_with"]["peak_memory"].items())
+    peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
     log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
     log.info("wrote %s and %s", path, path.with_suffix(".json"))
 
 
-def _out_of_memory(settings: Settings, offload: bool | None, t5_cpu: bool) -> str:
+def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: bool) -> str:
     width, height = settings.video.size
     hints = [f"a smaller --size than {width}*{height}", f"fewer than {settings.video.frame_num} frames (--frame_num)"]
     hints += [] if offload else ["--offload_model true"]
     hints += [] if t5_cpu else ["--t5_cpu"]
-    return f"the GPU ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
+    return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
 
 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -190,7 +193,7 @@ def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, 
         peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
     return {
         "versions": {package: version(package) for package in VERSIONS_OF},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": f"{device.type}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}",
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "peak_memory": peak,
     }

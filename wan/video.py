@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -22,11 +23,12 @@ QUALITY = 8
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file can be written at `path`."""
     try:
-        is_new = not path.exists()
-        with open(path, "ab"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        if len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
-        if is_new:
-            path.unlink()
     except OSError as error:
         raise _refusal(path, error) from None
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from nabla import InputError
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class CheckpointError(InputError):
     """A checkpoint that is missing, incomplete, damaged or of another kind."""
 
@@ -100,6 +103,8 @@ class Part:
         state = {}
         for file_name, tensor in self.weights:
             own = self.names[file_name]
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"tensor {file_name!r} is {tensor.dtype}; only whole floating-point weights are read")
             wanted = torch.float32 if set(own.split(".")) & set(self.float32) else dtype
             # A tensor kept as read would pin its whole file in memory.
             state[own] = tensor.to(device=device, dtype=wanted, copy=True)

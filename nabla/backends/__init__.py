@@ -1,8 +1,8 @@
 """The kernels behind one interface, and the choice of one for a device.
 
 A backend is a module with `choose(q, k, selection)` and `prepare(blocks, layout)`, which both give what its
-`attend(q, k, v, prepared)` needs, the flag `DIFFERENTIABLE`, and `DTYPES`, None for all. Before it is used on a device it must agree there with `reference` on small problems that dense
-attention would fail.
+`attend(q, k, v, prepared)` needs, the flag `DIFFERENTIABLE`, and `DTYPES`, None for all. Before it is used on a device
+it must agree there with `reference` on small problems that dense attention would fail.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 
 from nabla.backends import flex, reference
-from nabla.config import InputError
-from nabla.tiling import TileLayout
+from nabla.config import InputError, NablaConfig
+from nabla.selection import Selection
 
 BACKENDS = {"flex": flex, "reference": reference}
 
@@ -56,16 +56,16 @@ def _fault(backend: ModuleType, device: torch.device, block: int) -> str:
     dtype, tolerance = (torch.bfloat16, 2e-2) if device.type == "cuda" else (torch.float32, 1e-4)
     generator = torch.Generator().manual_seed(0)
     random = functools.partial(torch.randn, generator=generator)
-    for columns in (2 * block, 2 * block - block // 4):
-        layout = TileLayout.build((3, 1, columns), (1, 1, block), device)
-        q, k, v = (random(1, 2, layout.blocks * block, 64).to(device, dtype) for _ in range(3))
-        kept = (random(1, 2, layout.blocks, layout.blocks) > 0.5) | torch.eye(layout.blocks, dtype=torch.bool)
-        kept = kept.to(device)
+    for columns in (3 * block, 3 * block - block // 4):
+        selection = Selection.build((3, 1, columns), NablaConfig(keep=0.4, tile=(1, 1, block)), device)
+        q, k, v = (random(1, 2, selection.layout.blocks * block, 64).to(device, dtype) for _ in range(3))
         try:
-            result = backend.attend(q, k, v, backend.prepare(kept, layout)).float()
+            result = backend.attend(q, k, v, backend.choose(q, k, selection)).float()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        exact = reference.attend(q.float(), k.float(), v.float(), reference.prepare(kept, layout))
+        exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(q, k, selection))
         error = (result - exact).norm() / exact.norm()
         if not error < tolerance:
             return f"its result is off by {error:.1%}"
