@@ -20,15 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nabla
 from nabla import InputError, NablaConfig
 from nabla.backends import BACKENDS
 from wan.attention import apply_attention, compile_blocks
-from wan.config import PATCH, VideoSettings
-from wan.pipeline import latents_size
+from wan.config import VideoSettings
 from wan.random_checkpoint import MODELS, random_transformer
 
 TEXT_ROWS = 512
@@ -47,8 +45,7 @@ def main() -> int:
     for row in rows:
         extra = "".join(f"  {key} {value}" for key, value in row.items() if key not in ("what", "ms", "low", "high"))
         print(f"{row['what']:<{width}}  {row['ms']:>10.3f} ms  ({row['low']:.3f} to {row['high']:.3f}){extra}")
-    settings = {key: value for key, value in vars(args).items()}
-    print(json.dumps({"mode": args.mode, "settings": settings, "machine": machine(args.device), "rows": rows}))
+    print(json.dumps({"mode": args.mode, "settings": vars(args), "machine": machine(args.device), "rows": rows}))
     return 0
 
 
@@ -101,10 +98,6 @@ def random_qkv(args: argparse.Namespace, grid: tuple[int, int, int]) -> tuple[to
     return tuple(torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(3))
 
 
-def token_grid(video: VideoSettings) -> tuple[int, int, int]:
-    return tuple(n // p for n, p in zip(latents_size(video), PATCH))
-
-
 def dense_kernels(device: torch.device) -> dict[str, Any]:
     """Dense attention's kernels by name, each with the context that selects it."""
     if device.type != "cuda":
@@ -118,7 +111,7 @@ def dense_kernels(device: torch.device) -> dict[str, Any]:
 @torch.no_grad()
 def mask_mode(args: argparse.Namespace, video: VideoSettings, device: torch.device) -> Iterator[Row]:
     """The build of a layer's block lists from q and k in tile order, beside the gather into that order."""
-    grid = token_grid(video)
+    grid = video.token_grid
     q, k, v = random_qkv(args, grid)
     for config in [*(NablaConfig(keep=share, backend=args.backend) for share in args.keep), NablaConfig(threshold=0.7)]:
         plan = nabla.plan(grid, config, device)
@@ -133,7 +126,7 @@ def mask_mode(args: argparse.Namespace, video: VideoSettings, device: torch.devi
 @torch.no_grad()
 def attention_mode(args: argparse.Namespace, video: VideoSettings, device: torch.device) -> Iterator[Row]:
     """One layer's attention over chosen blocks, masks apart, and whole; TFLOP/s count kept pairs of tokens only."""
-    grid = token_grid(video)
+    grid = video.token_grid
     q, k, v = random_qkv(args, grid)
     flops = 4 * q.shape[1] ** 2 * q.shape[2] * q.shape[3]
     for name, kernel in dense_kernels(device).items():
@@ -158,7 +151,7 @@ def forward_mode(args: argparse.Namespace, video: VideoSettings, device: torch.d
     dtype = getattr(torch, args.dtype)
     transformer = random_transformer(args.model, dtype, device)
     compile_blocks(transformer)
-    latents = torch.randn(1, transformer.config.in_channels, *latents_size(video), device=device, dtype=dtype)
+    latents = torch.randn(1, transformer.config.in_channels, *video.latents_size, device=device, dtype=dtype)
     text = torch.randn(1, TEXT_ROWS, transformer.config.text_dim, device=device, dtype=dtype)
     timestep = torch.tensor([500], device=device)
 

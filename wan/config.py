@@ -69,6 +69,17 @@ class VideoSettings:
         if not is_count(self.fps) or not 1 <= self.fps <= MAX_FPS:
             raise InputError(f"fps {self.fps!r} is not a whole number from 1 to {MAX_FPS}; 16 is usual")
 
+    @property
+    def latents_size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the video's latents."""
+        (width, height), (t, h, w) = self.size, VAE_STRIDE
+        return (self.frame_num - 1) // t + 1, height // h, width // w
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of the tokens that the transformer sees."""
+        return tuple(n // p for n, p in zip(self.latents_size, PATCH))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -184,6 +195,14 @@ def check_video(size: tuple[int, int], frame_num: int) -> None:
     if not is_count(frame_num) or frame_num % step != 1:
         below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
         raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
+
+
+def check_positions(video: VideoSettings, most: int) -> None:
+    """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
+    if max(video.token_grid) > most:
+        width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
+        frames, size = (most - 1) * VAE_STRIDE[0] + 1, "*".join(map(str, video.size))
+        raise InputError(f"{video.frame_num} frames of {size} are too many; at most {frames} of {width}*{height}")
 
 
 def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:

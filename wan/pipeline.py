@@ -20,9 +20,18 @@ from nabla import InputError, NablaConfig
 from wan import memory, parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
-from wan.config import PATCH, VAE_STRIDE, SamplingSettings, VideoSettings, check_prompt, check_sampling, resolve
+from wan.config import (
+    VAE_STRIDE,
+    SamplingSettings,
+    VideoSettings,
+    check_positions,
+    check_prompt,
+    check_sampling,
+    resolve,
+)
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
+from wan.video import to_frames
 from wan.weights import CheckpointError
 
 log = logging.getLogger("wan")
@@ -247,7 +256,7 @@ class WanT2V:
             guide_scale=guide_scale,
             solver=solver,
         ).with_seed()
-        self._check_positions(video)
+        check_positions(video, self.transformer.config.rope_max_seq_len)
         self.seconds = {}
         with self._stage("text"):
             prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
@@ -268,21 +277,13 @@ class WanT2V:
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        shape = self.vae.config.z_dim, *latents_size(video)
+        shape = self.vae.config.z_dim, *video.latents_size
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
-
-    def _check_positions(self, video: VideoSettings) -> None:
-        """Raise `InputError` for a video longer on some axis than the transformer's rotary table."""
-        most = self.transformer.config.rope_max_seq_len
-        if max(n // p for n, p in zip(latents_size(video), PATCH)) > most:
-            width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
-            frames = (most - 1) * VAE_STRIDE[0] + 1
-            raise InputError(f"{video.frame_num} frames of {video.size} are too many; at most {frames} of {(width, height)}")
 
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
-        self._check_positions(video)
-        return self.transformer.nabla.plan(latents_size(video), self.device).describe()
+        check_positions(video, self.transformer.config.rope_max_seq_len)
+        return self.transformer.nabla.plan(video.latents_size, self.device).describe()
 
     @contextmanager
     def _placed(self, module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
@@ -308,17 +309,6 @@ class WanT2V:
             return None
         text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
         return pad_rows(text, self.text_length)
-
-
-def latents_size(video: VideoSettings) -> tuple[int, int, int]:
-    """(frames, height, width) of a video's latents."""
-    (width, height), (t, h, w) = video.size, VAE_STRIDE
-    return (video.frame_num - 1) // t + 1, height // h, width // w
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """(3, frames, height, width) in [-1, 1] -> (frames, height, width, 3) uint8, rounded down as published."""
-    return ((video.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _changed(settings: Any, **values: Any) -> Any:

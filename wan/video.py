@@ -13,6 +13,8 @@ from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
+import torch
+from torch import Tensor
 
 from nabla import InputError
 
@@ -49,6 +51,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with _whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """(3, frames, height, width) in [-1, 1] -> (frames, height, width, 3) uint8, rounded down as published."""
+    return ((video.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 @contextmanager
