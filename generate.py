@@ -30,8 +30,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--prompt", help="what the video shows")
-    add("--config", help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again")
-    add("--task", choices=TASKS, help="t2v makes a video, t2i one picture; picks the checkpoint if nothing else names one")
+    add(
+        "--config",
+        help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again",
+    )
+    add(
+        "--task",
+        choices=TASKS,
+        help="t2v makes a video, t2i one picture; picks the checkpoint if nothing else names one",
+    )
     add("--ckpt_dir", help="checkpoint: a directory or a hub id")
     add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
     add("--negative_prompt", help="what the video should not show")
@@ -43,7 +50,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sample_steps", type=int)
     add("--sample_shift", type=float)
     add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
-    add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)")
+    add(
+        "--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)"
+    )
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")

@@ -51,7 +51,9 @@ class NablaConfig:
             object.__setattr__(self, "window", _three_positive("window", self.window))
         object.__setattr__(self, "tile", _three_positive("tile", self.tile))
         if self.block > MAX_BLOCK:
-            raise InputError(f"tile {self.tile} holds {self.block} tokens; at most {MAX_BLOCK} are allowed, 64 are usual")
+            raise InputError(
+                f"tile {self.tile} holds {self.block} tokens; at most {MAX_BLOCK} are allowed, 64 are usual"
+            )
         if not is_count(self.dense_steps):
             raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
         layers = self.dense_layers
@@ -152,7 +154,9 @@ def is_count(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    return (
+        isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:

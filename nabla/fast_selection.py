@@ -1,7 +1,7 @@
 """Kept blocks as lists on a GPU: the rule of `nabla.selection` without sorting, in one pass over the block map.
 
-Each program of the kernel holds one row of the map in registers. The least kept weight is found by bisecting on the bits
-of non-negative floats, whose order is that of their values, so that 31 halvings are exact.
+Each program of the kernel holds one row of the map in registers. The least kept weight is found by bisecting on the
+bits of non-negative floats, whose order is that of their values, so that 31 halvings are exact.
 """
 
 from __future__ import annotations
@@ -130,7 +130,18 @@ if triton is not None:
 
     @triton.jit
     def _mean_of_block(
-        x, sizes, means, heads, blocks, stride_b, stride_h, stride_s, stride_d, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+        x,
+        sizes,
+        means,
+        heads,
+        blocks,
+        stride_b,
+        stride_h,
+        stride_s,
+        stride_d,
+        dim,
+        BLOCK: tl.constexpr,
+        WIDTH: tl.constexpr,
     ):
         block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         size = tl.load(sizes + block)

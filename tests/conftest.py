@@ -1,4 +1,4 @@
-"""Shared by all tests: the reference checkpoint and what the reference programs compute on it, and the GPU's absence."""
+"""Shared by all tests: the reference checkpoint, what the reference programs compute on it, and the GPU's absence."""
 
 from __future__ import annotations
 

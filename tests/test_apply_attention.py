@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +19,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import nabla
 import wan
@@ -89,9 +88,7 @@ def i2v(vae):
     torch.manual_seed(0)
     sizes = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
     encoder = CLIPVisionModel(CLIPVisionConfig(image_size=224, **sizes)).eval()
-    pipe = WanImageToVideoPipeline(
-        None, None, vae, scheduler, CLIPImageProcessor(), encoder, transformer=transformer
-    )
+    pipe = WanImageToVideoPipeline(None, None, vae, scheduler, CLIPImageProcessor(), encoder, transformer=transformer)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 80, 3), dtype=np.uint8))
     return pipe, [transformer], {"image": image}
 

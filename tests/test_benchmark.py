@@ -16,7 +16,9 @@ from wan.random_checkpoint import random_transformer
 SCRIPT = Path(wan.__file__).parents[1] / "scripts" / "benchmark.py"
 
 
-@pytest.mark.parametrize("mode, first", (("mask", "masks, keep-0.1"), ("attention", "dense, sdpa"), ("forward", "dense, sdpa")))
+@pytest.mark.parametrize(
+    "mode, first", (("mask", "masks, keep-0.1"), ("attention", "dense, sdpa"), ("forward", "dense, sdpa"))
+)
 def test_modes(mode, first):
     command = [sys.executable, str(SCRIPT), mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
     run = subprocess.run([*command, "--model", "nano", "--dtype", "float32"], capture_output=True, text=True)

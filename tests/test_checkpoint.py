@@ -57,7 +57,9 @@ def test_published_names_and_shapes_are_those_of_the_real_checkpoints():
     for model in ("t2v-14B", "t2v-1.3B"):
         sizes = random_checkpoint.MODELS[model]
         shapes = random_checkpoint.transformer_shapes(sizes)
-        one_block = {name: list(shape) for name, shape in shapes.items() if not name.startswith("blocks.") or ".0." in name[:9]}
+        one_block = {
+            name: list(shape) for name, shape in shapes.items() if not name.startswith("blocks.") or ".0." in name[:9]
+        }
         assert one_block == known[model]["keys"]
         assert sum(torch.Size(shape).numel() for shape in shapes.values()) == known[model]["parameters"]
     for key, made in (
@@ -88,7 +90,11 @@ def test_bf16_keeps_norms_modulations_and_time_embedding_in_float32(nano):
     transformer = load_models(nano, torch.bfloat16)["transformer"]
     kinds = {name: tensor.dtype for name, tensor in transformer.named_parameters()}
     assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16
-    for name in ("blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"):
+    for name in (
+        "blocks.0.scale_shift_table",
+        "blocks.0.norm2.weight",
+        "condition_embedder.time_embedder.linear_1.weight",
+    ):
         assert kinds[name] == torch.float32
     assert transformer.rope.freqs_cos.dtype == torch.float32 and transformer.dtype == torch.bfloat16
 
@@ -205,7 +211,10 @@ def test_flipped_bytes_in_a_pickle_are_one_clear_line_or_harmless(copy, seed):
     "index, message",
     (
         ({"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline; only Wan2.1"),
-        ({"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}, "is a Wan2.2 pipeline"),
+        (
+            {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "is a Wan2.2 pipeline",
+        ),
         ({"_class_name": "WanPipeline", "expand_timesteps": True}, "is a Wan2.2 pipeline"),
     ),
 )
@@ -319,7 +328,9 @@ def test_wrong_inputs_to_the_pipeline(random_nano):
 
 def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, monkeypatch):
     """A float32 transformer of 600 MB in shards of 100 MB, loaded to 300 MB of bfloat16."""
-    small = {field: getattr(random_checkpoint.MODELS["nano"], field) for field in ("text_dim", "text_heads", "vocabulary")}
+    small = {
+        field: getattr(random_checkpoint.MODELS["nano"], field) for field in ("text_dim", "text_heads", "vocabulary")
+    }
     sizes = random_checkpoint.Sizes(1024, 8, 9, 4096, text_layers=1, text_ffn_dim=64, vae_dim=8, **small)
     monkeypatch.setitem(random_checkpoint.MODELS, "some", sizes)
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 100 * 2**20)

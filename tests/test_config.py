@@ -29,7 +29,9 @@ def test_algorithm_strings_both_ways(algorithm, config):
     assert config.algorithm == algorithm
 
 
-@pytest.mark.parametrize("text", ("", "nabla", "nabla-", "sta-1-2", "nabla-0.5_nabla-0.6", "nabla_0.7", "sta-a-b-c", "x"))
+@pytest.mark.parametrize(
+    "text", ("", "nabla", "nabla-", "sta-1-2", "nabla-0.5_nabla-0.6", "nabla_0.7", "sta-a-b-c", "x")
+)
 def test_unknown_algorithm_strings(text):
     with pytest.raises(InputError, match="is not known; use dense, nabla-0.7"):
         NablaConfig.parse(text)
@@ -141,13 +143,19 @@ def test_every_config_file_loads_and_runs_what_its_name_says():
 
 def test_precedence_flag_yaml_checkpoint_program():
     flag = {"attention": {"algorithm": "sta-3-3-3"}, "sampling": {"steps": 4}}
-    yaml = {"attention": {"algorithm": "nabla", "threshold": 0.5, "dense_layers": [0]}, "sampling": {"steps": 5, "shift": 3.0}}
+    yaml = {
+        "attention": {"algorithm": "nabla", "threshold": 0.5, "dense_layers": [0]},
+        "sampling": {"steps": 5, "shift": 3.0},
+    }
     checkpoint = {"attention": {"algorithm": "nabla-0.9"}, "sampling": {"steps": 6, "shift": 4.0, "guide_scale": 2.0}}
     settings = resolve(flag, yaml, checkpoint, ROOM)
     assert settings.attention == NablaConfig(window=(3, 3, 3), dense_layers=(0,), dense_steps=STA_DENSE_STEPS)
     sampling = settings.sampling
     assert (sampling.steps, sampling.shift, sampling.guide_scale, sampling.solver) == (4, 3.0, 2.0, "unipc")
-    assert resolve({"attention": {"algorithm": "nabla-0.4"}}, read_settings("sta_18_3_3.yaml"), ROOM).attention.dense_steps == 0
+    assert (
+        resolve({"attention": {"algorithm": "nabla-0.4"}}, read_settings("sta_18_3_3.yaml"), ROOM).attention.dense_steps
+        == 0
+    )
     assert resolve(yaml, checkpoint, ROOM).attention == NablaConfig(threshold=0.5, dense_layers=(0,))
     assert resolve(checkpoint, ROOM).attention == NablaConfig(threshold=0.9)
     assert resolve(ROOM).attention == NablaConfig()

@@ -94,7 +94,9 @@ def test_without_save_file_the_prompt_names_the_video(random_nano, tmp_path, mon
 
 
 def test_other_flags_of_wan(run):
-    flags = "--sample_solver dpm++ --sample_shift 3 --sample_guide_scale 1 --t5_cpu --offload_model true --dtype bfloat16"
+    flags = (
+        "--sample_solver dpm++ --sample_shift 3 --sample_guide_scale 1 --t5_cpu --offload_model true --dtype bfloat16"
+    )
     code, said, _ = run(*flags.split(), "--sparse_algo", "sta-1-1-1")
     assert code == 0
     assert "warning: the first 12 steps run dense, so all 2 steps do" in said
@@ -192,7 +194,10 @@ def test_a_prompt_that_is_not_unicode(run):
 @pytest.mark.parametrize("prompt", ("", "   ", "&nbsp;", None))
 def test_empty_prompt(run, prompt):
     code, said, files = run(prompt=prompt)
-    assert (code, files) == (2, []) and said == "error: the prompt is empty; say what the video should show with --prompt\n"
+    assert (code, files) == (
+        2,
+        [],
+    ) and said == "error: the prompt is empty; say what the video should show with --prompt\n"
 
 
 def test_unknown_key_in_a_yaml(run, tmp_path):
@@ -286,8 +291,14 @@ def test_as_a_program_from_another_directory_and_under_torchrun(tmp_path):
 
 def test_random_checkpoint_script(tmp_path):
     script = [sys.executable, str(ROOT / "scripts" / "make_random_checkpoint.py"), "--model", "nano"]
-    made = subprocess.run([*script, "--out", str(tmp_path / "x"), "--sparse_algo", "nabla-0.7"], capture_output=True, text=True)
+    made = subprocess.run(
+        [*script, "--out", str(tmp_path / "x"), "--sparse_algo", "nabla-0.7"], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     assert json.loads((tmp_path / "x" / "config.json").read_text())["sparse_algo"] == "nabla-0.7"
     bad = subprocess.run([*script, "--out", str(tmp_path / "y"), "--sparse_algo", "x"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: attention algorithm 'x'") and not (tmp_path / "y").exists()
+    assert (
+        bad.returncode == 2
+        and bad.stderr.startswith("error: attention algorithm 'x'")
+        and not (tmp_path / "y").exists()
+    )

@@ -90,9 +90,7 @@ def test_other_dtypes(dtype):
 
 def test_gradients_go_through_the_reference():
     qkv = [x.requires_grad_() for x in random_qkv((2, 12, 20), dtype=torch.float32)]
-    wanted = torch.autograd.grad(
-        nabla.attention(*qkv, (2, 12, 20), replace(AUTO, backend="reference")).sum(), qkv
-    )
+    wanted = torch.autograd.grad(nabla.attention(*qkv, (2, 12, 20), replace(AUTO, backend="reference")).sum(), qkv)
     for a, b in zip(torch.autograd.grad(nabla.attention(*qkv, (2, 12, 20), AUTO).sum(), qkv), wanted):
         torch.testing.assert_close(a, b)
 

@@ -162,7 +162,9 @@ def test_keep_keeps_a_fixed_share_of_the_most_probable():
     assert (nabla.select_blocks(q, k, (3, 24, 24), NablaConfig(keep=1e-6)).sum(-1) == 1).all()
 
 
-@pytest.mark.parametrize("share, blocks, count", ((0.5, 3, 2), (0.5, 4, 2), (0.2, 1260, 252), (0.07, 100, 7), (0.1, 1, 1)))
+@pytest.mark.parametrize(
+    "share, blocks, count", ((0.5, 3, 2), (0.5, 4, 2), (0.2, 1260, 252), (0.07, 100, 7), (0.1, 1, 1))
+)
 def test_keep_is_never_below_its_share(share, blocks, count):
     assert blocks_to_keep(share, blocks) == count
 

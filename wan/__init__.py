@@ -1,5 +1,7 @@
 """Wan2.1 text-to-video generation with block-sparse attention, as a small patch around diffusers' classes."""
 
+import transformers  # noqa: F401, I001  before diffusers, which else prints about a circular import
+
 from wan.attention import apply_attention, remove_attention
 from wan.checkpoint import Checkpoint
 from wan.pipeline import WanT2V

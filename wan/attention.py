@@ -150,7 +150,9 @@ class NablaProcessor(WanAttnProcessor):
         if plan is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if self._parallel_config is not None:
-            raise InputError("sparse attention does not work under diffusers' context parallelism; leave one of them out")
+            raise InputError(
+                "sparse attention does not work under diffusers' context parallelism; leave one of them out"
+            )
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:

@@ -109,7 +109,9 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
         if config.get("model_type", "t2v") != "t2v":
             raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
         if not is_count(config.get("text_len", TEXT_LENGTH)) or config.get("text_len") == 0:
-            raise CheckpointError(f"{folder / 'config.json'}: text_len is {config['text_len']!r}, not a positive integer")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: text_len is {config['text_len']!r}, not a positive integer"
+            )
         return True, config
     pipeline = read_json(index)
     kind = pipeline.get("_class_name")

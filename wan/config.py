@@ -83,7 +83,7 @@ class VideoSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a video. `checkpoint` is a directory or a hub id; `dtype` None leaves it to the device."""
+    """Everything that decides a video. `checkpoint` is a directory or a hub id; the device decides on `dtype` None."""
 
     checkpoint: str
     prompt: str
@@ -141,7 +141,7 @@ def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]
 
 
 def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
-    """An `attention` mapping to its config; a window alone runs its first steps dense unless `dense_steps` says else."""
+    """An `attention` mapping to its config; a window alone runs its first steps dense unless told otherwise."""
     config = NablaConfig.from_dict(settings)
     if config.kind == "sta" and settings.get("dense_steps") is None:
         return replace(config, dense_steps=STA_DENSE_STEPS)
@@ -190,7 +190,9 @@ def check_video(size: tuple[int, int], frame_num: int) -> None:
     rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
     if not width or not height or width % columns or height % rows:
         near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
-        raise InputError(f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}")
+        raise InputError(
+            f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}"
+        )
     step = VAE_STRIDE[0]
     if not is_count(frame_num) or frame_num % step != 1:
         below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
@@ -214,7 +216,9 @@ def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) ->
     if not is_number(shift) or shift <= 0:
         raise InputError(f"shift {shift!r} is not a positive number; 5.0 is usual")
     if not is_number(guide_scale) or guide_scale < 1:
-        raise InputError(f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual")
+        raise InputError(
+            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual"
+        )
 
 
 def check_text(name: str, text: object) -> None:

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-# diffusers prints about circular imports when it comes before transformers.
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from nabla.config import is_count
 from wan import names
@@ -64,7 +62,9 @@ def vae_part(checkpoint: Checkpoint) -> Part:
         own = part.model.config
         strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
         if strides != VAE_STRIDE or own.patch_size is not None or len(own.latents_mean) != own.z_dim:
-            raise CheckpointError(f"{checkpoint.folder / 'vae'} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}")
+            raise CheckpointError(
+                f"{checkpoint.folder / 'vae'} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}"
+            )
         return part
     weights = WeightFiles([checkpoint.folder / VAE_FILE])
     config = _published_vae_config(weights)
@@ -103,7 +103,9 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
         raise CheckpointError(f"{folder} is truncated or corrupt ({error}); download it again") from error
     tokenizer.pad_token = tokenizer.pad_token or PAD_TOKEN
     if PAD_TOKEN not in tokenizer.get_vocab() or len(tokenizer) > vocabulary:
-        raise CheckpointError(f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again")
+        raise CheckpointError(
+            f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
+        )
     return tokenizer
 
 

@@ -193,7 +193,9 @@ class WanT2V:
             if counter:
                 counter.tell(None)
         if not latents.isfinite().all():
-            hint = "try --dtype bfloat16" if transformer.dtype == torch.float16 else "the weights or settings are at fault"
+            hint = (
+                "try --dtype bfloat16" if transformer.dtype == torch.float16 else "the weights or settings are at fault"
+            )
             raise InputError(f"sampling ended in values that are not finite; {hint}")
         return latents.view(noise.shape)
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
-from safetensors.torch import save_file
 
 from nabla import InputError
 from wan import names
@@ -43,7 +42,9 @@ class Sizes:
 
 
 MODELS = {
-    "nano": Sizes(128, 2, 2, 256, text_dim=64, text_heads=4, text_layers=2, text_ffn_dim=128, vocabulary=512, vae_dim=8),
+    "nano": Sizes(
+        128, 2, 2, 256, text_dim=64, text_heads=4, text_layers=2, text_ffn_dim=128, vocabulary=512, vae_dim=8
+    ),
     "t2v-1.3B": Sizes(1536, 12, 30, 8960),
     "t2v-14B": Sizes(5120, 40, 40, 13824),
 }

@@ -41,7 +41,9 @@ def require_one_process(ulysses_size: int, t5_fsdp: bool, dit_fsdp: bool) -> Non
     }
     for what, is_asked in asked.items():
         if is_asked:
-            raise InputError(f"{what}: only one process with one GPU is supported so far; start python generate.py alone")
+            raise InputError(
+                f"{what}: only one process with one GPU is supported so far; start python generate.py alone"
+            )
 
 
 def run(
@@ -188,12 +190,13 @@ def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Versions, hardware, times and peak memory of this process."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     peak = {"host": f"{host / memory.GIB:.1f} GiB"}
     if device.type == "cuda":
         peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
     return {
         "versions": {package: version(package) for package in VERSIONS_OF},
-        "device": f"{device.type}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}",
+        "device": f"{device.type}, {name}",
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "peak_memory": peak,
     }

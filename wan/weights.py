@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nabla import InputError
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,7 +54,8 @@ class WeightFiles:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(n, str) and Path(n).name == n for n in listed.values()):
+            plain = isinstance(listed, dict) and all(isinstance(n, str) and Path(n).name == n for n in listed.values())
+            if not plain:
                 raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
             names = sorted(set(listed.values()))
         else:
@@ -104,7 +104,9 @@ class Part:
         for file_name, tensor in self.weights:
             own = self.names[file_name]
             if tensor.dtype not in DTYPES:
-                raise CheckpointError(f"tensor {file_name!r} is {tensor.dtype}; only whole floating-point weights are read")
+                raise CheckpointError(
+                    f"tensor {file_name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read"
+                )
             wanted = torch.float32 if set(own.split(".")) & set(self.float32) else dtype
             # A tensor kept as read would pin its whole file in memory.
             state[own] = tensor.to(device=device, dtype=wanted, copy=True)
