@@ -21,7 +21,6 @@ from wan import memory, parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import (
-    VAE_STRIDE,
     SamplingSettings,
     VideoSettings,
     check_positions,
@@ -29,6 +28,7 @@ from wan.config import (
     check_sampling,
     resolve,
 )
+from wan.latents import decode, encode
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.video import to_frames
@@ -75,9 +75,6 @@ class WanT2V:
         self.video = video
         self.seconds: dict[str, float] = {}
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        self.latents_mean = torch.tensor(vae.config.latents_mean).view(shape)
-        self.latents_std = torch.tensor(vae.config.latents_std).view(shape)
 
     @classmethod
     def from_pretrained(
@@ -202,29 +199,18 @@ class WanT2V:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
-        frames, height, width = video.shape[-3:]
-        if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
-            raise InputError(
-                f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
-                f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
-            )
         with self._placed(self.vae, self.device) as vae:
-            moments = vae.encode(_batched(video, 5).to(self.device, vae.dtype)).latent_dist.mode()
-        latents = (moments - self.latents_mean.to(moments)) / self.latents_std.to(moments)
-        return latents if video.ndim == 5 else latents[0]
+            encoded = encode(vae, _batched(video, 5).to(self.device))
+        return encoded if video.ndim == 5 else encoded[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w); batch optional.
 
-        Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly;
-        a line of the log says so.
+        Tiled where memory asks for it, see `wan.latents.decode`.
         """
         with self._placed(self.vae, self.device) as vae:
-            batch = _batched(latents, 5).to(self.device, vae.dtype)
-            vae.use_tiling = memory.needs_tiling(batch)
-            batch = batch * self.latents_std.to(batch) + self.latents_mean.to(batch)
-            video = vae.decode(batch).sample
+            video = decode(vae, _batched(latents, 5).to(self.device))
         return video if latents.ndim == 5 else video[0]
 
     def generate(

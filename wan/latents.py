@@ -1,0 +1,47 @@
+"""Between pixels and the latents that the transformer sees: the VAE with its statistics taken out and put back."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from nabla import InputError
+from wan import memory
+from wan.config import VAE_STRIDE
+
+
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
+
+    Raises `InputError` for frames or sizes that the VAE would drop or crop.
+    """
+    frames, height, width = video.shape[2:]
+    if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
+        raise InputError(
+            f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
+            f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
+        )
+    moments = vae.encode(video.to(vae.dtype)).latent_dist.mode()
+    mean, deviation = _statistics(vae, moments)
+    return (moments - mean) / deviation
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w).
+
+    Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly; a
+    line of the log says so.
+    """
+    latents = latents.to(vae.dtype)
+    mean, deviation = _statistics(vae, latents)
+    vae.use_tiling = memory.needs_tiling(latents)
+    return vae.decode(latents * deviation + mean).sample
+
+
+def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, shaped for latents."""
+    config = vae.config
+    return tuple(
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+    )
