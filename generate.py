@@ -103,14 +103,14 @@ def main(argv: list[str] | None = None) -> int:
         require_one_process(args.ulysses_size, args.t5_fsdp, args.dit_fsdp)
         run(
             flag_settings(args),
-            args.config,
-            args.task,
-            TASKS[args.task or "t2v-14B"],
-            args.save_file,
-            args.device,
-            args.offload_model,
-            args.t5_cpu,
-            args.compile,
+            config=args.config,
+            task=args.task,
+            default_checkpoint=TASKS[args.task or "t2v-14B"],
+            save_file=args.save_file,
+            device=args.device,
+            offload=args.offload_model,
+            t5_cpu=args.t5_cpu,
+            compile=args.compile,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

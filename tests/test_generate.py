@@ -116,6 +116,15 @@ def test_flag_beats_yaml_beats_checkpoint_and_a_disagreement_is_one_line(run, da
     assert "attention: dense," in run("--config", "nabla_0.7.yaml", "--sparse_algo", "dense", ckpt_dir=damaged)[1]
 
 
+def test_an_algorithm_of_the_checkpoint_that_is_not_understood(run, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"sparse_algo": "weird"}))
+    code, said, _ = run(ckpt_dir=damaged)
+    assert code == 2 and f"{damaged}, sparse_algo of its configuration: " in said
+    code, said, _ = run("--sparse_algo", "dense", ckpt_dir=damaged)
+    assert code == 0 and "warning: " in said and "running dense as asked" in said
+
+
 def test_sampling_defaults_from_the_checkpoint(run, damaged):
     (damaged / "defaults.yaml").write_text("sampling: {solver: dpm++, steps: 3, shift: 2.0}\nvideo: {fps: 8}\n")
     _, said, _ = run(ckpt_dir=damaged)

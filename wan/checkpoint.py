@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.config import attention_config, read_settings
+from wan.config import Settings, attention_config, read_settings, resolve
 from wan.weights import CheckpointError, read_json
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -68,6 +69,15 @@ class Checkpoint:
         if unfit := {"checkpoint", "prompt"} & defaults.keys():
             raise CheckpointError(f"{path} may not name a {sorted(unfit)[0]}; remove it")
         return defaults, self.own_algorithm
+
+    def resolve(self, *above: Mapping[str, Any]) -> Settings:
+        """The settings of layers that rank above the checkpoint's own, and of those."""
+        try:
+            return resolve({"checkpoint": self.name}, *above, *self.settings_layers)
+        except InputError:
+            # An algorithm that is not understood is no fault of the layers above; say where it stands.
+            self.own_attention()
+            raise
 
     @property
     def own_algorithm(self) -> dict[str, Any]:

@@ -20,14 +20,7 @@ from nabla import InputError, NablaConfig
 from wan import memory, parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
-from wan.config import (
-    SamplingSettings,
-    VideoSettings,
-    check_positions,
-    check_prompt,
-    check_sampling,
-    resolve,
-)
+from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
@@ -101,7 +94,7 @@ class WanT2V:
         if isinstance(attention, str):
             attention = NablaConfig.parse(attention)
         asked = {} if attention is None else {"attention": {"algorithm": "dense"}}
-        defaults = resolve(asked, *checkpoint.settings_layers, {"checkpoint": checkpoint.name, "prompt": "none"})
+        defaults = checkpoint.resolve(asked, {"prompt": "none"})
         if attention is None:
             attention = defaults.attention
             log.info("attention of the checkpoint: %s", attention.algorithm)
@@ -157,20 +150,23 @@ class WanT2V:
         negative_context: Tensor | None = None,
         *,
         noise: Tensor,
-        steps: int = 50,
-        shift: float = 5.0,
-        guide_scale: float = 5.0,
-        solver: str = "unipc",
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
-        Raises `InputError` for settings outside what is allowed, and if the latents end up not finite.
+        What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
+        checkpoint says else. Raises `InputError` for settings outside what is allowed, and for latents not finite.
         """
-        check_sampling(solver, steps, shift, guide_scale)
-        if guide_scale != 1 and negative_context is None:
-            raise InputError(f"guide_scale {guide_scale} needs negative text states; give them, or set it to 1")
+        sampling = _changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
+        if sampling.guide_scale != 1 and negative_context is None:
+            raise InputError(
+                f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
+            )
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
         counter = self.transformer.nabla.steps if hasattr(self.transformer, "nabla") else None
@@ -180,8 +176,8 @@ class WanT2V:
                     transformer,
                     latents,
                     *texts,
-                    make_solver(solver, steps, shift, self.device),
-                    guide_scale,
+                    make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
+                    sampling.guide_scale,
                     batch_guidance=memory.has_room_for_both(transformer, latents),
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
@@ -190,10 +186,7 @@ class WanT2V:
             if counter:
                 counter.tell(None)
         if not latents.isfinite().all():
-            hint = (
-                "try --dtype bfloat16" if transformer.dtype == torch.float16 else "the weights or settings are at fault"
-            )
-            raise InputError(f"sampling ended in values that are not finite; {hint}")
+            raise InputError("sampling ended in values that are not finite; in float16, try bfloat16")
         return latents.view(noise.shape)
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from wan.checkpoint import Checkpoint
 from wan.config import Settings, read_settings, resolve
 from wan.pipeline import WanT2V
 from wan.video import check_writable, write_image, write_json, write_video
+from wan.weights import CheckpointError
 
 log = logging.getLogger("wan")
 
@@ -64,14 +65,13 @@ def run(
     from_file = {} if config is None else read_settings(config)
     if "checkpoint" not in flags:
         _check_task(task, config, from_file.get("checkpoint"))
-    fallback = {"checkpoint": default_checkpoint, "prompt": None}
-    settings = resolve(flags, from_file, fallback)
+    settings = resolve(flags, from_file, {"checkpoint": default_checkpoint})
     if save_file is not None:
         check_output(save_file)
     device = pick_device(device)
     checkpoint = Checkpoint.open(settings.checkpoint)
     checkpoint.require_tokenizer()
-    settings = resolve({"checkpoint": checkpoint.name}, flags, from_file, *checkpoint.settings_layers, fallback)
+    settings = checkpoint.resolve(flags, from_file)
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     settings = replace(settings, dtype=dtype, sampling=settings.sampling.with_seed())
     _warn_of_the_unexpected(checkpoint, settings)
@@ -88,7 +88,12 @@ def _check_task(task: str | None, config: str | None, named: object) -> None:
 
 
 def _warn_of_the_unexpected(checkpoint: Checkpoint, settings: Settings) -> None:
-    own, chosen = checkpoint.own_attention(), settings.attention
+    chosen = settings.attention
+    try:
+        own = checkpoint.own_attention()
+    except CheckpointError as error:
+        log.warning("warning: %s; running %s as asked", error, chosen.algorithm)
+        own = None
     if own is not None and own.algorithm != chosen.algorithm:
         line = "warning: checkpoint %s was made for %s; running %s as asked"
         log.warning(line, checkpoint.name, own.algorithm, chosen.algorithm)
@@ -125,7 +130,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown, an absent, the meta device
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
