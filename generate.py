@@ -57,6 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--fp8", action="store_true", help="the transformer's linear layers in float8 (Ada GPUs and newer, torchao)")
+    add("--vae_dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder; default: float16 on a GPU")
+    add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
     add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
     add("--dit_fsdp", action="store_true", help="shard the transformer over GPUs")
@@ -78,7 +81,9 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
         dtype=args.dtype,
-        attention=given(algorithm=args.sparse_algo),
+        vae_dtype=args.vae_dtype,
+        fp8=args.fp8 or None,
+        attention=given(algorithm=args.sparse_algo, mask_refresh=args.mask_refresh),
         sampling=given(
             solver=args.sample_solver,
             steps=args.sample_steps,

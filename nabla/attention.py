@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nabla import fast_selection
-from nabla.backends import BACKENDS, choose
+from nabla import fast_gather, fast_selection
+from nabla.backends import BACKENDS, choose, lack
+from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
-from nabla.selection import Selection
+from nabla.rotary import Rotary, rotate
+from nabla.selection import Selection, block_means
 from nabla.tiling import TileLayout
+
+# Lists of more entries than this are made and used for a few heads at a time; an entry is 4 bytes, twice that where
+# full and partial tiles have lists of their own.
+LIST_ENTRIES = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +30,7 @@ class Plan:
 
     selection: None for dense attention
     backend: the key of `BACKENDS` that inference runs on
+    reason: why that one, in a few words
     fixed: the blocks prepared for `backend`, where they depend on the window alone
     """
 
@@ -30,6 +38,7 @@ class Plan:
     grid: tuple[int, int, int]
     selection: Selection | None = None
     backend: str = "sdpa"
+    reason: str = ""
     fixed: Any = None
 
     def describe(self) -> str:
@@ -38,16 +47,24 @@ class Plan:
         if self.selection is None:
             return f"dense, backend {self.backend}, {grid}, no blocks"
         config, layout = self.config, self.selection.layout
-        dense = f", first {config.dense_steps} steps dense" if config.dense_steps else ""
-        dense += f", layers {', '.join(map(str, config.dense_layers))} dense" if config.dense_layers else ""
+        extra = f", first {config.dense_steps} steps dense" if config.dense_steps else ""
+        extra += f", layers {', '.join(map(str, config.dense_layers))} dense" if config.dense_layers else ""
+        extra += f", masks kept for {config.mask_refresh} steps" if config.mask_refresh > 1 else ""
         blocks = f"{layout.blocks:,} blocks of {layout.block} tokens, {int((~layout.full).sum()):,} of them partial"
-        return f"{config.algorithm}{dense}, backend {self.backend}, {grid}, {blocks}"
+        return f"{config.algorithm}{extra}, backend {self.backend}, {grid}, {blocks}; backend {self.reason}"
 
 
 @torch.inference_mode(False)
-def plan(grid: tuple[int, int, int], config: NablaConfig, device: torch.device | str) -> Plan:
+def plan(
+    grid: tuple[int, int, int],
+    config: NablaConfig,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    head_size: int | None = None,
+) -> Plan:
     """Prepare attention over a (frames, rows, columns) grid of tokens on a device.
 
+    dtype, head_size: of q, k and v, so that a backend is chosen which takes them; None where not known
     Checks the chosen backend on first use on that device. Raises `InputError` if the grid is not three positive
     integers or if a backend named in the config does not work there.
     """
@@ -59,34 +76,74 @@ def plan(grid: tuple[int, int, int], config: NablaConfig, device: torch.device |
         TileLayout.check_grid(grid)
         return Plan(config, grid)
     selection = Selection.build(grid, config, device)
-    backend = choose(config.backend, device, config.block)
+    backend, reason = choose(config.backend, device, config.block, dtype, head_size)
     fixed = BACKENDS[backend].prepare(selection.window, selection.layout) if selection.is_fixed else None
-    return Plan(config, grid, selection, backend, fixed)
+    return Plan(config, grid, selection, backend, reason, fixed)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """Sparse attention of q, k, v (B, S, heads, D), rotary embedding applied, in raster order; same shape and dtype.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    rotary: Rotary | None = None,
+    kept: Tensor | None = None,
+    reuse: bool = False,
+) -> Tensor:
+    """Sparse attention of q, k, v (B, S, heads, D) in raster order; same shape and dtype.
 
+    rotary: to turn q and k by on their way into tiles; None if they are turned already
+    kept: (B, heads, N, N) bool, to write the chosen blocks to; or, with `reuse`, to take them from
     Under `backend: auto`, what the plan's backend cannot do (gradients, float64) is done by the reference. May be
     traced by torch.compile. Raises `InputError` if the shapes do not fit the plan, or if a backend that the config
     names cannot do it.
     """
     _check_shapes(q, k, v, plan.grid)
     if plan.selection is None:
+        q, k = (x if rotary is None else rotate(x, rotary) for x in (q, k))
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    name = _backend_for(q, k, v, plan)
-    backend, selection = BACKENDS[name], plan.selection
-    q, k, v = (selection.layout.to_tiles(x) for x in (q, k, v))
-    if plan.fixed is not None and name == plan.backend:
-        prepared = plan.fixed
-    else:
-        prepared = backend.choose(q, k, selection)
-    return selection.layout.to_raster(backend.attend(q, k, v, prepared))
+    name, layout = _backend_for(q, k, v, plan), plan.selection.layout
+    fixed = plan.fixed if name == plan.backend else None
+    (q, q_means), (k, k_means) = (_tiles_and_means(x, layout, rotary) for x in (q, k))
+    v = layout.to_tiles(v)
+
+    def of_heads(start: int, stop: int) -> Tensor:
+        of = slice(start, stop)
+        means, blocks = (q_means[:, of], k_means[:, of]), None if kept is None else kept[:, of]
+        prepared = _prepare(BACKENDS[name], plan.selection, *means, blocks, reuse) if fixed is None else fixed
+        return BACKENDS[name].attend(q[:, of], k[:, of], v[:, of], prepared)
+
+    batch, heads = q.shape[:2]
+    group = max(1, LIST_ENTRIES // (batch * layout.blocks**2))
+    groups = [of_heads(start, min(start + group, heads)) for start in range(0, heads, group)]
+    return layout.to_raster(groups[0] if len(groups) == 1 else torch.cat(groups, dim=1))
+
+
+def _tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    if fast_gather.applies(x, layout):
+        return fast_gather.tiles_and_means(x, layout, rotary)
+    tiles = layout.to_tiles(x if rotary is None else rotate(x, rotary))
+    return tiles, block_means(tiles, layout)
+
+
+def _prepare(backend: ModuleType, selection: Selection, q: Tensor, k: Tensor, kept: Tensor | None, reuse: bool) -> Any:
+    """The blocks to attend to, prepared for a backend; see `attend` for `kept` and `reuse`."""
+    if kept is None:
+        return backend.choose(q, k, selection)
+    if not reuse:
+        kept.copy_(_chosen_blocks(q, k, selection))
+    return backend.prepare(kept, selection.layout)
+
+
+def _chosen_blocks(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
+    if fast_selection.applies(q, selection):
+        return from_lists(*fast_selection.choose_lists(q, k, selection))
+    return selection.blocks(q, k)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
     """`attend` with a plan made on the spot: q, k, v (B, S, heads, D) over a (frames, rows, columns) grid."""
-    return attend(q, k, v, plan(grid, config, q.device))
+    return attend(q, k, v, plan(grid, config, q.device, q.dtype, q.shape[-1]))
 
 
 def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
@@ -100,23 +157,18 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         blocks = TileLayout.build(grid, config.tile, q.device).blocks
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
-    q, k = selection.layout.to_tiles(q), selection.layout.to_tiles(k)
-    fast = config.backend != "reference" and fast_selection.applies(q, selection)
-    blocks = fast_selection.select_blocks(q, k, selection) if fast else selection.blocks(q, k)
+    means = [_tiles_and_means(x, selection.layout)[1] for x in (q, k)]
+    blocks = selection.blocks(*means) if config.backend == "reference" else _chosen_blocks(*means, selection)
     return blocks.expand(batch, heads, -1, -1)
 
 
 def _backend_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str:
-    backend = BACKENDS[plan.backend]
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if trains and not backend.DIFFERENTIABLE:
-        lack = "has no backward"
-    elif backend.DTYPES is not None and q.dtype not in backend.DTYPES:
-        lack = f"does not take {q.dtype}"
-    else:
+    fault = lack(BACKENDS[plan.backend], q.dtype, q.shape[-1], trains)
+    if not fault:
         return plan.backend
     if plan.config.backend != "auto":
-        raise InputError(f"backend {plan.backend} {lack}; use backend: auto or reference")
+        raise InputError(f"backend {plan.backend} {fault}; use backend: auto or reference")
     return "reference"
 
 

@@ -25,14 +25,17 @@ def to_lists(blocks: Tensor) -> BlockLists:
     return BlockLists(blocks.sum(dim=-1, dtype=torch.int32), indices)
 
 
-def from_lists(lists: BlockLists) -> Tensor:
-    """`BlockLists` -> (..., N, N) bool, the inverse of `to_lists`."""
-    width = lists.indices.shape[-1]
-    rank = torch.arange(width, dtype=torch.int32, device=lists.counts.device)
-    # What stands after a list's end goes to a last column that is cut off.
-    number = torch.where(rank < lists.counts[..., None], lists.indices, width).long()
-    blocks = torch.zeros(*lists.indices.shape[:-1], width + 1, dtype=torch.bool, device=lists.counts.device)
-    return blocks.scatter(-1, number, True)[..., :-1]
+def from_lists(*lists: BlockLists) -> Tensor:
+    """The blocks of one or more `BlockLists` -> (..., N, N) bool, the inverse of `to_lists`."""
+    counts, indices = lists[0]
+    width = indices.shape[-1]
+    rank = torch.arange(width, dtype=torch.int32, device=counts.device)
+    blocks = torch.zeros(*indices.shape[:-1], width + 1, dtype=torch.bool, device=counts.device)
+    for counts, indices in lists:
+        # What stands after a list's end goes to a last column that is cut off.
+        number = torch.where(rank < counts[..., None], indices, width).long()
+        blocks = blocks.scatter(-1, number, True)
+    return blocks[..., :-1]
 
 
 def _indices(blocks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-BACKEND_NAMES = ("auto", "flex", "reference")
+BACKEND_NAMES = ("auto", "cudnn", "flex", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
 MAX_BLOCK = 1024
 
@@ -29,6 +29,7 @@ class NablaConfig:
     tile: (frames, rows, columns) of tokens that make one block
     dense_steps: how many sampling steps run dense before the sparse ones
     dense_layers: transformer layers that always run dense, counted from 0
+    mask_refresh: sampling steps for which a layer keeps the blocks that it chose, for both guidance branches
     backend: the kernel, one of `BACKEND_NAMES`
     """
 
@@ -38,6 +39,7 @@ class NablaConfig:
     keep: float | None = None
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
+    mask_refresh: int = 1
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class NablaConfig:
             )
         if not is_count(self.dense_steps):
             raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
+        if not is_count(self.mask_refresh) or self.mask_refresh == 0:
+            raise InputError(f"mask_refresh {self.mask_refresh!r}: give a whole number of sampling steps, 1 or more")
         layers = self.dense_layers
         if not isinstance(layers, (list, tuple, range)) or not all(map(is_count, layers)):
             raise InputError(f"dense_layers {layers!r}: give a list of layer numbers, counted from 0")

@@ -16,6 +16,7 @@ from nabla.window import window_blocks
 MAP_ENTRIES = 2**27
 
 
+@torch.no_grad()
 def block_means(x: Tensor, layout: TileLayout) -> Tensor:
     """Mean of each block's valid tokens: (B, heads, N * block, D) in tile order -> (B, heads, N, D) float32."""
     tokens = x.unflatten(2, (layout.blocks, layout.block)).float()
@@ -88,14 +89,13 @@ class Selection:
 
     @torch.no_grad()
     def blocks(self, q: Tensor, k: Tensor) -> Tensor:
-        """Kept blocks of q and k (B, heads, N * block, D) in tile order: (B or 1, heads or 1, N, N) bool."""
+        """Kept blocks for block means q and k (B, heads, N, D) float32: (B or 1, heads or 1, N, N) bool."""
         if self.is_fixed:
             return self.window
         with torch.autocast(q.device.type, enabled=False):
             return self._chosen(q, k)
 
     def _chosen(self, q: Tensor, k: Tensor) -> Tensor:
-        q, k = block_means(q, self.layout), block_means(k, self.layout)
         heads = max(1, MAP_ENTRIES // (q.shape[0] * self.layout.blocks**2))
         groups = []
         for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):

@@ -24,6 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 import nabla
 import wan
 from nabla import InputError, NablaConfig
+from nabla.rotary import Rotary, rotate
 from wan.attention import StepCounter
 
 CONFIG = NablaConfig(threshold=0.4, window=(1, 1, 1), tile=(1, 4, 4))
@@ -100,7 +101,7 @@ class OracleProcessor(WanAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        q, k = (wan.attention.rotate(x.unflatten(2, (attn.heads, -1)), *rotary_emb) for x in (q, k))
+        q, k = (rotate(x.unflatten(2, (attn.heads, -1)), Rotary(*rotary_emb)) for x in (q, k))
         kept = nabla.select_blocks(q, k, self.grid, CONFIG)
         place = torch.cartesian_prod(*map(torch.arange, self.grid)) // torch.tensor(CONFIG.tile)
         tiles = [-(-n // t) for n, t in zip(self.grid, CONFIG.tile)]

@@ -9,6 +9,7 @@ from conftest import relative_error
 import nabla
 import wan
 from nabla import NablaConfig
+from nabla.rotary import rotate
 from nabla.tiling import TileLayout
 from nabla.window import window_blocks
 from wan.sampling import make_solver
@@ -41,9 +42,9 @@ def test_forward_and_its_masks(pipe, expected, algorithm, monkeypatch):
     wan.apply_attention(pipe.transformer, NablaConfig.parse(algorithm))
     seen = []
 
-    def attend(q, k, v, plan):
-        seen.append(nabla.select_blocks(q, k, plan.grid, plan.config))
-        return original(q, k, v, plan)
+    def attend(q, k, v, plan, rotary, *kept):
+        seen.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
+        return original(q, k, v, plan, rotary, *kept)
 
     original = nabla.attend
     monkeypatch.setattr(nabla, "attend", attend)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import nabla
 from nabla import InputError, NablaConfig, Plan
+from nabla.rotary import Rotary
 
 
 def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
@@ -61,12 +62,14 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.told: int | None = None
+        self.video = 0
         self.step = 0
         self.timestep = float("-inf")
 
     def tell(self, step: int | None) -> None:
         """State the step of the forwards to come; None leaves it to the timesteps again, from a new video on."""
         self.told = step
+        self.video += step == 0
         self.timestep = float("-inf")
 
     def see(self, timestep: Tensor) -> int:
@@ -75,7 +78,9 @@ class StepCounter:
             return self.told
         value = timestep.max().item()
         if value != self.timestep:
-            self.step = 0 if value > self.timestep else self.step + 1
+            begins = value > self.timestep
+            self.video += begins
+            self.step = 0 if begins else self.step + 1
             self.timestep = value
         return self.step
 
@@ -83,8 +88,9 @@ class StepCounter:
 class AppliedAttention:
     """What `apply_attention` leaves on a transformer: plans by grid, and what is needed to take it out again.
 
-    Each self-attention module is told what to do by its attribute `nabla_plan`, set before every forward: a plan, or
-    None for dense. It is set outside the blocks, so that these can be compiled.
+    Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
+    these can be compiled: `nabla_plan`, a plan or None for dense; `nabla_kept`, where blocks are kept from step to
+    step, or None; and `nabla_reuse`, whether to take them from there.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
@@ -92,12 +98,15 @@ class AppliedAttention:
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
         self.patch = transformer.config.patch_size
+        self.head_size = transformer.config.attention_head_dim
+        self.chosen: tuple[int, int, tuple[int, ...]] | None = None
         layers = [] if config.is_dense else enumerate(transformer.blocks)
         self.modules: list[WanAttention] = [block.attn1 for n, block in layers if n not in config.dense_layers]
         self.originals = [module.processor for module in self.modules]
         processor = NablaProcessor(self.originals[0]) if self.originals else None
         for module in self.modules:
-            module.nabla_plan = None
+            module.nabla_plan = module.nabla_kept = None
+            module.nabla_reuse = False
             module.set_processor(processor)
         self.hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -105,13 +114,13 @@ class AppliedAttention:
         self.hook.remove()
         for module, original in zip(self.modules, self.originals):
             module.set_processor(original)
-            del module.nabla_plan
+            del module.nabla_plan, module.nabla_kept, module.nabla_reuse
 
-    def plan(self, latents_size: tuple[int, int, int], device: torch.device) -> Plan:
+    def plan(self, latents_size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Plan:
         """The plan for latents of (frames, height, width), made on first use of that size."""
-        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device
+        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device, dtype
         if key not in self.plans:
-            self.plans[key] = nabla.plan(key[0], self.config, device)
+            self.plans[key] = nabla.plan(key[0], self.config, device, dtype, self.head_size)
         return self.plans[key]
 
     @torch.compiler.disable
@@ -120,12 +129,40 @@ class AppliedAttention:
             return
         latents = args[0] if args else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        config, device = self.config, latents.device
         # Training draws timesteps at random, so they say nothing of steps.
-        counts = self.config.dense_steps > 0 and not transformer.training
-        dense = counts and self.steps.see(timestep) < self.config.dense_steps
-        plan = None if dense else self.plan(latents.shape[2:], latents.device)
+        counts = (config.dense_steps > 0 or config.mask_refresh > 1) and not transformer.training
+        step = self.steps.see(timestep) if counts else config.dense_steps
+        plan = None
+        if step >= config.dense_steps:
+            is_mixed = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
+            plan = self.plan(latents.shape[2:], device, dtype)
         for module in self.modules:
             module.nabla_plan = plan
+        if plan is not None and counts and config.mask_refresh > 1 and not plan.selection.is_fixed:
+            self._keep_blocks(plan, step, len(latents), device)
+        else:
+            self._forget_blocks()
+
+    def _keep_blocks(self, plan: Plan, step: int, batch: int, device: torch.device) -> None:
+        """Say whether a forward chooses its blocks or takes those of the forward that chose last."""
+        blocks = plan.selection.layout.blocks
+        shape = batch, self.modules[0].heads, blocks, blocks
+        last_video, last_step, last_shape = self.chosen or (-1, 0, shape)
+        fresh = step < last_step + self.config.mask_refresh
+        reuse = self.steps.video == last_video and shape == last_shape and fresh
+        if not reuse:
+            self.chosen = self.steps.video, step, shape
+        for module in self.modules:
+            module.nabla_reuse = reuse
+            if module.nabla_kept is None or module.nabla_kept.shape != shape or module.nabla_kept.device != device:
+                module.nabla_kept = torch.empty(shape, dtype=torch.bool, device=device)
+
+    def _forget_blocks(self) -> None:
+        self.chosen = None
+        for module in self.modules:
+            module.nabla_kept, module.nabla_reuse = None, False
 
 
 class NablaProcessor(WanAttnProcessor):
@@ -158,21 +195,10 @@ class NablaProcessor(WanAttnProcessor):
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        out = nabla.attend(q, k, v, plan).flatten(2)
+        out = nabla.attend(q, k, v, plan, Rotary(*rotary_emb), attn.nabla_kept, attn.nabla_reuse).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, S, heads, D): each pair of neighbours turned by its angle.
-
-    cos, sin: (1, S, 1, D), each angle given twice in a row, as diffusers' `WanRotaryPosEmbed` makes them.
-    """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., ::2], sin[..., ::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def _check(transformer: nn.Module, config: NablaConfig) -> None:

@@ -83,11 +83,13 @@ class VideoSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a video. `checkpoint` is a directory or a hub id; the device decides on `dtype` None."""
+    """Everything that decides a video. `checkpoint` is a directory or a hub id; the device decides on a dtype None."""
 
     checkpoint: str
     prompt: str
     dtype: str | None = None
+    vae_dtype: str | None = None
+    fp8: bool = False
     attention: NablaConfig = NablaConfig()
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     video: VideoSettings = field(default_factory=VideoSettings)
@@ -96,8 +98,11 @@ class Settings:
         if not isinstance(self.checkpoint, str) or not self.checkpoint:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
         check_prompt(self.prompt)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        for name in ("dtype", "vae_dtype"):
+            if getattr(self, name) not in (None, *DTYPES):
+                raise InputError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(DTYPES)}")
+        if not isinstance(self.fp8, bool):
+            raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from nabla import InputError
 from wan import memory
 from wan.config import VAE_STRIDE
+from wan.fast_vae import decoder_dtype, speed_up_decoder
+
+log = logging.getLogger("wan")
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
@@ -22,21 +27,28 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
             f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
         )
-    moments = vae.encode(video.to(vae.dtype)).latent_dist.mode()
+    moments = vae.encode(video.to(vae.encoder.conv_in.weight.dtype)).latent_dist.mode()
     mean, deviation = _statistics(vae, moments)
     return (moments - mean) / deviation
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w).
+    """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w).
 
-    Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly; a
-    line of the log says so.
+    Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly; and
+    where float16 overflows it is decoded again in float32. A line of the log says so.
     """
-    latents = latents.to(vae.dtype)
+    latents = latents.float()
     mean, deviation = _statistics(vae, latents)
+    latents = (latents * deviation + mean).to(decoder_dtype(vae))
     vae.use_tiling = memory.needs_tiling(latents)
-    return vae.decode(latents * deviation + mean).sample
+    video = vae.decode(latents).sample.float()
+    if latents.dtype == torch.float16 and not video.isfinite().all():
+        log.warning("warning: decoding overflowed in float16, so it is done again in float32")
+        del video
+        speed_up_decoder(vae, torch.float32)
+        video = vae.decode(latents.float()).sample
+    return video
 
 
 def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nabla import InputError, NablaConfig
-from wan import memory, parts
+from wan import memory
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
+from wan.loading import load_models
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.video import to_frames
@@ -37,7 +38,7 @@ class WanT2V:
     """Wan2.1 text-to-video. Build with `from_pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
-    vae: diffusers' `AutoencoderKLWan`, in float32
+    vae: diffusers' `AutoencoderKLWan`, its encoder in float32
     text_encoder: transformers' `UMT5EncoderModel`
     sampling, video: the settings that `generate` uses where it is given none
     seconds: how long each stage of the last `generate` took
@@ -79,18 +80,22 @@ class WanT2V:
         offload: bool | None = None,
         t5_cpu: bool = False,
         compile: bool | None = None,
+        fp8: bool = False,
+        vae_dtype: torch.dtype | None = None,
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
         attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
-        dtype: of the transformer and the text encoder; the VAE is float32
+        dtype: of the transformer and the text encoder; the VAE's encoder is float32
         offload: keep each component in host memory while it is idle; None decides by the size of the GPU
         t5_cpu: run the text encoder on the CPU
         compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
+        fp8: run the transformer's linear layers in float8, see `wan.fp8`
+        vae_dtype: of the VAE's decoder; None means float16 on a GPU beside a half-precision transformer, else float32
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-        device, cpu = torch.device(device), torch.device("cpu")
+        device = torch.device(device)
         if isinstance(attention, str):
             attention = NablaConfig.parse(attention)
         asked = {} if attention is None else {"attention": {"algorithm": "dense"}}
@@ -98,21 +103,12 @@ class WanT2V:
         if attention is None:
             attention = defaults.attention
             log.info("attention of the checkpoint: %s", attention.algorithm)
-        vae, text = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
-        transformer = parts.transformer_part(checkpoint)
-        if offload is None:
-            on_device = [transformer, vae] if t5_cpu else [transformer, vae, text]
-            offload = memory.is_crowded(device, sum(part.bytes(dtype) for part in on_device))
-        home = cpu if offload else device
+        models = load_models(checkpoint, device, dtype, vae_dtype, fp8, offload, t5_cpu)
         pipe = cls(
-            vae=vae.load(torch.float32, home),
-            text_encoder=text.load(dtype, cpu if t5_cpu else home),
-            transformer=parts.load_transformer(transformer, dtype, home),
-            tokenizer=parts.load_tokenizer(checkpoint, text.model.config.vocab_size),
+            **models._asdict(),
             device=device,
-            text_device=cpu if t5_cpu else device,
+            text_device=torch.device("cpu") if t5_cpu else device,
             text_length=checkpoint.text_length,
-            offload=offload,
             sampling=defaults.sampling,
             video=defaults.video,
         )
@@ -198,7 +194,7 @@ class WanT2V:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w); batch optional.
+        """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w); batch optional.
 
         Tiled where memory asks for it, see `wan.latents.decode`.
         """
@@ -264,7 +260,7 @@ class WanT2V:
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         check_positions(video, self.transformer.config.rope_max_seq_len)
-        return self.transformer.nabla.plan(video.latents_size, self.device).describe()
+        return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
 
     @contextmanager
     def _placed(self, module: nn.Module, device: torch.device) -> Iterator[nn.Module]:

@@ -22,6 +22,7 @@ from nabla import InputError
 from wan import memory
 from wan.checkpoint import Checkpoint
 from wan.config import Settings, read_settings, resolve
+from wan.fast_vae import decoder_dtype
 from wan.pipeline import WanT2V
 from wan.video import check_writable, write_image, write_json, write_video
 from wan.weights import CheckpointError
@@ -153,10 +154,21 @@ def generate(
     start = time.perf_counter()
     video, sampling = settings.video, settings.sampling
     try:
-        dtype = getattr(torch, settings.dtype)
-        pipe = WanT2V.from_pretrained(checkpoint, settings.attention, device, dtype, offload, t5_cpu, compile)
+        pipe = WanT2V.from_pretrained(
+            checkpoint,
+            settings.attention,
+            device,
+            getattr(torch, settings.dtype),
+            offload,
+            t5_cpu,
+            compile,
+            settings.fp8,
+            settings.vae_dtype and getattr(torch, settings.vae_dtype),
+        )
         seconds = {"loading": time.perf_counter() - start}
-        log.info("checkpoint: %s on %s in %s", settings.checkpoint, device, settings.dtype)
+        vae_dtype = str(decoder_dtype(pipe.vae)).removeprefix("torch.")
+        place = settings.checkpoint, device, settings.dtype, vae_dtype
+        log.info("checkpoint: %s on %s in %s, decoder in %s", *place)
         log.info("attention: %s", pipe.describe_attention(video))
         size = "x".join(map(str, video.size))
         walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"

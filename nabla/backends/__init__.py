@@ -1,8 +1,9 @@
 """The kernels behind one interface, and the choice of one for a device.
 
-A backend is a module with `choose(q, k, selection)` and `prepare(blocks, layout)`, which both give what its
-`attend(q, k, v, prepared)` needs, the flag `DIFFERENTIABLE`, and `DTYPES`, None for all. Before it is used on a device
-it must agree there with `reference` on small problems that dense attention would fail.
+A backend is a module with `choose(q_means, k_means, selection)` and `prepare(blocks, layout)`, which both give what its
+`attend(q, k, v, prepared)` needs; with `missing(device, block)`, why it cannot run there; and with the flag
+`DIFFERENTIABLE`, and `DTYPES` and `HEAD_SIZES`, None for all. Before it is used on a device it must agree there with
+`reference` on small problems that dense attention would fail.
 """
 
 from __future__ import annotations
@@ -13,40 +14,63 @@ from types import ModuleType
 
 import torch
 
-from nabla.backends import flex, reference
+from nabla.backends import cudnn, flex, reference
 from nabla.config import InputError, NablaConfig
-from nabla.selection import Selection
+from nabla.selection import Selection, block_means
 
-BACKENDS = {"flex": flex, "reference": reference}
+# The fastest first, as measured on Hopper.
+BACKENDS = {"cudnn": cudnn, "flex": flex, "reference": reference}
+CHECK_HEAD_SIZE = 128
 
 _verified: dict[tuple[str, torch.device, int], str] = {}
 
 
-def choose(name: str, device: torch.device, block: int) -> str:
-    """The key of `BACKENDS` to use for `name` ("auto" or such a key) on a device, with blocks of `block` tokens.
+def choose(
+    name: str, device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> tuple[str, str]:
+    """The key of `BACKENDS` to use for `name` ("auto" or such a key), and why, in a few words.
 
-    `auto` takes flex on a GPU, where it must pass its check, and reference elsewhere; on a CPU flex costs a compile of
-    many seconds, so it is taken there only if its check was asked for and passed before. Raises `InputError` if the
-    named backend fails its check.
+    `auto` takes the first that is installed, takes blocks of `block` tokens, the dtype and the head size (None: not
+    known), and passes its check on the device. On a CPU flex costs a compile of many seconds, so it is taken there only
+    if its check was asked for and passed before. Raises `InputError` if the named backend is none of that.
     """
-    if name == "reference":
-        return "reference"
-    if name == "auto" and device.type != "cuda" and _verified.get(("flex", device, block)) != "":
-        return "reference"
-    fault = verify("flex", device, block)
-    if not fault:
-        return "flex"
-    if name == "flex":
-        raise InputError(f"backend flex does not work on {device}: {fault}; use backend: reference")
-    warnings.warn(f"flex does not work on {device} ({fault}); using the slow backend reference", stacklevel=3)
-    return "reference"
+    if name != "auto":
+        if fault := lack(BACKENDS[name], dtype, head_size):
+            raise InputError(f"backend {name} {fault}; use backend: auto or reference")
+        if fault := verify(name, device, block):
+            raise InputError(f"backend {name} does not work on {device}: {fault}; use backend: auto or reference")
+        return name, "as asked for"
+    refused = []
+    for candidate, backend in BACKENDS.items():
+        fault = backend.missing(device, block) or lack(backend, dtype, head_size)
+        if not fault and candidate == "flex" and device.type != "cuda":
+            fault = "" if _verified.get((candidate, device, block)) == "" else "compiles for long on a CPU"
+        elif not fault and (fault := verify(candidate, device, block)):
+            warnings.warn(f"{candidate} does not work on {device} ({fault}); using a slower backend", stacklevel=3)
+        if not fault:
+            return candidate, "; ".join(["the fastest that passed its check", *refused])
+        refused.append(f"{candidate}: {fault}")
+    raise AssertionError("the reference works everywhere")
+
+
+def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None, trains: bool = False) -> str:
+    """What a backend cannot do of what is asked, or ""; None is not asked."""
+    if trains and not backend.DIFFERENTIABLE:
+        return "has no backward"
+    if dtype is not None and backend.DTYPES is not None and dtype not in backend.DTYPES:
+        return f"does not take {dtype}"
+    if head_size is not None and backend.HEAD_SIZES is not None and head_size not in backend.HEAD_SIZES:
+        return f"does not take heads of {head_size}"
+    return ""
 
 
 def verify(name: str, device: torch.device, block: int) -> str:
     """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line."""
     key = name, device, block
     if key not in _verified:
-        _verified[key] = _fault(BACKENDS[name], device, block)
+        backend = BACKENDS[name]
+        is_reference = backend is reference
+        _verified[key] = backend.missing(device, block) or ("" if is_reference else _fault(backend, device, block))
     return _verified[key]
 
 
@@ -58,14 +82,16 @@ def _fault(backend: ModuleType, device: torch.device, block: int) -> str:
     random = functools.partial(torch.randn, generator=generator)
     for columns in (3 * block, 3 * block - block // 4):
         selection = Selection.build((3, 1, columns), NablaConfig(keep=0.4, tile=(1, 1, block)), device)
-        q, k, v = (random(1, 2, selection.layout.blocks * block, 64).to(device, dtype) for _ in range(3))
+        length = selection.layout.blocks * block
+        q, k, v = (random(1, 2, length, CHECK_HEAD_SIZE).to(device, dtype) for _ in range(3))
+        means = [block_means(x, selection.layout) for x in (q, k)]
         try:
-            result = backend.attend(q, k, v, backend.choose(q, k, selection)).float()
+            result = backend.attend(q, k, v, backend.choose(*means, selection)).float()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(q, k, selection))
+        exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(*means, selection))
         error = (result - exact).norm() / exact.norm()
         if not error < tolerance:
             return f"its result is off by {error:.1%}"

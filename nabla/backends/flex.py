@@ -7,21 +7,31 @@ that compiles it by itself, whatever compiles or runs the caller, and that fails
 from __future__ import annotations
 
 import functools
+import logging
+import math
+import time
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
-from nabla import fast_selection
-from nabla.block_lists import BlockLists, to_lists
+from nabla.backends import flex_options
+from nabla.backends.flex_options import Options
+from nabla.block_lists import BlockLists
+from nabla.fast_selection import choose_lists, lists_of_blocks
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_SIZES = None
 # One compile a shape. The default limit of 8 counts every grid, dtype and head size of a process together.
 RECOMPILE_LIMIT = 4096
+TRIALS, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_STRIDE = 5, 16, 256, 8
+
+log = logging.getLogger("nabla")
 
 
 class Blocks(NamedTuple):
@@ -35,20 +45,26 @@ class Blocks(NamedTuple):
     valid: Tensor | None
 
 
+def missing(device: torch.device, block: int) -> str:
+    """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+    return ""
+
+
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    if not layout.has_partial_tiles:
-        return Blocks(to_lists(blocks), None, None)
-    return Blocks(to_lists(blocks & layout.full), to_lists(blocks & ~layout.full), layout.valid.flatten())
+    return _blocks(lists_of_blocks(blocks, layout.full if layout.has_partial_tiles else None), layout)
 
 
 def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
-    """The blocks that q and k (B, heads, N * block, D) in tile order choose, prepared."""
+    """The blocks that block means q and k (B, heads, N, D) choose, prepared."""
     layout = selection.layout
-    if not fast_selection.applies(q, selection):
-        return prepare(selection.blocks(q, k), layout)
-    full, partial = fast_selection.select_lists(q, k, selection)
-    return Blocks(full, partial, layout.valid.flatten() if layout.has_partial_tiles else None)
+    return _blocks(choose_lists(q, k, selection, split=layout.has_partial_tiles), layout)
+
+
+def _blocks(lists: list[BlockLists], layout: TileLayout) -> Blocks:
+    if not layout.has_partial_tiles:
+        return Blocks(*lists, None, None)
+    return Blocks(*lists, layout.valid.flatten())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -70,8 +86,10 @@ def block_sparse(
     partial_indices: Optional[Tensor],
     valid: Optional[Tensor],
 ) -> Tensor:
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(q, k, v, counts, indices, partial_counts, partial_indices, valid)
+    args = q, k, v, counts, indices, partial_counts, partial_indices, valid
+    block = q.shape[2] // counts.shape[-1]
+    options = flex_options.for_device(q.device, q.dtype, q.shape[-1], block, _seconds)
+    return _run(args, options)
 
 
 @block_sparse.register_fake
@@ -79,12 +97,37 @@ def _(q: Tensor, *_) -> Tensor:
     return torch.empty_like(q)
 
 
+def _run(args: tuple[Tensor | None, ...], options: Options) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
+        return _compiled()(*args, options)
+
+
+def _seconds(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
+    """How long a call with some options takes, on a problem large enough to tell, or infinity if they do not compile."""
+    q, k, v = torch.randn(3, 1, TRIAL_HEADS, TRIAL_BLOCKS * block, head_size, device=device, dtype=dtype)
+    kept = torch.arange(0, TRIAL_BLOCKS, TRIAL_STRIDE, dtype=torch.int32, device=device)
+    indices = torch.zeros(1, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_BLOCKS, dtype=torch.int32, device=device)
+    indices[..., : len(kept)] = kept
+    args = q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None
+    try:
+        _run(args, options)
+    except InductorError as error:
+        log.info("%s do not compile: %s", options, str(error).strip().splitlines()[0])
+        return math.inf
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(TRIALS):
+        _run(args, options)
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / TRIALS
+
+
 @functools.cache
 def _compiled():
     return torch.compile(_flex, fullgraph=True, dynamic=False)
 
 
-def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid) -> Tensor:
+def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, options) -> Tensor:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or force_eager); "
@@ -102,19 +145,4 @@ def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid) -> T
         lists, mask_mod = (partial_counts, partial_indices, counts, indices), is_valid
     # The transposed lists, second, are read by a backward alone. Here there is none, but torch 2.8 wants them given.
     mask = BlockMask((q.shape[2], k.shape[2]), *lists, *lists, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
-    return flex_attention(q, k, v, block_mask=mask, kernel_options=_kernel_options(q, block))
-
-
-def _kernel_options(q: Tensor, block: int) -> dict[str, int]:
-    """Options that suit small blocks: the defaults do not compile for 64 tokens and are half as fast where they do."""
-    if q.device.type != "cuda":
-        return {}
-    tile = min(block, 64)
-    stage = 2 * tile * q.shape[-1] * q.element_size()
-    room = _shared_memory(q.device) - stage // 2
-    return {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
-
-
-@torch.compiler.assume_constant_result
-def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return flex_attention(q, k, v, block_mask=mask, kernel_options=options)

@@ -14,6 +14,7 @@ from nabla.tiling import TileLayout
 
 DIFFERENTIABLE = True
 DTYPES = None
+HEAD_SIZES = None
 # Token pairs masked and scored at once; bounds memory to a few hundred MiB whatever the length.
 TOKEN_PAIRS = 2**26
 
@@ -23,13 +24,18 @@ class Blocks(NamedTuple):
     valid: Tensor
 
 
+def missing(device: torch.device, block: int) -> str:
+    """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+    return ""
+
+
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
     return Blocks(blocks, layout.valid.flatten())
 
 
 def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
-    """The blocks that q and k (B, heads, N * block, D) in tile order choose, prepared."""
+    """The blocks that block means q and k (B, heads, N, D) choose, prepared."""
     return prepare(selection.blocks(q, k), selection.layout)
 
 

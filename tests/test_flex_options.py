@@ -1,0 +1,65 @@
+"""FlexAttention's options are looked for once, remembered, and never ones that do not compile."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from nabla.backends import flex_options
+
+OPTIONS = [{"num_warps": 4, "num_stages": n} for n in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flex_options._read.cache_clear()
+    yield tmp_path / "nabla" / "flex_options.json"
+    flex_options._read.cache_clear()
+
+
+def seconds(options):
+    """Three stages would be fastest, but do not compile."""
+    return {1: 2e-3, 2: 1e-3, 3: math.inf}[options["num_stages"]]
+
+
+def never(options):
+    raise AssertionError("asked for again")
+
+
+def test_the_fastest_that_compiles_is_remembered_in_the_process_and_on_disk(cache):
+    assert flex_options.remembered("a card", OPTIONS, seconds) == OPTIONS[1]
+    assert flex_options.remembered("a card", OPTIONS, never) == OPTIONS[1]
+    flex_options._read.cache_clear()
+    assert flex_options.remembered("a card", OPTIONS, never) == OPTIONS[1]
+    with pytest.raises(AssertionError):
+        flex_options.remembered("another card", OPTIONS, never)
+    assert json.loads(cache.read_text()) == {"a card": OPTIONS[1]}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_a_damaged_file_is_made_anew(cache):
+    cache.parent.mkdir()
+    cache.write_text("{ no JSON")
+    assert flex_options.remembered("a card", OPTIONS, seconds) == OPTIONS[1]
+    assert json.loads(cache.read_text()) == {"a card": OPTIONS[1]}
+
+
+def test_a_disk_that_cannot_be_written_costs_one_trial(cache, caplog):
+    cache.parent.write_text("a file where the folder should be")
+    assert flex_options.remembered("a card", OPTIONS, seconds) == OPTIONS[1]
+    assert "cannot keep the options found" in caplog.text
+    assert flex_options.remembered("a card", OPTIONS, never) == OPTIONS[1]
+
+
+def test_options_of_which_none_compile_are_an_error_and_not_remembered(cache):
+    with pytest.raises(RuntimeError, match="no options of FlexAttention compile for a card"):
+        flex_options.remembered("a card", OPTIONS[2:], seconds)
+    assert not cache.exists()
+
+
+def test_a_cpu_needs_none():
+    assert flex_options.for_device(torch.device("cpu"), torch.float32, 64, 64, never) == {}

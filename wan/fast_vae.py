@@ -1,0 +1,56 @@
+"""A faster VAE decoder on a GPU: half precision, channels last, and fewer passes over the pictures.
+
+Its time goes to passes over 81 full-size pictures of 96 channels more than to convolutions: the normalisation as
+written takes ten, and every convolution copies its input to pad it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
+from torch import Tensor, nn
+
+
+def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
+    """Convert a VAE's decoder to `dtype` and give its layers forwards of fewer passes, in place.
+
+    The encoder stays as it is. In float32 the layers' results are the same up to rounding.
+    """
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.to(dtype)
+        for module in part.modules():
+            if isinstance(module, WanCausalConv3d):
+                module.forward = functools.partial(_causal_conv, module)
+            elif isinstance(module, WanRMS_norm) and module.channel_first and not torch.is_tensor(module.bias):
+                module.forward = functools.partial(_rms_norm, module)
+            elif isinstance(module, WanUpsample):
+                # Nearest neighbours are exact in every precision, so there is no need for diffusers' float32.
+                module.forward = functools.partial(nn.Upsample.forward, module)
+        for weight in part.parameters():
+            if weight.ndim in (4, 5):
+                layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+                weight.data = weight.data.contiguous(memory_format=layout)
+
+
+def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
+    return next(vae.decoder.parameters()).dtype
+
+
+def _causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """Padding of rows and columns left to the convolution, and of frames only where there are no earlier ones."""
+    left, _, top, _, frames, _ = conv._padding
+    if cache_x is not None and frames > 0:
+        x = torch.cat([cache_x.to(x.device), x], dim=2)
+        frames -= cache_x.shape[2]
+    if frames > 0:
+        x = F.pad(x, (0, 0, 0, 0, frames, 0))
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, top, left), conv.dilation, conv.groups)
+
+
+def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    channels = x.shape[1]
+    return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)

@@ -1,0 +1,72 @@
+"""The transformer's linear layers in float8, by torchao (an optional requirement)."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from nabla import InputError
+
+# The first GPUs with float8 matrix units (Ada), and the sizes that their products are multiples of.
+ADA = 8, 9
+MULTIPLE = 16
+SAMPLE_ROWS = 256
+
+
+class Fp8Report(NamedTuple):
+    """What `apply_fp8` did: how many layers, and the error that float8 adds to their outputs, relative to their size.
+
+    The errors are of each layer alone, on normally distributed inputs.
+    """
+
+    layers: int
+    mean_error: float
+    worst_error: float
+
+    def describe(self) -> str:
+        errors = f"outputs off by {self.mean_error:.1%} on average, {self.worst_error:.1%} at worst"
+        return f"{self.layers} linear layers in float8, {errors}"
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `InputError` if float8 layers cannot run on a device, in a transformer of `dtype`."""
+    if dtype != torch.bfloat16:
+        raise InputError(f"fp8 works in bfloat16 only, not in {str(dtype).removeprefix('torch.')}; choose one of them")
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < ADA:
+        raise InputError(f"fp8 does not work on {device}: it needs an NVIDIA GPU of compute capability 8.9 or more")
+    if importlib.util.find_spec("torchao") is None:
+        raise InputError("fp8 needs torchao, which is not installed; pip install torchao, or leave fp8 out")
+
+
+@torch.no_grad()
+def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
+    """Replace the weights of all linear layers in the transformer's blocks by float8, in place, before compiling.
+
+    A scale a row for weights, stored, and for inputs, found at run time; products are summed in float32 and come out
+    in the layer's dtype. The layers must be on the GPU that they run on.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    errors = []
+    for layer in linear_layers(transformer):
+        sample = _sample(layer)
+        exact = layer(sample)
+        quantize_(layer, config)
+        errors.append(((layer(sample) - exact).norm() / exact.norm()).item())
+    return Fp8Report(len(errors), sum(errors) / len(errors), max(errors))
+
+
+def linear_layers(transformer: WanTransformer3DModel) -> list[nn.Linear]:
+    """The linear layers of the transformer's blocks whose sizes float8 products take."""
+    layers = [module for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE]
+
+
+def _sample(layer: nn.Linear) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SAMPLE_ROWS, layer.in_features, generator=generator).to(layer.weight)
