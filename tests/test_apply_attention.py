@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -183,6 +184,41 @@ def test_the_loop_tells_the_steps_whatever_came_before(random_nano):
     pipe = wan.WanT2V.from_pretrained(random_nano, config)
     pipe.generate("a dog", **settings | {"steps": 1, "solver": "dpm++"})
     assert (pipe.generate("a cat", **settings) == video).all()
+
+
+def test_masks_are_kept_for_steps_and_over_guidance_branches_but_not_over_videos(random_nano, monkeypatch):
+    attention, chosen = sys.modules["nabla.attention"], []
+    original = attention._chosen_blocks
+    monkeypatch.setattr(attention, "_chosen_blocks", lambda *args: chosen.append(0) or original(*args))
+    settings = dict(size=(96, 80), frame_num=5, seed=0, steps=5)
+    config = NablaConfig(threshold=0.3, tile=(1, 4, 4))
+    plain = wan.WanT2V.from_pretrained(random_nano, config).generate("a cat", **settings)
+    pipe = wan.WanT2V.from_pretrained(random_nano, replace(config, mask_refresh=2))
+    video = pipe.generate("a cat", **settings)
+    layers = len(pipe.transformer.blocks)
+    assert len(chosen) == 3 * layers
+    assert (pipe.generate("a cat", **settings) == video).all() and len(chosen) == 6 * layers
+    assert (video != plain).any()
+    assert "masks kept for 2 steps" in pipe.describe_attention(wan.config.VideoSettings((96, 80), 5))
+    wan.apply_attention(pipe.transformer, config)
+    assert (pipe.generate("a cat", **settings) == plain).all() and len(chosen) == 6 * layers
+
+
+def test_kept_masks_follow_timesteps_where_no_loop_tells_the_steps():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, replace(CONFIG, mask_refresh=3))
+    module, reused = transformer.blocks[0].attn1, []
+    for timestep in (900.0, 900.0, 800.0, 700.0, 600.0, 600.0, 900.0):
+        forward(transformer, timestep)
+        reused.append(module.nabla_reuse)
+    assert reused == [False, True, True, True, False, True, False]
+    latents = torch.randn(2, 16, 3, 12, 10)
+    with torch.no_grad():
+        transformer(latents, torch.tensor([800.0, 800.0]), text_states(2), return_dict=False)
+    assert not module.nabla_reuse and module.nabla_kept.shape[0] == 2
+    transformer.train()
+    forward(transformer, 700.0)
+    assert module.nabla_kept is None
 
 
 def test_training_never_counts_steps():

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from diffusers import AutoencoderKLWan
 
 import nabla
 import wan
 from nabla import NablaConfig, backends
-from nabla.backends import flex, reference
-from nabla.block_lists import BlockLists, from_lists
-from nabla.fast_selection import lists_of_map
-from nabla.selection import Selection, keep_count, keep_mass
+from nabla.backends import cudnn, flex_options, reference
+from nabla.block_lists import BlockLists, from_lists, to_lists
+from nabla.fast_gather import tiles_and_means
+from nabla.fast_selection import choose_lists, lists_of_blocks, lists_of_map
+from nabla.rotary import Rotary, rotate
+from nabla.selection import Selection, block_means, keep_count, keep_mass
+from nabla.tiling import TileLayout
+from wan.fast_vae import decoder_dtype, speed_up_decoder
+from wan.latents import decode
 
 pytestmark = pytest.mark.gpu
 
@@ -38,20 +45,63 @@ def dense_error(q, k, v):
     )
 
 
-@pytest.mark.parametrize("dim", (64, 128))
+def needs_cudnn():
+    if reason := cudnn.missing(torch.device("cuda", 0), 64):
+        pytest.skip(f"backend cudnn: {reason}")
+
+
+@pytest.mark.parametrize("backend, dim", (("flex", 64), ("flex", 128), ("cudnn", 128)))
 @pytest.mark.parametrize("grid", (FULL, PARTIAL, (21, 45, 80)))
 @pytest.mark.parametrize("algorithm", ("nabla-0.4", "keep-0.1", "sta-3-3-3", "nabla-0.2_sta-3-1-3"))
-def test_flex_is_as_exact_as_dense_attention(grid, algorithm, dim):
-    config = NablaConfig.parse(algorithm)
+def test_fast_kernels_are_as_exact_as_dense_attention(grid, algorithm, backend, dim):
+    if backend == "cudnn":
+        needs_cudnn()
+    config = replace(NablaConfig.parse(algorithm), backend=backend)
     q, k, v = random_qkv(grid, heads=1 if grid[0] == 21 else 4, dim=dim)
-    plan = nabla.plan(grid, config, "cuda")
-    assert plan.backend == "flex"
     kept = nabla.attention(q, k, v, grid, config)
-    layout = plan.selection.layout
+    layout = TileLayout.build(grid, config.tile, "cuda")
     blocks = nabla.select_blocks(q, k, grid, config)
     tiles = (layout.to_tiles(x.double()) for x in (q, k, v))
     exact = layout.to_raster(reference.attend(*tiles, reference.prepare(blocks, layout)))
     assert relative_error(kept.double(), exact) < 1.2 * dense_error(q, k, v)
+
+
+def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
+    assert nabla.plan(FULL, AUTO, "cuda", torch.float32).backend == "flex"
+    plan = nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 128)
+    if reason := cudnn.missing(torch.device("cuda", 0), 64):
+        assert plan.backend == "flex" and f"cudnn: {reason}" in plan.describe()
+        return
+    assert plan.backend == "cudnn" and "the fastest that passed its check" in plan.describe()
+    assert nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 64).backend == "flex"
+    monkeypatch.setattr(backends, "_verified", {})
+    monkeypatch.setattr(cudnn, "attend", lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v))
+    with pytest.warns(UserWarning, match="cudnn does not work on cuda:0 .its result is off by"):
+        plan = nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 128)
+    assert plan.backend == "flex" and "cudnn: its result is off by" in plan.describe()
+
+
+def test_flex_options_found_by_trial_are_right(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(flex_options, "MEASURED", {})
+    q, k, v = random_qkv(PARTIAL)
+    flex, slow = (replace(AUTO, backend=name) for name in ("flex", "reference"))
+    assert relative_error(nabla.attention(q, k, v, PARTIAL, flex), nabla.attention(q, k, v, PARTIAL, slow)) < 1e-2
+    assert torch.cuda.get_device_name() in (tmp_path / "nabla" / "flex_options.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+@pytest.mark.parametrize("grid, heads, dim", ((PARTIAL, 12, 128), (FULL, 3, 40)))
+def test_gather_rotates_and_averages_as_the_slow_way(grid, heads, dim, dtype):
+    x, angles, _ = random_qkv(grid, heads, dim, dtype)
+    angles = angles[:, :, :1, : dim // 2].float().repeat_interleave(2, -1)
+    layout = TileLayout.build(grid, (1, 8, 8), "cuda")
+    for rotary in (None, Rotary(angles.cos(), angles.sin())):
+        tiles, means = tiles_and_means(x, layout, rotary)
+        slow = layout.to_tiles(x if rotary is None else rotate(x, rotary))
+        assert (tiles == slow).float().mean() > 0.999
+        torch.testing.assert_close(tiles, slow, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(means, block_means(tiles, layout), rtol=1e-5, atol=1e-6)
 
 
 def test_nine_grids_in_one_process():
@@ -66,8 +116,8 @@ def test_forced_eager_mode_is_a_clear_error_and_auto_falls_to_the_reference_alou
     monkeypatch.setattr(backends, "_verified", {})
     q, k, v = random_qkv(PARTIAL)
     with torch.compiler.set_stance("force_eager"):
-        with pytest.warns(UserWarning, match="switched off.*using the slow backend reference"):
-            plan = nabla.plan(PARTIAL, AUTO, "cuda")
+        with pytest.warns(UserWarning, match="switched off.*using a slower backend"):
+            plan = nabla.plan(PARTIAL, AUTO, "cuda", torch.float32)
         assert plan.backend == "reference"
         with pytest.raises(RuntimeError, match="switched off"):
             nabla.attend(q, k, v, replace(plan, backend="flex"))
@@ -136,8 +186,18 @@ def test_fast_selection_is_the_slow_one(grid):
     q, k, _ = random_qkv(grid, dtype=torch.float32)
     config = NablaConfig.parse("nabla-0.4_sta-1-3-1")
     selection = Selection.build(grid, config, "cuda")
-    slow = selection.blocks(selection.layout.to_tiles(q), selection.layout.to_tiles(k))
+    slow = selection.blocks(*(block_means(selection.layout.to_tiles(x), selection.layout) for x in (q, k)))
     assert (nabla.select_blocks(q, k, grid, config) != slow).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("blocks", (1, 63, 64, 1260, 1320))
+def test_lists_of_blocks_are_the_slow_ones(blocks):
+    generator = torch.Generator("cuda").manual_seed(0)
+    kept, full = (torch.rand(n, blocks, blocks, device="cuda", generator=generator) > 0.8 for n in (3, 1))
+    kept, full = kept.view(1, 3, blocks, blocks), full[0, 0]
+    for split, slow in ((None, [kept]), (full, [kept & full, kept & ~full])):
+        for lists, wanted in zip(lists_of_blocks(kept, split), map(to_lists, slow)):
+            assert torch.equal(lists.counts, wanted.counts) and torch.equal(from_lists(lists), from_lists(wanted))
 
 
 def test_ties_are_dropped_from_the_lowest_number_up():
@@ -145,7 +205,7 @@ def test_ties_are_dropped_from_the_lowest_number_up():
     q = torch.randn(1, 512, 1, 64, device="cuda")
     k = torch.ones(1, 512, 1, 64, device="cuda")
     selection = Selection.build(grid, NablaConfig(threshold=0.6), "cuda")
-    lists = flex.choose(selection.layout.to_tiles(q), selection.layout.to_tiles(k), selection).full
+    (lists,) = choose_lists(*(block_means(selection.layout.to_tiles(x), selection.layout) for x in (q, k)), selection)
     assert (lists.counts == 5).all() and (lists.indices[..., :5] == torch.arange(3, 8, device="cuda")).all()
 
 
@@ -167,6 +227,39 @@ def test_published_size_needs_little_memory_beside_its_tensors():
 
 
 @pytest.mark.parametrize("offload", (False, True))
+def test_few_heads_at_a_time_give_the_same(monkeypatch):
+    q, k, v = random_qkv(PARTIAL, heads=5)
+    for backend in ("flex", "cudnn"):
+        if backend == "cudnn":
+            needs_cudnn()
+        config = replace(AUTO, backend=backend)
+        whole = nabla.attention(q, k, v, PARTIAL, config)
+        monkeypatch.setattr(sys.modules["nabla.attention"], "LIST_ENTRIES", 2 * 84**2)
+        assert torch.equal(nabla.attention(q, k, v, PARTIAL, config), whole)
+        monkeypatch.undo()
+
+
+def test_float8_layers_follow_bf16(random_nano):
+    pytest.importorskip("torchao")
+    settings = dict(size=(256, 208), frame_num=9, seed=1, steps=2)
+    plain = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16)
+    pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, fp8=True)
+    assert abs(pipe.generate("a cat", **settings).astype(float) - plain.generate("a cat", **settings)).mean() < 12
+    assert "Float8" in type(pipe.transformer.blocks[0].ffn.net[2].weight).__name__
+
+
+def test_the_fast_decoder_is_the_published_one_within_45_db():
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = AutoencoderKLWan().eval().requires_grad_(False)
+    latents = torch.randn(1, 16, 4, 30, 52, device="cuda")
+    exact = decode(vae, latents)
+    speed_up_decoder(vae, torch.float16)
+    assert decoder_dtype(vae) == torch.float16
+    error = (decode(vae, latents) - exact).square().mean().item()
+    assert 10 * math.log10(4 / error) > 45
+
+
 def test_pipeline_in_bf16_follows_float32(random_nano, offload):
     settings = dict(size=(256, 208), frame_num=9, seed=1, steps=4)
     exact = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.float32).generate("a cat", **settings)
@@ -187,6 +280,15 @@ def test_compiled_blocks_give_the_same_in_one_graph(random_nano):
         pipe.generate("a dog", **settings, steps=3, solver="dpm++", shift=3.0)
         wan.apply_attention(pipe.transformer, replace(AUTO, threshold=0.3))
         pipe.generate("a dog", **settings, steps=1)
+
+
+def test_masks_kept_for_steps_compile_one_graph_more_and_no_others(random_nano):
+    settings = dict(size=(256, 208), frame_num=9, seed=1)
+    pipe = wan.WanT2V.from_pretrained(random_nano, replace(AUTO, mask_refresh=2), "cuda", torch.bfloat16)
+    pipe.generate("a cat", **settings, steps=3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe.generate("a dog", **settings, steps=4)
+    assert pipe.transformer.blocks[0].attn1.nabla_kept.any()
 
 
 def test_more_sizes_than_the_default_recompile_limit(random_nano):

@@ -19,6 +19,7 @@ import nabla
 from nabla import InputError, NablaConfig
 from nabla.backends import reference
 from nabla.block_lists import from_lists, to_lists
+from nabla.rotary import Rotary, rotate
 from nabla.selection import blocks_to_keep, keep_mass
 
 ALGORITHMS = ("nabla-0.5", "nabla-0.9", "sta-3-1-3", "nabla-0.3_sta-1-3-1", "keep-0.3", "keep-0.2_sta-3-1-1")
@@ -145,6 +146,43 @@ def test_head_groups_do_not_change_the_selection(monkeypatch):
     monkeypatch.setattr("nabla.block_lists.LIST_ENTRIES", 2 * 18 * 18)
     assert torch.equal(whole, nabla.select_blocks(q, k, grid, config))
     assert all(map(torch.equal, lists, to_lists(whole)))
+
+
+def test_few_heads_at_a_time_give_the_same(monkeypatch):
+    grid, config = (2, 11, 18), NablaConfig.parse("nabla-0.4_sta-1-3-1")
+    q, k, v = random_qkv(grid, batch=2, heads=5)
+    whole = nabla.attention(q, k, v, grid, config)
+    blocks = nabla.plan(grid, config, "cpu").selection.layout.blocks
+    monkeypatch.setattr(sys.modules["nabla.attention"], "LIST_ENTRIES", 2 * 2 * blocks**2)
+    assert torch.equal(nabla.attention(q, k, v, grid, config), whole)
+
+
+def test_rotation_on_the_way_into_tiles_is_rotation_before():
+    grid, config = (2, 11, 18), NablaConfig(threshold=0.4)
+    q, k, v = random_qkv(grid)
+    angles = torch.rand(1, q.shape[1], 1, 4, dtype=torch.float64).repeat_interleave(2, -1)
+    rotary = Rotary(angles.cos(), angles.sin())
+    for each in (config, NablaConfig()):
+        plan = nabla.plan(grid, each, "cpu")
+        before = nabla.attend(rotate(q, rotary), rotate(k, rotary), v, plan)
+        assert torch.equal(nabla.attend(q, k, v, plan, rotary), before)
+        assert not torch.equal(nabla.attend(q, k, v, plan), before)
+
+
+def test_kept_blocks_are_written_and_taken_again():
+    grid, config = (2, 11, 18), NablaConfig(keep=0.3)
+    q, k, v = random_qkv(grid)
+    other_q, other_k, _ = random_qkv(grid, seed=1)
+    plan = nabla.plan(grid, config, "cpu")
+    blocks = plan.selection.layout.blocks
+    kept = torch.zeros(1, 2, blocks, blocks, dtype=torch.bool)
+    assert torch.equal(nabla.attend(q, k, v, plan, kept=kept), nabla.attend(q, k, v, plan))
+    assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
+    reused = nabla.attend(other_q, other_k, v, plan, kept=kept, reuse=True)
+    tiles = [plan.selection.layout.to_tiles(x) for x in (other_q, other_k, v)]
+    wanted = reference.attend(*tiles, reference.prepare(kept, plan.selection.layout))
+    assert torch.equal(reused, plan.selection.layout.to_raster(wanted))
+    assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
 
 
 def test_higher_threshold_keeps_more_and_never_nothing():

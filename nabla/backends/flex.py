@@ -103,7 +103,7 @@ def _run(args: tuple[Tensor | None, ...], options: Options) -> Tensor:
 
 
 def _seconds(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
-    """How long a call with some options takes, on a problem large enough to tell, or infinity if they do not compile."""
+    """The time of a call with some options on a problem large enough to tell, infinity if they do not compile."""
     q, k, v = torch.randn(3, 1, TRIAL_HEADS, TRIAL_BLOCKS * block, head_size, device=device, dtype=dtype)
     kept = torch.arange(0, TRIAL_BLOCKS, TRIAL_STRIDE, dtype=torch.int32, device=device)
     indices = torch.zeros(1, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_BLOCKS, dtype=torch.int32, device=device)

@@ -76,7 +76,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def _read(path: Path) -> dict[str, Options]:
-    """What the file holds; nothing if there is none or it is damaged. Kept, so that a read-only disk costs one trial."""
+    """What the file holds, nothing if it is damaged; kept, so that a disk that cannot be written costs one trial."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
