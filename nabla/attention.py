@@ -104,7 +104,7 @@ def attend(
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     name, layout = _backend_for(q, k, v, plan), plan.selection.layout
     fixed = plan.fixed if name == plan.backend else None
-    (q, q_means), (k, k_means) = (_tiles_and_means(x, layout, rotary) for x in (q, k))
+    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary) for x in (q, k))
     v = layout.to_tiles(v)
 
     def of_heads(start: int, stop: int) -> Tensor:
@@ -119,7 +119,7 @@ def attend(
     return layout.to_raster(groups[0] if len(groups) == 1 else torch.cat(groups, dim=1))
 
 
-def _tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
     if fast_gather.applies(x, layout):
         return fast_gather.tiles_and_means(x, layout, rotary)
     tiles = layout.to_tiles(x if rotary is None else rotate(x, rotary))
@@ -131,11 +131,11 @@ def _prepare(backend: ModuleType, selection: Selection, q: Tensor, k: Tensor, ke
     if kept is None:
         return backend.choose(q, k, selection)
     if not reuse:
-        kept.copy_(_chosen_blocks(q, k, selection))
+        kept.copy_(chosen_blocks(q, k, selection))
     return backend.prepare(kept, selection.layout)
 
 
-def _chosen_blocks(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
+def chosen_blocks(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
     if fast_selection.applies(q, selection):
         return from_lists(*fast_selection.choose_lists(q, k, selection))
     return selection.blocks(q, k)
@@ -157,8 +157,8 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         blocks = TileLayout.build(grid, config.tile, q.device).blocks
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
-    means = [_tiles_and_means(x, selection.layout)[1] for x in (q, k)]
-    blocks = selection.blocks(*means) if config.backend == "reference" else _chosen_blocks(*means, selection)
+    means = [tiles_and_means(x, selection.layout)[1] for x in (q, k)]
+    blocks = selection.blocks(*means) if config.backend == "reference" else chosen_blocks(*means, selection)
     return blocks.expand(batch, heads, -1, -1)
 
 

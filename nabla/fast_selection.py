@@ -159,6 +159,10 @@ if triton is not None:
         return tl.full(bits.shape, 1.0, tl.float32) if BY_COUNT else bits.to(tl.float32, bitcast=True)
 
     @triton.jit
+    def _sum_and_max(sum_a, max_a, sum_b, max_b):
+        return sum_a + sum_b, tl.maximum(max_a, max_b)
+
+    @triton.jit
     def _select_row(
         scores,
         limit,
@@ -199,8 +203,8 @@ if triton is not None:
             guess = tl.where(halve == 1, low + (high - low) // 2, tl.minimum(tl.maximum(guess, low), high - 1))
             halve = 1 - halve
             below = bits <= guess
-            to_guess = tl.sum(tl.where(below, _measure(bits, BY_COUNT), 0.0), axis=0)
-            entry = tl.max(tl.where(below, bits, 0), axis=0)
+            parts = tl.where(below, _measure(bits, BY_COUNT), 0.0), tl.where(below, bits, 0)
+            to_guess, entry = tl.reduce(parts, 0, _sum_and_max)
             reached = to_guess >= bound
             found = to_guess - _measure(entry, BY_COUNT) < bound
             low = tl.where(reached, tl.where(found, entry, low), guess + 1)

@@ -17,17 +17,34 @@ SCRIPT = Path(wan.__file__).parents[1] / "scripts" / "benchmark.py"
 
 
 @pytest.mark.parametrize(
-    "mode, first", (("mask", "masks, keep-0.1"), ("attention", "dense, sdpa"), ("forward", "dense, sdpa"))
+    "mode, first",
+    (
+        ("mask", "64x48x5: lists, keep-0.1, reference"),
+        ("attention", "64x48x5: dense, sdpa"),
+        ("forward", "64x48x5: dense, sdpa"),
+        ("pipeline", "64x48x5: decode, fast, float32"),
+    ),
 )
 def test_modes(mode, first):
     command = [sys.executable, str(SCRIPT), mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
-    run = subprocess.run([*command, "--model", "nano", "--dtype", "float32"], capture_output=True, text=True)
+    command += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *table, record = run.stdout.splitlines()
     record = json.loads(record)
     assert record["mode"] == mode and record["machine"]["torch"] == torch.__version__
-    assert len(record["rows"]) == len(table) and record["rows"][0]["what"] == first
-    assert all(row["low"] <= row["ms"] <= row["high"] for row in record["rows"])
+    rows = record["rows"]
+    assert len(rows) == len(table) and rows[0]["what"] == first
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
+    if mode == "forward":
+        assert [row["recompiles"] for row in rows] == [0, 0] and rows[1]["speedup"] > 0
+    if mode == "pipeline":
+        assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
+
+
+def test_float8_needs_a_gpu():
+    run = subprocess.run([sys.executable, str(SCRIPT), "forward", "--fp8", "--device", "cpu"], capture_output=True)
+    assert run.returncode == 2 and b"error: fp8 works in bfloat16 only" in run.stderr
 
 
 def test_bad_sizes_are_one_line():

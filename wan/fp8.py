@@ -51,7 +51,8 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     errors = []
     for layer in linear_layers(transformer):
         sample = _sample(layer)

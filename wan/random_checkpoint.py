@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,9 +58,15 @@ def transformer_shapes(sizes: Sizes) -> Shapes:
     return {names.published(name, names.TRANSFORMER): tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def random_transformer(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> WanTransformer3DModel:
-    """The transformer of the size of `model`, a key of `MODELS`, with random weights, without a checkpoint on disk."""
-    transformer = _meta_transformer(MODELS[model])
+def random_transformer(
+    model: str, dtype: torch.dtype, device: torch.device, seed: int = 0, layers: int | None = None
+) -> WanTransformer3DModel:
+    """The transformer of the size of `model`, a key of `MODELS`, with random weights, without a checkpoint on disk.
+
+    layers: how many instead of the model's own
+    """
+    sizes = MODELS[model]
+    transformer = _meta_transformer(sizes if layers is None else replace(sizes, layers=layers))
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, tensor in transformer.state_dict().items():
@@ -81,6 +87,13 @@ def _meta_transformer(sizes: Sizes) -> WanTransformer3DModel:
             ffn_dim=sizes.ffn_dim,
             num_layers=sizes.layers,
         )
+
+
+def random_vae(model: str, device: torch.device, seed: int = 0) -> AutoencoderKLWan:
+    """The VAE of `model` with random weights, in float32."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoencoderKLWan(base_dim=MODELS[model].vae_dim).eval().requires_grad_(False)
 
 
 def text_encoder_shapes(sizes: Sizes) -> Shapes:

@@ -1,0 +1,1 @@
+"""Measurements for `scripts/benchmark.py`: each mode yields rows of a table."""

@@ -1,0 +1,160 @@
+"""Benchmarks of the transformer, the decoder and whole videos, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from nabla import NablaConfig
+from wan.attention import apply_attention, compile_blocks
+from wan.benchmark.timing import Row, configs, dense_kernels, label, peak, reset_peak, row_of, synchronize, timed
+from wan.config import VideoSettings
+from wan.fast_vae import speed_up_decoder
+from wan.fp8 import apply_fp8
+from wan.latents import decode
+from wan.random_checkpoint import random_transformer, random_vae
+from wan.sampling import denoise, make_solver
+
+TEXT_ROWS = 512
+PUBLISHED_STEPS = 50
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, WanTransformer3DModel]]:
+    """The model with compiled blocks, in args.dtype and then with float8 linear layers if asked for."""
+    transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
+    for kind in ["", " fp8"] if args.fp8 else [""]:
+        if kind:
+            for block in transformer.blocks:
+                del block.forward
+            print(apply_fp8(transformer).describe())
+        compile_blocks(transformer)
+        yield kind, transformer
+
+
+@torch.no_grad()
+def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """The whole transformer: dense as diffusers does it, then sparse, speed-ups against dense of the same precision."""
+    exact: dict[str, Tensor] = {}
+    for kind, transformer in transformers(args, device):
+        for video in videos:
+            inputs = random_inputs(transformer, video, 1)
+            dense = None
+            for config in [*([] if args.no_dense else [NablaConfig()]), *configs(args)]:
+                apply_attention(transformer, config)
+                kernel, context = next(iter(dense_kernels(device).items()))
+                name = f"dense, {kernel}" if config.is_dense else config.algorithm
+                with context() if config.is_dense else nullcontext():
+                    row = forward_row(args, f"{label(video)}: {name}{kind}", transformer, inputs, exact, kind)
+                if config.is_dense:
+                    dense = row
+                elif dense is not None:
+                    row["speedup"] = round(dense["ms"] / row["ms"], 2)
+                yield row
+
+
+def forward_row(
+    args: argparse.Namespace,
+    what: str,
+    transformer: WanTransformer3DModel,
+    inputs: tuple,
+    exact: dict[str, Tensor],
+    kind: str,
+) -> Row:
+    def forward() -> Tensor:
+        return transformer(*inputs, return_dict=False)[0]
+
+    start = time.perf_counter()
+    out = forward().cpu()
+    first = round(time.perf_counter() - start, 1)
+    graphs = compiled_graphs()
+    reset_peak(args)
+    row = timed(what, forward, args, warm=False, first_s=first)
+    row |= {"recompiles": compiled_graphs() - graphs} | peak(args)
+    before = exact.setdefault(what.removesuffix(kind), out)
+    if kind:
+        row["error_of_fp8"] = round(((out - before).float().norm() / before.float().norm()).item(), 4)
+    return row
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def random_inputs(
+    transformer: WanTransformer3DModel, video: VideoSettings, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text states."""
+    own, generator = transformer.config, torch.Generator(transformer.device).manual_seed(0)
+    shapes = (batch, own.in_channels, *video.latents_size), (batch, TEXT_ROWS, own.text_dim)
+    latents, text = (torch.randn(s, generator=generator, device=transformer.device) for s in shapes)
+    timestep = torch.full((batch,), 500, device=transformer.device)
+    return latents.to(transformer.dtype), timestep, text.to(transformer.dtype)
+
+
+@torch.no_grad()
+def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """Guided steps and the decoder; `video_s` is 50 such steps and a decode, extrapolated, without the text encoder."""
+    for video in videos:
+        decoding = list(decode_rows(args, video, device))
+        yield from decoding
+        for kind, transformer in transformers(args, device):
+            dense, last = [] if args.no_dense else [NablaConfig()], {}
+            refreshed = [replace(c, mask_refresh=n) for c in configs(args) for n in args.mask_refresh]
+            for config in [*dense, *configs(args), *refreshed]:
+                apply_attention(transformer, config)
+                row, latents = step_row(args, f"{label(video)}: a step, {config.algorithm}{kind}", transformer, video)
+                row["video_s"] = round((PUBLISHED_STEPS * row["ms"] + decoding[-1]["ms"]) / 1000)
+                if config.mask_refresh > 1:
+                    plain = last[config.algorithm]
+                    row["what"] += f", masks kept for {config.mask_refresh} steps"
+                    row["change_of_latents"] = round(((latents - plain).norm() / plain.norm()).item(), 4)
+                last.setdefault(config.algorithm, latents)
+                yield row
+
+
+def step_row(
+    args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings
+) -> tuple[Row, Tensor]:
+    latents, _, context = random_inputs(transformer, video, 1)
+    solver, starts = make_solver("unipc", args.steps, 5.0, args.device), []
+    steps = transformer.nabla.steps
+
+    def at_step(step: int) -> None:
+        synchronize(args)
+        starts.append(time.perf_counter())
+        steps.tell(step)
+
+    latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step)
+    at_step(args.steps)
+    seconds = [after - before for before, after in itertools.pairwise(starts)]
+    later = [1000 * taken for taken in seconds[1:] or seconds]
+    return row_of(what, later) | {"first_s": round(seconds[0], 1)}, latents
+
+
+def decode_rows(args: argparse.Namespace, video: VideoSettings, device: torch.device) -> Iterator[Row]:
+    """The decoder as diffusers has it, in float32, and as the pipeline runs it."""
+    vae = random_vae(args.model, device)
+    latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
+    exact = decode(vae, latents)
+    for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
+        name = "as diffusers has it" if dtype == torch.float32 and device.type == "cuda" else "fast"
+        if name == "fast":
+            speed_up_decoder(vae, dtype)
+        start = time.perf_counter()
+        error = (decode(vae, latents) - exact).square().mean().item()
+        first = round(time.perf_counter() - start, 2)
+        reset_peak(args)
+        what = f"{label(video)}: decode, {name}, {str(dtype).removeprefix('torch.')}"
+        row = timed(what, lambda: decode(vae, latents), args, warm=False, first_s=first)
+        yield row | peak(args) | {"psnr": round(10 * math.log10(4 / max(error, 1e-12)), 1)}
