@@ -103,9 +103,11 @@ if triton is not None:
         """The inverse of `_unpack`."""
         if TYPE.primitive_bitwidth == 32:
             low, high = first.to(tl.uint32, bitcast=True).to(tl.int64), second.to(tl.uint32, bitcast=True).to(tl.int64)
-            return low | (high << 32)
-        low = first.to(TYPE).to(tl.uint16, bitcast=True).to(tl.int32)
-        return low | (second.to(TYPE).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+            pair = low | (high << 32)
+        else:
+            low = first.to(TYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+            pair = low | (second.to(TYPE).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+        return pair
 
     @triton.jit
     def _gather_tile(

@@ -23,6 +23,7 @@ from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, keep_count, keep_mass
 from nabla.tiling import TileLayout
 from wan.fast_vae import decoder_dtype, speed_up_decoder
+from wan.fused_gelu import linear_gelu
 from wan.latents import decode
 
 pytestmark = pytest.mark.gpu
@@ -236,6 +237,14 @@ def test_few_heads_at_a_time_give_the_same(monkeypatch):
         monkeypatch.setattr(sys.modules["nabla.attention"], "LIST_ENTRIES", 2 * 84**2)
         assert torch.equal(nabla.attention(q, k, v, PARTIAL, config), whole)
         monkeypatch.undo()
+
+
+def test_gelu_in_the_epilogue_is_as_exact_as_a_pass_of_its_own():
+    x, weight, bias = (random_qkv((1, 1, n), 1, 256)[0].view(-1, 256) for n in (300, 512, 2))
+    weight, bias = weight / 16, bias.flatten()
+    exact = F.gelu(x.double() @ weight.double().T + bias.double(), approximate="tanh")
+    apart = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    assert relative_error(linear_gelu(x, weight, bias).double(), exact) < 1.2 * relative_error(apart.double(), exact)
 
 
 def test_float8_layers_follow_bf16(random_nano):

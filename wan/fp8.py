@@ -15,6 +15,7 @@ from nabla import InputError
 ADA = 8, 9
 MULTIPLE = 16
 SAMPLE_ROWS = 256
+SMALLEST_ROW = 1e-30
 
 
 class Fp8Report(NamedTuple):
@@ -51,8 +52,13 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(),
+        # A row of zeros would have the scale zero, and become NaN.
+        activation_value_lb=SMALLEST_ROW,
+        # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
+        set_inductor_config=False,
+    )
     errors = []
     for layer in linear_layers(transformer):
         sample = _sample(layer)
@@ -63,9 +69,10 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
 
 
 def linear_layers(transformer: WanTransformer3DModel) -> list[nn.Linear]:
-    """The linear layers of the transformer's blocks whose sizes float8 products take."""
+    """The linear layers of the transformer's blocks that float8 products take: of fit sizes, without rows of zeros."""
     layers = [module for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
-    return [layer for layer in layers if layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE]
+    fit = [layer for layer in layers if layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE]
+    return [layer for layer in fit if layer.weight.any(dim=1).all()]
 
 
 def _sample(layer: nn.Linear) -> Tensor:

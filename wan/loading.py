@@ -13,6 +13,7 @@ from wan import memory, parts
 from wan.checkpoint import Checkpoint
 from wan.fast_vae import speed_up_decoder
 from wan.fp8 import apply_fp8, check_fp8
+from wan.fused_gelu import fuse_gelu
 
 log = logging.getLogger("wan")
 
@@ -54,6 +55,7 @@ def load_models(
         speed_up_decoder(vae, vae_dtype)
     text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
     transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home)
+    fuse_gelu(transformer)
     if fp8:
         log.info("transformer: %s", apply_fp8(transformer).describe())
         transformer.to(home)

@@ -20,6 +20,7 @@ from wan.benchmark.timing import Row, configs, dense_kernels, label, peak, reset
 from wan.config import VideoSettings
 from wan.fast_vae import speed_up_decoder
 from wan.fp8 import apply_fp8
+from wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.latents import decode
 from wan.random_checkpoint import random_transformer, random_vae
 from wan.sampling import denoise, make_solver
@@ -30,37 +31,42 @@ PUBLISHED_STEPS = 50
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, WanTransformer3DModel]]:
-    """The model with compiled blocks, in args.dtype and then with float8 linear layers if asked for."""
+def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, bool, WanTransformer3DModel]]:
+    """The model as benchmarks use it: dense as diffusers has it, then ours; in args.dtype, then in float8 if asked for.
+
+    Yields a suffix for the rows' names, whether it is the dense one, and the model with compiled blocks.
+    """
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
-            for block in transformer.blocks:
-                del block.forward
             print(apply_fp8(transformer).describe())
-        compile_blocks(transformer)
-        yield kind, transformer
+        for is_dense in [False] if args.no_dense else [True, False]:
+            torch._dynamo.reset()
+            for block in transformer.blocks:
+                block.__dict__.pop("forward", None)
+            (unfuse_gelu if is_dense else fuse_gelu)(transformer)
+            compile_blocks(transformer)
+            yield kind, is_dense, transformer
 
 
 @torch.no_grad()
 def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
     """The whole transformer: dense as diffusers does it, then sparse, speed-ups against dense of the same precision."""
     exact: dict[str, Tensor] = {}
-    for kind, transformer in transformers(args, device):
-        for video in videos:
+    dense: dict[str, float] = {}
+    for kind, is_dense, transformer in transformers(args, device):
+        for video, config in itertools.product(videos, [NablaConfig()] if is_dense else configs(args)):
+            apply_attention(transformer, config)
+            kernel, context = next(iter(dense_kernels(device).items())) if is_dense else ("", nullcontext)
+            name = f"dense, {kernel}" if is_dense else config.algorithm
             inputs = random_inputs(transformer, video, 1)
-            dense = None
-            for config in [*([] if args.no_dense else [NablaConfig()]), *configs(args)]:
-                apply_attention(transformer, config)
-                kernel, context = next(iter(dense_kernels(device).items()))
-                name = f"dense, {kernel}" if config.is_dense else config.algorithm
-                with context() if config.is_dense else nullcontext():
-                    row = forward_row(args, f"{label(video)}: {name}{kind}", transformer, inputs, exact, kind)
-                if config.is_dense:
-                    dense = row
-                elif dense is not None:
-                    row["speedup"] = round(dense["ms"] / row["ms"], 2)
-                yield row
+            with context():
+                row = forward_row(args, f"{label(video)}: {name}{kind}", transformer, inputs, exact, kind)
+            if is_dense:
+                dense[label(video) + kind] = row["ms"]
+            elif not args.no_dense:
+                row["speedup"] = round(dense[label(video) + kind] / row["ms"], 2)
+            yield row
 
 
 def forward_row(
@@ -108,10 +114,10 @@ def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
     for video in videos:
         decoding = list(decode_rows(args, video, device))
         yield from decoding
-        for kind, transformer in transformers(args, device):
-            dense, last = [] if args.no_dense else [NablaConfig()], {}
-            refreshed = [replace(c, mask_refresh=n) for c in configs(args) for n in args.mask_refresh]
-            for config in [*dense, *configs(args), *refreshed]:
+        for kind, is_dense, transformer in transformers(args, device):
+            refreshed = [replace(config, mask_refresh=n) for config in configs(args) for n in args.mask_refresh]
+            last: dict[str, Tensor] = {}
+            for config in [NablaConfig()] if is_dense else [*configs(args), *refreshed]:
                 apply_attention(transformer, config)
                 row, latents = step_row(args, f"{label(video)}: a step, {config.algorithm}{kind}", transformer, video)
                 row["video_s"] = round((PUBLISHED_STEPS * row["ms"] + decoding[-1]["ms"]) / 1000)

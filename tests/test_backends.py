@@ -1,0 +1,81 @@
+"""Which kernel `auto` takes, what it says, and that a kernel that answers wrongly is never used."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nabla
+from nabla import InputError, NablaConfig, backends
+from nabla.backends import cudnn, reference
+
+GRID, CONFIG = (1, 8, 16), NablaConfig(threshold=0.5)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def kernel(**changed):
+    """A backend that is the reference but for what is changed."""
+    return types.SimpleNamespace(**{**vars(reference), **changed})
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def install(**kernels):
+        monkeypatch.setattr(backends, "BACKENDS", {**kernels, "reference": reference})
+        monkeypatch.setattr(backends, "_verified", {})
+
+    return install
+
+
+def test_a_cpu_takes_the_reference_and_says_why():
+    line = nabla.plan(GRID, CONFIG, "cpu").describe()
+    assert "backend reference, grid" in line
+    assert "cudnn: needs an NVIDIA GPU of compute capability 9.0 or more; flex: compiles for long on a CPU" in line
+
+
+def test_a_backend_that_is_named_and_cannot_run_is_one_line():
+    with pytest.raises(InputError, match="backend cudnn does not work on cpu: needs an NVIDIA GPU.*use backend: auto"):
+        nabla.plan(GRID, replace(CONFIG, backend="cudnn"), "cpu")
+
+
+def test_the_first_that_can_do_it_and_passes_is_taken(install):
+    install(fast=kernel(), slow=kernel())
+    assert backends.choose("auto", CPU, 64) == ("fast", "the fastest that passed its check")
+    install(fast=kernel(missing=lambda device, block: "not installed"), slow=kernel())
+    assert backends.choose("auto", CPU, 64) == ("slow", "the fastest that passed its check; fast: not installed")
+    install(fast=kernel(DTYPES=(torch.bfloat16,)), small=kernel(HEAD_SIZES=(64,)), slow=kernel())
+    name, why = backends.choose("auto", CPU, 64, torch.float32, 128)
+    assert name == "slow" and "fast: does not take torch.float32; small: does not take heads of 128" in why
+
+
+@pytest.mark.parametrize(
+    "attend, fault",
+    (
+        (lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v), "its result is off by"),
+        (lambda q, k, v, blocks: torch.full_like(q, torch.nan), "its result is off by nan"),
+        (lambda q, k, v, blocks: torch.randn(3) @ torch.randn(2), "RuntimeError: inconsistent tensor size"),
+    ),
+)
+def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_out_aloud(install, attend, fault):
+    install(trap=kernel(attend=attend))
+    with pytest.warns(UserWarning, match=f"trap does not work on cpu .{fault}.*using a slower backend"):
+        name, why = backends.choose("auto", CPU, 64)
+    assert name == "reference" and f"trap: {fault}" in why
+    with pytest.raises(InputError, match=f"backend trap does not work on cpu: {fault}"):
+        backends.choose("trap", CPU, 64)
+
+
+def test_what_cudnn_asks_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert cudnn.missing(GPU, 64) == "needs an NVIDIA GPU of compute capability 9.0 or more"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert cudnn.missing(GPU, 32) == "takes blocks of 64 tokens, not 32"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cudnn.missing(GPU, 64) == "not installed, see requirements-cudnn.txt"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert cudnn.missing(GPU, 64) == ""
