@@ -12,7 +12,10 @@ LIST_ENTRIES = 2**27
 
 
 class BlockLists(NamedTuple):
-    """For every query block, how many key blocks and which: (..., N) and (..., N, N) int32, ascending, zeros after."""
+    """For every query block, how many key blocks and which: (..., N) and (..., N, N) int32, ascending.
+
+    What stands after a list's end means nothing. Only the first entry of an empty list is a block's number too.
+    """
 
     counts: Tensor
     indices: Tensor

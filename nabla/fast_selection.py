@@ -159,8 +159,12 @@ if triton is not None:
         return tl.full(bits.shape, 1.0, tl.float32) if BY_COUNT else bits.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _sum_and_max(sum_a, max_a, sum_b, max_b):
-        return sum_a + sum_b, tl.maximum(max_a, max_b)
+    def _sum_max_and_min(sum_a, max_a, min_a, sum_b, max_b, min_b):
+        return sum_a + sum_b, tl.maximum(max_a, max_b), tl.minimum(min_a, min_b)
+
+    @triton.jit
+    def _max_and_min(max_a, min_a, max_b, min_b):
+        return tl.maximum(max_a, max_b), tl.minimum(min_a, min_b)
 
     @triton.jit
     def _select_row(
@@ -183,7 +187,8 @@ if triton is not None:
         inside = column < blocks
         row = (batch * tl.num_programs(1) + head).to(tl.int64) * blocks + query
         score = tl.load(scores + row * blocks + column, mask=inside, other=float("-inf"))
-        weight = tl.exp(score - tl.max(score, axis=0))
+        greatest, least = tl.reduce((score, tl.where(inside, score, float("inf"))), 0, _max_and_min)
+        weight = tl.exp(score - greatest)
         bits = tl.where(inside, weight.to(tl.int32, bitcast=True), OUTSIDE)
         # Going up in weight, a block is kept from where the running measure, itself included, reaches the bound.
         if BY_COUNT:
@@ -192,23 +197,26 @@ if triton is not None:
         else:
             total = tl.sum(weight, axis=0)
             bound = tl.load(limit) * total
-        # So the least kept entry is the first whose measure, with all below it, reaches the bound. Between `low` and
-        # `high`, an entry, guesses alternate between halving and where the bound lies between the measures there.
-        low, high = tl.min(bits, axis=0), tl.full((), GREATEST, tl.int32)
+        # So the least kept entry is the first whose measure, with all below it, reaches the bound. It lies between the
+        # entries `low` and `high`. Guesses are where the bound lies between the measures up to these, and every other
+        # time halfway from there to the middle, so that they close in from both sides.
+        low, high = tl.exp(least - greatest).to(tl.int32, bitcast=True), tl.full((), GREATEST, tl.int32)
         to_low, to_high = tl.full((), 0.0, tl.float32), total
-        halve = tl.full((), 0, tl.int32)
+        centred = tl.full((), 0, tl.int32)
         while low < high:
             share = (bound - to_low) / (to_high - to_low)
             guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
-            guess = tl.where(halve == 1, low + (high - low) // 2, tl.minimum(tl.maximum(guess, low), high - 1))
-            halve = 1 - halve
+            guess = tl.minimum(tl.maximum(guess, low), high - 1)
+            guess = tl.where(centred == 1, guess + (low + (high - low) // 2 - guess) // 2, guess)
+            centred = 1 - centred
             below = bits <= guess
-            parts = tl.where(below, _measure(bits, BY_COUNT), 0.0), tl.where(below, bits, 0)
-            to_guess, entry = tl.reduce(parts, 0, _sum_and_max)
+            measures = tl.where(below, _measure(bits, BY_COUNT), 0.0)
+            parts = measures, tl.where(below, bits, 0), tl.where(below, OUTSIDE, bits)
+            to_guess, last_below, first_above = tl.reduce(parts, 0, _sum_max_and_min)
             reached = to_guess >= bound
-            found = to_guess - _measure(entry, BY_COUNT) < bound
-            low = tl.where(reached, tl.where(found, entry, low), guess + 1)
-            high = tl.where(reached, entry, high)
+            found = to_guess - _measure(last_below, BY_COUNT) < bound
+            low = tl.where(reached, tl.where(found, last_below, low), first_above)
+            high = tl.where(reached, last_below, high)
             to_low = tl.where(reached, to_low, to_guess)
             to_high = tl.where(reached, to_guess, to_high)
         kept = inside & (bits >= low)
@@ -255,19 +263,18 @@ if triton is not None:
     @triton.jit
     def _store_lists(kept, inside, column, full, counts, indices, counts_part, indices_part):
         if full is None:
-            one = kept.to(tl.int32)
-            _store_list(kept, inside, column, tl.cumsum(one, axis=0), tl.sum(one, axis=0), counts, indices)
+            _store_list(kept, column, tl.cumsum(kept.to(tl.int32), axis=0), counts, indices)
         else:
             # One scan ranks the blocks of both lists, whose lengths are below 2**16.
             whole = tl.load(full + column, mask=inside, other=0) != 0
-            one = tl.where(kept, tl.where(whole, 1, 65536), 0)
-            rank, total = tl.cumsum(one, axis=0), tl.sum(one, axis=0)
-            _store_list(kept & whole, inside, column, rank & 65535, total & 65535, counts, indices)
-            counts, indices = counts + counts_part, indices + indices_part
-            _store_list(kept & (whole == 0), inside, column, rank >> 16, total >> 16, counts, indices)
+            rank = tl.cumsum(tl.where(kept, tl.where(whole, 1, 65536), 0), axis=0)
+            _store_list(kept & whole, column, rank & 65535, counts, indices)
+            _store_list(kept & (whole == 0), column, rank >> 16, counts + counts_part, indices + indices_part)
 
     @triton.jit
-    def _store_list(kept, inside, column, rank, total, count_at, list_at):
-        place = tl.where(kept, rank - 1, total + column - rank)
-        tl.store(count_at, total)
-        tl.store(list_at + place, tl.where(kept, column, 0), mask=inside)
+    def _store_list(kept, column, rank, count_at, list_at):
+        tl.store(list_at + rank - 1, column, mask=kept)
+        last = column == column.shape[0] - 1
+        tl.store(count_at + 0 * column, rank, mask=last)
+        # Kernels may look at a list's first entry before they look at its length.
+        tl.store(list_at + 0 * column, 0, mask=last & (rank == 0))
