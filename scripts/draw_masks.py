@@ -23,6 +23,7 @@ def main() -> int:
     import torch
 
     import nabla
+    from nabla.rotary import rotate
     from wan import WanT2V
 
     pipe = WanT2V.from_pretrained(args.ckpt_dir, nabla.NablaConfig.parse(args.sparse_algo))
@@ -30,9 +31,9 @@ def main() -> int:
     masks: list[torch.Tensor] = []
     attend = nabla.attend
 
-    def attend_and_keep(q, k, v, plan):
-        masks.append(nabla.select_blocks(q, k, plan.grid, plan.config)[0])
-        return attend(q, k, v, plan)
+    def attend_and_keep(q, k, v, plan, rotary, *kept):
+        masks.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config)[0])
+        return attend(q, k, v, plan, rotary, *kept)
 
     nabla.attend = attend_and_keep
     video = pipe.generate(args.prompt, size=(256, 256), frame_num=33, steps=args.steps)
