@@ -110,6 +110,10 @@ if triton is not None:
         return pair
 
     @triton.jit
+    def _add(first_a, second_a, first_b, second_b):
+        return first_a + first_b, second_a + second_b
+
+    @triton.jit
     def _gather_tile(
         x,
         source,
@@ -159,5 +163,7 @@ if triton is not None:
             tl.store(tiles + head * pairs + there, pair, mask=inside[None, :])
             number = (batch * heads + head).to(tl.int64) * tl.num_programs(1) + block
             mean = means + 2 * (number * pairs + column)
-            tl.store(mean, tl.sum(tl.where(counted, first, 0.0), axis=0) / size, mask=inside)
-            tl.store(mean + 1, tl.sum(tl.where(counted, second, 0.0), axis=0) / size, mask=inside)
+            parts = tl.where(counted, first, 0.0), tl.where(counted, second, 0.0)
+            first_sum, second_sum = tl.reduce(parts, 0, _add)
+            tl.store(mean, first_sum / size, mask=inside)
+            tl.store(mean + 1, second_sum / size, mask=inside)
