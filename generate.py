@@ -58,7 +58,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--fp8", action="store_true", help="the transformer's linear layers in float8 (Ada GPUs and newer, torchao)")
-    add("--vae_dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder; default: float16 on a GPU")
+    add(
+        "--vae_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the VAE's decoder; default: on a GPU float16, unless --dtype is float32",
+    )
     add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
     add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +53,17 @@ class Plan:
         return f"{config.algorithm}{extra}, backend {self.backend}, {grid}, {blocks}; backend {self.reason}"
 
 
+class KeptBlocks(NamedTuple):
+    """Blocks that are chosen by one `attend` and taken by others.
+
+    blocks: (B, heads, N, N) bool
+    reuse: whether to take them from there, rather than to choose and write them
+    """
+
+    blocks: Tensor
+    reuse: bool
+
+
 @torch.inference_mode(False)
 def plan(
     grid: tuple[int, int, int],
@@ -87,16 +97,14 @@ def attend(
     v: Tensor,
     plan: Plan,
     rotary: Rotary | None = None,
-    kept: Tensor | None = None,
-    reuse: bool = False,
+    kept: KeptBlocks | None = None,
 ) -> Tensor:
     """Sparse attention of q, k, v (B, S, heads, D) in raster order; same shape and dtype.
 
     rotary: to turn q and k by on their way into tiles; None if they are turned already
-    kept: (B, heads, N, N) bool, to write the chosen blocks to; or, with `reuse`, to take them from
-    Under `backend: auto`, what the plan's backend cannot do (gradients, float64) is done by the reference. May be
-    traced by torch.compile. Raises `InputError` if the shapes do not fit the plan, or if a backend that the config
-    names cannot do it.
+    kept: where to write the chosen blocks, or to take them from; None to choose and forget
+    Gradients go through the reference under `backend: auto`. May be traced by torch.compile. Raises `InputError` if the
+    shapes do not fit the plan, or if its backend cannot do what is asked.
     """
     _check_shapes(q, k, v, plan.grid)
     if plan.selection is None:
@@ -109,8 +117,8 @@ def attend(
 
     def of_heads(start: int, stop: int) -> Tensor:
         of = slice(start, stop)
-        means, blocks = (q_means[:, of], k_means[:, of]), None if kept is None else kept[:, of]
-        prepared = _prepare(BACKENDS[name], plan.selection, *means, blocks, reuse) if fixed is None else fixed
+        group = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
+        prepared = fixed or _prepare(name, plan.selection, q_means[:, of], k_means[:, of], group)
         return BACKENDS[name].attend(q[:, of], k[:, of], v[:, of], prepared)
 
     batch, heads = q.shape[:2]
@@ -126,17 +134,18 @@ def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None)
     return tiles, block_means(tiles, layout)
 
 
-def _prepare(backend: ModuleType, selection: Selection, q: Tensor, k: Tensor, kept: Tensor | None, reuse: bool) -> Any:
-    """The blocks to attend to, prepared for a backend; see `attend` for `kept` and `reuse`."""
+def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, kept: KeptBlocks | None) -> Any:
+    """The blocks to attend to for block means q and k, prepared for a backend."""
     if kept is None:
-        return backend.choose(q, k, selection)
-    if not reuse:
-        kept.copy_(chosen_blocks(q, k, selection))
-    return backend.prepare(kept, selection.layout)
+        return BACKENDS[name].choose(q, k, selection)
+    if not kept.reuse:
+        kept.blocks.copy_(chosen_blocks(q, k, selection, name))
+    return BACKENDS[name].prepare(kept.blocks, selection.layout)
 
 
-def chosen_blocks(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
-    if fast_selection.applies(q, selection):
+def chosen_blocks(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
+    """The blocks that a backend chooses for block means q and k (B, heads, N, D): (B, heads, N, N) bool."""
+    if backend != "reference" and fast_selection.applies(q, selection):
         return from_lists(*fast_selection.choose_lists(q, k, selection))
     return selection.blocks(q, k)
 
@@ -158,7 +167,7 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
     means = [tiles_and_means(x, selection.layout)[1] for x in (q, k)]
-    blocks = selection.blocks(*means) if config.backend == "reference" else chosen_blocks(*means, selection)
+    blocks = chosen_blocks(*means, selection, config.backend)
     return blocks.expand(batch, heads, -1, -1)
 
 
@@ -169,6 +178,8 @@ def _backend_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str:
         return plan.backend
     if plan.config.backend != "auto":
         raise InputError(f"backend {plan.backend} {fault}; use backend: auto or reference")
+    if not trains:
+        raise InputError(f"backend {plan.backend} of this plan {fault}; give dtype and head_size to nabla.plan")
     return "reference"
 
 

@@ -60,6 +60,8 @@ class NablaConfig:
             raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
         if not is_count(self.mask_refresh) or self.mask_refresh == 0:
             raise InputError(f"mask_refresh {self.mask_refresh!r}: give a whole number of sampling steps, 1 or more")
+        if self.mask_refresh > 1 and not self.selects:
+            raise InputError(f"mask_refresh {self.mask_refresh} has no use for {self.kind}, whose blocks do not change")
         layers = self.dense_layers
         if not isinstance(layers, (list, tuple, range)) or not all(map(is_count, layers)):
             raise InputError(f"dense_layers {layers!r}: give a list of layer numbers, counted from 0")

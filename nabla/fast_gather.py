@@ -7,14 +7,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nabla.gpu import can_run, tl, triton
 from nabla.rotary import Rotary
 from nabla.tiling import TileLayout
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # Rotation works on pairs of neighbours, so a pair is moved as one integer and taken apart in registers.
 PAIR_TYPES = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
@@ -27,7 +22,7 @@ PAIRS_A_WARP = 256
 def applies(x: Tensor, layout: TileLayout) -> bool:
     """Whether this path can gather x (B, S, heads, D); it has no backward."""
     fits = x.dtype in PAIR_TYPES and x.shape[-1] % 2 == 0 and layout.block & (layout.block - 1) == 0
-    return triton is not None and x.is_cuda and fits and not (torch.is_grad_enabled() and x.requires_grad)
+    return can_run(x) and fits and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,8 @@ from torch import Tensor
 
 from nabla.block_lists import BlockLists, to_lists
 from nabla.fast_map import block_scores
+from nabla.gpu import can_run, tl, triton
 from nabla.selection import MAP_ENTRIES, Selection
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # The row of a map has to fit into the registers of a program.
 MAX_BLOCKS = 8192
@@ -30,8 +25,7 @@ REGISTERS = 64
 
 def applies(means: Tensor, selection: Selection) -> bool:
     """Whether this path can do a selection for block means (B, heads, N, D)."""
-    fits = selection.layout.blocks <= MAX_BLOCKS
-    return triton is not None and means.is_cuda and fits and not selection.is_fixed
+    return can_run(means) and selection.layout.blocks <= MAX_BLOCKS and not selection.is_fixed
 
 
 def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False) -> list[BlockLists]:
@@ -50,7 +44,7 @@ def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False
 
 def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLists]:
     """Lists of the True entries of (B, heads, N, N) bool; of full key tiles and the others where `full` is given."""
-    if triton is not None and blocks.is_cuda and blocks.shape[-1] <= MAX_BLOCKS:
+    if can_run(blocks) and blocks.shape[-1] <= MAX_BLOCKS:
         counts, indices = _lists_of_blocks(blocks, full)
         return [BlockLists(*pair) for pair in zip(counts.unbind(), indices.unbind())]
     return [to_lists(blocks)] if full is None else [to_lists(blocks & full), to_lists(blocks & ~full)]
@@ -94,8 +88,8 @@ def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tens
             counts,
             indices,
             *kept.stride()[:3],
-            *_part_and_batch(counts),
-            *_part_and_batch(indices),
+            *counts.stride()[:2],
+            *indices.stride()[:2],
             blocks,
             WIDTH=width,
             num_warps=max(1, width // ENTRIES_A_WARP),
@@ -130,23 +124,19 @@ def lists_of_map(
         full,
         counts,
         indices,
-        *_part_and_batch(counts),
-        *_part_and_batch(indices),
+        *counts.stride()[:2],
+        *indices.stride()[:2],
         blocks,
         WIDTH=width,
         BY_COUNT=count is not None,
         num_warps=max(1, width // ENTRIES_A_WARP),
-        **({} if torch.version.hip else {"maxnreg": REGISTERS}),
+        maxnreg=REGISTERS,
     )
 
 
 def _empty_lists(like: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = 1 if full is None else 2, *like.shape[:3]
     return like.new_empty(shape, dtype=torch.int32), like.new_empty((*shape, shape[-1]), dtype=torch.int32)
-
-
-def _part_and_batch(lists: Tensor) -> tuple[int, int]:
-    return lists.stride()[:2]
 
 
 if triton is not None:
@@ -192,7 +182,7 @@ if triton is not None:
         bits = tl.where(inside, weight.to(tl.int32, bitcast=True), OUTSIDE)
         # Going up in weight, a block is kept from where the running measure, itself included, reaches the bound.
         if BY_COUNT:
-            total = blocks.to(tl.float32)
+            total = tl.sum(inside.to(tl.float32), axis=0)
             bound = total - tl.load(limit).to(tl.float32) + 1.0
         else:
             total = tl.sum(weight, axis=0)

@@ -210,15 +210,59 @@ def test_kept_masks_follow_timesteps_where_no_loop_tells_the_steps():
     module, reused = transformer.blocks[0].attn1, []
     for timestep in (900.0, 900.0, 800.0, 700.0, 600.0, 600.0, 900.0):
         forward(transformer, timestep)
-        reused.append(module.nabla_reuse)
+        reused.append(module.nabla_kept.reuse)
     assert reused == [False, True, True, True, False, True, False]
-    latents = torch.randn(2, 16, 3, 12, 10)
-    with torch.no_grad():
-        transformer(latents, torch.tensor([800.0, 800.0]), text_states(2), return_dict=False)
-    assert not module.nabla_reuse and module.nabla_kept.shape[0] == 2
+    for shape in ((2, 16, 3, 12, 10), (1, 16, 3, 10, 12), (1, 16, 3, 12, 10)):
+        with torch.inference_mode():
+            latents, timestep = torch.randn(shape), torch.full(shape[:1], 800.0)
+            transformer(latents, timestep, text_states(shape[0]), return_dict=False)
+        assert not module.nabla_kept.reuse and module.nabla_kept.blocks.shape[0] == shape[0]
+    forward(transformer, 950.0)
+    assert not module.nabla_kept.reuse
     transformer.train()
     forward(transformer, 700.0)
     assert module.nabla_kept is None
+
+
+def test_masks_of_a_forward_that_failed_are_not_taken():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, CONFIG)
+    plain = forward(transformer, 900.0)
+    wan.apply_attention(transformer, replace(CONFIG, mask_refresh=3))
+    fail = transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward(transformer, 900.0)
+    fail.remove()
+    assert torch.equal(forward(transformer, 900.0), plain)
+
+
+def test_kept_masks_are_freed_after_sampling_and_do_not_depend_on_the_way_of_guidance(random_nano, monkeypatch):
+    settings = dict(size=(96, 80), frame_num=5, seed=0, steps=4)
+    config = NablaConfig(threshold=0.3, tile=(1, 4, 4), mask_refresh=2)
+    pipe = wan.WanT2V.from_pretrained(random_nano, config)
+    video = pipe.generate("a cat", **settings)
+    assert all(block.attn1.nabla_kept is None for block in pipe.transformer.blocks)
+    monkeypatch.setattr(wan.memory, "has_room_for_both", lambda *_: True)
+    assert (pipe.generate("a cat", **settings) == video).all()
+
+
+def test_compiled_blocks_see_one_graph_more_with_kept_masks():
+    transformer = tiny_transformer(0, num_layers=3)
+    counter = CompileCounter()
+    for block in transformer.blocks:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
+    wan.apply_attention(transformer, replace(CONFIG, mask_refresh=3))
+    for timestep in (900.0, 900.0, 800.0, 700.0, 600.0, 600.0, 900.0):
+        forward(transformer, timestep)
+    assert counter.frame_count == 2
+
+
+def test_autocast_runs_in_its_dtype():
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, CONFIG)
+    exact = forward(transformer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (forward(transformer) - exact).norm() < 0.1 * exact.norm()
 
 
 def test_training_never_counts_steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import types
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ def kernel(**changed):
 @pytest.fixture
 def install(monkeypatch):
     def install(**kernels):
-        monkeypatch.setattr(backends, "BACKENDS", {**kernels, "reference": reference})
+        for module in (backends, sys.modules["nabla.attention"]):
+            monkeypatch.setattr(module, "BACKENDS", {**kernels, "reference": reference})
         monkeypatch.setattr(backends, "_verified", {})
 
     return install
@@ -59,6 +61,7 @@ def test_the_first_that_can_do_it_and_passes_is_taken(install):
         (lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v), "its result is off by"),
         (lambda q, k, v, blocks: torch.full_like(q, torch.nan), "its result is off by nan"),
         (lambda q, k, v, blocks: torch.randn(3) @ torch.randn(2), "RuntimeError: inconsistent tensor size"),
+        (lambda q, k, v, blocks: exec("assert False"), "AssertionError: no message"),
     ),
 )
 def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_out_aloud(install, attend, fault):
@@ -68,6 +71,21 @@ def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_
     assert name == "reference" and f"trap: {fault}" in why
     with pytest.raises(InputError, match=f"backend trap does not work on cpu: {fault}"):
         backends.choose("trap", CPU, 64)
+
+
+def test_autocast_does_not_spoil_a_check(install):
+    install(fast=kernel())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backends.choose("auto", CPU, 64)[0] == "fast"
+
+
+def test_a_plan_whose_backend_cannot_do_what_comes_is_an_error_and_not_slow_in_silence(install):
+    install(fast=kernel(HEAD_SIZES=(128,)))
+    q = torch.randn(1, 128, 1, 64)
+    plan = nabla.plan(GRID, CONFIG, "cpu")
+    with pytest.raises(InputError, match="backend fast of this plan does not take heads of 64; give dtype and head_"):
+        nabla.attend(q, q, q, plan)
+    assert nabla.plan(GRID, CONFIG, "cpu", q.dtype, 64).backend == "reference"
 
 
 def test_what_cudnn_asks_for(monkeypatch):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import nabla
 from nabla import InputError, NablaConfig
+from nabla.attention import KeptBlocks
 from nabla.backends import reference
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import Rotary, rotate
@@ -176,9 +177,9 @@ def test_kept_blocks_are_written_and_taken_again():
     plan = nabla.plan(grid, config, "cpu")
     blocks = plan.selection.layout.blocks
     kept = torch.zeros(1, 2, blocks, blocks, dtype=torch.bool)
-    assert torch.equal(nabla.attend(q, k, v, plan, kept=kept), nabla.attend(q, k, v, plan))
+    assert torch.equal(nabla.attend(q, k, v, plan, kept=KeptBlocks(kept, False)), nabla.attend(q, k, v, plan))
     assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
-    reused = nabla.attend(other_q, other_k, v, plan, kept=kept, reuse=True)
+    reused = nabla.attend(other_q, other_k, v, plan, kept=KeptBlocks(kept, True))
     tiles = [plan.selection.layout.to_tiles(x) for x in (other_q, other_k, v)]
     wanted = reference.attend(*tiles, reference.prepare(kept, plan.selection.layout))
     assert torch.equal(reused, plan.selection.layout.to_raster(wanted))

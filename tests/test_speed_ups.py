@@ -13,7 +13,7 @@ import wan
 from nabla import InputError, NablaConfig
 from wan.attention import compile_blocks
 from wan.fast_vae import decoder_dtype, speed_up_decoder
-from wan.fp8 import check_fp8, linear_layers
+from wan.fp8 import apply_fp8, check_fp8, linear_layers
 from wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.latents import decode, encode
 from wan.random_checkpoint import random_transformer, random_vae
@@ -55,7 +55,7 @@ def test_an_overflow_in_float16_is_decoded_again_aloud(vae, caplog):
     exact = decode(vae, latents)
     speed_up_decoder(vae, torch.float16)
     again = decode(vae, latents)
-    assert again.isfinite().all() and "overflowed in float16, so it is done again in float32" in caplog.text
+    assert again.isfinite().all() and "decoding overflowed in float16, so the decoder goes on in float32" in caplog.text
     assert exact.isfinite().all() and decoder_dtype(vae) == torch.float32
 
 
@@ -80,6 +80,16 @@ def test_float8_takes_the_linear_layers_of_the_blocks_but_none_with_a_row_of_zer
     assert len(layers) == 10 * len(transformer.blocks)
     layers[0].weight[3] = 0
     assert len(linear_layers(transformer)) == len(layers) - 1
+
+
+def test_float8_without_a_layer_that_fits_is_an_error():
+    pytest.importorskip("torchao")
+    transformer = random_transformer("nano", torch.bfloat16, CPU)
+    for module in transformer.blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.in_features = 24
+    with pytest.raises(InputError, match="fp8 takes none of these linear layers"):
+        apply_fp8(transformer)
 
 
 def test_fused_gelu_leaves_a_cpu_training_and_changed_layers_as_they_were():

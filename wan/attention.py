@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import nabla
 from nabla import InputError, NablaConfig, Plan
+from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary
 
 
@@ -42,6 +43,7 @@ def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
 def compile_blocks(transformer: WanTransformer3DModel) -> None:
     """Compile the transformer's blocks, in place: one graph for all of them, whatever the step, prompt and threshold.
 
+    With `mask_refresh` there is a second one, for the steps that take the blocks of others.
     Before any hook is put on them, which then stays outside the graph.
     """
     for block in transformer.blocks:
@@ -89,8 +91,7 @@ class AppliedAttention:
     """What `apply_attention` leaves on a transformer: plans by grid, and what is needed to take it out again.
 
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
-    these can be compiled: `nabla_plan`, a plan or None for dense; `nabla_kept`, where blocks are kept from step to
-    step, or None; and `nabla_reuse`, whether to take them from there.
+    these can be compiled: `nabla_plan`, a plan or None for dense, and `nabla_kept`, `KeptBlocks` or None.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
@@ -99,22 +100,27 @@ class AppliedAttention:
         self.steps = steps
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
-        self.chosen: tuple[int, int, tuple[int, ...]] | None = None
+        # The video, step, plan and batch for which blocks were chosen and kept, or are being chosen now.
+        self.chosen: tuple[int, int, Plan, int] | None = None
+        self.choosing: tuple[int, int, Plan, int] | None = None
         layers = [] if config.is_dense else enumerate(transformer.blocks)
         self.modules: list[WanAttention] = [block.attn1 for n, block in layers if n not in config.dense_layers]
         self.originals = [module.processor for module in self.modules]
         processor = NablaProcessor(self.originals[0]) if self.originals else None
         for module in self.modules:
             module.nabla_plan = module.nabla_kept = None
-            module.nabla_reuse = False
             module.set_processor(processor)
-        self.hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.hooks = [
+            transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self._after_forward),
+        ]
 
     def remove(self) -> None:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         for module, original in zip(self.modules, self.originals):
             module.set_processor(original)
-            del module.nabla_plan, module.nabla_kept, module.nabla_reuse
+            del module.nabla_plan, module.nabla_kept
 
     def plan(self, latents_size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Plan:
         """The plan for latents of (frames, height, width), made on first use of that size."""
@@ -122,6 +128,12 @@ class AppliedAttention:
         if key not in self.plans:
             self.plans[key] = nabla.plan(key[0], self.config, device, dtype, self.head_size)
         return self.plans[key]
+
+    def forget_blocks(self) -> None:
+        """Free the blocks that `mask_refresh` keeps."""
+        self.chosen = self.choosing = None
+        for module in self.modules:
+            module.nabla_kept = None
 
     @torch.compiler.disable
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -131,7 +143,8 @@ class AppliedAttention:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         config, device = self.config, latents.device
         # Training draws timesteps at random, so they say nothing of steps.
-        counts = (config.dense_steps > 0 or config.mask_refresh > 1) and not transformer.training
+        keeps = config.mask_refresh > 1 and not transformer.training
+        counts = keeps or (config.dense_steps > 0 and not transformer.training)
         step = self.steps.see(timestep) if counts else config.dense_steps
         plan = None
         if step >= config.dense_steps:
@@ -140,29 +153,36 @@ class AppliedAttention:
             plan = self.plan(latents.shape[2:], device, dtype)
         for module in self.modules:
             module.nabla_plan = plan
-        if plan is not None and counts and config.mask_refresh > 1 and not plan.selection.is_fixed:
-            self._keep_blocks(plan, step, len(latents), device)
+        if plan is None or not keeps:
+            self.forget_blocks()
         else:
-            self._forget_blocks()
+            self._keep_blocks(plan, step, len(latents))
 
-    def _keep_blocks(self, plan: Plan, step: int, batch: int, device: torch.device) -> None:
+    def _keep_blocks(self, plan: Plan, step: int, batch: int) -> None:
         """Say whether a forward chooses its blocks or takes those of the forward that chose last."""
-        blocks = plan.selection.layout.blocks
-        shape = batch, self.modules[0].heads, blocks, blocks
-        last_video, last_step, last_shape = self.chosen or (-1, 0, shape)
-        fresh = step < last_step + self.config.mask_refresh
-        reuse = self.steps.video == last_video and shape == last_shape and fresh
-        if not reuse:
-            self.chosen = self.steps.video, step, shape
+        if self.chosen is not None:
+            video, first, *rest = self.chosen
+            if video == self.steps.video and first <= step < first + self.config.mask_refresh and rest == [plan, batch]:
+                for module in self.modules:
+                    module.nabla_kept = module.nabla_kept._replace(reuse=True)
+                return
+        self.chosen, self.choosing = None, (self.steps.video, step, plan, batch)
+        layout = plan.selection.layout
+        shape = batch, self.modules[0].heads, layout.blocks, layout.blocks
         for module in self.modules:
-            module.nabla_reuse = reuse
-            if module.nabla_kept is None or module.nabla_kept.shape != shape or module.nabla_kept.device != device:
-                module.nabla_kept = torch.empty(shape, dtype=torch.bool, device=device)
+            kept = module.nabla_kept
+            if kept is None or kept.blocks.shape != shape or kept.blocks.device != layout.sizes.device:
+                with torch.inference_mode(False):
+                    blocks = torch.empty(shape, dtype=torch.bool, device=layout.sizes.device)
+            else:
+                blocks = kept.blocks
+            module.nabla_kept = KeptBlocks(blocks, reuse=False)
 
-    def _forget_blocks(self) -> None:
-        self.chosen = None
-        for module in self.modules:
-            module.nabla_kept, module.nabla_reuse = None, False
+    @torch.compiler.disable
+    def _after_forward(self, *_: Any) -> None:
+        # Only a forward that came to its end has chosen for all layers.
+        if self.choosing is not None:
+            self.chosen, self.choosing = self.choosing, None
 
 
 class NablaProcessor(WanAttnProcessor):
@@ -194,8 +214,10 @@ class NablaProcessor(WanAttnProcessor):
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-        out = nabla.attend(q, k, v, plan, Rotary(*rotary_emb), attn.nabla_kept, attn.nabla_reuse).flatten(2)
+        # Autocast normalises in float32.
+        q, k = attn.norm_q(q).type_as(v), attn.norm_k(k).type_as(v)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        out = nabla.attend(q, k, v, plan, Rotary(*rotary_emb), attn.nabla_kept).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out

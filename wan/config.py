@@ -140,8 +140,8 @@ def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]
     if not isinstance(upper, Mapping):
         raise InputError(f"{section} {upper!r} is not a mapping of settings")
     if section == "attention" and any(key in upper for key in _CHOICE):
-        # Another algorithm: the numbers of the lower one, and its dense steps, were meant for that one.
-        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps")}
+        # Another algorithm: the numbers of the lower one, and what it does over steps, were meant for that one.
+        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps", "mask_refresh")}
     return {**lower, **{key: value for key, value in upper.items() if value is not None}}
 
 

@@ -19,18 +19,20 @@ SMALLEST_ROW = 1e-30
 
 
 class Fp8Report(NamedTuple):
-    """What `apply_fp8` did: how many layers, and the error that float8 adds to their outputs, relative to their size.
+    """What `apply_fp8` did: how many layers it changed and left, and the error that float8 adds to their outputs.
 
-    The errors are of each layer alone, on normally distributed inputs.
+    The errors are relative, of each layer alone, on normally distributed inputs.
     """
 
     layers: int
+    left: int
     mean_error: float
     worst_error: float
 
     def describe(self) -> str:
         errors = f"outputs off by {self.mean_error:.1%} on average, {self.worst_error:.1%} at worst"
-        return f"{self.layers} linear layers in float8, {errors}"
+        left = f" ({self.left} left as they were)" if self.left else ""
+        return f"{self.layers} linear layers in float8{left}, {errors}"
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -48,7 +50,7 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
     """Replace the weights of all linear layers in the transformer's blocks by float8, in place, before compiling.
 
     A scale a row for weights, stored, and for inputs, found at run time; products are summed in float32 and come out
-    in the layer's dtype. The layers must be on the GPU that they run on.
+    in the layer's dtype. The layers must be on the GPU that they run on. Raises `InputError` if none of them fits.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -59,13 +61,16 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
         # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
         set_inductor_config=False,
     )
-    errors = []
-    for layer in linear_layers(transformer):
+    layers, errors = linear_layers(transformer), []
+    if not layers:
+        raise InputError(f"fp8 takes none of these linear layers: sizes must be multiples of {MULTIPLE}; leave fp8 out")
+    total = sum(isinstance(module, nn.Linear) for module in transformer.blocks.modules())
+    for layer in layers:
         sample = _sample(layer)
         exact = layer(sample)
         quantize_(layer, config)
         errors.append(((layer(sample) - exact).norm() / exact.norm()).item())
-    return Fp8Report(len(errors), sum(errors) / len(errors), max(errors))
+    return Fp8Report(len(layers), total - len(layers), sum(errors) / len(errors), max(errors))
 
 
 def linear_layers(transformer: WanTransformer3DModel) -> list[nn.Linear]:

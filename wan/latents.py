@@ -36,7 +36,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w).
 
     Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly; and
-    where float16 overflows it is decoded again in float32. A line of the log says so.
+    where float16 overflows it is decoded again in float32, as are later ones. A line of the log says so.
     """
     latents = latents.float()
     mean, deviation = _statistics(vae, latents)
@@ -44,10 +44,12 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     vae.use_tiling = memory.needs_tiling(latents)
     video = vae.decode(latents).sample.float()
     if latents.dtype == torch.float16 and not video.isfinite().all():
-        log.warning("warning: decoding overflowed in float16, so it is done again in float32")
+        log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
         del video
         speed_up_decoder(vae, torch.float32)
-        video = vae.decode(latents.float()).sample
+        latents = latents.float()
+        vae.use_tiling = memory.needs_tiling(latents)
+        video = vae.decode(latents).sample
     return video
 
 

@@ -49,10 +49,9 @@ def load_models(
         offload = memory.is_crowded(device, sum(part.bytes(dtype) for part in on_device))
     home = cpu if offload else device
     vae = vae_part.load(torch.float32, home)
-    if vae_dtype is None and device.type == "cuda" and dtype != torch.float32:
-        vae_dtype = torch.float16
-    if vae_dtype is not None:
-        speed_up_decoder(vae, vae_dtype)
+    if vae_dtype is not None or device.type == "cuda":
+        own = torch.float32 if dtype == torch.float32 else torch.float16
+        speed_up_decoder(vae, vae_dtype or own)
     text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
     transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home)
     fuse_gelu(transformer)

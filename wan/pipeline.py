@@ -165,7 +165,10 @@ class WanT2V:
             )
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
-        counter = self.transformer.nabla.steps if hasattr(self.transformer, "nabla") else None
+        applied = getattr(self.transformer, "nabla", None)
+        counter = applied.steps if applied else None
+        # As one batch each guidance branch would keep blocks of its own.
+        shares = applied is not None and applied.config.mask_refresh > 1
         try:
             with self._placed(self.transformer, self.device) as transformer, many_compiles():
                 latents = denoise(
@@ -174,13 +177,14 @@ class WanT2V:
                     *texts,
                     make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
                     sampling.guide_scale,
-                    batch_guidance=memory.has_room_for_both(transformer, latents),
+                    batch_guidance=not shares and memory.has_room_for_both(transformer, latents),
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
                 )
         finally:
-            if counter:
+            if applied:
                 counter.tell(None)
+                applied.forget_blocks()
         if not latents.isfinite().all():
             raise InputError("sampling ended in values that are not finite; in float16, try bfloat16")
         return latents.view(noise.shape)

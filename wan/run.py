@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from wan import memory
 from wan.checkpoint import Checkpoint
 from wan.config import Settings, read_settings, resolve
 from wan.fast_vae import decoder_dtype
+from wan.fp8 import check_fp8
 from wan.pipeline import WanT2V
 from wan.video import check_writable, write_image, write_json, write_video
 from wan.weights import CheckpointError
 
 log = logging.getLogger("wan")
 
-VERSIONS_OF = ("torch", "diffusers", "transformers")
+VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao")
 
 
 def require_one_process(ulysses_size: int, t5_fsdp: bool, dit_fsdp: bool) -> None:
@@ -70,11 +71,13 @@ def run(
     if save_file is not None:
         check_output(save_file)
     device = pick_device(device)
+    own_dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if settings.fp8:
+        check_fp8(device, getattr(torch, settings.dtype or own_dtype))
     checkpoint = Checkpoint.open(settings.checkpoint)
     checkpoint.require_tokenizer()
     settings = checkpoint.resolve(flags, from_file)
-    dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    settings = replace(settings, dtype=dtype, sampling=settings.sampling.with_seed())
+    settings = replace(settings, dtype=settings.dtype or own_dtype, sampling=settings.sampling.with_seed())
     _warn_of_the_unexpected(checkpoint, settings)
     path = save_file or default_path(settings)
     check_output(path, settings)
@@ -204,6 +207,14 @@ def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: 
     return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
 
 
+def is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Versions, hardware, times and peak memory of this process."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -212,7 +223,7 @@ def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, 
     if device.type == "cuda":
         peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
     return {
-        "versions": {package: version(package) for package in VERSIONS_OF},
+        "versions": {package: version(package) for package in VERSIONS_OF if is_installed(package)},
         "device": f"{device.type}, {name}",
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "peak_memory": peak,

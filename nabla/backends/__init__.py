@@ -22,7 +22,7 @@ from nabla.selection import Selection, block_means
 BACKENDS = {"cudnn": cudnn, "flex": flex, "reference": reference}
 CHECK_HEAD_SIZE = 128
 
-_verified: dict[tuple[str, torch.device, int], str] = {}
+_verified: dict[tuple[str, torch.device, int, torch.dtype], str] = {}
 
 
 def choose(
@@ -37,15 +37,15 @@ def choose(
     if name != "auto":
         if fault := lack(BACKENDS[name], dtype, head_size):
             raise InputError(f"backend {name} {fault}; use backend: auto or reference")
-        if fault := verify(name, device, block):
+        if fault := verify(name, device, block, dtype):
             raise InputError(f"backend {name} does not work on {device}: {fault}; use backend: auto or reference")
         return name, "as asked for"
     refused = []
     for candidate, backend in BACKENDS.items():
         fault = backend.missing(device, block) or lack(backend, dtype, head_size)
         if not fault and candidate == "flex" and device.type != "cuda":
-            fault = "" if _verified.get((candidate, device, block)) == "" else "compiles for long on a CPU"
-        elif not fault and (fault := verify(candidate, device, block)):
+            fault = _verified.get((candidate, device, block, check_dtype(device, dtype)), "compiles for long on a CPU")
+        elif not fault and (fault := verify(candidate, device, block, dtype)):
             warnings.warn(f"{candidate} does not work on {device} ({fault}); using a slower backend", stacklevel=3)
         if not fault:
             return candidate, "; ".join(["the fastest that passed its check", *refused])
@@ -64,20 +64,27 @@ def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None, 
     return ""
 
 
-def verify(name: str, device: torch.device, block: int) -> str:
+def verify(name: str, device: torch.device, block: int, dtype: torch.dtype | None = None) -> str:
     """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line."""
-    key = name, device, block
+    backend, dtype = BACKENDS[name], check_dtype(device, dtype)
+    key = name, device, block, dtype
     if key not in _verified:
-        backend = BACKENDS[name]
-        is_reference = backend is reference
-        _verified[key] = backend.missing(device, block) or ("" if is_reference else _fault(backend, device, block))
+        fault = backend.missing(device, block)
+        _verified[key] = fault or ("" if backend is reference else _fault(backend, device, block, dtype))
     return _verified[key]
 
 
+def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a backend is checked that is to run in `dtype`: on a GPU a half-precision one."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
 @torch.no_grad()
-def _fault(backend: ModuleType, device: torch.device, block: int) -> str:
+def _fault(backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype) -> str:
     """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles."""
-    dtype, tolerance = (torch.bfloat16, 2e-2) if device.type == "cuda" else (torch.float32, 1e-4)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     generator = torch.Generator().manual_seed(0)
     random = functools.partial(torch.randn, generator=generator)
     for columns in (3 * block, 3 * block - block // 4):
@@ -85,13 +92,15 @@ def _fault(backend: ModuleType, device: torch.device, block: int) -> str:
         length = selection.layout.blocks * block
         q, k, v = (random(1, 2, length, CHECK_HEAD_SIZE).to(device, dtype) for _ in range(3))
         means = [block_means(x, selection.layout) for x in (q, k)]
-        try:
-            result = backend.attend(q, k, v, backend.choose(*means, selection)).float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(*means, selection))
+        with torch.autocast(device.type, enabled=False):
+            try:
+                result = backend.attend(q, k, v, backend.choose(*means, selection)).float()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
+                lines = str(error).strip().splitlines() or ["no message"]
+                return f"{type(error).__name__}: {lines[0][:200]}"
+            exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(*means, selection))
         error = (result - exact).norm() / exact.norm()
         if not error < tolerance:
             return f"its result is off by {error:.1%}"

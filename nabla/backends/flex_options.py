@@ -26,6 +26,7 @@ HOPPER = 9, 0
 MEASURED = {HOPPER: {"num_warps": 4, "num_stages": 3, "USE_TMA": True}}
 
 
+@functools.cache
 def for_device(
     device: torch.device, dtype: torch.dtype, head_size: int, block: int, seconds: Callable[..., float]
 ) -> Options:

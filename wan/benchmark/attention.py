@@ -79,7 +79,7 @@ def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: 
     (q_tiles, q_means), (k_tiles, k_means) = (tiles_and_means(x, layout) for x in (q, k))
     v_tiles = layout.to_tiles(v)
     prepared = BACKENDS[backend].choose(q_means, k_means, plan.selection)
-    kept = chosen_blocks(q_means, k_means, plan.selection)
+    kept = chosen_blocks(q_means, k_means, plan.selection, backend)
     pairs = (kept.double() @ layout.sizes.double() @ layout.sizes.double()).sum().item()
     row = timed(what, lambda: BACKENDS[backend].attend(q_tiles, k_tiles, v_tiles, prepared), args)
     rate = 4 * q.shape[3] / row["ms"] / 1e9
