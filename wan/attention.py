@@ -59,7 +59,8 @@ def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
 class StepCounter:
     """The sampling step that a forward belongs to, from 0: told by the loop, or else seen from the timesteps.
 
-    Timesteps fall from step to step; one that rises begins a new video. Two steps of equal timestep count as one.
+    Timesteps fall from step to step; one that rises begins a new video. Two steps of equal timestep count as one, so a
+    video that begins where the last one ended, as after a single step, is not seen as new unless it is told.
     """
 
     def __init__(self) -> None:
