@@ -112,7 +112,7 @@ def attend(
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     name, layout = _backend_for(q, k, v, plan), plan.selection.layout
     fixed = plan.fixed if name == plan.backend else None
-    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary) for x in (q, k))
+    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary, fixed is None) for x in (q, k))
     v = layout.to_tiles(v)
 
     def of_heads(start: int, stop: int) -> Tensor:
@@ -127,11 +127,14 @@ def attend(
     return layout.to_raster(groups[0] if len(groups) == 1 else torch.cat(groups, dim=1))
 
 
-def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+def tiles_and_means(
+    x: Tensor, layout: TileLayout, rotary: Rotary | None = None, needs_means: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(B, S, heads, D) in raster order to tiles (B, heads, N * block, D), rotated, and their means (B, heads, N, D)."""
     if fast_gather.applies(x, layout):
         return fast_gather.tiles_and_means(x, layout, rotary)
     tiles = layout.to_tiles(x if rotary is None else rotate(x, rotary))
-    return tiles, block_means(tiles, layout)
+    return tiles, block_means(tiles, layout) if needs_means else None
 
 
 def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, kept: KeptBlocks | None) -> Any:

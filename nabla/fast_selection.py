@@ -38,15 +38,13 @@ def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False
     full = selection.layout.full if split else None
     if not applies(q, selection):
         return lists_of_blocks(selection.blocks(q, k), full)
-    counts, indices = _select_lists(q, k, full, selection.cut, selection.count, selection.window)
-    return [BlockLists(*pair) for pair in zip(counts.unbind(), indices.unbind())]
+    return _parts(_select_lists(q, k, full, selection.cut, selection.count, selection.window))
 
 
 def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLists]:
     """Lists of the True entries of (B, heads, N, N) bool; of full key tiles and the others where `full` is given."""
     if can_run(blocks) and blocks.shape[-1] <= MAX_BLOCKS:
-        counts, indices = _lists_of_blocks(blocks, full)
-        return [BlockLists(*pair) for pair in zip(counts.unbind(), indices.unbind())]
+        return _parts(_lists_of_blocks(blocks, full))
     return [to_lists(blocks)] if full is None else [to_lists(blocks & full), to_lists(blocks & ~full)]
 
 
@@ -134,6 +132,11 @@ def lists_of_map(
     )
 
 
+def _parts(lists: tuple[Tensor, Tensor]) -> list[BlockLists]:
+    """Counts and indices of one or two parts, stacked, to the lists of each."""
+    return [BlockLists(*pair) for pair in zip(*(x.unbind() for x in lists))]
+
+
 def _empty_lists(like: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = 1 if full is None else 2, *like.shape[:3]
     return like.new_empty(shape, dtype=torch.int32), like.new_empty((*shape, shape[-1]), dtype=torch.int32)
@@ -219,10 +222,7 @@ if triton is not None:
             kept = kept & ((tied == 0) | last | (below + rank * _measure(low, BY_COUNT) >= bound))
         if window is not None:
             kept = kept | (inside & (tl.load(window + query * blocks + column, mask=inside, other=0) != 0))
-        out = head.to(tl.int64) * blocks + query
-        counts += batch.to(tl.int64) * counts_batch + out
-        indices += batch.to(tl.int64) * indices_batch + out * blocks
-        _store_lists(kept, inside, column, full, counts, indices, counts_part, indices_part)
+        _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch)
 
     @triton.jit
     def _list_row(
@@ -245,18 +245,21 @@ if triton is not None:
         inside = column < blocks
         start = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head + query * kept_row
         kept = tl.load(blocks_kept + start + column, mask=inside, other=0) != 0
-        out = head.to(tl.int64) * blocks + query
-        counts += batch.to(tl.int64) * counts_batch + out
-        indices += batch.to(tl.int64) * indices_batch + out * blocks
-        _store_lists(kept, inside, column, full, counts, indices, counts_part, indices_part)
+        _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch)
 
     @triton.jit
-    def _store_lists(kept, inside, column, full, counts, indices, counts_part, indices_part):
+    def _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch):
+        """Store the lists of the row that this program does, of a grid of (blocks, heads, batch)."""
+        query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        row = head.to(tl.int64) * blocks + query
+        counts += batch.to(tl.int64) * counts_batch + row
+        indices += batch.to(tl.int64) * indices_batch + row * blocks
+        column = tl.arange(0, kept.shape[0])
         if full is None:
             _store_list(kept, column, tl.cumsum(kept.to(tl.int32), axis=0), counts, indices)
         else:
             # One scan ranks the blocks of both lists, whose lengths are below 2**16.
-            whole = tl.load(full + column, mask=inside, other=0) != 0
+            whole = tl.load(full + column, mask=column < blocks, other=0) != 0
             rank = tl.cumsum(tl.where(kept, tl.where(whole, 1, 65536), 0), axis=0)
             _store_list(kept & whole, column, rank & 65535, counts, indices)
             _store_list(kept & (whole == 0), column, rank >> 16, counts + counts_part, indices + indices_part)

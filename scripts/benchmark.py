@@ -11,7 +11,6 @@ import itertools
 import json
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +24,7 @@ from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.config import VideoSettings
 from wan.fp8 import check_fp8
 from wan.random_checkpoint import MODELS
+from wan.run import installed_versions
 
 MODES = {"mask": mask_mode, "attention": attention_mode, "forward": forward_mode, "pipeline": pipeline_mode}
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
@@ -81,11 +81,7 @@ def line(row: Row) -> str:
 def machine(device: str) -> dict[str, str]:
     """Hardware and versions that a number belongs to."""
     found = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= installed_versions(PACKAGES)
     if device.startswith("cuda"):
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found

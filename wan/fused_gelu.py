@@ -22,7 +22,9 @@ def fuse_gelu(transformer: WanTransformer3DModel) -> None:
 def unfuse_gelu(transformer: WanTransformer3DModel) -> None:
     """Undo `fuse_gelu`; nothing happens to others."""
     for block in transformer.blocks:
-        block.ffn.net[0].__dict__.pop("forward", None)
+        gelu = block.ffn.net[0]
+        if getattr(gelu.__dict__.get("forward"), "func", None) is _forward:
+            del gelu.forward
 
 
 def _forward(gelu: GELU, hidden: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -207,12 +208,13 @@ def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: 
     return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
 
 
-def is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, 
     if device.type == "cuda":
         peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
     return {
-        "versions": {package: version(package) for package in VERSIONS_OF if is_installed(package)},
+        "versions": installed_versions(VERSIONS_OF),
         "device": f"{device.type}, {name}",
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "peak_memory": peak,
