@@ -114,7 +114,7 @@ def lists_of_map(
     counts, indices: to write, as `nabla::select_lists` returns them, or a slice of their heads
     """
     batch, heads, blocks, _ = scores.shape
-    width = triton.next_power_of_2(blocks)
+    width = 1 << (blocks.bit_length() - 1)
     _select_row[(blocks, heads, batch)](
         scores,
         cut if count is None else count,
@@ -125,7 +125,8 @@ def lists_of_map(
         *counts.stride()[:2],
         *indices.stride()[:2],
         blocks,
-        WIDTH=width,
+        HEAD=width,
+        TAIL=triton.next_power_of_2(max(1, blocks - width)),
         BY_COUNT=count is not None,
         num_warps=max(1, width // ENTRIES_A_WARP),
         maxnreg=REGISTERS,
@@ -160,6 +161,21 @@ if triton is not None:
         return tl.maximum(max_a, max_b), tl.minimum(min_a, min_b)
 
     @triton.jit
+    def _load_scores(scores, column, blocks):
+        """Scores of a row, with their greatest and least."""
+        inside = column < blocks
+        score = tl.load(scores + column, mask=inside, other=float("-inf"))
+        greatest, least = tl.reduce((score, tl.where(inside, score, float("inf"))), 0, _max_and_min)
+        return score, greatest, least
+
+    @triton.jit
+    def _split_at(bits, guess, BY_COUNT: tl.constexpr):
+        """The measure of the entries up to a guess, the greatest of them, and the least above it."""
+        below = bits <= guess
+        measures = tl.where(below, _measure(bits, BY_COUNT), 0.0)
+        return tl.reduce((measures, tl.where(below, bits, 0), tl.where(below, OUTSIDE, bits)), 0, _sum_max_and_min)
+
+    @triton.jit
     def _select_row(
         scores,
         limit,
@@ -172,23 +188,26 @@ if triton is not None:
         indices_part,
         indices_batch,
         blocks,
-        WIDTH: tl.constexpr,
+        HEAD: tl.constexpr,
+        TAIL: tl.constexpr,
         BY_COUNT: tl.constexpr,
     ):
+        # A row is held in two parts, of powers of two: one for both would be up to twice as wide as the row.
         query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        column = tl.arange(0, WIDTH)
-        inside = column < blocks
-        row = (batch * tl.num_programs(1) + head).to(tl.int64) * blocks + query
-        score = tl.load(scores + row * blocks + column, mask=inside, other=float("-inf"))
-        greatest, least = tl.reduce((score, tl.where(inside, score, float("inf"))), 0, _max_and_min)
-        weight = tl.exp(score - greatest)
-        bits = tl.where(inside, weight.to(tl.int32, bitcast=True), OUTSIDE)
+        column, tail_column = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+        row = scores + ((batch * tl.num_programs(1) + head).to(tl.int64) * blocks + query) * blocks
+        score, greatest, least = _load_scores(row, column, blocks)
+        tail_score, tail_greatest, tail_least = _load_scores(row, tail_column, blocks)
+        greatest, least = tl.maximum(greatest, tail_greatest), tl.minimum(least, tail_least)
+        weight, tail_weight = tl.exp(score - greatest), tl.exp(tail_score - greatest)
+        bits = tl.where(column < blocks, weight.to(tl.int32, bitcast=True), OUTSIDE)
+        tail_bits = tl.where(tail_column < blocks, tail_weight.to(tl.int32, bitcast=True), OUTSIDE)
         # Going up in weight, a block is kept from where the running measure, itself included, reaches the bound.
         if BY_COUNT:
-            total = tl.sum(inside.to(tl.float32), axis=0)
+            total = tl.full((), 0.0, tl.float32) + blocks
             bound = total - tl.load(limit).to(tl.float32) + 1.0
         else:
-            total = tl.sum(weight, axis=0)
+            total = tl.sum(weight, axis=0) + tl.sum(tail_weight, axis=0)
             bound = tl.load(limit) * total
         # So the least kept entry is the first whose measure, with all below it, reaches the bound. It lies between the
         # entries `low` and `high`. Guesses are where the bound lies between the measures up to these, and every other
@@ -202,27 +221,42 @@ if triton is not None:
             guess = tl.minimum(tl.maximum(guess, low), high - 1)
             guess = tl.where(centred == 1, guess + (low + (high - low) // 2 - guess) // 2, guess)
             centred = 1 - centred
-            below = bits <= guess
-            measures = tl.where(below, _measure(bits, BY_COUNT), 0.0)
-            parts = measures, tl.where(below, bits, 0), tl.where(below, OUTSIDE, bits)
-            to_guess, last_below, first_above = tl.reduce(parts, 0, _sum_max_and_min)
+            to_guess, last_below, first_above = _split_at(bits, guess, BY_COUNT)
+            tail_to_guess, tail_last, tail_first = _split_at(tail_bits, guess, BY_COUNT)
+            to_guess += tail_to_guess
+            last_below, first_above = tl.maximum(last_below, tail_last), tl.minimum(first_above, tail_first)
             reached = to_guess >= bound
             found = to_guess - _measure(last_below, BY_COUNT) < bound
             low = tl.where(reached, tl.where(found, last_below, low), first_above)
             high = tl.where(reached, last_below, high)
             to_low = tl.where(reached, to_low, to_guess)
             to_high = tl.where(reached, to_guess, to_high)
-        kept = inside & (bits >= low)
-        tied = bits == low
-        ties = tl.sum(tied.to(tl.int32), axis=0)
+        kept, tail_kept = bits >= low, tail_bits >= low
+        tied, tail_tied = (bits == low).to(tl.int32), (tail_bits == low).to(tl.int32)
+        ties_before_tail = tl.sum(tied, axis=0)
+        ties = ties_before_tail + tl.sum(tail_tied, axis=0)
         if ties > 1:
-            below = tl.sum(tl.where(bits < low, _measure(bits, BY_COUNT), 0.0), axis=0)
-            rank = tl.cumsum(tied.to(tl.int32), axis=0)
-            last = (low == GREATEST) & (rank == ties)
-            kept = kept & ((tied == 0) | last | (below + rank * _measure(low, BY_COUNT) >= bound))
+            to_low, _, _ = _split_at(bits, low - 1, BY_COUNT)
+            tail_to_low, _, _ = _split_at(tail_bits, low - 1, BY_COUNT)
+            missing = bound - to_low - tail_to_low
+            rank, tail_rank = tl.cumsum(tied, axis=0), ties_before_tail + tl.cumsum(tail_tied, axis=0)
+            kept = kept & _is_kept(tied, rank, ties, low, missing, BY_COUNT)
+            tail_kept = tail_kept & _is_kept(tail_tied, tail_rank, ties, low, missing, BY_COUNT)
+        kept, tail_kept = kept & (column < blocks), tail_kept & (tail_column < blocks)
         if window is not None:
-            kept = kept | (inside & (tl.load(window + query * blocks + column, mask=inside, other=0) != 0))
-        _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch)
+            window += query * blocks
+            kept = kept | (tl.load(window + column, mask=column < blocks, other=0) != 0)
+            tail_kept = tail_kept | (tl.load(window + tail_column, mask=tail_column < blocks, other=0) != 0)
+        counts, indices = _lists_at(counts, indices, counts_batch, indices_batch, blocks)
+        stored = _append(kept, column, 0, blocks, full, indices, indices_part)
+        stored = _append(tail_kept, tail_column, stored, blocks, full, indices, indices_part)
+        _close(stored, full, counts, indices, counts_part, indices_part)
+
+    @triton.jit
+    def _is_kept(tied, rank, ties, low, missing, BY_COUNT: tl.constexpr):
+        """Which of the entries that tie at the least kept weight are kept, by their rank among them."""
+        last = (low == GREATEST) & (rank == ties)
+        return (tied == 0) | last | (rank * _measure(low, BY_COUNT) >= missing)
 
     @triton.jit
     def _list_row(
@@ -242,32 +276,43 @@ if triton is not None:
     ):
         query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         column = tl.arange(0, WIDTH)
-        inside = column < blocks
         start = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head + query * kept_row
-        kept = tl.load(blocks_kept + start + column, mask=inside, other=0) != 0
-        _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch)
+        kept = tl.load(blocks_kept + start + column, mask=column < blocks, other=0) != 0
+        counts, indices = _lists_at(counts, indices, counts_batch, indices_batch, blocks)
+        stored = _append(kept, column, 0, blocks, full, indices, indices_part)
+        _close(stored, full, counts, indices, counts_part, indices_part)
 
     @triton.jit
-    def _store_lists(kept, blocks, full, counts, indices, counts_part, counts_batch, indices_part, indices_batch):
-        """Store the lists of the row that this program does, of a grid of (blocks, heads, batch)."""
-        query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        row = head.to(tl.int64) * blocks + query
-        counts += batch.to(tl.int64) * counts_batch + row
-        indices += batch.to(tl.int64) * indices_batch + row * blocks
-        column = tl.arange(0, kept.shape[0])
+    def _lists_at(counts, indices, counts_batch, indices_batch, blocks):
+        """Where the lists of the row are that this program does, of a grid of (blocks, heads, batch)."""
+        row = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0)
+        batch = tl.program_id(2).to(tl.int64)
+        return counts + batch * counts_batch + row, indices + batch * indices_batch + row * blocks
+
+    @triton.jit
+    def _append(kept, column, stored, blocks, full, indices, indices_part):
+        """Store the blocks kept of some columns behind those stored, and return how many are stored then.
+
+        One number counts the blocks of both lists, shorter than 2**16: whole tiles, and 65,536 for a partial one.
+        """
         if full is None:
-            _store_list(kept, column, tl.cumsum(kept.to(tl.int32), axis=0), counts, indices)
+            one = kept.to(tl.int32)
+            rank = stored + tl.cumsum(one, axis=0)
+            tl.store(indices + rank - 1, column, mask=kept)
         else:
-            # One scan ranks the blocks of both lists, whose lengths are below 2**16.
             whole = tl.load(full + column, mask=column < blocks, other=0) != 0
-            rank = tl.cumsum(tl.where(kept, tl.where(whole, 1, 65536), 0), axis=0)
-            _store_list(kept & whole, column, rank & 65535, counts, indices)
-            _store_list(kept & (whole == 0), column, rank >> 16, counts + counts_part, indices + indices_part)
+            one = tl.where(kept, tl.where(whole, 1, 65536), 0)
+            rank = stored + tl.cumsum(one, axis=0)
+            tl.store(indices + (rank & 65535) - 1, column, mask=kept & whole)
+            tl.store(indices + indices_part + (rank >> 16) - 1, column, mask=kept & (whole == 0))
+        return stored + tl.sum(one, axis=0)
 
     @triton.jit
-    def _store_list(kept, column, rank, count_at, list_at):
-        tl.store(list_at + rank - 1, column, mask=kept)
-        last = column == column.shape[0] - 1
-        tl.store(count_at + 0 * column, rank, mask=last)
+    def _close(stored, full, counts, indices, counts_part, indices_part):
+        """Store the lengths of a row's lists."""
         # Kernels may look at a list's first entry before they look at its length.
-        tl.store(list_at + 0 * column, 0, mask=last & (rank == 0))
+        tl.store(counts, stored & 65535)
+        tl.store(indices, 0, mask=(stored & 65535) == 0)
+        if full is not None:
+            tl.store(counts + counts_part, stored >> 16)
+            tl.store(indices + indices_part, 0, mask=(stored >> 16) == 0)

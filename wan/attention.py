@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ import nabla
 from nabla import InputError, NablaConfig, Plan
 from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary
+
+# A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
+many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
+# Measured on Hopper: norms and float8 conversions, else at a fraction of the bandwidth, take seconds more to compile.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 
 
 def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
@@ -47,7 +53,7 @@ def compile_blocks(transformer: WanTransformer3DModel) -> None:
     Before any hook is put on them, which then stays outside the graph.
     """
     for block in transformer.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
 def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

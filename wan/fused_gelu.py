@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import math
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.activations import GELU
 from torch import Tensor, nn
@@ -13,29 +12,44 @@ from torch import Tensor, nn
 
 def fuse_gelu(transformer: WanTransformer3DModel) -> None:
     """Fuse GELU into the first product of every feed-forward on a GPU, in place; in training nothing is fused."""
-    for block in transformer.blocks:
-        gelu = block.ffn.net[0]
-        if isinstance(gelu, GELU) and gelu.approximate == "tanh":
-            gelu.forward = functools.partial(_forward, gelu)
+    _replace(transformer, GELU, FusedGELU)
 
 
 def unfuse_gelu(transformer: WanTransformer3DModel) -> None:
     """Undo `fuse_gelu`; nothing happens to others."""
+    _replace(transformer, FusedGELU, GELU)
+
+
+def _replace(transformer: WanTransformer3DModel, old: type[GELU], new: type[GELU]) -> None:
     for block in transformer.blocks:
         gelu = block.ffn.net[0]
-        if getattr(gelu.__dict__.get("forward"), "func", None) is _forward:
-            del gelu.forward
+        if type(gelu) is old and gelu.approximate == "tanh":
+            # Not a forward of the instance, for which the compiler would make a graph a block.
+            gelu.__class__ = new
 
 
-def _forward(gelu: GELU, hidden: Tensor) -> Tensor:
+class FusedGELU(GELU):
     """As diffusers does it, but for a plain layer of a plain tensor: not one of LoRA, of float8 or with hooks."""
-    layer = gelu.proj
-    is_plain = type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and layer.bias is not None
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-    half = hidden.dtype in (torch.bfloat16, torch.float16) and layer.weight.dtype == hidden.dtype
-    if is_plain and not hooked and half and hidden.is_cuda and not torch.is_grad_enabled():
-        return linear_gelu(hidden, layer.weight, layer.bias)
-    return F.gelu(layer(hidden), approximate="tanh")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        layer = self.proj
+        is_plain = type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and layer.bias is not None
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+        half = hidden_states.dtype in (torch.bfloat16, torch.float16) and layer.weight.dtype == hidden_states.dtype
+        if is_plain and not hooked and half and hidden_states.is_cuda and not torch.is_grad_enabled():
+            return linear_gelu(hidden_states, layer.weight, layer.bias)
+        if torch.compiler.is_compiling() and hidden_states.is_cuda and not torch.is_grad_enabled():
+            return gelu_by_sigmoid(layer(hidden_states))
+        return super().forward(hidden_states)
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """GELU approximated by tanh, as the same function of one exponential; for compiled code, in which it is one pass.
+
+    A conversion to float8 behind it computes it twice, and by the compiler's tanh takes longer than the memory.
+    """
+    wide = x.float()
+    return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * wide * (1 + 0.044715 * wide * wide))).to(x.dtype)
 
 
 @torch.library.custom_op("wan::linear_gelu", mutates_args=())

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nabla import InputError, NablaConfig
 from wan import memory
-from wan.attention import apply_attention, compile_blocks
+from wan.attention import apply_attention, compile_blocks, many_compiles
 from wan.checkpoint import Checkpoint
 from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
@@ -29,9 +29,6 @@ from wan.video import to_frames
 from wan.weights import CheckpointError
 
 log = logging.getLogger("wan")
-
-# A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
-many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
 
 
 class WanT2V:
