@@ -45,6 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", help="width*height in pixels, such as 1280*720; multiples of 16")
     add("--frame_num", type=int, help="frames, 4n+1")
     add("--base_seed", type=int, help="seed of the noise; -1 draws one")
+    add(
+        "--prompt_file", type=Path, help="a video a line: a prompt, or a JSON object with prompt, seed, size, name, ..."
+    )
+    add("--save_dir", type=Path, help="where the videos of --prompt_file go (default: the working directory)")
     add("--save_file", type=Path, help="output, .mp4 (or .png for t2i); the settings go beside it as .json")
     add("--sample_solver", help="unipc or dpm++")
     add("--sample_steps", type=int)
@@ -64,14 +68,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of the VAE's decoder; default: on a GPU float16, unless --dtype is float32",
     )
     add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
-    add("--ulysses_size", type=int, default=1, help="GPUs that share one video")
-    add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
-    add("--dit_fsdp", action="store_true", help="shard the transformer over GPUs")
+    add("--cfg_size", type=int, help="under torchrun: 2 runs the guidance branches side by side (default: chosen)")
+    add("--ulysses_size", type=int, help="under torchrun: GPUs that share a sequence of tokens (default: chosen)")
+    add("--replicas", type=int, help="under torchrun: videos of --prompt_file made side by side (default: chosen)")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder over the GPUs that share a video")
+    add("--dit_fsdp", action="store_true", help="shard the transformer over the GPUs that share a video")
     args = parser.parse_args(argv)
     if args.task == "t2i-14B" and args.frame_num not in (None, 1):
         parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
     if args.task == "t2i-14B" and args.save_file is not None and args.save_file.suffix != ".png":
         parser.error(f"save_file {args.save_file}: task t2i-14B makes a picture; end it in .png")
+    if args.prompt_file is not None and (args.prompt is not None or args.save_file is not None):
+        parser.error("--prompt_file has prompts and names of its own; leave --prompt and --save_file out")
+    if args.save_dir is not None and args.prompt_file is None:
+        parser.error("--save_dir is for --prompt_file; name a single video with --save_file")
     return args
 
 
@@ -106,26 +116,36 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("wan").setLevel(logging.INFO)
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
     from nabla import InputError
-    from wan.run import require_one_process, run
+    from wan.making import Options
+    from wan.run import Request, run
 
+    options = Options(
+        device=args.device,
+        offload=args.offload_model,
+        t5_cpu=args.t5_cpu,
+        compile=args.compile,
+        replicas=args.replicas,
+        cfg_size=args.cfg_size,
+        ulysses_size=args.ulysses_size,
+        dit_fsdp=args.dit_fsdp,
+        t5_fsdp=args.t5_fsdp,
+    )
+    request = Request(
+        flag_settings(args),
+        config=args.config,
+        task=args.task,
+        default_checkpoint=TASKS[args.task or "t2v-14B"],
+        save_file=args.save_file,
+        prompt_file=args.prompt_file,
+        save_dir=args.save_dir,
+    )
     try:
-        require_one_process(args.ulysses_size, args.t5_fsdp, args.dit_fsdp)
-        run(
-            flag_settings(args),
-            config=args.config,
-            task=args.task,
-            default_checkpoint=TASKS[args.task or "t2v-14B"],
-            save_file=args.save_file,
-            device=args.device,
-            offload=args.offload_model,
-            t5_cpu=args.t5_cpu,
-            compile=args.compile,
-        )
+        run(request, options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; no half-written file is left", file=sys.stderr)
         return 130
     return 0
 

@@ -40,9 +40,13 @@ class Plan:
     reason: str = ""
     fixed: Any = None
 
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
     def describe(self) -> str:
         """One line on what runs: algorithm, backend, grid and blocks."""
-        grid = f"grid {'x'.join(map(str, self.grid))} = {math.prod(self.grid):,} tokens"
+        grid = f"grid {'x'.join(map(str, self.grid))} = {self.tokens:,} tokens"
         if self.selection is None:
             return f"dense, backend {self.backend}, {grid}, no blocks"
         config, layout = self.config, self.selection.layout
@@ -98,11 +102,13 @@ def attend(
     plan: Plan,
     rotary: Rotary | None = None,
     kept: KeptBlocks | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Sparse attention of q, k, v (B, S, heads, D) in raster order; same shape and dtype.
 
     rotary: to turn q and k by on their way into tiles; None if they are turned already
     kept: where to write the chosen blocks, or to take them from; None to choose and forget
+    share: (heads,) float32, where to write the share of blocks that each head keeps, if given
     Gradients go through the reference under `backend: auto`. May be traced by torch.compile. Raises `InputError` if the
     shapes do not fit the plan, or if its backend cannot do what is asked.
     """
@@ -119,6 +125,9 @@ def attend(
         of = slice(start, stop)
         group = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
         prepared = fixed or _prepare(name, plan.selection, q_means[:, of], k_means[:, of], group)
+        if share is not None:
+            counts = BACKENDS[name].kept_counts(prepared)
+            share[of].copy_(counts.float().mean((0, 2)) / layout.blocks)
         return BACKENDS[name].attend(q[:, of], k[:, of], v[:, of], prepared)
 
     batch, heads = q.shape[:2]

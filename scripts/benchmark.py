@@ -24,8 +24,8 @@ from wan.benchmark.timing import Row
 from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.config import VideoSettings
 from wan.fp8 import check_fp8
+from wan.making import installed_versions
 from wan.random_checkpoint import MODELS
-from wan.run import installed_versions
 
 MODES = {"mask": mask_mode, "attention": attention_mode, "forward": forward_mode, "pipeline": pipeline_mode}
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")

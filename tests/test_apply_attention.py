@@ -6,6 +6,7 @@ import copy
 import io
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,10 +312,11 @@ def test_a_processor_of_somebody_else_is_not_replaced():
         wan.apply_attention(transformer, CONFIG)
 
 
-def test_context_parallelism_is_refused_and_not_passed_by():
+def test_a_ring_of_processes_is_refused_and_not_passed_by():
     transformer = tiny_transformer(0)
-    transformer.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(InputError, match="context parallelism"):
+    ring = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
+    transformer.blocks[0].attn1.processor._parallel_config = ring
+    with pytest.raises(InputError, match="which a ring never has; set ulysses_degree alone"):
         wan.apply_attention(transformer, CONFIG)
 
 

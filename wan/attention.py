@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import nabla
 from nabla import InputError, NablaConfig, Plan
 from nabla.attention import KeptBlocks
-from nabla.rotary import Rotary
+from nabla.rotary import Rotary, rotate
+from wan.parallel import Sequence, exchange_of_diffusers
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
@@ -26,8 +27,9 @@ def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaC
     """Replace the self-attention of a `WanTransformer3DModel` by NABLA, in place; `remove_attention` undoes it.
 
     Given several transformers at once, such as the two experts of a Wan2.2 pipeline, their sampling steps are counted
-    together for `config.dense_steps`; one given alone is counted alone. Raises `InputError` for another kind of model,
-    for layers that it does not have, and while its context parallelism is enabled.
+    together for `config.dense_steps`; one given alone is counted alone. Over the processes of `apply_sequence`, or of
+    diffusers' context parallelism by Ulysses, each attends to its own heads. Raises `InputError` for another kind of
+    model, for layers that it does not have, and under diffusers' ring.
     """
     transformers = _each(transformer)
     for one in transformers:
@@ -98,7 +100,9 @@ class AppliedAttention:
     """What `apply_attention` leaves on a transformer: plans by grid, and what is needed to take it out again.
 
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
-    these can be compiled: `nabla_plan`, a plan or None for dense, and `nabla_kept`, `KeptBlocks` or None.
+    these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
+    None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
+    of blocks that each of its own heads keeps is written, or None.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
@@ -107,16 +111,19 @@ class AppliedAttention:
         self.steps = steps
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
+        self.sequence: Sequence | None = getattr(transformer, "sequence", None)
         # The video, step, plan and batch for which blocks were chosen and kept, or are being chosen now.
         self.chosen: tuple[int, int, Plan, int] | None = None
         self.choosing: tuple[int, int, Plan, int] | None = None
-        layers = [] if config.is_dense else enumerate(transformer.blocks)
-        self.modules: list[WanAttention] = [block.attn1 for n, block in layers if n not in config.dense_layers]
+        modules = [block.attn1 for block in transformer.blocks]
+        self.sparse = [m for n, m in enumerate(modules) if not config.is_dense and n not in config.dense_layers]
+        # Where processes share the video, dense layers too have to swap tokens for heads.
+        self.modules: list[WanAttention] = modules if self.sequence else self.sparse
         self.originals = [module.processor for module in self.modules]
-        processor = NablaProcessor(self.originals[0]) if self.originals else None
+        self.processor = NablaProcessor(self.originals[0]) if self.originals else None
         for module in self.modules:
-            module.nabla_plan = module.nabla_kept = None
-            module.set_processor(processor)
+            module.nabla_plan = module.nabla_kept = module.nabla_exchange = module.nabla_share = None
+            module.set_processor(self.processor)
         self.hooks = [
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             transformer.register_forward_hook(self._after_forward),
@@ -127,13 +134,16 @@ class AppliedAttention:
             hook.remove()
         for module, original in zip(self.modules, self.originals):
             module.set_processor(original)
-            del module.nabla_plan, module.nabla_kept
+            del module.nabla_plan, module.nabla_kept, module.nabla_exchange, module.nabla_share
 
-    def plan(self, latents_size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Plan:
-        """The plan for latents of (frames, height, width), made on first use of that size."""
-        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device, dtype
+    def plan(
+        self, latents_size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, dense: bool = False
+    ) -> Plan:
+        """The plan for latents of (frames, height, width), made on first use of that size; or a dense one."""
+        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device, dtype, dense
         if key not in self.plans:
-            self.plans[key] = nabla.plan(key[0], self.config, device, dtype, self.head_size)
+            config = NablaConfig() if dense else self.config
+            self.plans[key] = nabla.plan(key[0], config, device, dtype, self.head_size)
         return self.plans[key]
 
     def forget_blocks(self) -> None:
@@ -153,30 +163,55 @@ class AppliedAttention:
         keeps = config.mask_refresh > 1 and not transformer.training
         counts = keeps or (config.dense_steps > 0 and not transformer.training)
         step = self.steps.see(timestep) if counts else config.dense_steps
-        plan = None
-        if step >= config.dense_steps:
-            is_mixed = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
-            plan = self.plan(latents.shape[2:], device, dtype)
-        for module in self.modules:
+        is_mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
+        is_sparse = bool(self.sparse) and step >= config.dense_steps
+        plan = self.plan(latents.shape[2:], device, dtype) if is_sparse else None
+        self._set_exchanges(device)
+        for module in self.modules if self.sequence else ():
+            module.nabla_plan = self.plan(latents.shape[2:], device, dtype, dense=True)
+        for module in self.sparse if is_sparse or not self.sequence else ():
             module.nabla_plan = plan
-        if plan is None or not keeps:
-            self.forget_blocks()
-        else:
+        if is_sparse and keeps:
             self._keep_blocks(plan, step, len(latents))
+        else:
+            self.forget_blocks()
+        if is_sparse and self.sequence and not (keeps and self.sparse[0].nabla_kept.reuse):
+            self._balance(device)
+
+    def _set_exchanges(self, device: torch.device) -> None:
+        if self.sequence:
+            exchanges = self.sequence.exchanges(device)
+        else:
+            config = self.processor._parallel_config
+            exchanges = [None if config is None else exchange_of_diffusers(config)] * len(self.modules)
+        for module, exchange in zip(self.modules, exchanges):
+            module.nabla_exchange = exchange
+
+    def _balance(self, device: torch.device) -> None:
+        """Deal heads out to processes by what they kept in the last forward that chose blocks, and watch this one."""
+        measured = [module.nabla_share for module in self.modules]
+        if measured[0] is not None and measured[0].device == device:
+            self.sequence.balance(torch.stack(measured))
+            return
+        own = self.modules[0].nabla_exchange.own_heads(self.modules[0].heads)
+        for module in self.modules:
+            with torch.inference_mode(False):
+                module.nabla_share = torch.ones(own, device=device)
 
     def _keep_blocks(self, plan: Plan, step: int, batch: int) -> None:
         """Say whether a forward chooses its blocks or takes those of the forward that chose last."""
         if self.chosen is not None:
             video, first, *rest = self.chosen
             if video == self.steps.video and first <= step < first + self.config.mask_refresh and rest == [plan, batch]:
-                for module in self.modules:
+                for module in self.sparse:
                     module.nabla_kept = module.nabla_kept._replace(reuse=True)
                 return
         self.chosen, self.choosing = None, (self.steps.video, step, plan, batch)
         layout = plan.selection.layout
-        shape = batch, self.modules[0].heads, layout.blocks, layout.blocks
-        for module in self.modules:
+        exchange, heads = self.sparse[0].nabla_exchange, self.sparse[0].heads
+        shape = batch, exchange.own_heads(heads) if exchange else heads, layout.blocks, layout.blocks
+        for module in self.sparse:
             kept = module.nabla_kept
             if kept is None or kept.blocks.shape != shape or kept.blocks.device != layout.sizes.device:
                 with torch.inference_mode(False):
@@ -201,6 +236,7 @@ class NablaProcessor(WanAttnProcessor):
     def __init__(self, original: WanAttnProcessor):
         super().__init__()
         self._attention_backend = original._attention_backend
+        self._parallel_config = original._parallel_config
 
     def __call__(
         self,
@@ -210,13 +246,9 @@ class NablaProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        plan = attn.nabla_plan
+        plan, exchange = attn.nabla_plan, attn.nabla_exchange
         if plan is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if self._parallel_config is not None:
-            raise InputError(
-                "sparse attention does not work under diffusers' context parallelism; leave one of them out"
-            )
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -224,7 +256,15 @@ class NablaProcessor(WanAttnProcessor):
         # Autocast normalises in float32.
         q, k = attn.norm_q(q).type_as(v), attn.norm_k(k).type_as(v)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        out = nabla.attend(q, k, v, plan, Rotary(*rotary_emb), attn.nabla_kept).flatten(2)
+        rotary = Rotary(*rotary_emb)
+        if exchange is not None:
+            if exchange.rotates_first:
+                q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
+            q, k, v = (exchange.to_heads(x, plan.tokens) for x in (q, k, v))
+        out = nabla.attend(q, k, v, plan, rotary, attn.nabla_kept, attn.nabla_share)
+        if exchange is not None:
+            out = exchange.to_tokens(out, attn.heads)
+        out = out.flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -241,4 +281,4 @@ def _check(transformer: nn.Module, config: NablaConfig) -> None:
         if not isinstance(processor, WanAttnProcessor):
             raise InputError(f"{type(processor).__name__} is not diffusers' WanAttnProcessor; put that back first")
         if processor._parallel_config is not None and not config.is_dense:
-            raise InputError("sparse attention does not work under diffusers' context parallelism; disable it first")
+            exchange_of_diffusers(processor._parallel_config)

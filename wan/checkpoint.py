@@ -55,6 +55,14 @@ class Checkpoint:
         return self.config.get("text_len", TEXT_LENGTH)
 
     @property
+    def heads(self) -> int:
+        """Attention heads of the transformer."""
+        heads = self.config.get("num_heads" if self.published else "num_attention_heads")
+        if not is_count(heads) or heads == 0:
+            raise CheckpointError(f"{self.folder}: its configuration gives {heads!r} heads, not a positive integer")
+        return heads
+
+    @property
     def tokenizer_folder(self) -> Path:
         return self.folder / (TOKENIZER_FOLDER if self.published else "tokenizer")
 

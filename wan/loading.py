@@ -9,19 +9,24 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from nabla import InputError
 from wan import memory, parts
 from wan.checkpoint import Checkpoint
 from wan.fast_vae import speed_up_decoder
 from wan.fp8 import apply_fp8, check_fp8
 from wan.fused_gelu import fuse_gelu
+from wan.parallel import apply_fsdp
+from wan.processes import Processes
 
 log = logging.getLogger("wan")
 
 
 class Models(NamedTuple):
+    """The models that a process needs; of those that share a video, one has the VAE and a text encoder not sharded."""
+
     transformer: WanTransformer3DModel
-    vae: AutoencoderKLWan
-    text_encoder: UMT5EncoderModel
+    vae: AutoencoderKLWan | None
+    text_encoder: UMT5EncoderModel | None
     tokenizer: PreTrainedTokenizerFast | None
     offload: bool
 
@@ -34,29 +39,59 @@ def load_models(
     fp8: bool,
     offload: bool | None,
     t5_cpu: bool,
+    processes: Processes | None = None,
+    dit_fsdp: bool = False,
+    t5_fsdp: bool = False,
 ) -> Models:
-    """Load all models of a checkpoint; see `WanT2V.from_pretrained` for the arguments.
+    """Load the models of a checkpoint; see `WanT2V.from_pretrained` for the arguments.
 
-    Raises `CheckpointError`, before any weight is read, for a checkpoint that is incomplete or damaged.
+    Raises `CheckpointError`, before any weight is read, for a checkpoint that is incomplete or damaged, and
+    `InputError` for what does not go together.
     """
+    _check_sharding(processes, dit_fsdp, t5_fsdp, fp8, t5_cpu)
     if fp8:
         check_fp8(device, dtype)
     cpu = torch.device("cpu")
     vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
     transformer_part = parts.transformer_part(checkpoint)
+    leads = processes is None or processes.leads
     if offload is None:
-        on_device = [transformer_part, vae_part] if t5_cpu else [transformer_part, vae_part, text_part]
-        offload = memory.is_crowded(device, sum(part.bytes(dtype) for part in on_device))
+        sharing = processes.layout.sharing if processes else 1
+        need = transformer_part.bytes(dtype) // (sharing if dit_fsdp else 1) + vae_part.bytes(dtype)
+        need += 0 if t5_cpu else text_part.bytes(dtype) // (sharing if t5_fsdp else 1)
+        offload = memory.is_crowded(device, need)
     home = cpu if offload else device
-    vae = vae_part.load(torch.float32, home)
-    if vae_dtype is not None or device.type == "cuda":
-        own = torch.float32 if dtype == torch.float32 else torch.float16
-        speed_up_decoder(vae, vae_dtype or own)
-    text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
-    transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home)
+    vae = text_encoder = None
+    if leads:
+        vae = vae_part.load(torch.float32, home)
+        if vae_dtype is not None or device.type == "cuda":
+            own = torch.float32 if dtype == torch.float32 else torch.float16
+            speed_up_decoder(vae, vae_dtype or own)
+    if t5_fsdp:
+        text_encoder = text_part.load(
+            dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.sharing)
+        )
+    elif leads:
+        text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
+    if dit_fsdp:
+        transformer = parts.load_transformer(
+            transformer_part, dtype, device, lambda model: apply_fsdp(model, model.blocks, processes.sharing)
+        )
+    else:
+        transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home)
     fuse_gelu(transformer)
     if fp8:
         log.info("transformer: %s", apply_fp8(transformer).describe())
         transformer.to(home)
     tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
     return Models(transformer, vae, text_encoder, tokenizer, offload)
+
+
+def _check_sharding(processes: Processes | None, dit_fsdp: bool, t5_fsdp: bool, fp8: bool, t5_cpu: bool) -> None:
+    for name, asked in (("dit_fsdp", dit_fsdp), ("t5_fsdp", t5_fsdp)):
+        if asked and (processes is None or processes.layout.sharing == 1):
+            raise InputError(f"{name} shards over processes that share a video, and here none do; leave it out")
+    if dit_fsdp and fp8:
+        raise InputError("dit_fsdp and fp8 do not work together; leave one of them out")
+    if t5_fsdp and t5_cpu:
+        raise InputError("t5_fsdp and t5_cpu exclude each other; leave one of them out")

@@ -41,9 +41,11 @@ def transformer_part(checkpoint: Checkpoint) -> Part:
     return part
 
 
-def load_transformer(part: Part, dtype: torch.dtype, device: torch.device | str) -> WanTransformer3DModel:
-    """The weights of `transformer_part`, and what is not saved with them."""
-    model = part.load(dtype, device)
+def load_transformer(
+    part: Part, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], None] | None = None
+) -> WanTransformer3DModel:
+    """The weights of `transformer_part`, and what is not saved with them; see `Part.load`."""
+    model = part.load(dtype, device, shard)
     finish_transformer(model, device)
     return model
 

@@ -23,6 +23,8 @@ from wan.checkpoint import Checkpoint
 from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
 from wan.loading import load_models
+from wan.parallel import apply_sequence, gather_guidance, is_sharded
+from wan.processes import Processes
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.video import to_frames
@@ -38,14 +40,16 @@ class WanT2V:
     vae: diffusers' `AutoencoderKLWan`, its encoder in float32
     text_encoder: transformers' `UMT5EncoderModel`
     sampling, video: the settings that `generate` uses where it is given none
+    processes: those that share the work, or None for this one alone. Of those that share a video one leads: only it
+        has a VAE, a text encoder unless that is sharded, and the result
     seconds: how long each stage of the last `generate` took
     """
 
     def __init__(
         self,
         transformer: nn.Module,
-        vae: nn.Module,
-        text_encoder: nn.Module,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | None,
         tokenizer: Any,
         device: torch.device,
         text_device: torch.device,
@@ -53,6 +57,7 @@ class WanT2V:
         offload: bool,
         sampling: SamplingSettings,
         video: VideoSettings,
+        processes: Processes | None = None,
     ):
         self.transformer = transformer
         self.vae = vae
@@ -64,6 +69,7 @@ class WanT2V:
         self.offload = offload
         self.sampling = sampling
         self.video = video
+        self.processes = processes
         self.seconds: dict[str, float] = {}
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
 
@@ -79,6 +85,9 @@ class WanT2V:
         compile: bool | None = None,
         fp8: bool = False,
         vae_dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
+        dit_fsdp: bool = False,
+        t5_fsdp: bool = False,
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -89,6 +98,8 @@ class WanT2V:
         compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
         fp8: run the transformer's linear layers in float8, see `wan.fp8`
         vae_dtype: of the VAE's decoder; None means float16 on a GPU beside a half-precision transformer, else float32
+        processes: share the work as they are laid out
+        dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
@@ -100,7 +111,7 @@ class WanT2V:
         if attention is None:
             attention = defaults.attention
             log.info("attention of the checkpoint: %s", attention.algorithm)
-        models = load_models(checkpoint, device, dtype, vae_dtype, fp8, offload, t5_cpu)
+        models = load_models(checkpoint, device, dtype, vae_dtype, fp8, offload, t5_cpu, processes, dit_fsdp, t5_fsdp)
         pipe = cls(
             **models._asdict(),
             device=device,
@@ -108,9 +119,12 @@ class WanT2V:
             text_length=checkpoint.text_length,
             sampling=defaults.sampling,
             video=defaults.video,
+            processes=processes,
         )
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(pipe.transformer)
+        if processes is not None and processes.layout.ulysses > 1:
+            apply_sequence(pipe.transformer, processes.mesh["ulysses"])
         apply_attention(pipe.transformer, attention)
         return pipe
 
@@ -153,7 +167,8 @@ class WanT2V:
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
         What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
-        checkpoint says else. Raises `InputError` for settings outside what is allowed, and for latents not finite.
+        checkpoint says else. Processes that share a video must be given the same. Raises `InputError` for settings
+        outside what is allowed, and for latents not finite.
         """
         sampling = _changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
         if sampling.guide_scale != 1 and negative_context is None:
@@ -166,6 +181,10 @@ class WanT2V:
         counter = applied.steps if applied else None
         # As one batch each guidance branch would keep blocks of its own.
         shares = applied is not None and applied.config.mask_refresh > 1
+        alone, gather = self.processes is None, None
+        if not alone and self.processes.layout.cfg > 1 and sampling.guide_scale != 1:
+            branches = self.processes.mesh["cfg"]
+            texts, gather = [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
         try:
             with self._placed(self.transformer, self.device) as transformer, many_compiles():
                 latents = denoise(
@@ -174,9 +193,10 @@ class WanT2V:
                     *texts,
                     make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
                     sampling.guide_scale,
-                    batch_guidance=not shares and memory.has_room_for_both(transformer, latents),
+                    batch_guidance=alone and not shares and memory.has_room_for_both(transformer, latents),
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
+                    gather=gather,
                 )
         finally:
             if applied:
@@ -215,8 +235,8 @@ class WanT2V:
         guide_scale: float | None = None,
         solver: str | None = None,
         progress: bool = False,
-    ) -> np.ndarray:
-        """A video for a prompt: (frame_num, height, width, 3) uint8.
+    ) -> np.ndarray | None:
+        """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
@@ -238,25 +258,32 @@ class WanT2V:
         self.seconds = {}
         with self._stage("text"):
             prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
-            contexts = self.encode_text(*self.tokenize(prompts)).split(1)
+            contexts = self._text_for_all(prompts).split(1)
         with self._stage("sampling"):
             latents = self.sample(
                 *contexts,
-                noise=self.draw_noise(video, sampling.seed),
+                noise=self._from_leader(self.draw_noise(video, sampling.seed)),
                 steps=sampling.steps,
                 shift=sampling.shift,
                 guide_scale=sampling.guide_scale,
                 solver=sampling.solver,
                 progress=progress,
             )
+        if not self.leads:
+            return None
         with self._stage("decode"):
             return to_frames(self.decode(latents)[0])
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        shape = self.vae.config.z_dim, *video.latents_size
+        shape = self.transformer.config.in_channels, *video.latents_size
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process has the results, of those that share a video."""
+        return self.processes is None or self.processes.leads
 
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
@@ -266,7 +293,7 @@ class WanT2V:
     @contextmanager
     def _placed(self, module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         """A component on the device it runs on, and back in host memory afterwards if components are offloaded."""
-        if not self.offload:
+        if not self.offload or is_sharded(module):
             yield module
             return
         try:
@@ -281,6 +308,16 @@ class WanT2V:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = time.perf_counter() - start
+
+    def _text_for_all(self, prompts: list[str]) -> Tensor:
+        """Text states of prompts, on all processes that share a video."""
+        if self.text_encoder is not None:
+            return self._from_leader(self.encode_text(*self.tokenize(prompts)))
+        shape = len(prompts), self.text_length, self.transformer.config.text_dim
+        return self._from_leader(torch.empty(shape, device=self.device, dtype=self.transformer.dtype))
+
+    def _from_leader(self, x: Tensor) -> Tensor:
+        return x if self.processes is None else self.processes.from_leader(x.contiguous())
 
     def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
         if text is None:

@@ -52,6 +52,7 @@ def denoise(
     batch_guidance: bool = False,
     progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     at_step: Callable[[int], None] = lambda step: None,
+    gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """Walk latents (B, C, T, h, w), float32 noise, down the solver's sigmas to clean latents.
 
@@ -59,6 +60,7 @@ def denoise(
     batch_guidance: run both guidance branches as one batch instead of one after the other
     progress: wraps the timesteps, as tqdm does
     at_step: is told each step, from 0, before its forwards
+    gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
     """
     dtype = transformer.dtype
     guided = guide_scale != 1
@@ -71,7 +73,9 @@ def denoise(
 
     for step, timestep in enumerate(progress(solver.timesteps)):
         at_step(step)
-        if both is not None:
+        if gather is not None:
+            prediction, negative = gather(velocity(context, timestep))
+        elif both is not None:
             prediction, negative = velocity(both, timestep).chunk(2)
         else:
             prediction = velocity(context, timestep)

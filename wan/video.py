@@ -22,6 +22,14 @@ from nabla import InputError
 QUALITY = 8
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for videos, if it is not there; raises `InputError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"save_dir {path} cannot be made ({error.strerror or error}); choose another") from None
+
+
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file can be written at `path`."""
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nabla import InputError
 
@@ -98,8 +99,18 @@ class Part:
         """Memory that the weights take in a dtype."""
         return sum(map(math.prod, self.weights.shapes.values())) * dtype.itemsize
 
-    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """Read the weights into the model; needs no more memory than the result and one tensor."""
+    def load(
+        self, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], None] | None = None
+    ) -> nn.Module:
+        """Read the weights into the model; needs no more memory than the result and one tensor.
+
+        shard: spreads the parameters of the model, on the meta device still, over processes; each reads its own parts
+        """
+        if shard is not None:
+            for name, parameter in self.model.requires_grad_(False).named_parameters():
+                parameter.data = parameter.to(self._dtype_of(name, dtype))
+            shard(self.model)
+        sharded = dict(self.model.named_parameters())
         state = {}
         for file_name, tensor in self.weights:
             own = self.names[file_name]
@@ -107,14 +118,19 @@ class Part:
                 raise CheckpointError(
                     f"tensor {file_name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read"
                 )
-            wanted = torch.float32 if set(own.split(".")) & set(self.float32) else dtype
+            if isinstance(whole := sharded.get(own), DTensor):
+                # By the same rule on every process, so nothing is sent.
+                tensor = distribute_tensor(tensor, whole.device_mesh, whole.placements, src_data_rank=None)
             # A tensor kept as read would pin its whole file in memory.
-            state[own] = tensor.to(device=device, dtype=wanted, copy=True)
+            state[own] = tensor.to(device=device, dtype=self._dtype_of(own, dtype), copy=True)
         # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:
             self.model.tie_weights()
         return self.model.requires_grad_(False).eval()
+
+    def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if set(name.split(".")) & set(self.float32) else dtype
 
 
 def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> None:

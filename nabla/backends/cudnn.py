@@ -48,6 +48,11 @@ def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     return Blocks(*choose_lists(q, k, selection), _sizes(selection.layout))
 
 
+def kept_counts(blocks: Blocks) -> Tensor:
+    """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
+    return blocks.lists.counts
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
     return block_sparse(q, k, v, *blocks.lists, blocks.sizes)

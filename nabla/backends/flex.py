@@ -67,6 +67,11 @@ def _blocks(lists: list[BlockLists], layout: TileLayout) -> Blocks:
     return Blocks(*lists, layout.valid.flatten())
 
 
+def kept_counts(blocks: Blocks) -> Tensor:
+    """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
+    return blocks.full.counts + (0 if blocks.partial is None else blocks.partial.counts)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype.
 

@@ -1,0 +1,48 @@
+"""Under torchrun: sparse attention under diffusers' own context parallelism; prints the error against one process."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+from diffusers.hooks import apply_context_parallel
+from torch.distributed.device_mesh import init_device_mesh
+
+import wan
+from nabla import NablaConfig
+from wan.processes import Processes
+
+
+def main() -> None:
+    with Processes.together("cpu") as processes, torch.no_grad():
+        for applied_first in (True, False):
+            torch.manual_seed(0)
+            transformer = WanTransformer3DModel(
+                num_attention_heads=4, attention_head_dim=24, text_dim=16, ffn_dim=64, num_layers=2
+            ).eval()
+            inputs = torch.randn(1, 16, 4, 32, 32), torch.tensor([500]), torch.randn(1, 5, 16)
+            config = NablaConfig(threshold=0.4)
+            wan.apply_attention(transformer, config)
+            exact = transformer(*inputs, return_dict=False)[0]
+            if not applied_first:
+                wan.remove_attention(transformer)
+            enable(transformer, processes)
+            if not applied_first:
+                wan.apply_attention(transformer, config)
+            error = (transformer(*inputs, return_dict=False)[0] - exact).abs().max().item()
+            if processes.rank == 0:
+                print(error, flush=True)
+
+
+def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:
+    """What `transformer.enable_parallelism` does, which fails on a CPU where it counts devices."""
+    config = ContextParallelConfig(ulysses_degree=processes.count)
+    mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    config.setup(processes.rank, processes.count, torch.device("cpu"), mesh)
+    parallel = type("ParallelConfig", (), {"context_parallel_config": config})
+    for block in transformer.blocks:
+        block.attn1.processor._parallel_config = parallel
+    apply_context_parallel(transformer, config, transformer._cp_plan)
+
+
+if __name__ == "__main__":
+    main()

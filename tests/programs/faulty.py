@@ -1,0 +1,57 @@
+"""Under torchrun: generate.py with a fault on one process. Arguments: the fault, the process, generate.py's own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import generate
+from wan import pipeline, video, weights
+
+
+def killed_in_sampling() -> None:
+    def denoise(*args, **kwargs):
+        kwargs["at_step"] = lambda step: os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    original, pipeline.denoise = pipeline.denoise, denoise
+
+
+def slow_sampling() -> None:
+    def denoise(*args, **kwargs):
+        print("sampling begins", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+    pipeline.denoise = denoise
+
+
+def unreadable_shard() -> None:
+    def safe_open(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    weights.safe_open = safe_open
+
+
+def full_disk() -> None:
+    def mimwrite(path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    video.imageio.mimwrite = mimwrite
+
+
+def broken_code() -> None:
+    def denoise(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    pipeline.denoise = denoise
+
+
+if __name__ == "__main__":
+    fault, rank, *flags = sys.argv[1:]
+    if rank in (os.environ["RANK"], "all"):
+        globals()[fault]()
+    sys.exit(generate.main(flags))

@@ -1,0 +1,208 @@
+"""Several processes on a CPU, over gloo: every layout gives what one process gives, and a fault ends all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+
+import generate
+from nabla import InputError
+from wan import random_checkpoint
+from wan.parallel import dealt, interleaved, shares
+from wan.processes import Layout, choose_layout
+
+ROOT = Path(generate.__file__).parent
+PROGRAMS = Path(__file__).parent / "programs"
+SMALL = "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu --sparse_algo nabla-0.5".split()
+
+
+def start(count: int, *command: object, cwd: Path, how: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+    """A program under torchrun, in a process group of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={count}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([*torchrun, *map(str, command)], cwd=cwd, env=env, **pipes)
+
+
+def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    try:
+        out, said = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, said
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def three_heads(tmp_path_factory):
+    """A random checkpoint whose heads two processes cannot share evenly."""
+    sizes = random_checkpoint.MODELS["nano"]
+    folder = tmp_path_factory.mktemp("three") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(random_checkpoint.MODELS, "three", replace(sizes, heads=3, dim=192))
+        random_checkpoint.write("three", folder, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("heads", (2, 3))
+def test_every_layout_gives_the_latents_of_one_process(count, heads, nano, three_heads, tmp_path):
+    checkpoint = nano if heads == 2 else three_heads
+    code, out, said = finish(start(count, PROGRAMS / "layouts.py", checkpoint, heads, cwd=tmp_path))
+    assert code == 0, said
+    results = [json.loads(line) for line in out.splitlines()]
+    assert len(results) >= 4
+    for result in results:
+        sharded, held = result["case"][1], result["held"]
+        assert result["error"] < 1e-5, result
+        # The first process holds the tables of a single row whole.
+        assert held < 0.7 if sharded else held == 1, result
+
+
+def test_under_diffusers_own_context_parallelism(tmp_path):
+    code, out, said = finish(start(2, PROGRAMS / "diffusers_parallel.py", cwd=tmp_path))
+    assert code == 0, said
+    errors = [float(line) for line in out.splitlines()]
+    assert len(errors) == 2 and max(errors) < 1e-5
+
+
+def test_the_same_video_from_one_process_and_from_several(random_nano, tmp_path):
+    flags = [ROOT / "generate.py", "--prompt", "A red circle", "--ckpt_dir", random_nano, *SMALL, "--save_file"]
+    runs = {"one": (1, ()), "two": (2, ("--dit_fsdp", "--t5_fsdp")), "four": (4, ())}
+    for name, (count, extra) in runs.items():
+        code, _, said = finish(start(count, *flags, f"{name}.mp4", *extra, cwd=tmp_path))
+        assert code == 0, said
+        assert (iio.imread(tmp_path / f"{name}.mp4") == iio.imread(tmp_path / "one.mp4")).all()
+        assert said.count("wrote ") == 1
+    assert "layout: 4 processes: 2 guidance branches x 2 ways of the sequence" in said
+    assert json.loads((tmp_path / "four.json").read_text())["made_with"]["layout"]["ulysses"] == 2
+
+
+def test_two_machines(random_nano, tmp_path):
+    command = [ROOT / "generate.py", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL, "--save_file", "out.mp4"]
+    common = "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29713", "--rdzv_id=test"
+    nodes = [start(1, *command, cwd=tmp_path, how=common) for _ in range(2)]
+    results = [finish(node) for node in nodes]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert files(tmp_path) == ["out.json", "out.mp4"]
+
+
+def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_nano, tmp_path):
+    lines = ["A red circle", "", json.dumps({"prompt": "A blue boat", "seed": 7, "size": "32*48", "name": "boat"})]
+    lines += [json.dumps({"prompt": "One picture", "frame_num": 1}), "A cat"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flags = [ROOT / "generate.py", "--prompt_file", "prompts.txt", "--save_dir", "made", "--ckpt_dir", random_nano]
+    code, _, said = finish(start(2, *flags, *SMALL, cwd=tmp_path))
+    assert code == 0, said
+    assert "layout: 2 processes: 2 replicas" in said
+    names = ["0001-A-red-circle.mp4", "0004-One-picture.png", "0005-A-cat.mp4", "boat.mp4"]
+    made = tmp_path / "made"
+    assert [name for name in files(made) if not name.endswith(".json")] == names
+    assert iio.imread(made / "boat.mp4").shape[1:3] == (48, 32)
+    (made / "boat.mp4").unlink()
+    (made / "0005-A-cat.json").unlink()
+    times = {name: (made / name).stat().st_mtime_ns for name in names[:2]}
+    code, _, said = finish(start(1, *flags, *SMALL, cwd=tmp_path))
+    assert code == 0 and "prompts: 4, of which 2 are made already" in said
+    assert [name for name in files(made) if not name.endswith(".json")] == names
+    assert times == {name: (made / name).stat().st_mtime_ns for name in names[:2]}
+
+
+@pytest.mark.parametrize(
+    "fault, rank, message",
+    (
+        ("killed_in_sampling", "1", "error: process 0 lost another, which was killed or cut off"),
+        ("unreadable_shard", "1", "is truncated or corrupt"),
+        ("full_disk", "0", "error: out.mp4 cannot be written (No space left on device); choose another --save_file"),
+        ("broken_code", "1", "ZeroDivisionError: a bug"),
+    ),
+)
+def test_a_fault_of_one_process_ends_all_with_its_message(fault, rank, message, random_nano, tmp_path):
+    command = [PROGRAMS / "faulty.py", fault, rank, "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL]
+    code, _, said = finish(start(2, *command, "--save_file", "out.mp4", cwd=tmp_path), seconds=60)
+    assert code != 0 and message in said and files(tmp_path) == []
+    assert said.count("error: ") <= 1 and said.count("Traceback (most recent call last):\n  File") <= 2
+
+
+def test_an_interrupt_ends_all_within_seconds(random_nano, tmp_path):
+    command = [PROGRAMS / "faulty.py", "slow_sampling", "1", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL]
+    process = start(2, *command, "--save_file", "out.mp4", cwd=tmp_path)
+    said = ""
+    while "sampling begins" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, said = finish(process, seconds=30)
+    assert code != 0 and time.monotonic() - began < 15
+    assert said.count("interrupted; no half-written file is left") == 1 and files(tmp_path) == []
+
+
+def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
+    flags = [ROOT / "generate.py", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL, "--save_file", "out.mp4"]
+    code, _, said = finish(start(2, *flags, "--ulysses_size", "3", cwd=tmp_path), seconds=60)
+    assert code == 1 and said.count("error: ulysses_size 3 is more than the 2 heads of the model; lower it") == 1
+    assert "Traceback" not in said.split("torch/distributed")[0] and files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "asked, layout",
+    (
+        (dict(processes=1, heads=12, guided=True), Layout()),
+        (dict(processes=2, heads=12, guided=True), Layout(cfg=2)),
+        (dict(processes=2, heads=12, guided=False), Layout(ulysses=2)),
+        (dict(processes=8, heads=12, guided=True), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=12, guided=False), Layout(ulysses=8)),
+        (dict(processes=3, heads=40, guided=True), Layout(ulysses=3)),
+        (dict(processes=8, heads=40, guided=True, prompts=100), Layout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=3), Layout(replicas=2, cfg=2, ulysses=2)),
+        (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, ulysses=8), Layout(ulysses=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), Layout(replicas=4, ulysses=2)),
+    ),
+)
+def test_the_layout_that_is_chosen(asked, layout):
+    assert choose_layout(**asked) == layout
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    (
+        (dict(ulysses=16), "ulysses_size 16 is more than the 12 heads"),
+        (dict(cfg=3), "cfg_size 3 is too many: there are two guidance branches"),
+        (dict(cfg=2, guided=False), "cfg_size 2 is too many: guidance is off"),
+        (dict(cfg=0), "cfg_size 0 is not a positive integer"),
+        (dict(replicas=2), "replicas 2 are more than the prompts, 1"),
+        (dict(ulysses=3), "8 processes cannot be laid out .ulysses_size 3."),
+        (dict(processes=64), "64 processes cannot be laid out .no size asked for."),
+    ),
+)
+def test_layouts_that_cannot_be(asked, message):
+    with pytest.raises(InputError, match=message):
+        choose_layout(**dict(processes=8, heads=12, guided=True) | asked)
+
+
+def test_heads_are_dealt_so_that_all_have_as_much_to_do():
+    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.randperm(40)]
+    for parts in (2, 3, 8):
+        counts = shares(40, parts)
+        for order in (dealt(load, counts), interleaved(40, parts)):
+            assert sorted(order.tolist()) == list(range(40))
+        sums = [load[part].sum().item() for part in dealt(load, counts).split(counts)]
+        assert max(sums) - min(sums) <= 0.36

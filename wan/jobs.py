@@ -1,0 +1,88 @@
+"""A file of prompts: a video for each line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nabla import InputError
+from wan.config import Settings, read_settings, resolve
+
+KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
+# Where each stands in the schema of the YAML files.
+SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "frame_num": "video"}
+
+Layer = dict[str, Any]
+
+
+def read_prompts(path: Path) -> list[tuple[Layer, str]]:
+    """Settings that each line of a file of prompts makes, and the name of its video's file, without an ending.
+
+    A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num" and
+    "name"; empty lines are skipped. A name that is not given is made of the line's number and its prompt's first words.
+    Raises `InputError` with the line's number for anything else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"prompt_file {path} cannot be read ({reason}); give a text file, a prompt a line") from None
+    jobs = [(number, *_job(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise InputError(f"prompt_file {path} has no prompts; write one a line")
+    numbers: dict[str, int] = {}
+    for number, _, name in jobs:
+        if name in numbers:
+            raise InputError(f"{path}, lines {numbers[name]} and {number}: both are named {name!r}; name one otherwise")
+        numbers[name] = number
+    return [(layer, name) for _, layer, name in jobs]
+
+
+def _job(path: Path, number: int, line: str) -> tuple[Layer, str]:
+    given: Layer = {"prompt": line.strip()}
+    if line.lstrip().startswith("{"):
+        try:
+            given = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+    if unknown := given.keys() - set(KEYS):
+        raise InputError(f"{path}, line {number}: {sorted(unknown)[0]!r} is not known; use {', '.join(KEYS)}")
+    name = given.pop("name", None)
+    layer: Layer = {}
+    for key, value in given.items():
+        (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
+    try:
+        settings = resolve(layer, {"checkpoint": "any"})
+    except InputError as error:
+        raise InputError(f"{path}, line {number}: {error}") from None
+    if name is None:
+        name = f"{number:04d}-{words_of(settings.prompt)}"
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+        raise InputError(f"{path}, line {number}: name {name!r} is not a plain file name without a folder")
+    return layer, re.sub(r"\.(mp4|png)$", "", name)
+
+
+def words_of(prompt: str) -> str:
+    """The first words of a prompt as part of a file name."""
+    return re.sub(r"\W+", "-", prompt).strip("-")[:40].rstrip("-") or "video"
+
+
+def is_made(path: Path, settings: Settings) -> bool:
+    """Whether a video stands at `path` whose record says that it was made with these settings, whatever seed they drew.
+
+    Videos and records are written whole, the record last, so that an interrupted one has none.
+    """
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
+        return False
+    try:
+        made = resolve(read_settings(record)).to_dict()
+    except InputError:
+        return False
+    wanted: Mapping[str, Any] = settings.to_dict()
+    if wanted["sampling"]["seed"] in (None, -1):
+        made["sampling"]["seed"] = wanted["sampling"]["seed"]
+    return made == wanted

@@ -1,0 +1,195 @@
+"""A model over several processes, from outside: `apply_sequence`, `apply_fsdp`, and what guidance branches exchange."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from nabla import InputError
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """How many of `count` things each of `parts` gets, as evenly as can be, the first ones more."""
+    return [count // parts + (part < count % parts) for part in range(parts)]
+
+
+class Exchange(NamedTuple):
+    """How processes that share a video swap tokens for heads around an attention (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    group: name of the process group; rank, size: of this process in it, and how many there are
+    order: the heads by the process that attends to them, (H,) int64, and `places` its inverse; None: as they come
+    rotates_first: whether rotary angles come for the process's own tokens, rather than for all
+    """
+
+    group: str
+    rank: int
+    size: int
+    order: Tensor | None = None
+    places: Tensor | None = None
+    rotates_first: bool = False
+
+    def own_heads(self, heads: int) -> int:
+        return shares(heads, self.size)[self.rank]
+
+    def to_heads(self, x: Tensor, tokens: int) -> Tensor:
+        """(B, own tokens, H, D) -> (B, tokens, own heads, D)."""
+        batch, _, heads, width = x.shape
+        x = x.transpose(0, 1)
+        if self.order is not None:
+            x = x.index_select(2, self.order)
+        of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
+        sent = torch.cat([part.flatten() for part in x.split(of_heads, dim=2)])
+        got = self._exchange(sent, batch * width, of_tokens[self.rank], of_heads, of_heads[self.rank], of_tokens)
+        return got.view(tokens, batch, of_heads[self.rank], width).transpose(0, 1)
+
+    def to_tokens(self, x: Tensor, heads: int) -> Tensor:
+        """(B, tokens, own heads, D) -> (B, own tokens, H, D)."""
+        batch, tokens, _, width = x.shape
+        of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
+        sent, own = x.transpose(0, 1).flatten(), of_tokens[self.rank]
+        got = self._exchange(sent, batch * width, of_heads[self.rank], of_tokens, own, of_heads)
+        parts = got.split([own * batch * count * width for count in of_heads])
+        x = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
+        if self.places is not None:
+            x = x.index_select(2, self.places)
+        return x.transpose(0, 1)
+
+    def _exchange(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
+        """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units."""
+        there, back = ([unit * one * other for other in each] for one, each in ((kept, sent), (own, got)))
+        return collectives.all_to_all_single(x, back, there, self.group)
+
+
+def exchange_of_diffusers(parallel_config: Any) -> Exchange:
+    """The exchange that diffusers' own context parallelism asks a processor for.
+
+    Raises `InputError` for its ring, which never has all tokens of a head in one place.
+    """
+    config = parallel_config.context_parallel_config
+    if config is None or config.ring_degree > 1:
+        raise InputError(
+            "sparse attention needs all tokens of a head in one place, which a ring never has; set ulysses_degree alone"
+        )
+    group = config._ulysses_mesh.get_group()
+    return Exchange(group.group_name, group.rank(), group.size(), rotates_first=True)
+
+
+def apply_sequence(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> None:
+    """Split the tokens of a transformer over a mesh of one dimension, in place; before `apply_attention`.
+
+    Every process is given the same input and gets the same output. Blocks see a process's own tokens; attention sees
+    all tokens of its own heads. Neither number has to be divisible. For inference, with one timestep a sample.
+    """
+    transformer.sequence = Sequence(transformer, mesh)
+
+
+class Sequence:
+    """What `apply_sequence` leaves on a transformer: the exchange of every layer, and the hooks around the blocks.
+
+    Which process attends to which heads is chosen anew from the shares of blocks that they kept, since the others wait
+    for the one that has most to do.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, mesh: DeviceMesh):
+        self.attention, self.group, self.tokens = transformer.blocks[0].attn1, mesh.get_group(), 0
+        self.size, self.rank = mesh.size(), mesh.get_local_rank()
+        self.heads, layers = transformer.config.num_attention_heads, len(transformer.blocks)
+        if self.size > self.heads:
+            raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
+        self.order = interleaved(self.heads, self.size).repeat(layers, 1)
+        self.on_device: tuple[Tensor, ...] | None = None
+        transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
+        transformer.proj_out.register_forward_hook(self._gather)
+
+    def exchanges(self, device: torch.device) -> list[Exchange]:
+        """The exchange of each layer, its order where the hidden states are."""
+        if self.on_device is None or self.on_device[0].device != device:
+            with torch.inference_mode(False):
+                self.on_device = self.order.to(device), self.order.argsort(-1).to(device)
+        return [Exchange(self.group.group_name, self.rank, self.size, *pair) for pair in zip(*self.on_device)]
+
+    def balance(self, kept: Tensor) -> None:
+        """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
+        most = shares(self.heads, self.size)[0]
+        by_rank = _all_gather(F.pad(kept, (0, most - kept.shape[1])), self.group).cpu()
+        own = shares(self.heads, self.size)
+        for layer, order in enumerate(self.order):
+            load = torch.cat([by_rank[rank, layer, : own[rank]] for rank in range(self.size)])
+            self.order[layer] = dealt(torch.empty(self.heads).index_copy(0, order, load), own)
+        for on_device, changed in zip(self.on_device, (self.order, self.order.argsort(-1))):
+            on_device.copy_(changed)
+
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        latents = args[0] if args else kwargs["hidden_states"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        if timestep.ndim > 1 or torch.is_grad_enabled():
+            raise InputError("a transformer split by apply_sequence takes one timestep a sample, without gradients")
+        self.tokens = latents[0, 0].numel()
+        for stride in transformer.config.patch_size:
+            self.tokens //= stride
+        if self.tokens < self.size:
+            raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
+
+    def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if getattr(self.attention, "nabla_exchange", None) is None:
+            raise InputError("after apply_sequence, blocks attend to a process's own tokens alone; use apply_attention")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        own = hidden.split(shares(self.tokens, self.size), dim=1)[self.rank].contiguous()
+        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
+
+    def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        counts = shares(self.tokens, self.size)
+        padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
+        parts = _all_gather(padded, self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)]).transpose(0, 1)
+
+
+def interleaved(heads: int, parts: int) -> Tensor:
+    """Heads dealt out in turn: (heads,), those of the first part first."""
+    return torch.cat([torch.arange(part, heads, parts) for part in range(parts)])
+
+
+def dealt(load: Tensor, counts: list[int]) -> Tensor:
+    """Heads by load (H,) to parts of given counts, so that their sums are about equal: the greatest to the least."""
+    parts: list[list[int]] = [[] for _ in counts]
+    sums = [0.0] * len(counts)
+    for head in load.argsort(descending=True).tolist():
+        part = min((n for n, count in enumerate(counts) if len(parts[n]) < count), key=sums.__getitem__)
+        parts[part].append(head)
+        sums[part] += load[head].item()
+    return torch.tensor([head for part in parts for head in sorted(part)])
+
+
+def gather_guidance(prediction: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+    """The predictions of both guidance branches, each process having made its own; the same on both."""
+    return _all_gather(prediction, mesh.get_group()).unbind()
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all processes of a group, stacked."""
+    gathered = x.new_empty(group.size(), *x.shape)
+    dist.all_gather(list(gathered), x.contiguous(), group)
+    return gathered
+
+
+def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
+    """Shard a model's parameters over a mesh of one dimension, in place, a block at a time gathered while it runs.
+
+    The model may be on the meta device still. Its parameters must not require gradients where their dtypes differ.
+    """
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)

@@ -1,0 +1,238 @@
+"""The processes of a run under torchrun: their layout, what they tell each other, and how they end together."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nabla import InputError
+
+# Others wait in a collective while one decodes, and torchrun ends the run if one dies: no time-out is needed for that.
+TIMEOUT = timedelta(days=7)
+START_TIMEOUT = timedelta(minutes=10)
+# What a process may take to clean up after a signal, if it is not stuck in a library.
+GRACE_SECONDS = 3.0
+LOST = re.compile(r"connection (closed|reset)|broken pipe|read error|recv\w* |NCCL|gloo", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways a run is split: prompts over replicas, guidance branches, and the sequence of tokens."""
+
+    replicas: int = 1
+    cfg: int = 1
+    ulysses: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """How many processes share a video."""
+        return self.cfg * self.ulysses
+
+    def describe(self) -> str:
+        ways = {"replicas": self.replicas, "guidance branches": self.cfg, "ways of the sequence": self.ulysses}
+        split = " x ".join(f"{count} {what}" for what, count in ways.items() if count > 1)
+        return f"{self.replicas * self.sharing} processes: {split or 'one video'}"
+
+
+def choose_layout(
+    processes: int,
+    heads: int,
+    guided: bool,
+    prompts: int = 1,
+    sharded: bool = False,
+    replicas: int | None = None,
+    cfg: int | None = None,
+    ulysses: int | None = None,
+) -> Layout:
+    """The layout for so many processes, with what is asked for; the rest is chosen.
+
+    Several prompts go to replicas, which send each other nothing, unless weights are sharded over those that share a
+    video. Guidance branches come next, which send least; then the sequence, of at most as many ways as heads.
+    guided: whether there are two guidance branches that can run apart
+    Raises `InputError` if nothing fits.
+    """
+    for name, value in (("replicas", replicas), ("cfg_size", cfg), ("ulysses_size", ulysses)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is not a positive integer")
+    if cfg is not None and cfg > 2 - (not guided):
+        reason = "there are two guidance branches" if guided else "guidance is off, or its branches share masks"
+        raise InputError(f"cfg_size {cfg} is too many: {reason}; leave it out")
+    if ulysses is not None and ulysses > heads:
+        raise InputError(f"ulysses_size {ulysses} is more than the {heads} heads of the model; lower it")
+    if replicas is not None and replicas > prompts:
+        raise InputError(f"replicas {replicas} are more than the prompts, {prompts}; lower it, or use --prompt_file")
+    found = [
+        Layout(r, c, processes // (r * c))
+        for r in ([replicas] if replicas else range(1, min(prompts, processes) + 1))
+        for c in ([cfg] if cfg else (1, 2) if guided else (1,))
+        if processes % (r * c) == 0 and processes // (r * c) <= heads
+    ]
+    found = [layout for layout in found if ulysses in (None, layout.ulysses)]
+    if not found:
+        asked = {"replicas": replicas, "cfg_size": cfg, "ulysses_size": ulysses}
+        named = ", ".join(f"{name} {value}" for name, value in asked.items() if value) or "no size asked for"
+        raise InputError(
+            f"{processes} processes cannot be laid out ({named}): replicas (up to {prompts}) x cfg_size (up to "
+            f"{1 + guided}) x ulysses_size (up to {heads}) must be {processes}; start another number, or change a size"
+        )
+    return max(found, key=lambda layout: (-layout.replicas if sharded else layout.replicas, layout.cfg))
+
+
+class Processes:
+    """This process among those that torchrun started, from `together`; `lay_out` comes before models are loaded."""
+
+    def __init__(self, store: dist.Store, device: torch.device):
+        self.store, self.device = store, device
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.layout = Layout()
+        # By (replicas, cfg, ulysses), and of the last two together: the processes that share a video with this one.
+        self.mesh: DeviceMesh | None = None
+        self.sharing: DeviceMesh | None = None
+
+    @classmethod
+    @contextmanager
+    def together(cls, device_name: str | None) -> Iterator[Processes]:
+        """Join the others, on nccl for GPUs and gloo for CPUs, for the length of a with statement.
+
+        If that fails or is interrupted, the first process that does says so, and each ends at once with a code of its
+        own, 2 for a wrong input: those that wait for it in a collective cannot go on, and torchrun ends them.
+        """
+        _end_on_signals()
+        processes = None
+        try:
+            device = pick_device(device_name)
+            store, rank, count = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+            processes = cls(dist.PrefixStore("wan", store), device)
+            yield processes
+            dist.destroy_process_group()
+        except BaseException as error:
+            is_first = processes is None or processes.fails_first()
+            _leave(_report(error) if is_first else 1)
+
+    def lay_out(self, layout: Layout) -> None:
+        self.layout = layout
+        sizes = layout.replicas, layout.cfg, layout.ulysses
+        self.mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicas", "cfg", "ulysses"))
+        self.sharing = self.mesh["cfg", "ulysses"]._flatten("sharing")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reads prompts, decodes and writes for those that share its video."""
+        return self.sharing.get_local_rank() == 0
+
+    def from_leader(self, x: Tensor) -> Tensor:
+        """The leader's tensor, in place, on all that share its video."""
+        dist.broadcast(x, group=self.sharing.get_group(), group_src=0)
+        return x
+
+    def from_first(self, thing: Any) -> Any:
+        """What the first of all processes has."""
+        box = [thing]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def take_jobs(self, count: int) -> Iterator[int]:
+        """Numbers below `count`, each for one replica, which takes the next whenever it is done with one."""
+        while True:
+            number = torch.zeros(1, dtype=torch.int64, device=self.device)
+            if self.leads:
+                number += self.store.add("jobs", 1) - 1
+            number = self.from_leader(number).item()
+            if number >= count:
+                return
+            yield number
+
+    def fails_first(self) -> bool:
+        """Whether this process is the first that reports a failure; the others fail for its absence, or likewise."""
+        try:
+            return self.store.add("failures", 1) == 1
+        except RuntimeError:  # the store has gone with the process that failed
+            return False
+
+
+def started_by_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one; under torchrun, of the GPUs this process's own.
+
+    Raises `InputError` if it is not there.
+    """
+    own = name
+    if started_by_torchrun() and torch.cuda.is_available() and (name or "cuda").startswith("cuda"):
+        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if name not in (None, "cuda"):
+            raise InputError(f"device {name}: torchrun gives each process a GPU of its own; use --device cuda or cpu")
+        if index >= count:
+            raise InputError(f"process {index} of this machine has no GPU of its own, of {count}; start fewer")
+        own = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    try:
+        device = torch.device(own or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown, an absent, the meta device
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
+def _report(error: BaseException) -> int:
+    """Say why this process ends, and return its exit code."""
+    rank = os.environ["RANK"]
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+        reason = str(error).strip().splitlines()[0][:200]
+        print(
+            f"error: process {rank} lost another, which was killed or cut off ({reason}); start again", file=sys.stderr
+        )
+    else:
+        print(f"process {rank} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+    return 1
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without the library's own end, which would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_on_signals() -> None:
+    """Let a signal interrupt the main thread, and end the process if that is stuck, as in a collective without peers.
+
+    Python handles signals between its own instructions alone, so that a process that waits in a library ignores them.
+    """
+    watched = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+
+    def watch() -> None:
+        if signal.sigwait(watched) == signal.SIGINT and os.environ["LOCAL_RANK"] == "0":
+            print("interrupted; no half-written file is left", file=sys.stderr, flush=True)
+        _thread.interrupt_main()
+        threading.Event().wait(GRACE_SECONDS)
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
