@@ -1,7 +1,7 @@
 """Time the masks, the attention, the transformer and whole videos against dense baselines of the same run.
 
 Prints a table for people, then one line of JSON for programs. Shares of kept blocks are set exactly, so runs compare.
-Weights are random: times and memory are those of real ones.
+Weights are random: times and memory are those of real ones. Mode `parallel` runs under torchrun.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.benchmark.attention import attention_mode, mask_mode
+from wan.benchmark.parallel import parallel_mode
 from wan.benchmark.timing import Row
 from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.config import VideoSettings
@@ -27,12 +29,19 @@ from wan.fp8 import check_fp8
 from wan.making import installed_versions
 from wan.random_checkpoint import MODELS
 
-MODES = {"mask": mask_mode, "attention": attention_mode, "forward": forward_mode, "pipeline": pipeline_mode}
+MODES = {
+    "mask": mask_mode,
+    "attention": attention_mode,
+    "forward": forward_mode,
+    "pipeline": pipeline_mode,
+    "parallel": parallel_mode,
+}
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
 
 
 def main() -> int:
     args = parse_args()
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         videos = [VideoSettings(size, frames) for size, frames in itertools.product(args.size, args.frame_num)]
         if args.fp8:
@@ -40,12 +49,14 @@ def main() -> int:
         rows = []
         with many_compiles():
             for row in MODES[args.mode](args, videos, torch.device(args.device)):
-                print(line(row), flush=True)
+                if is_first:
+                    print(line(row), flush=True)
                 rows.append(row)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"mode": args.mode, "settings": vars(args), "machine": machine(args.device), "rows": rows}))
+    if is_first:
+        print(json.dumps({"mode": args.mode, "settings": vars(args), "machine": machine(args.device), "rows": rows}))
     return 0
 
 

@@ -42,6 +42,19 @@ def test_modes(mode, first):
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
 
 
+def test_several_processes_against_one():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = "parallel --quick --size 64*48 --frame_num 5 --device cpu --layers 1 --steps 2".split()
+    run = subprocess.run([*torchrun, str(SCRIPT), *flags], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    found = {row["what"].removeprefix("64x48x5: "): row for row in rows}
+    assert found["2 guided steps, keep-0.1, one GPU and ulysses"]["psnr"] > 100
+    assert all(found[f"forward, uneven heads, dealt {how}"]["speedup"] > 0 for how in ("in turn", "by what they kept"))
+    alone = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
+    assert alone.returncode == 2 and "start it with torchrun" in alone.stderr
+
+
 def test_float8_needs_a_gpu():
     run = subprocess.run([sys.executable, str(SCRIPT), "forward", "--fp8", "--device", "cpu"], capture_output=True)
     assert run.returncode == 2 and b"error: fp8 works in bfloat16 only" in run.stderr
