@@ -249,18 +249,24 @@ class NablaProcessor(WanAttnProcessor):
         plan, exchange = attn.nabla_plan, attn.nabla_exchange
         if plan is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        # Autocast normalises in float32.
-        q, k = attn.norm_q(q).type_as(v), attn.norm_k(k).type_as(v)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         rotary = Rotary(*rotary_emb)
+        fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
+        norms, parts = (attn.norm_q, attn.norm_k, None), []
+        for n, norm in enumerate(norms):
+            x = (attn.to_q, attn.to_k, attn.to_v)[n](hidden_states) if fused is None else fused[n]
+            # Autocast normalises in float32.
+            x = x if norm is None else norm(x).type_as(x)
+            x = x.unflatten(2, (attn.heads, -1))
+            if exchange is not None:
+                turned = rotate(x, rotary) if exchange.rotates_first and norm is not None else x
+                # On its way while the next is computed.
+                parts.append(exchange.send_heads(turned, plan.tokens))
+            else:
+                parts.append(x)
         if exchange is not None:
-            if exchange.rotates_first:
-                q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
-            q, k, v = (exchange.to_heads(x, plan.tokens) for x in (q, k, v))
+            parts = [exchange.receive_heads(part, x.shape, plan.tokens) for part in parts]
+            rotary = None if exchange.rotates_first else rotary
+        q, k, v = parts
         out = nabla.attend(q, k, v, plan, rotary, attn.nabla_kept, attn.nabla_share)
         if exchange is not None:
             out = exchange.to_tokens(out, attn.heads)

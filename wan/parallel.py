@@ -39,33 +39,38 @@ class Exchange(NamedTuple):
     def own_heads(self, heads: int) -> int:
         return shares(heads, self.size)[self.rank]
 
-    def to_heads(self, x: Tensor, tokens: int) -> Tensor:
-        """(B, own tokens, H, D) -> (B, tokens, own heads, D)."""
+    def send_heads(self, x: Tensor, tokens: int) -> Tensor:
+        """Begin to swap (B, own tokens, H, D); what it returns is for `receive_heads`, and other work fits between."""
         batch, _, heads, width = x.shape
         x = x.transpose(0, 1)
         if self.order is not None:
             x = x.index_select(2, self.order)
         of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
         sent = torch.cat([part.flatten() for part in x.split(of_heads, dim=2)])
-        got = self._exchange(sent, batch * width, of_tokens[self.rank], of_heads, of_heads[self.rank], of_tokens)
-        return got.view(tokens, batch, of_heads[self.rank], width).transpose(0, 1)
+        return self._send(sent, batch * width, of_tokens[self.rank], of_heads, of_heads[self.rank], of_tokens)
+
+    def receive_heads(self, sent: Tensor, shape: torch.Size, tokens: int) -> Tensor:
+        """What `send_heads` began for a tensor of a shape: (B, tokens, own heads, D)."""
+        batch, _, heads, width = shape
+        return collectives.wait_tensor(sent).view(tokens, batch, self.own_heads(heads), width).transpose(0, 1)
 
     def to_tokens(self, x: Tensor, heads: int) -> Tensor:
         """(B, tokens, own heads, D) -> (B, own tokens, H, D)."""
         batch, tokens, _, width = x.shape
         of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
         sent, own = x.transpose(0, 1).flatten(), of_tokens[self.rank]
-        got = self._exchange(sent, batch * width, of_heads[self.rank], of_tokens, own, of_heads)
-        parts = got.split([own * batch * count * width for count in of_heads])
+        got = self._send(sent, batch * width, of_heads[self.rank], of_tokens, own, of_heads)
+        parts = collectives.wait_tensor(got).split([own * batch * count * width for count in of_heads])
         x = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
         if self.places is not None:
             x = x.index_select(2, self.places)
         return x.transpose(0, 1)
 
-    def _exchange(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
-        """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units."""
+    def _send(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
+        """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units; to be waited for."""
         there, back = ([unit * one * other for other in each] for one, each in ((kept, sent), (own, got)))
-        return collectives.all_to_all_single(x, back, there, self.group)
+        # The public function waits at once in compiled code.
+        return torch.ops._c10d_functional.all_to_all_single(x, back, there, self.group)
 
 
 def exchange_of_diffusers(parallel_config: Any) -> Exchange:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from nabla import InputError
 
@@ -118,11 +118,15 @@ class Part:
                 raise CheckpointError(
                     f"tensor {file_name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read"
                 )
-            if isinstance(whole := sharded.get(own), DTensor):
-                # By the same rule on every process, so nothing is sent.
-                tensor = distribute_tensor(tensor, whole.device_mesh, whole.placements, src_data_rank=None)
+            whole = sharded.get(own)
+            if isinstance(whole, DTensor):
+                tensor = _own_rows(tensor, whole)
             # A tensor kept as read would pin its whole file in memory.
-            state[own] = tensor.to(device=device, dtype=self._dtype_of(own, dtype), copy=True)
+            tensor = tensor.to(device=device, dtype=self._dtype_of(own, dtype), copy=True)
+            if isinstance(whole, DTensor):
+                form = {"shape": whole.shape, "stride": whole.stride()}
+                tensor = DTensor.from_local(tensor, whole.device_mesh, whole.placements, run_check=False, **form)
+            state[own] = tensor
         # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:
@@ -131,6 +135,13 @@ class Part:
 
     def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if set(name.split(".")) & set(self.float32) else dtype
+
+
+def _own_rows(tensor: Tensor, whole: DTensor) -> Tensor:
+    """The rows of a tensor that this process holds of `whole`, which is sharded by rows as torch.chunk cuts them."""
+    rows = -(-len(tensor) // whole.device_mesh.size())
+    first = rows * whole.device_mesh.get_local_rank()
+    return tensor[first : first + rows]
 
 
 def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
