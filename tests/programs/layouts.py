@@ -27,26 +27,28 @@ CONFIGS = {
 LAYOUTS = {2: (Layout(cfg=2), Layout(ulysses=2)), 4: (Layout(cfg=2, ulysses=2),)}
 
 
-def main(checkpoint: Path, heads: int) -> None:
-    with Processes.together("cpu") as processes:
-        for layout, sharded, attention, size in cases(processes.count, heads):
+def main(checkpoint: Path, heads: int, device: str) -> None:
+    with Processes.together(device) as processes:
+        for layout, sharded, attention, size in cases(processes.count, heads, compiles=device == "cuda"):
             processes.lay_out(layout)
             shards = {"dit_fsdp": sharded, "t5_fsdp": sharded}
-            alone = WanT2V.from_pretrained(checkpoint, CONFIGS[attention])
-            shared = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], processes=processes, **shards)
+            common = checkpoint, CONFIGS[attention], processes.device
+            alone = WanT2V.from_pretrained(*common)
+            shared = WanT2V.from_pretrained(*common, processes=processes, **shards)
             exact, latents = (sample(pipe, SIZES[size]) for pipe in (alone, shared))
-            case = [asdict(layout), sharded, attention, size]
-            held = own_bytes(shared.transformer) / own_bytes(alone.transformer)
+            result = {
+                "case": [asdict(layout), sharded, attention, size],
+                "error": ((latents - exact).abs().max() / exact.abs().max()).item(),
+                "held": own_bytes(shared.transformer) / own_bytes(alone.transformer),
+            }
             if processes.rank == 0:
-                print(
-                    json.dumps({"case": case, "error": (latents - exact).abs().max().item(), "held": held}), flush=True
-                )
+                print(json.dumps(result), flush=True)
 
 
-def cases(count: int, heads: int) -> Iterator[tuple[Layout, bool, str, str]]:
-    """All, but few of them with sharded weights, or with heads that do not divide."""
+def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[Layout, bool, str, str]]:
+    """All, but few of them with sharded weights, with heads that do not divide, or where each takes a compile."""
     for layout, sharded in itertools.product(LAYOUTS[count], (False, True)):
-        few = sharded or heads % layout.ulysses > 0
+        few = compiles or sharded or heads % layout.ulysses > 0
         for attention in list(CONFIGS)[: 2 if few else None]:
             if layout.cfg == 1 or CONFIGS[attention].mask_refresh == 1:
                 for size in list(SIZES)[1 if few else 0 :]:
@@ -68,4 +70,4 @@ def sample(pipe: WanT2V, size: tuple[int, int, int]) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
