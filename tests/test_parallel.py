@@ -18,6 +18,7 @@ import torch
 import generate
 from nabla import InputError
 from wan import random_checkpoint
+from wan.jobs import read_prompts
 from wan.parallel import dealt, interleaved, shares
 from wan.processes import Layout, choose_layout
 
@@ -42,6 +43,19 @@ def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[int, str, s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, said
+
+
+@pytest.fixture
+def run_prompts(random_nano, tmp_path, capsys):
+    """Make the videos of prompts by one process, and return what it says."""
+
+    def run(prompts: str, *flags: str) -> str:
+        (tmp_path / "prompts.txt").write_text(prompts)
+        files = ["--prompt_file", str(tmp_path / "prompts.txt"), "--save_dir", str(tmp_path)]
+        assert generate.main([*files, "--ckpt_dir", str(random_nano), *SMALL, *flags]) == 0
+        return capsys.readouterr().err
+
+    return run
 
 
 def files(folder: Path) -> list[str]:
@@ -121,17 +135,17 @@ def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_na
     code, _, said = finish(start(2, *flags, *SMALL, cwd=tmp_path))
     assert code == 0, said
     assert "layout: 2 processes: 2 replicas" in said
-    names = ["0001-A-red-circle.mp4", "0004-One-picture.png", "0005-A-cat.mp4", "boat.mp4"]
+    names = ["A-cat.mp4", "A-red-circle.mp4", "One-picture.png", "boat.mp4"]
     made = tmp_path / "made"
     assert [name for name in files(made) if not name.endswith(".json")] == names
     assert iio.imread(made / "boat.mp4").shape[1:3] == (48, 32)
     (made / "boat.mp4").unlink()
-    (made / "0005-A-cat.json").unlink()
-    times = {name: (made / name).stat().st_mtime_ns for name in names[:2]}
+    (made / "A-cat.json").unlink()
+    times = {name: (made / name).stat().st_mtime_ns for name in names[1:3]}
     code, _, said = finish(start(1, *flags, *SMALL, cwd=tmp_path))
     assert code == 0 and "prompts: 4, of which 2 are made already" in said
     assert [name for name in files(made) if not name.endswith(".json")] == names
-    assert times == {name: (made / name).stat().st_mtime_ns for name in names[:2]}
+    assert times == {name: (made / name).stat().st_mtime_ns for name in names[1:3]}
 
 
 @pytest.mark.parametrize(
@@ -181,8 +195,10 @@ def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
         (dict(processes=8, heads=12, guided=True), Layout(cfg=2, ulysses=4)),
         (dict(processes=8, heads=12, guided=False), Layout(ulysses=8)),
         (dict(processes=3, heads=40, guided=True), Layout(ulysses=3)),
-        (dict(processes=8, heads=40, guided=True, prompts=100), Layout(replicas=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=3), Layout(replicas=2, cfg=2, ulysses=2)),
+        (dict(processes=8, heads=40, guided=True, prompts=96), Layout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=8), Layout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=9), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, prompts=6), Layout(replicas=2, cfg=2, ulysses=2)),
         (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), Layout(cfg=2, ulysses=4)),
         (dict(processes=8, heads=40, guided=True, ulysses=8), Layout(ulysses=8)),
         (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), Layout(replicas=4, ulysses=2)),
@@ -199,7 +215,6 @@ def test_the_layout_that_is_chosen(asked, layout):
         (dict(cfg=3), "cfg_size 3 is too many: there are two guidance branches"),
         (dict(cfg=2, guided=False), "cfg_size 2 is too many: guidance is off"),
         (dict(cfg=0), "cfg_size 0 is not a positive integer"),
-        (dict(replicas=2), "replicas 2 are more than the prompts, 1"),
         (dict(ulysses=3), "8 processes cannot be laid out .ulysses_size 3."),
         (dict(processes=64), "64 processes cannot be laid out .no size asked for."),
     ),
@@ -210,10 +225,47 @@ def test_layouts_that_cannot_be(asked, message):
 
 
 def test_heads_are_dealt_so_that_all_have_as_much_to_do():
-    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.randperm(40)]
+    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.rand(3, 40).argsort(1)]
     for parts in (2, 3, 8):
         counts = shares(40, parts)
-        for order in (dealt(load, counts), interleaved(40, parts)):
-            assert sorted(order.tolist()) == list(range(40))
-        sums = [load[part].sum().item() for part in dealt(load, counts).split(counts)]
-        assert max(sums) - min(sums) <= 0.36
+        order = dealt(load, counts)
+        assert (order.sort(1).values == torch.arange(40)).all()
+        sums = [load.gather(1, part).sum(1) for part in order.split(counts, dim=1)]
+        assert (torch.stack(sums).amax(0) - torch.stack(sums).amin(0)).max() <= 0.36
+        assert sorted(interleaved(40, parts).tolist()) == list(range(40))
+
+
+def test_names_of_prompts_do_not_depend_on_their_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        '\ufeff{"prompt": "A cat", "name": "A-dog"}\nA dog\n\nA cat, asleep\r\nA cat,  asleep!\n', encoding="utf-8"
+    )
+    assert [name for _, name in read_prompts(path)] == ["A-dog", "A-dog-2", "A-cat-asleep", "A-cat-asleep-2"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    (
+        ('{"prompt": "A cat"', "line 2: not a JSON object"),
+        ('{"prompt": "A cat", "steps": 3}', "line 2: 'steps' is not known"),
+        ('{"prompt": "A cat", "size": "17*16"}', "line 2: size 17.16"),
+        ('{"seed": 3}', "line 2: the prompt is empty"),
+        ('{"prompt": "A cat", "name": "../cat"}', "line 2: name '../cat' is not a plain file name"),
+        ('{"prompt": "A cat", "name": "a\\u0000"}', "line 2: name .* is not a plain file name"),
+        ('{"prompt": "A cat", "name": "\\ud800"}', "line 2: name .* is not a plain file name"),
+        ('{"prompt": "A cat", "name": "one"}', "lines 1 and 2: both are named 'one'"),
+    ),
+)
+def test_wrong_lines_of_a_prompt_file(line, message, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('{"prompt": "A dog", "name": "one"}\n' + line, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_a_video_made_otherwise_is_made_again(run_prompts, tmp_path):
+    run_prompts("A cat")
+    first = (tmp_path / "A-cat.mp4").read_bytes()
+    assert "1 are made already" in run_prompts("A cat")
+    assert "0 are made already" in run_prompts("A cat", "--sample_steps", "3")
+    assert (tmp_path / "A-cat.mp4").read_bytes() != first

@@ -18,6 +18,7 @@ from wan.weights import CheckpointError, read_json
 TOKENIZER_FOLDER = "google/umt5-xxl"
 DEFAULTS_FILE = "defaults.yaml"
 TEXT_LENGTH = 512
+ROTARY_POSITIONS = 1024
 CONFIGURATIONS = ["config.json", "model_index.json", "transformer/config.json"]
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", DEFAULTS_FILE]
 
@@ -61,6 +62,11 @@ class Checkpoint:
         if not is_count(heads) or heads == 0:
             raise CheckpointError(f"{self.folder}: its configuration gives {heads!r} heads, not a positive integer")
         return heads
+
+    @property
+    def positions(self) -> int:
+        """Of the transformer's rotary table, along each axis."""
+        return self.config.get("rope_max_seq_len", ROTARY_POSITIONS)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -22,11 +23,11 @@ def read_prompts(path: Path) -> list[tuple[Layer, str]]:
     """Settings that each line of a file of prompts makes, and the name of its video's file, without an ending.
 
     A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num" and
-    "name"; empty lines are skipped. A name that is not given is made of the line's number and its prompt's first words.
-    Raises `InputError` with the line's number for anything else.
+    "name"; empty lines are skipped. A name that is not given is made of the prompt's first words, with a number where
+    several begin alike. Raises `InputError` with the line's number for anything else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"prompt_file {path} cannot be read ({reason}); give a text file, a prompt a line") from None
@@ -35,13 +36,20 @@ def read_prompts(path: Path) -> list[tuple[Layer, str]]:
         raise InputError(f"prompt_file {path} has no prompts; write one a line")
     numbers: dict[str, int] = {}
     for number, _, name in jobs:
-        if name in numbers:
+        if name is not None and numbers.setdefault(name, number) != number:
             raise InputError(f"{path}, lines {numbers[name]} and {number}: both are named {name!r}; name one otherwise")
-        numbers[name] = number
-    return [(layer, name) for _, layer, name in jobs]
+    named = []
+    for number, layer, name in jobs:
+        if name is None:
+            words = words_of(layer["prompt"])
+            numbered = (f"{words}-{copy}" for copy in itertools.count(2))
+            name = next(n for n in itertools.chain([words], numbered) if n not in numbers)
+            numbers[name] = number
+        named.append((layer, name))
+    return named
 
 
-def _job(path: Path, number: int, line: str) -> tuple[Layer, str]:
+def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     given: Layer = {"prompt": line.strip()}
     if line.lstrip().startswith("{"):
         try:
@@ -55,14 +63,19 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str]:
     for key, value in given.items():
         (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
     try:
-        settings = resolve(layer, {"checkpoint": "any"})
+        resolve(layer, {"checkpoint": "any"})
     except InputError as error:
         raise InputError(f"{path}, line {number}: {error}") from None
     if name is None:
-        name = f"{number:04d}-{words_of(settings.prompt)}"
-    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+        return layer, None
+    if not isinstance(name, str) or not _is_file_name(name):
         raise InputError(f"{path}, line {number}: name {name!r} is not a plain file name without a folder")
     return layer, re.sub(r"\.(mp4|png)$", "", name)
+
+
+def _is_file_name(name: str) -> bool:
+    # Surrogates and control characters are not printable.
+    return name.isprintable() and Path(name).name == name and not name.startswith(".")
 
 
 def words_of(prompt: str) -> str:

@@ -57,9 +57,12 @@ def load_models(
     leads = processes is None or processes.leads
     if offload is None:
         sharing = processes.layout.sharing if processes else 1
-        need = transformer_part.bytes(dtype) // (sharing if dit_fsdp else 1) + vae_part.bytes(dtype)
-        need += 0 if t5_cpu else text_part.bytes(dtype) // (sharing if t5_fsdp else 1)
+        need = transformer_part.bytes(dtype) // (sharing if dit_fsdp else 1)
+        need += vae_part.bytes(dtype) if leads else 0
+        need += text_part.bytes(dtype) // (sharing if t5_fsdp else 1) if (leads or t5_fsdp) and not t5_cpu else 0
         offload = memory.is_crowded(device, need)
+        if offload and sharing > 1 and not dit_fsdp:
+            log.warning("warning: idle weights move to host memory, a copy for each process; --dit_fsdp shards them")
     home = cpu if offload else device
     vae = text_encoder = None
     if leads:

@@ -78,6 +78,8 @@ def make_all(
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
+    if pipe.leads:
+        log.setLevel(logging.INFO)
     for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
         settings, path = videos[number]
         with _clear_about_memory(settings, options):
@@ -105,6 +107,8 @@ def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading
     made_with |= {"offload": pipe.offload, "t5_cpu": options.t5_cpu, "compile": options.compile}
     if pipe.processes is not None:
         made_with["layout"] = asdict(pipe.processes.layout)
+    # A record beside a video says that it is whole and made so.
+    path.with_suffix(".json").unlink(missing_ok=True)
     record = {"settings": settings.to_dict(), "made_with": made_with}
     if path.suffix == ".png":
         write_image(path, frames[0])

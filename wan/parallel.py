@@ -104,6 +104,8 @@ class Sequence:
     """
 
     def __init__(self, transformer: WanTransformer3DModel, mesh: DeviceMesh):
+        if hasattr(transformer, "sequence"):
+            raise InputError("the transformer is split by apply_sequence already")
         self.attention, self.group, self.tokens = transformer.blocks[0].attn1, mesh.get_group(), 0
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
         self.heads, layers = transformer.config.num_attention_heads, len(transformer.blocks)
@@ -127,27 +129,23 @@ class Sequence:
         most = shares(self.heads, self.size)[0]
         by_rank = _all_gather(F.pad(kept, (0, most - kept.shape[1])), self.group).cpu()
         own = shares(self.heads, self.size)
-        for layer, order in enumerate(self.order):
-            load = torch.cat([by_rank[rank, layer, : own[rank]] for rank in range(self.size)])
-            self.order[layer] = dealt(torch.empty(self.heads).index_copy(0, order, load), own)
+        by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
+        self.order = dealt(torch.empty_like(by_place).scatter(1, self.order, by_place), own)
         for on_device, changed in zip(self.on_device, (self.order, self.order.argsort(-1))):
             on_device.copy_(changed)
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        latents = args[0] if args else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         if timestep.ndim > 1 or torch.is_grad_enabled():
             raise InputError("a transformer split by apply_sequence takes one timestep a sample, without gradients")
-        self.tokens = latents[0, 0].numel()
-        for stride in transformer.config.patch_size:
-            self.tokens //= stride
-        if self.tokens < self.size:
-            raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
 
     def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if getattr(self.attention, "nabla_exchange", None) is None:
             raise InputError("after apply_sequence, blocks attend to a process's own tokens alone; use apply_attention")
         hidden = args[0] if args else kwargs["hidden_states"]
+        self.tokens = hidden.shape[1]
+        if self.tokens < self.size:
+            raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
         own = hidden.split(shares(self.tokens, self.size), dim=1)[self.rank].contiguous()
         return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
@@ -164,14 +162,19 @@ def interleaved(heads: int, parts: int) -> Tensor:
 
 
 def dealt(load: Tensor, counts: list[int]) -> Tensor:
-    """Heads by load (H,) to parts of given counts, so that their sums are about equal: the greatest to the least."""
-    parts: list[list[int]] = [[] for _ in counts]
-    sums = [0.0] * len(counts)
-    for head in load.argsort(descending=True).tolist():
-        part = min((n for n, count in enumerate(counts) if len(parts[n]) < count), key=sums.__getitem__)
-        parts[part].append(head)
-        sums[part] += load[head].item()
-    return torch.tensor([head for part in parts for head in sorted(part)])
+    """Heads of each layer by their load (layers, H), dealt to parts of given counts so that these have as much to do.
+
+    The heaviest first, each to the part that has least so far. Returns (layers, H), those of the first part first.
+    """
+    layers, left = torch.arange(len(load)), torch.tensor(counts).repeat(len(load), 1)
+    sums, parts = torch.zeros(len(load), len(counts)), torch.empty_like(load, dtype=torch.int64)
+    # Stable, since every process deals by itself.
+    for heads in load.argsort(dim=1, descending=True, stable=True).T:
+        part = sums.masked_fill(left == 0, float("inf")).argmin(dim=1)
+        parts[layers, heads] = part
+        sums[layers, part] += load[layers, heads]
+        left[layers, part] -= 1
+    return parts.argsort(dim=1, stable=True)
 
 
 def gather_guidance(prediction: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
@@ -193,7 +196,8 @@ def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> Non
     """
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # A root keeps what it has gathered for a backward, which there is none of.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:

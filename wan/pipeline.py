@@ -24,7 +24,7 @@ from wan.config import SamplingSettings, VideoSettings, check_positions, check_p
 from wan.latents import decode, encode
 from wan.loading import load_models
 from wan.parallel import apply_sequence, gather_guidance, is_sharded
-from wan.processes import Processes
+from wan.processes import Layout, Processes
 from wan.sampling import denoise, make_solver
 from wan.text import clean_prompt, pad_rows, pad_text
 from wan.video import to_frames
@@ -124,7 +124,7 @@ class WanT2V:
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(pipe.transformer)
         if processes is not None and processes.layout.ulysses > 1:
-            apply_sequence(pipe.transformer, processes.mesh["ulysses"])
+            apply_sequence(pipe.transformer, processes.sequence)
         apply_attention(pipe.transformer, attention)
         return pipe
 
@@ -181,10 +181,13 @@ class WanT2V:
         counter = applied.steps if applied else None
         # As one batch each guidance branch would keep blocks of its own.
         shares = applied is not None and applied.config.mask_refresh > 1
-        alone, gather = self.processes is None, None
-        if not alone and self.processes.layout.cfg > 1 and sampling.guide_scale != 1:
-            branches = self.processes.mesh["cfg"]
+        layout, gather = self.processes.layout if self.processes else Layout(), None
+        if layout.cfg > 1 and sampling.guide_scale != 1:
+            if shares:
+                raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
+            branches = self.processes.branches
             texts, gather = [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
+        takes_batch = layout.sharing == 1 and not shares
         try:
             with self._placed(self.transformer, self.device) as transformer, many_compiles():
                 latents = denoise(
@@ -193,7 +196,7 @@ class WanT2V:
                     *texts,
                     make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
                     sampling.guide_scale,
-                    batch_guidance=alone and not shares and memory.has_room_for_both(transformer, latents),
+                    batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
                     gather=gather,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import re
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError
 
@@ -27,7 +28,7 @@ TIMEOUT = timedelta(days=7)
 START_TIMEOUT = timedelta(minutes=10)
 # What a process may take to clean up after a signal, if it is not stuck in a library.
 GRACE_SECONDS = 3.0
-LOST = re.compile(r"connection (closed|reset)|broken pipe|read error|recv\w* |NCCL|gloo", re.IGNORECASE)
+LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,20 @@ def choose_layout(
 ) -> Layout:
     """The layout for so many processes, with what is asked for; the rest is chosen.
 
-    Several prompts go to replicas, which send each other nothing, unless weights are sharded over those that share a
-    video. Guidance branches come next, which send least; then the sequence, of at most as many ways as heads.
+    Several prompts go to replicas, which send each other nothing, as far as none is idle at the end, and unless weights
+    are sharded over those that share a video. Guidance branches come next, which send least; then the sequence, of at
+    most as many ways as heads.
     guided: whether there are two guidance branches that can run apart
     Raises `InputError` if nothing fits.
     """
     for name, value in (("replicas", replicas), ("cfg_size", cfg), ("ulysses_size", ulysses)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is not a positive integer")
-    if cfg is not None and cfg > 2 - (not guided):
+    if cfg is not None and cfg > 1 + guided:
         reason = "there are two guidance branches" if guided else "guidance is off, or its branches share masks"
         raise InputError(f"cfg_size {cfg} is too many: {reason}; leave it out")
     if ulysses is not None and ulysses > heads:
         raise InputError(f"ulysses_size {ulysses} is more than the {heads} heads of the model; lower it")
-    if replicas is not None and replicas > prompts:
-        raise InputError(f"replicas {replicas} are more than the prompts, {prompts}; lower it, or use --prompt_file")
     found = [
         Layout(r, c, processes // (r * c))
         for r in ([replicas] if replicas else range(1, min(prompts, processes) + 1))
@@ -87,10 +87,16 @@ def choose_layout(
         asked = {"replicas": replicas, "cfg_size": cfg, "ulysses_size": ulysses}
         named = ", ".join(f"{name} {value}" for name, value in asked.items() if value) or "no size asked for"
         raise InputError(
-            f"{processes} processes cannot be laid out ({named}): replicas (up to {prompts}) x cfg_size (up to "
+            f"{processes} processes cannot be laid out ({named}): replicas (of {prompts} to make) x cfg_size (up to "
             f"{1 + guided}) x ulysses_size (up to {heads}) must be {processes}; start another number, or change a size"
         )
-    return max(found, key=lambda layout: (-layout.replicas if sharded else layout.replicas, layout.cfg))
+
+    def cost(layout: Layout) -> tuple[int, int, int]:
+        # Rounds of videos, by the time that each takes.
+        time = -(-prompts // layout.replicas) * layout.replicas
+        return layout.replicas if sharded else time, -layout.replicas, -layout.cfg
+
+    return min(found, key=cost)
 
 
 class Processes:
@@ -99,10 +105,7 @@ class Processes:
     def __init__(self, store: dist.Store, device: torch.device):
         self.store, self.device = store, device
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self.layout = Layout()
-        # By (replicas, cfg, ulysses), and of the last two together: the processes that share a video with this one.
-        self.mesh: DeviceMesh | None = None
-        self.sharing: DeviceMesh | None = None
+        self.lay_out(Layout(ulysses=self.count))
 
     @classmethod
     @contextmanager
@@ -112,25 +115,45 @@ class Processes:
         If that fails or is interrupted, the first process that does says so, and each ends at once with a code of its
         own, 2 for a wrong input: those that wait for it in a collective cannot go on, and torchrun ends them.
         """
-        _end_on_signals()
+        watch = _Watch()
         processes = None
         try:
             device = pick_device(device_name)
+            if device.type == "cuda":
+                # torchrun leaves each process one thread, too few for a text encoder on the CPU.
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
             store, rank, count = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+            # The store outlives a restart by torchrun.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store.set_timeout(TIMEOUT)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-            processes = cls(dist.PrefixStore("wan", store), device)
+            processes = watch.processes = cls(dist.PrefixStore("wan", store), device)
             yield processes
+            processes._wait_for_all()
             dist.destroy_process_group()
         except BaseException as error:
             is_first = processes is None or processes.fails_first()
             _leave(_report(error) if is_first else 1)
 
+    def _wait_for_all(self) -> None:
+        """Until all are done, since nccl's own end needs all at once; a leader may decode and write for long."""
+        if self.store.add("done", 1) == self.count:
+            self.store.set("all done", "")
+        self.store.wait(["all done"], TIMEOUT)
+
     def lay_out(self, layout: Layout) -> None:
+        """Set the layout, and the meshes of those that share a video with this one: all, and along each axis."""
         self.layout = layout
-        sizes = layout.replicas, layout.cfg, layout.ulysses
-        self.mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicas", "cfg", "ulysses"))
-        self.sharing = self.mesh["cfg", "ulysses"]._flatten("sharing")
+        ranks = torch.arange(self.count).view(layout.replicas, layout.cfg, layout.ulysses)
+        self.sharing = self._mesh(ranks.flatten(1))
+        self.branches = self._mesh(ranks.movedim(1, -1).flatten(0, 1))
+        self.sequence = self._mesh(ranks.flatten(0, 1))
+
+    def _mesh(self, groups: Tensor) -> DeviceMesh:
+        """The mesh of this process's row. Not by init_device_mesh, whose groups have a time-out of their own."""
+        own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=TIMEOUT)
+        return DeviceMesh.from_group(own, self.device.type)
 
     @property
     def leads(self) -> bool:
@@ -168,7 +191,7 @@ class Processes:
 
 
 def started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -201,12 +224,11 @@ def _report(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
+        print("interrupted; no half-written file is left", file=sys.stderr)
         return 130
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
-        reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f"error: process {rank} lost another, which was killed or cut off ({reason}); start again", file=sys.stderr
-        )
+        reason = " ".join(str(error).split())[:500]
+        print(f"error: process {rank} lost another, which was killed or cut off: {reason}", file=sys.stderr)
     else:
         print(f"process {rank} failed:", file=sys.stderr)
         traceback.print_exception(error)
@@ -220,19 +242,27 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _end_on_signals() -> None:
-    """Let a signal interrupt the main thread, and end the process if that is stuck, as in a collective without peers.
+class _Watch:
+    """Makes SIGINT and SIGTERM interrupt the main thread, and end the process if that is stuck.
 
-    Python handles signals between its own instructions alone, so that a process that waits in a library ignores them.
+    Python handles signals between its own instructions alone, so a process that waits in a library would ignore them.
     """
-    watched = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
-    def watch() -> None:
-        if signal.sigwait(watched) == signal.SIGINT and os.environ["LOCAL_RANK"] == "0":
-            print("interrupted; no half-written file is left", file=sys.stderr, flush=True)
-        _thread.interrupt_main()
-        threading.Event().wait(GRACE_SECONDS)
+    def __init__(self) -> None:
+        self.processes: Processes | None = None
+        self.receiving, sending = socket.socketpair()
+        sending.setblocking(False)
+        self.sending = sending
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        # Written to whichever thread a signal meets.
+        signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while self.receiving.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(GRACE_SECONDS)
+        if self.processes is None or self.processes.fails_first():
+            print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
-
-    threading.Thread(target=watch, daemon=True).start()

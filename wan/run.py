@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,7 +14,7 @@ import torch
 
 from nabla import InputError
 from wan.checkpoint import Checkpoint
-from wan.config import Settings, read_settings, resolve
+from wan.config import Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
 from wan.making import Options, Video, make_all
@@ -59,14 +60,23 @@ def run(request: Request, options: Options) -> None:
 
 def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
     checkpoint, videos = settle(request, device)
-    every = [settings for settings, _ in videos]
+    if (options.replicas or 1) > len(videos):
+        raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
+    if processes is None or processes.rank == 0:
+        _warn_of_the_unexpected(checkpoint, videos[0][0])
+        videos = _still_to_make(videos, request)
     if processes is not None:
+        videos = processes.from_first(videos)
+    if not videos:
+        return
+    if processes is not None:
+        every = [settings for settings, _ in videos]
         layout = choose_layout(
             processes.count,
-            checkpoint.heads,
+            min(checkpoint.heads, *(math.prod(one.video.token_grid) for one in every)),
             # Branches that share masks have to take turns.
             guided=all(one.sampling.guide_scale != 1 and one.attention.mask_refresh == 1 for one in every),
-            prompts=len(videos),
+            prompts=len(every),
             sharded=options.dit_fsdp or options.t5_fsdp,
             replicas=options.replicas,
             cfg=options.cfg_size,
@@ -74,13 +84,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
         )
         log.info("layout: %s", layout.describe())
         processes.lay_out(layout)
-    if processes is None or processes.rank == 0:
-        _warn_of_the_unexpected(checkpoint, every[0])
-        videos = _still_to_make(videos, request)
-    if processes is not None:
-        videos = processes.from_first(videos)
-    if videos:
-        make_all(checkpoint, videos, device, options, processes)
+    make_all(checkpoint, videos, device, options, processes)
 
 
 def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Video]]:
@@ -105,6 +109,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     for layer, name in jobs:
         settings = checkpoint.resolve(layer, flags, from_file)
         settings = replace(settings, dtype=settings.dtype or own_dtype)
+        check_positions(settings.video, checkpoint.positions)
         path = request.save_file or default_path(settings)
         if name is not None:
             path = (request.save_dir or Path()) / f"{name}{ending(settings)}"

@@ -57,7 +57,7 @@ def model(args: argparse.Namespace, processes: Processes, layers: int | None = N
 
 def shared_by_all(processes: Processes) -> DeviceMesh:
     processes.lay_out(Layout(ulysses=processes.count))
-    return processes.mesh["ulysses"]
+    return processes.sequence
 
 
 def compare(args: argparse.Namespace, what: str, function: Callable[[], object], alone: Row | None = None) -> Row:
@@ -144,7 +144,7 @@ def guidance_rows(args: argparse.Namespace, processes: Processes, video: VideoSe
     transformer = model(args, processes)
     inputs = random_inputs(transformer, video, 1)
     processes.lay_out(Layout(cfg=2, replicas=processes.count // 2))
-    branches = processes.mesh["cfg"]
+    branches = processes.branches
 
     def forward() -> Tensor:
         return transformer(*inputs, return_dict=False)[0].float()
