@@ -1,14 +1,17 @@
-"""Estimates of GPU memory, for choices that are made before it runs out. They err on the large side."""
+"""Where models lie, and estimates of GPU memory, for choices that are made before it runs out: on the large side."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from wan.config import VAE_STRIDE
+from wan.parallel import is_sharded
 
 log = logging.getLogger("wan")
 
@@ -19,6 +22,21 @@ DECODE_BYTES_PER_PIXEL = 24_000
 WEIGHT_SHARE = 0.6
 # Float32 and working-precision copies of the hidden states that a block holds at once, besides its feed-forward.
 HIDDEN_COPIES = 6
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
+    """A model on the device it runs on, and back in host memory afterwards if idle ones are offloaded.
+
+    One whose weights are sharded stays where it is.
+    """
+    if not offload or is_sharded(module):
+        yield module
+        return
+    try:
+        yield module.to(device)
+    finally:
+        module.to("cpu")
 
 
 def free_bytes(device: torch.device) -> int:

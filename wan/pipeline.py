@@ -23,10 +23,10 @@ from wan.checkpoint import Checkpoint
 from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
 from wan.loading import load_models
-from wan.parallel import apply_sequence, gather_guidance, is_sharded
+from wan.parallel import apply_sequence, gather_guidance
 from wan.processes import Layout, Processes
 from wan.sampling import denoise, make_solver
-from wan.text import clean_prompt, pad_rows, pad_text
+from wan.text import pad_rows, pad_text, tokenize
 from wan.video import to_frames
 from wan.weights import CheckpointError
 
@@ -132,20 +132,12 @@ class WanT2V:
         """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training; too long ones are cut."""
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
-        tokens = self.tokenizer(
-            [clean_prompt(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)],
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_length,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return tokens.input_ids, tokens.attention_mask
+        return tokenize(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts, self.text_length)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text states (B, text length, C) of token ids and mask (B, L), zero past each prompt's end."""
-        with self._placed(self.text_encoder, self.text_device) as encoder:
+        with memory.placed(self.text_encoder, self.text_device, self.offload) as encoder:
             mask = mask.to(self.text_device)
             states = encoder(ids.to(self.text_device), mask).last_hidden_state * mask[..., None]
         return pad_rows(states.to(self.device, self.transformer.dtype), self.text_length)
@@ -189,7 +181,7 @@ class WanT2V:
             texts, gather = [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
         takes_batch = layout.sharing == 1 and not shares
         try:
-            with self._placed(self.transformer, self.device) as transformer, many_compiles():
+            with memory.placed(self.transformer, self.device, self.offload) as transformer, many_compiles():
                 latents = denoise(
                     transformer,
                     latents,
@@ -212,7 +204,7 @@ class WanT2V:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
-        with self._placed(self.vae, self.device) as vae:
+        with memory.placed(self.vae, self.device, self.offload) as vae:
             encoded = encode(vae, _batched(video, 5).to(self.device))
         return encoded if video.ndim == 5 else encoded[0]
 
@@ -222,7 +214,7 @@ class WanT2V:
 
         Tiled where memory asks for it, see `wan.latents.decode`.
         """
-        with self._placed(self.vae, self.device) as vae:
+        with memory.placed(self.vae, self.device, self.offload) as vae:
             video = decode(vae, _batched(latents, 5).to(self.device))
         return video if latents.ndim == 5 else video[0]
 
@@ -292,17 +284,6 @@ class WanT2V:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         check_positions(video, self.transformer.config.rope_max_seq_len)
         return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
-
-    @contextmanager
-    def _placed(self, module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-        """A component on the device it runs on, and back in host memory afterwards if components are offloaded."""
-        if not self.offload or is_sharded(module):
-            yield module
-            return
-        try:
-            yield module.to(device)
-        finally:
-            module.to("cpu")
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -19,6 +19,19 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, length) int64 each, of prompts cleaned as in training; too long ones are cut."""
+    tokens = tokenizer(
+        [clean_prompt(prompt) for prompt in prompts],
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
 def pad_rows(text: Tensor, length: int) -> Tensor:
     """Text states (B, L, C) with zero rows added up to (B, length, C); raises `InputError` if there are more."""
     if text.shape[1] > length:
