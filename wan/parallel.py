@@ -113,7 +113,7 @@ class Sequence:
             raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
         self.order = interleaved(self.heads, self.size).repeat(layers, 1)
         self.on_device: tuple[Tensor, ...] | None = None
-        transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
@@ -126,9 +126,8 @@ class Sequence:
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
-        most = shares(self.heads, self.size)[0]
-        by_rank = _all_gather(F.pad(kept, (0, most - kept.shape[1])), self.group).cpu()
         own = shares(self.heads, self.size)
+        by_rank = _all_gather(F.pad(kept, (0, own[0] - kept.shape[1])), self.group).cpu()
         by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
         self.order = dealt(torch.empty_like(by_place).scatter(1, self.order, by_place), own)
         for on_device, changed in zip(self.on_device, (self.order, self.order.argsort(-1))):

@@ -105,7 +105,6 @@ class Processes:
     def __init__(self, store: dist.Store, device: torch.device):
         self.store, self.device = store, device
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self.lay_out(Layout(ulysses=self.count))
 
     @classmethod
     @contextmanager
@@ -211,7 +210,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(own or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown, an absent, the meta device
+    except (RuntimeError, AssertionError) as error:  # an unknown or the meta device; a build of torch without it
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
