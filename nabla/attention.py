@@ -119,7 +119,6 @@ def attend(
     name, layout = _backend_for(q, k, v, plan), plan.selection.layout
     fixed = plan.fixed if name == plan.backend else None
     (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary, fixed is None) for x in (q, k))
-    v = layout.to_tiles(v)
 
     def of_heads(start: int, stop: int) -> Tensor:
         of = slice(start, stop)
@@ -128,7 +127,8 @@ def attend(
         if share is not None:
             counts = BACKENDS[name].kept_counts(prepared)
             share[of].copy_(counts.float().mean((0, 2)) / layout.blocks)
-        return BACKENDS[name].attend(q[:, of], k[:, of], v[:, of], prepared)
+        # v last: where it comes from other processes, it may still be on its way.
+        return BACKENDS[name].attend(q[:, of], k[:, of], layout.to_tiles(v[:, :, of]), prepared)
 
     batch, heads = q.shape[:2]
     group = max(1, LIST_ENTRIES // (batch * layout.blocks**2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -13,7 +14,8 @@ from nabla.tiling import TileLayout
 
 # Rotation works on pairs of neighbours, so a pair is moved as one integer and taken apart in registers.
 PAIR_TYPES = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
-# A program does some pairs of some heads, head after head with the same angles; all fits into registers.
+# A program does up to so many pairs of up to so many heads, head after head with the same angles; all fits into
+# registers. It does numbers that divide, since masks would cost it a tenth.
 HEADS = 8
 WIDTH = 16
 PAIRS_A_WARP = 256
@@ -30,7 +32,8 @@ def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None)
 
     Equal to `nabla.rotary.rotate`, `layout.to_tiles` and `nabla.selection.block_means`, up to the order of the sums.
     """
-    tiles, means = _gather(x, layout.source, layout.sizes, *(rotary or (None, None)))
+    angles = (None, None) if rotary is None else [angle[..., ::2].contiguous() for angle in rotary]
+    tiles, means = _gather(x, layout.source, layout.sizes, *angles)
     return tiles.transpose(1, 2), means
 
 
@@ -42,11 +45,11 @@ def _gather(
     kind = PAIR_TYPES[x.dtype]
     x_pairs, tile_pairs = x.contiguous().view(kind), tiles.view(kind)
     (batch, _, heads, pairs), blocks = x_pairs.shape, sizes.shape[0]
-    block, width = source.shape[0] // blocks, min(WIDTH, triton.next_power_of_2(pairs))
-    chunks = triton.cdiv(pairs, width)
+    block, width = source.shape[0] // blocks, math.gcd(WIDTH, pairs)
+    together = max(n for n in range(1, HEADS + 1) if heads % n == 0)
     with torch.cuda.device(x.device):
         # Parts of a token run fastest, so that programs side by side read one stretch of memory.
-        _gather_tile[(chunks * triton.cdiv(heads, HEADS), blocks, batch)](
+        _gather_tile[(pairs // width * (heads // together), blocks, batch)](
             x_pairs,
             source,
             sizes,
@@ -55,15 +58,14 @@ def _gather(
             tile_pairs,
             means,
             *x_pairs.stride()[:2],
-            *(0, 0) if cos is None else (cos.stride(1), cos.stride(3)),
             *tile_pairs.stride()[:2],
             heads,
             pairs,
             TYPE=_TYPES[x.dtype],
             BLOCK=block,
             WIDTH=width,
-            CHUNKS=chunks,
-            HEADS=HEADS,
+            CHUNKS=pairs // width,
+            HEADS=together,
             OFFSET=tl.int32 if max(x_pairs.numel(), tile_pairs.numel()) < 2**31 else tl.int64,
             num_warps=min(16, max(1, block * width // PAIRS_A_WARP)),
         )
@@ -119,8 +121,6 @@ if triton is not None:
         means,
         from_batch,
         from_token,
-        angle_token,
-        angle_dim,
         to_batch,
         to_slot,
         heads,
@@ -142,23 +142,20 @@ if triton is not None:
         there = slot.to(OFFSET)[:, None] * to_slot + column[None, :]
         x += batch.to(tl.int64) * from_batch
         tiles += batch.to(tl.int64) * to_batch
-        inside = column < pairs
         if cos is not None:
-            angle = token[:, None] * angle_token + 2 * column[None, :] * angle_dim
-            c = tl.load(cos + angle, mask=inside[None, :], other=0.0).to(tl.float32)
-            s = tl.load(sin + angle, mask=inside[None, :], other=0.0).to(tl.float32)
+            angle = token[:, None] * pairs + column[None, :]
+            c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
         for n in range(HEADS):
             head = tl.program_id(0) // CHUNKS * HEADS + n
-            inside = (column < pairs) & (head < heads)
-            pair = tl.load(x + head * pairs + here, mask=inside[None, :], other=0)
+            pair = tl.load(x + head * pairs + here)
             first, second = _unpack(pair, TYPE)
             if cos is not None:
                 pair = _pack(first * c - second * s, first * s + second * c, TYPE)
                 first, second = _unpack(pair, TYPE)
-            tl.store(tiles + head * pairs + there, pair, mask=inside[None, :])
+            tl.store(tiles + head * pairs + there, pair)
             number = (batch * heads + head).to(tl.int64) * tl.num_programs(1) + block
             mean = means + 2 * (number * pairs + column)
             parts = tl.where(counted, first, 0.0), tl.where(counted, second, 0.0)
             first_sum, second_sum = tl.reduce(parts, 0, _add)
-            tl.store(mean, first_sum / size, mask=inside)
-            tl.store(mean + 1, second_sum / size, mask=inside)
+            tl.store(mean, first_sum / size)
+            tl.store(mean + 1, second_sum / size)

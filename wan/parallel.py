@@ -15,6 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from nabla import InputError
 
+# Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
+EVEN_ENOUGH = 1.01
+
 
 def shares(count: int, parts: int) -> list[int]:
     """How many of `count` things each of `parts` gets, as evenly as can be, the first ones more."""
@@ -25,28 +28,36 @@ class Exchange(NamedTuple):
     """How processes that share a video swap tokens for heads around an attention (DeepSpeed-Ulysses, arXiv 2309.14509).
 
     group: name of the process group; rank, size: of this process in it, and how many there are
-    order: the heads by the process that attends to them, (H,) int64, and `places` its inverse; None: as they come
+    orders: the heads by the process that attends to them, (3, H) int64, once for each of q, k and v, and `places` the
+        inverse, (H,); None: as they come
     rotates_first: whether rotary angles come for the process's own tokens, rather than for all
     """
 
     group: str
     rank: int
     size: int
-    order: Tensor | None = None
+    orders: Tensor | None = None
     places: Tensor | None = None
     rotates_first: bool = False
 
     def own_heads(self, heads: int) -> int:
         return shares(heads, self.size)[self.rank]
 
-    def send_heads(self, x: Tensor, tokens: int) -> Tensor:
-        """Begin to swap (B, own tokens, H, D); what it returns is for `receive_heads`, and other work fits between."""
+    def send_heads(self, x: Tensor, tokens: int, which: int) -> Tensor:
+        """Begin to swap (B, own tokens, H, D); what it returns is for `receive_heads`, and other work fits between.
+
+        which: 0, 1 or 2 for q, k or v. Each reads an order of its own, or the compiler would put the copies of all
+        three into one kernel, behind the last of them.
+        """
         batch, _, heads, width = x.shape
         x = x.transpose(0, 1)
-        if self.order is not None:
-            x = x.index_select(2, self.order)
+        if self.orders is not None:
+            x = x.index_select(2, self.orders[which])
         of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
-        sent = torch.cat([part.flatten() for part in x.split(of_heads, dim=2)])
+        if heads % self.size:
+            sent = torch.cat([part.flatten() for part in x.split(of_heads, dim=2)])
+        else:
+            sent = x.unflatten(2, (self.size, -1)).movedim(2, 0).flatten()
         return self._send(sent, batch * width, of_tokens[self.rank], of_heads, of_heads[self.rank], of_tokens)
 
     def receive_heads(self, sent: Tensor, shape: torch.Size, tokens: int) -> Tensor:
@@ -60,8 +71,13 @@ class Exchange(NamedTuple):
         of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
         sent, own = x.transpose(0, 1).flatten(), of_tokens[self.rank]
         got = self._send(sent, batch * width, of_heads[self.rank], of_tokens, own, of_heads)
-        parts = collectives.wait_tensor(got).split([own * batch * count * width for count in of_heads])
-        x = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
+        got = collectives.wait_tensor(got)
+        if heads % self.size:
+            parts = got.split([own * batch * count * width for count in of_heads])
+            x = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
+        else:
+            # Not by cat, which the compiler does in a pass of its own.
+            x = got.view(self.size, own, batch, -1, width).movedim(0, 2).flatten(2, 3)
         if self.places is not None:
             x = x.index_select(2, self.places)
         return x.transpose(0, 1)
@@ -121,16 +137,22 @@ class Sequence:
         """The exchange of each layer, its order where the hidden states are."""
         if self.on_device is None or self.on_device[0].device != device:
             with torch.inference_mode(False):
-                self.on_device = self.order.to(device), self.order.argsort(-1).to(device)
+                self.on_device = tuple(x.to(device) for x in self._orders_and_places())
         return [Exchange(self.group.group_name, self.rank, self.size, *pair) for pair in zip(*self.on_device)]
+
+    def _orders_and_places(self) -> tuple[Tensor, Tensor]:
+        return self.order[:, None].repeat(1, 3, 1), self.order.argsort(-1)
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
         own = shares(self.heads, self.size)
         by_rank = _all_gather(F.pad(kept, (0, own[0] - kept.shape[1])), self.group).cpu()
+        loads = by_rank.sum(2)
+        if loads.amax(0).sum() <= EVEN_ENOUGH * loads.mean(0).sum():
+            return
         by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
         self.order = dealt(torch.empty_like(by_place).scatter(1, self.order, by_place), own)
-        for on_device, changed in zip(self.on_device, (self.order, self.order.argsort(-1))):
+        for on_device, changed in zip(self.on_device, self._orders_and_places()):
             on_device.copy_(changed)
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ from wan.sampling import denoise, make_solver
 # Half of the heads keep about the first share of blocks, half the second, in order of their numbers.
 UNEVEN_SHARES = 0.05, 0.35
 UNEVEN_THRESHOLD = 0.7
-CALIBRATION_LAYERS, CALIBRATION_ROUNDS = 2, 10
+# Logarithm of the greatest factor on queries, and how often the range up to it is halved.
+MOST_SHARPENED, CALIBRATION_ROUNDS = 6.0, 8
 
 
 @torch.no_grad()
@@ -74,13 +75,14 @@ def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettin
     transformer = model(args, processes)
     inputs = random_inputs(transformer, video, 1)
     forward = partial(transformer, *inputs, return_dict=False)
+    every = [*([] if args.no_dense else [NablaConfig()]), *configs(args)]
     alone = {}
-    for config in [NablaConfig(), *configs(args)]:
+    for config in every:
         apply_attention(transformer, config)
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
     apply_sequence(transformer, shared_by_all(processes))
-    for config in [NablaConfig(), *configs(args)]:
+    for config in every:
         apply_attention(transformer, config)
         what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
         yield compare(args, what, forward, alone[config])
@@ -90,14 +92,10 @@ def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSett
     """Half the heads sparse, half dense, in adjacent order: as they come, dealt out in turn, and by what they kept."""
     config = NablaConfig(threshold=UNEVEN_THRESHOLD, backend=args.backend)
     mesh = shared_by_all(processes)
-    few = model(args, processes, CALIBRATION_LAYERS)
-    apply_sequence(few, mesh)
-    apply_attention(few, config)
-    scales = [calibrated(few, random_inputs(few, video, 1), share) for share in UNEVEN_SHARES]
     transformer = model(args, processes)
-    sharpen(transformer, scales)
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     apply_attention(transformer, config)
+    calibrate(transformer, forward)
     alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
     yield alone
     apply_sequence(transformer, mesh)
@@ -108,7 +106,7 @@ def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSett
     for name, order in orders.items():
         transformer.sequence.balance = balance if order is None else lambda kept: None
         if order is not None:
-            transformer.sequence.order[:] = order
+            transformer.sequence.order = order.repeat(len(transformer.blocks), 1)
             transformer.sequence.on_device = None
         apply_attention(transformer, config)
         row = compare(args, f"{label(video)}: forward, uneven heads, dealt {name}", forward, alone)
@@ -116,25 +114,24 @@ def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSett
         yield row | {"kept_here": round(kept.mean().item(), 3)}
 
 
-def calibrated(transformer: WanTransformer3DModel, inputs: tuple[Tensor, ...], share: float) -> float:
-    """A factor on all queries with which about that share of blocks is kept."""
-    low, high = 0.0, 10.0
+def calibrate(transformer: WanTransformer3DModel, forward: Callable[[], object]) -> None:
+    """Set the norms of queries so that each head keeps its share of `UNEVEN_SHARES`, nearly, by bisection."""
+    modules = [block.attn1 for block in transformer.blocks]
+    heads, device = modules[0].heads, modules[0].norm_q.weight.device
+    for module in modules:
+        module.nabla_share = torch.ones(heads, device=device)
+    few, many = UNEVEN_SHARES
+    wanted = torch.where(torch.arange(heads, device=device) < heads // 2, few, many)
+    low = torch.zeros(len(modules), heads, device=device)
+    high = torch.full_like(low, MOST_SHARPENED)
     for _ in range(CALIBRATION_ROUNDS):
         middle = (low + high) / 2
-        sharpen(transformer, [math.exp(middle)])
-        transformer(*inputs, return_dict=False)
-        kept = torch.stack([block.attn1.nabla_share for block in transformer.blocks]).mean()
-        dist.all_reduce(kept, op=dist.ReduceOp.SUM)
-        low, high = (middle, high) if kept.item() / dist.get_world_size() > share else (low, middle)
-    return math.exp(low)
-
-
-def sharpen(transformer: WanTransformer3DModel, factors: list[float]) -> None:
-    """Set the weights of the queries' norm, the first factor for the first part of the heads, and so on."""
-    for block in transformer.blocks:
-        weight = block.attn1.norm_q.weight
-        for part, factor in zip(weight.chunk(len(factors)), factors):
-            part.fill_(factor)
+        for module, factors in zip(modules, middle.exp()):
+            weight = module.norm_q.weight
+            weight.copy_(factors.repeat_interleave(len(weight) // heads))
+        forward()
+        is_dense = torch.stack([module.nabla_share for module in modules]) > wanted
+        low, high = torch.where(is_dense, middle, low), torch.where(is_dense, high, middle)
 
 
 def guidance_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
