@@ -1,0 +1,308 @@
+"""Reading shapes, colours and motions off a video by plain image measurements, to score a generator by what it shows.
+
+The background is a line of colours between the tones at the frame's border; what lies off it is foreground. Each shape
+has a colour of its own, so the foreground's colours tell how many shapes there are and which pixels are whose. A kind
+is the silhouette that fits best over all rotations; motion, growth and spin are straight lines fitted over time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan.training.attributes import said_of
+from wan.training.drawing import (
+    BACKGROUND_LIGHT,
+    DARK,
+    LIGHT,
+    OUTLINES,
+    colour_tensor,
+    mix_with,
+    pattern_tone,
+)
+from wan.training.scenes import COLOURS, KINDS, MOTIONS, SIZES, STEPS, Scene, place_of
+
+# Videos are measured at this many pixels on the shorter side.
+WORKING_SIZE = 128
+# Distances between colours, in 8-bit levels over three channels.
+FOREGROUND_DISTANCE, EXPLAINED_DISTANCE = 42.0, 40.0
+# A shape's colour is read where its contrast is at least this share of the highest within PURE_RADIUS pixels.
+PURE_SHARE, PURE_RADIUS = 0.8, 3
+LEAST_SHARE = 0.06  # of the foreground, for a colour to count as a shape of its own
+LEAST_PIXELS = 60  # in a frame, at the working size
+STILL_TRAVEL = 0.12  # of the frame
+SPIN_LEAST = 1.0  # radians in the clip
+GROWTH_LEAST = 1.35  # last radius over first, or first over last
+TEMPLATE_SIZE, TEMPLATE_REACH, ROTATIONS = 40, 1.9, 72
+SYMMETRIES = {"square": 4, "cross": 4, "triangle": 3, "star": 5, "diamond": 2, "heart": 1, "circle": 0, "ring": 0}
+COLOUR_NAMES = tuple(COLOURS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape that was seen, in the words of `Shape`; `spin` is "none" too where it cannot be seen.
+
+    travel: how far its centre goes in the clip, (right, down), in shares of width and height
+    fit: how well the silhouette of its kind fits, at most 1
+    """
+
+    kind: str
+    colour: str
+    size: str
+    motion: str
+    place: str
+    spin: str
+    growth: str
+    travel: tuple[float, float]
+    fit: float
+
+
+def measured(video: Tensor) -> list[Found]:
+    """The shapes seen in (frames, height, width, 3) uint8, those with the most pixels first."""
+    frames = _at_working_size(video)
+    distance = _distance_to_background(frames)
+    foreground = distance > FOREGROUND_DISTANCE
+    pure = distance >= PURE_SHARE * F.max_pool2d(distance, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
+    colours = _colours_present(frames[foreground & pure])
+    if not colours:
+        return []
+    nearest = _family_distances(frames[foreground])[:, colours].argmin(1)
+    found = []
+    for index, colour in enumerate(colours):
+        mask = torch.zeros_like(foreground)
+        mask[foreground] = nearest == index
+        found.append(_describe(mask.float(), COLOUR_NAMES[colour]))
+    return [shape for shape in found if shape is not None]
+
+
+def score(video: Tensor, scene: Scene) -> dict[str, bool]:
+    """Whether (frames, height, width, 3) uint8 shows what captions of the scene say.
+
+    "colour", "kind" and "direction" hold if every shape has a different found one that fits in this attribute;
+    "all" if every shape has one that fits in all three at once. What captions do not say is right whatever it is.
+    """
+    found, wanted = measured(video), [said_of(shape) for shape in scene.shapes]
+    names = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
+    return {result: _is_shown(found, wanted, attributes) for result, attributes in names.items()}
+
+
+def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: tuple[str, ...]) -> bool:
+    return any(
+        all(getattr(shape, name) == said.get(name, getattr(shape, name)) for shape, said in zip(chosen, wanted) for name in attributes)
+        for chosen in itertools.permutations(found, len(wanted))
+    )
+
+
+def background_colour(video: Tensor) -> str:
+    """The name of the background's colour, plain or textured, of (frames, height, width, 3) uint8."""
+    border = _border(_at_working_size(video))
+    tones = torch.stack([colour_tensor(colour, border.device) for colour in COLOURS])
+    return COLOUR_NAMES[_to_segments(border, tones, mix_with(tones, 255, BACKGROUND_LIGHT)).mean(0).argmin()]
+
+
+def _at_working_size(video: Tensor) -> Tensor:
+    """(frames, height, width, 3) float32, smoothed a little against noise."""
+    frames = video.permute(0, 3, 1, 2).float()
+    scale = WORKING_SIZE / min(frames.shape[2:])
+    if scale != 1:
+        size = [round(length * scale) for length in frames.shape[2:]]
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    kernel = torch.tensor([0.25, 0.5, 0.25], device=frames.device)
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    return F.conv2d(F.pad(frames, (1, 1, 1, 1), "replicate"), kernel, groups=3).permute(0, 2, 3, 1)
+
+
+def _border(frames: Tensor) -> Tensor:
+    """Pixels (n, 3) of a band along the frame's edges."""
+    band = 3
+    sides = frames[:, :band], frames[:, -band:], frames[:, :, :band], frames[:, :, -band:]
+    return torch.cat([side.reshape(-1, 3) for side in sides])
+
+
+def _distance_to_background(frames: Tensor) -> Tensor:
+    """How far each pixel's colour is from the line between the background's tones, (frames, height, width)."""
+    border = _border(frames)
+    middle = border.median(0).values
+    near = border[(border - middle).norm(dim=1) < 200]
+    _, _, axes = torch.pca_lowrank(near[:: max(1, len(near) // 4096)], q=1, niter=4)
+    along = (near - near.mean(0)) @ axes[:, 0]
+    low, high = along.quantile(torch.tensor([0.02, 0.98], device=along.device)) if len(along) < 2**24 else along.aminmax()
+    ends = (near.mean(0) + end * axes[:, 0] for end in (low, high))
+    low_tone, high_tone = ends
+    return _to_segments(frames.reshape(-1, 3), low_tone[None], high_tone[None])[:, 0].reshape(frames.shape[:3])
+
+
+def _to_segments(pixels: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Distances (n, m) of pixels (n, 3) to segments between starts (m, 3) and ends (m, 3)."""
+    way = ends - starts
+    offset = pixels[:, None] - starts
+    share = ((offset * way).sum(-1) / way.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)
+    return (offset - share[..., None] * way).norm(dim=-1)
+
+
+def _family_distances(pixels: Tensor) -> Tensor:
+    """Distances (n, colours) of pixels (n, 3) to each colour with all its shades and tones."""
+    device = pixels.device
+    base = torch.stack([colour_tensor(colour, device) for colour in COLOURS])
+    tones = torch.stack([pattern_tone(colour, device) for colour in COLOURS])
+    ends = (mix_with(base, 0, DARK), mix_with(base, 255, LIGHT), tones)
+    return functools.reduce(torch.minimum, (_to_segments(pixels, base, end) for end in ends))
+
+
+def _colours_present(pixels: Tensor) -> list[int]:
+    """Indices of the colours that explain the pixels (n, 3), the one that explains most first."""
+    chosen: list[int] = []
+    if len(pixels) < LEAST_PIXELS:
+        return chosen
+    distances = _family_distances(pixels[:: max(1, len(pixels) // 20000)])
+    left = torch.ones(len(distances), dtype=torch.bool, device=pixels.device)
+    while left.float().mean() > LEAST_SHARE and len(chosen) < 3:
+        gain = (1 - distances[left] / EXPLAINED_DISTANCE).clamp(min=0).sum(0)
+        best = int(gain.argmax())
+        explained = left & (distances[:, best] < EXPLAINED_DISTANCE)
+        if best in chosen or explained.float().mean() < LEAST_SHARE:
+            break
+        chosen.append(best)
+        left &= ~explained
+    return chosen
+
+
+def _describe(mask: Tensor, colour: str) -> Found | None:
+    """What the shape with the mask (frames, height, width) is and does; None if it is seen too little."""
+    mask = _without_specks(mask)
+    area = mask.sum((1, 2))
+    seen = area > max(LEAST_PIXELS, 0.3 * float(area.median()))
+    if seen.sum() < max(2, len(mask) // 4):
+        return None
+    times = torch.linspace(0, 1, len(mask), device=mask.device)[seen]
+    mask, area = mask[seen], area[seen]
+    centres = _centroids(mask)
+    kind, fits, angles = _kind(mask, centres, area)
+    clear = fits >= fits.median()
+    radii = (area / unit_area(kind)).sqrt()[clear] / min(mask.shape[1:])
+    path = _line(times, centres / centres.new_tensor([mask.shape[2], mask.shape[1]]))
+    travel = tuple((path[1] - path[0]).tolist())
+    return Found(
+        kind=kind,
+        colour=colour,
+        size=min(SIZES, key=lambda size: abs(math.log(float(radii.median()) / SIZES[size]))),
+        motion=_motion(travel),
+        place=place_of(path[0].tolist()),
+        spin=_spin(times[clear], angles[clear], SYMMETRIES[kind]),
+        growth=_growth(_line(times[clear], radii.log()[:, None])),
+        travel=travel,
+        fit=float(fits[clear].mean()),
+    )
+
+
+def _without_specks(mask: Tensor) -> Tensor:
+    """The mask without what its 3x3 neighbourhood outvotes and what lies far from its middle."""
+    mask = (F.avg_pool2d(mask, 3, 1, 1) > 0.5).float()
+    offsets = torch.stack(_pixel_grid(mask), -1) - _centroids(mask)[:, None, None]
+    reach = 2 * (mask.sum((1, 2)) / math.pi).sqrt()
+    return mask * (offsets.norm(dim=-1) < reach[:, None, None])
+
+
+def _pixel_grid(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y of the pixels' centres, each (height, width)."""
+    y, x = (torch.arange(length, device=mask.device) + 0.5 for length in mask.shape[1:])
+    return tuple(torch.meshgrid(x, y, indexing="xy"))
+
+
+def _centroids(mask: Tensor) -> Tensor:
+    """Centres of mass (frames, 2) as (x, y) in pixels."""
+    area = mask.sum((1, 2)).clamp(min=1)
+    return torch.stack([(mask * axis).sum((1, 2)) / area for axis in _pixel_grid(mask)], -1)
+
+
+def _kind(mask: Tensor, centres: Tensor, area: Tensor) -> tuple[str, Tensor, Tensor]:
+    """The kind whose silhouette fits best in the frames where it fits well; its fits and angles, frame by frame."""
+    height, width = mask.shape[1:]
+    grid = _template_grid(mask.device) * (area / math.pi).sqrt()[:, None, None, None]
+    grid = (grid + centres[:, None, None]) * 2 / centres.new_tensor([width, height]) - 1
+    views = F.grid_sample(mask[:, None], grid, align_corners=False).flatten(1)
+    fits, rotations = (_normalised(views) @ templates(mask.device).flatten(0, 1).T).unflatten(1, (len(KINDS), -1)).max(2)
+    best = int(fits.topk(max(1, len(fits) // 2), dim=0).values.mean(0).argmax())
+    return KINDS[best], fits[:, best], rotations[:, best] * (2 * math.pi / ROTATIONS)
+
+
+def _template_grid(device: torch.device) -> Tensor:
+    """(TEMPLATE_SIZE, TEMPLATE_SIZE, 2) as (x, y), in radii of the disc of the same area."""
+    axis = (torch.arange(TEMPLATE_SIZE, device=device) + 0.5) / TEMPLATE_SIZE * 2 - 1
+    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1) * TEMPLATE_REACH
+
+
+def _normalised(views: Tensor) -> Tensor:
+    """Rows (n, pixels) with mean 0 and norm 1."""
+    return F.normalize(views - views.mean(1, keepdim=True), dim=1)
+
+
+@functools.lru_cache(maxsize=2)
+def templates(device: torch.device) -> Tensor:
+    """Silhouettes of all kinds in all rotations around their centroids, (kinds, ROTATIONS, pixels), normalised."""
+    x, y = _template_grid(device).unbind(-1)
+    pixel = 2 * TEMPLATE_REACH / TEMPLATE_SIZE
+    drawn = []
+    for kind in KINDS:
+        radius = math.sqrt(math.pi / unit_area(kind))
+        angles = torch.arange(ROTATIONS, device=device)[:, None, None] * (2 * math.pi / ROTATIONS)
+        turned_x, turned_y = x * angles.cos() + y * angles.sin(), y * angles.cos() - x * angles.sin()
+        distance = OUTLINES[kind](turned_x / radius, turned_y / radius + _unit_moments(kind)[1]) * radius
+        drawn.append(_normalised((0.5 - distance / pixel).clamp(0, 1).flatten(1)))
+    return torch.stack(drawn)
+
+
+def unit_area(kind: str) -> float:
+    """The area of a shape of radius 1."""
+    return _unit_moments(kind)[0]
+
+
+@functools.cache
+def _unit_moments(kind: str) -> tuple[float, float]:
+    """Area and height (downwards) of the centroid of a shape of radius 1; every kind is symmetric in x."""
+    axis = torch.linspace(-1.5, 1.5, 601)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    inside = OUTLINES[kind](x, y) < 0
+    return float(inside.sum()) * (3 / 600) ** 2, float(y[inside].mean())
+
+
+def _line(times: Tensor, values: Tensor) -> Tensor:
+    """Straight lines through values (n, m) at times (n,): their values (2, m) at times 0 and 1."""
+    design = torch.stack([1 - times, times], 1)
+    return torch.linalg.lstsq(design, values).solution
+
+
+def _motion(travel: tuple[float, float]) -> str:
+    """The motion whose direction is nearest."""
+    length = math.hypot(*travel)
+    if length < STILL_TRAVEL:
+        return "still"
+
+    def along(motion: str) -> float:
+        step = STEPS[motion]
+        return (travel[0] * step[0] + travel[1] * step[1]) / math.hypot(*step)
+
+    return max((motion for motion in MOTIONS if motion != "still"), key=along)
+
+
+def _growth(log_radius: Tensor) -> str:
+    ratio = math.exp(float(log_radius[1] - log_radius[0]))
+    return "grows" if ratio > GROWTH_LEAST else "shrinks" if ratio < 1 / GROWTH_LEAST else "none"
+
+
+def _spin(times: Tensor, angles: Tensor, symmetry: int) -> str:
+    """Which way the angles turn, each known but for multiples of a full turn over `symmetry`."""
+    if not symmetry:
+        return "none"
+    period = 2 * math.pi / symmetry
+    steps = torch.remainder(angles.diff() + period / 2, period) - period / 2
+    turned = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+    first, last = _line(times, turned[:, None])[:, 0].tolist()
+    return "none" if abs(last - first) < SPIN_LEAST else "clockwise" if last > first else "counterclockwise"
