@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import InputError
-from wan.training.scenes import COLOURS, Background, Scene, Shape
+from wan.training.colours import COLOURS, GLOW, SHADE, pattern_tone, texture_tone
+from wan.training.scenes import Background, Scene, Shape
 
-# How far shading and patterns go from a colour towards black and towards white.
-DARK, LIGHT = 0.24, 0.45
-PATTERN_LIGHT, PATTERN_DARK = 0.5, 0.36
-BACKGROUND_LIGHT = 0.35
 # Of backgrounds, in shares of the shorter side; of shapes, in radii.
 BACKGROUND_PERIOD, STRIPE_PERIOD, DOT_PERIOD, CHECK_PERIOD = 0.25, 0.56, 0.62, 0.8
 CLOUD_GRIDS = ((4, 1.0), (8, 0.5))
@@ -40,7 +37,7 @@ def render(
 def draw_background(background: Background, size: tuple[int, int], device: torch.device) -> Tensor:
     """(height, width, 3) uint8."""
     width, height = size
-    base = colour_tensor(background.colour, device)
+    base = torch.tensor(COLOURS[background.colour], device=device)
     if background.texture == "plain":
         return base.to(torch.uint8).expand(height, width, 3)
     short = min(size)
@@ -56,7 +53,7 @@ def draw_background(background: Background, size: tuple[int, int], device: torch
         share = checks(x, y, 2 * BACKGROUND_PERIOD, short)
     else:
         share = _clouds(background.seed, size).to(device)
-    return _mix(base, mix_with(base, 255, BACKGROUND_LIGHT), share).round().to(torch.uint8)
+    return _mix(base, torch.tensor(texture_tone(background.colour), device=device), share).round().to(torch.uint8)
 
 
 def _clouds(seed: int, size: tuple[int, int]) -> Tensor:
@@ -95,15 +92,15 @@ def _draw_shape(clip: Tensor, shape: Shape) -> None:
 
 def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor], pixels: Tensor) -> Tensor:
     """Colours of a window, broadcastable to (frames, rows, columns, 3); light stands still, patterns turn along."""
-    base = colour_tensor(shape.colour, pixels.device)
+    base = torch.tensor(COLOURS[shape.colour], device=pixels.device)
     if shape.shading == "flat":
         return base
     x, y = upright
     if shape.shading == "shaded":
         depth = ((x + 0.4).square() + (y + 0.45).square()).sqrt() / 1.7
         glow, shade = (1 - 1.6 * depth).clamp(min=0).square(), depth.clamp(max=1).square()
-        return _mix(_mix(base, base * (1 - DARK), shade), torch.full_like(base, 255), LIGHT * glow)
-    tone = pattern_tone(shape.colour, pixels.device)
+        return _mix(_mix(base, base * (1 - SHADE), shade), torch.full_like(base, 255), GLOW * glow)
+    tone = torch.tensor(pattern_tone(shape.colour), device=pixels.device)
     x, y = turned
     if shape.shading == "striped":
         return _mix(base, tone, bands(x * math.sqrt(0.5) + y * math.sqrt(0.5), STRIPE_PERIOD, pixels))
@@ -112,20 +109,6 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
     nearest_x, nearest_y = (a - (a / DOT_PERIOD).round() * DOT_PERIOD for a in turned)
     distance = (nearest_x.square() + nearest_y.square()).sqrt() - 0.3 * DOT_PERIOD
     return _mix(base, tone, (0.5 - distance * pixels).clamp(0, 1))
-
-
-def colour_tensor(colour: str, device: torch.device) -> Tensor:
-    return torch.tensor(COLOURS[colour], dtype=torch.float32, device=device)
-
-
-def mix_with(colour: Tensor, value: float, share: float) -> Tensor:
-    return colour + (value - colour) * share
-
-
-def pattern_tone(colour: str, device: torch.device) -> Tensor:
-    """The second tone of patterned shapes: lighter for dark colours, darker for light ones."""
-    base = colour_tensor(colour, device)
-    return mix_with(base, 255, PATTERN_LIGHT) if base.mean() < 150 else mix_with(base, 0, PATTERN_DARK)
 
 
 def bands(along: Tensor, period: float, pixels: float | Tensor) -> Tensor:

@@ -10,31 +10,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.training.attributes import said_of
-from wan.training.drawing import (
-    BACKGROUND_LIGHT,
-    DARK,
-    LIGHT,
-    OUTLINES,
-    colour_tensor,
-    mix_with,
-    pattern_tone,
-)
-from wan.training.scenes import COLOURS, KINDS, MOTIONS, SIZES, STEPS, Scene, place_of
+from wan.training.attributes import MOST_SHAPES, said_of
+from wan.training.colours import COLOURS, GLOW, SHADE, mix, pattern_tone, texture_tone
+from wan.training.drawing import OUTLINES
+from wan.training.scenes import KINDS, MOTIONS, SIZES, STEPS, Scene, place_of
 
 # Videos are measured at this many pixels on the shorter side.
 WORKING_SIZE = 128
 # Distances between colours, in 8-bit levels over three channels.
-FOREGROUND_DISTANCE, EXPLAINED_DISTANCE = 42.0, 40.0
-# A shape's colour is read where its contrast is at least this share of the highest within PURE_RADIUS pixels.
-PURE_SHARE, PURE_RADIUS = 0.8, 3
+FOREGROUND_DISTANCE, EXPLAINED_DISTANCE, NEAR_DISTANCE = 42.0, 40.0, 200.0
+# A shape's colour is read, and its edge drawn, where the distance to the background reaches these shares of the
+# highest within PURE_RADIUS pixels.
+PURE_SHARE, EDGE_SHARE, PURE_RADIUS = 0.8, 0.4, 3
 LEAST_SHARE = 0.06  # of the foreground, for a colour to count as a shape of its own
 LEAST_PIXELS = 60  # in a frame, at the working size
 STILL_TRAVEL = 0.12  # of the frame
@@ -42,7 +36,7 @@ SPIN_LEAST = 1.0  # radians in the clip
 GROWTH_LEAST = 1.35  # last radius over first, or first over last
 TEMPLATE_SIZE, TEMPLATE_REACH, ROTATIONS = 40, 1.9, 72
 SYMMETRIES = {"square": 4, "cross": 4, "triangle": 3, "star": 5, "diamond": 2, "heart": 1, "circle": 0, "ring": 0}
-COLOUR_NAMES = tuple(COLOURS)
+MOST_SAMPLES = 20000
 
 
 @dataclass(frozen=True)
@@ -65,20 +59,22 @@ class Found:
 
 
 def measured(video: Tensor) -> list[Found]:
-    """The shapes seen in (frames, height, width, 3) uint8, those with the most pixels first."""
+    """The shapes seen in (frames, height, width, 3) uint8, at most three, each of another colour."""
     frames = _at_working_size(video)
     distance = _distance_to_background(frames)
-    foreground = distance > FOREGROUND_DISTANCE
-    pure = distance >= PURE_SHARE * F.max_pool2d(distance, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
-    colours = _colours_present(frames[foreground & pure])
+    highest = F.max_pool2d(distance, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
+    foreground = (distance > FOREGROUND_DISTANCE) & (distance > EDGE_SHARE * highest)
+    pure = foreground & (distance > PURE_SHARE * highest)
+    colours = _colours_present(frames[pure])
     if not colours:
         return []
-    nearest = _family_distances(frames[foreground])[:, colours].argmin(1)
-    found = []
-    for index, colour in enumerate(colours):
-        mask = torch.zeros_like(foreground)
-        mask[foreground] = nearest == index
-        found.append(_describe(mask.float(), COLOUR_NAMES[colour]))
+    nearest = _family_distances(frames[pure], colours).argmin(1)
+    owned = torch.zeros(len(colours), *pure.shape, device=pure.device)
+    owned[:, pure] = F.one_hot(nearest, len(colours)).T.float()
+    # Mixtures at edges may have any colour, so they go with the pure pixels around them.
+    around = F.avg_pool2d(owned, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
+    masks = (around == around.amax(0)) & foreground
+    found = [_describe(mask.float(), colour) for mask, colour in zip(masks, colours)]
     return [shape for shape in found if shape is not None]
 
 
@@ -95,7 +91,11 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
 
 def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: tuple[str, ...]) -> bool:
     return any(
-        all(getattr(shape, name) == said.get(name, getattr(shape, name)) for shape, said in zip(chosen, wanted) for name in attributes)
+        all(
+            getattr(shape, name) == said.get(name, getattr(shape, name))
+            for shape, said in zip(chosen, wanted)
+            for name in attributes
+        )
         for chosen in itertools.permutations(found, len(wanted))
     )
 
@@ -103,8 +103,8 @@ def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: t
 def background_colour(video: Tensor) -> str:
     """The name of the background's colour, plain or textured, of (frames, height, width, 3) uint8."""
     border = _border(_at_working_size(video))
-    tones = torch.stack([colour_tensor(colour, border.device) for colour in COLOURS])
-    return COLOUR_NAMES[_to_segments(border, tones, mix_with(tones, 255, BACKGROUND_LIGHT)).mean(0).argmin()]
+    base, tones = (border.new_tensor(list(map(tone, COLOURS))) for tone in (COLOURS.__getitem__, texture_tone))
+    return tuple(COLOURS)[_to_segments(border, base, tones).mean(0).argmin()]
 
 
 def _at_working_size(video: Tensor) -> Tensor:
@@ -129,14 +129,13 @@ def _border(frames: Tensor) -> Tensor:
 def _distance_to_background(frames: Tensor) -> Tensor:
     """How far each pixel's colour is from the line between the background's tones, (frames, height, width)."""
     border = _border(frames)
-    middle = border.median(0).values
-    near = border[(border - middle).norm(dim=1) < 200]
-    _, _, axes = torch.pca_lowrank(near[:: max(1, len(near) // 4096)], q=1, niter=4)
-    along = (near - near.mean(0)) @ axes[:, 0]
-    low, high = along.quantile(torch.tensor([0.02, 0.98], device=along.device)) if len(along) < 2**24 else along.aminmax()
-    ends = (near.mean(0) + end * axes[:, 0] for end in (low, high))
-    low_tone, high_tone = ends
-    return _to_segments(frames.reshape(-1, 3), low_tone[None], high_tone[None])[:, 0].reshape(frames.shape[:3])
+    near = border[(border - border.median(0).values).norm(dim=1) < NEAR_DISTANCE]
+    near = near[:: max(1, len(near) // MOST_SAMPLES)]
+    middle = near.mean(0)
+    axis = torch.linalg.eigh((near - middle).T @ (near - middle)).eigenvectors[:, -1]
+    extent = ((near - middle) @ axis).quantile(torch.tensor([0.02, 0.98], device=near.device))
+    low, high = middle + extent[:, None] * axis
+    return _to_segments(frames.reshape(-1, 3), low[None], high[None])[:, 0].reshape(frames.shape[:3])
 
 
 def _to_segments(pixels: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
@@ -147,29 +146,29 @@ def _to_segments(pixels: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     return (offset - share[..., None] * way).norm(dim=-1)
 
 
-def _family_distances(pixels: Tensor) -> Tensor:
+def _family_distances(pixels: Tensor, colours: Sequence[str]) -> Tensor:
     """Distances (n, colours) of pixels (n, 3) to each colour with all its shades and tones."""
-    device = pixels.device
-    base = torch.stack([colour_tensor(colour, device) for colour in COLOURS])
-    tones = torch.stack([pattern_tone(colour, device) for colour in COLOURS])
-    ends = (mix_with(base, 0, DARK), mix_with(base, 255, LIGHT), tones)
-    return functools.reduce(torch.minimum, (_to_segments(pixels, base, end) for end in ends))
+    base = pixels.new_tensor([COLOURS[colour] for colour in colours])
+    distances = [
+        _to_segments(pixels, base, pixels.new_tensor([tone(colour) for colour in colours]))
+        for tone in (lambda c: mix(COLOURS[c], 0, SHADE), lambda c: mix(COLOURS[c], 255, GLOW), pattern_tone)
+    ]
+    return torch.stack(distances).amin(0)
 
 
-def _colours_present(pixels: Tensor) -> list[int]:
-    """Indices of the colours that explain the pixels (n, 3), the one that explains most first."""
-    chosen: list[int] = []
+def _colours_present(pixels: Tensor) -> list[str]:
+    """The colours that explain the pixels (n, 3), the one that explains most first."""
+    chosen: list[str] = []
     if len(pixels) < LEAST_PIXELS:
         return chosen
-    distances = _family_distances(pixels[:: max(1, len(pixels) // 20000)])
+    distances = _family_distances(pixels[:: max(1, len(pixels) // MOST_SAMPLES)], tuple(COLOURS))
     left = torch.ones(len(distances), dtype=torch.bool, device=pixels.device)
-    while left.float().mean() > LEAST_SHARE and len(chosen) < 3:
-        gain = (1 - distances[left] / EXPLAINED_DISTANCE).clamp(min=0).sum(0)
-        best = int(gain.argmax())
+    while left.float().mean() > LEAST_SHARE and len(chosen) < MOST_SHAPES:
+        best = int((1 - distances[left] / EXPLAINED_DISTANCE).clamp(min=0).sum(0).argmax())
         explained = left & (distances[:, best] < EXPLAINED_DISTANCE)
-        if best in chosen or explained.float().mean() < LEAST_SHARE:
+        if explained.float().mean() < LEAST_SHARE:
             break
-        chosen.append(best)
+        chosen.append(tuple(COLOURS)[best])
         left &= ~explained
     return chosen
 
@@ -228,7 +227,9 @@ def _kind(mask: Tensor, centres: Tensor, area: Tensor) -> tuple[str, Tensor, Ten
     grid = _template_grid(mask.device) * (area / math.pi).sqrt()[:, None, None, None]
     grid = (grid + centres[:, None, None]) * 2 / centres.new_tensor([width, height]) - 1
     views = F.grid_sample(mask[:, None], grid, align_corners=False).flatten(1)
-    fits, rotations = (_normalised(views) @ templates(mask.device).flatten(0, 1).T).unflatten(1, (len(KINDS), -1)).max(2)
+    fits, rotations = (
+        (_normalised(views) @ templates(mask.device).flatten(0, 1).T).unflatten(1, (len(KINDS), -1)).max(2)
+    )
     best = int(fits.topk(max(1, len(fits) // 2), dim=0).values.mean(0).argmax())
     return KINDS[best], fits[:, best], rotations[:, best] * (2 * math.pi / ROTATIONS)
 

@@ -17,25 +17,12 @@ from typing import TypeVar
 import numpy as np
 
 from nabla import InputError
+from wan.training.colours import COLOURS, Colour, background_tones, shape_tones, stand_out
 
 T = TypeVar("T")
 Point = tuple[float, float]
 
 KINDS = ("circle", "square", "triangle", "star", "diamond", "ring", "cross", "heart")
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 42, 42),
-    "green": (40, 160, 65),
-    "blue": (40, 90, 225),
-    "yellow": (252, 215, 45),
-    "orange": (247, 135, 20),
-    "purple": (135, 55, 185),
-    "pink": (252, 135, 190),
-    "cyan": (45, 205, 222),
-    "brown": (125, 75, 40),
-    "gray": (128, 128, 128),
-    "black": (8, 8, 8),
-    "white": (255, 255, 255),
-}
 SIZES = {"small": 0.1, "medium": 0.15, "large": 0.21}
 SIZE_JITTER = 0.06
 SMALLEST, BIGGEST = 0.09, 0.21  # radii between which shapes grow and shrink
@@ -66,6 +53,7 @@ SPLITS = ("train", "held_out")
 REACH = 1.2
 MARGIN = 0.02
 HELD_OUT_PERIOD = 16
+TRIES = 60
 
 MOTION_WEIGHTS = dict.fromkeys(MOTIONS, 0.07) | dict.fromkeys(("left", "right", "up", "down"), 0.15) | {"still": 0.12}
 BACKGROUND_WEIGHTS = dict.fromkeys(COLOURS, 0.05) | {"white": 0.28, "black": 0.16, "gray": 0.1}
@@ -139,11 +127,11 @@ def place_of(centre: Point) -> str:
 
 def is_held_out(scene: Scene) -> bool:
     """Whether any shape's colour, kind and motion make a combination (about 1 in 16) that training never sees."""
-    return any(_is_held_out(shape.colour, shape.kind, shape.motion) for shape in scene.shapes)
+    return any(map(_is_held_out, scene.shapes))
 
 
-def _is_held_out(*attributes: str) -> bool:
-    return zlib.crc32(",".join(attributes).encode()) % HELD_OUT_PERIOD == 0
+def _is_held_out(shape: Shape) -> bool:
+    return zlib.crc32(f"{shape.colour},{shape.kind},{shape.motion}".encode()) % HELD_OUT_PERIOD == 0
 
 
 def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
@@ -154,10 +142,9 @@ def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
     if split not in SPLITS:
         raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
     count, crossing = choose(rng, LAYOUTS)
-    while True:
-        scene = _draw_scene(rng, count, crossing)
-        if is_held_out(scene) == (split == "held_out") and _is_laid_out(scene):
-            return scene
+    while (scene := _draw_scene(rng, count, crossing, split)) is None:
+        pass
+    return scene
 
 
 def choose(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
@@ -174,13 +161,28 @@ def chance(rng: np.random.Generator, probability: float) -> bool:
     return rng.random() < probability
 
 
-def _draw_scene(rng: np.random.Generator, count: int, crossing: bool) -> Scene:
+def _draw_scene(rng: np.random.Generator, count: int, crossing: bool, split: str) -> Scene | None:
+    """Shapes drawn one after another until each fits with those before; None if one finds no room."""
     background = _draw_background(rng)
-    free = [colour for colour in COLOURS if colour != background.colour]
-    colours = [free[i] for i in rng.permutation(len(free))[:count]]
-    shapes = tuple(_draw_shape(rng, colour, alone=count == 1) for colour in colours)
     relation = one_of(rng, RELATIONS[1:]) if crossing else "apart"
-    return Scene(shapes, background, relation, relation_said=crossing and chance(rng, 0.9))
+    shapes: list[Shape] = []
+    for slot in range(count):
+        must_cross = crossing and slot == 1
+        for _ in range(TRIES):
+            shape = _draw_shape(rng, alone=count == 1)
+            if _is_allowed(shape, split, slot) and _fits(shape, shapes, background, must_cross):
+                shapes.append(shape)
+                break
+        else:
+            return None
+    return Scene(tuple(shapes), background, relation, relation_said=crossing and chance(rng, 0.9))
+
+
+def _is_allowed(shape: Shape, split: str, slot: int) -> bool:
+    """Whether the shape is held out as it should be; held-out scenes have such a combination in their first shape."""
+    if split == "train":
+        return not _is_held_out(shape)
+    return slot > 0 or _is_held_out(shape)
 
 
 def _draw_background(rng: np.random.Generator) -> Background:
@@ -196,8 +198,8 @@ def _draw_background(rng: np.random.Generator) -> Background:
     return Background(colour, texture, angle, seed, frozenset(said) if chance(rng, 0.8) else frozenset())
 
 
-def _draw_shape(rng: np.random.Generator, colour: str, alone: bool) -> Shape:
-    kind = one_of(rng, KINDS)
+def _draw_shape(rng: np.random.Generator, alone: bool) -> Shape:
+    kind, colour = one_of(rng, KINDS), one_of(rng, tuple(COLOURS))
     motion = choose(rng, MOTION_WEIGHTS if alone else MOTION_WEIGHTS | {"still": 0.35})
     is_still = motion == "still"
     growth = one_of(rng, GROWTHS[1:]) if alone and chance(rng, 0.3 if is_still else 0.06) else "none"
@@ -261,18 +263,27 @@ def _draw_said(
     return frozenset(said if said & {"kind", "colour"} else said | {"colour"})
 
 
-def _is_laid_out(scene: Scene) -> bool:
-    """Whether the shapes keep apart, but for a first that crosses the second clear of both ends of the clip."""
-    for (i, a), (j, b) in itertools.combinations(enumerate(scene.shapes), 2):
-        reach = REACH * (max(a.radius) + max(b.radius))
-        first, last = (complex(*a_at) - complex(*b_at) for a_at, b_at in ((a.start, b.start), (a.end, b.end)))
+def _fits(shape: Shape, others: Sequence[Shape], background: Background, must_cross: bool) -> bool:
+    """Whether a shape stands out from the rest, and keeps apart from the others or crosses the one that it must."""
+    tones = _tones(shape)
+    if not stand_out(tones, background_tones(background.colour, background.texture != "plain")):
+        return False
+    for other in others:
+        reach = REACH * (max(shape.radius) + max(other.radius))
+        first, last = complex(*shape.start) - complex(*other.start), complex(*shape.end) - complex(*other.end)
         nearest = _distance_to_origin(first, last)
-        if (i, j) == (0, 1) and scene.relation != "apart":
-            if nearest > 0.3 * reach or min(abs(first), abs(last)) < reach or a.motion == b.motion:
-                return False
-        elif nearest < 1.05 * reach:
+        if must_cross:
+            # Both are whole and apart at both ends of the clip, and most of the one is behind the other between.
+            is_placed = nearest < 0.3 * reach < reach < min(abs(first), abs(last)) and shape.motion != other.motion
+        else:
+            is_placed = nearest > 1.05 * reach
+        if not (is_placed and stand_out(tones, _tones(other))):
             return False
     return True
+
+
+def _tones(shape: Shape) -> tuple[Colour, ...]:
+    return shape_tones(shape.colour, shape.shading in PATTERNS)
 
 
 def _distance_to_origin(first: complex, last: complex) -> float:

@@ -55,9 +55,9 @@ UP_VERBS, DOWN_VERBS = ("rise", "climb", "ascend", "float up"), ("fall", "fall",
 SIDE_PATHS = (
     "to the {to}", "to the {to}", "{to}", "{to}wards", "{to}ward", "from {of} to {to}", "from {of} to {to}",
     "from the {of} to the {to}", "from the {of} side to the {to} side", "towards the {to}", "toward the {to}",
-    "to {to}", "towards {to}", "toward the {to} side", "across the screen to the {to}",
-    "across the frame from {of} to {to}", "horizontally to the {to}", "horizontally from {of} to {to}", "to the {to} side of the screen", "{of} to {to}",
-    "from the {of} edge to the {to} edge",
+    "to {to}", "towards {to}", "toward the {to} side", "across the screen to the {to}", "{of} to {to}",
+    "across the frame from {of} to {to}", "horizontally to the {to}", "horizontally from {of} to {to}",
+    "to the {to} side of the screen", "from the {of} edge to the {to} edge",
 )  # fmt: skip
 VERTICAL_PATHS = (
     "{v}", "{v}", "{v}wards", "{v}ward", "straight {v}", "vertically {v}wards", "{v} the screen", "to the {to}",
