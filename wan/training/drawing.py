@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import InputError
-from wan.training.colours import COLOURS, GLOW, SHADE, pattern_tone, texture_tone
+from wan.training.colours import COLOURS, GLOW, SHADE, Colour, pattern_tone, texture_tone
 from wan.training.scenes import Background, Scene, Shape
 
 # Of backgrounds, in shares of the shorter side; of shapes, in radii.
@@ -37,7 +37,7 @@ def render(
 def draw_background(background: Background, size: tuple[int, int], device: torch.device) -> Tensor:
     """(height, width, 3) uint8."""
     width, height = size
-    base = torch.tensor(COLOURS[background.colour], device=device)
+    base = _levels(COLOURS[background.colour], device)
     if background.texture == "plain":
         return base.to(torch.uint8).expand(height, width, 3)
     short = min(size)
@@ -53,7 +53,7 @@ def draw_background(background: Background, size: tuple[int, int], device: torch
         share = checks(x, y, 2 * BACKGROUND_PERIOD, short)
     else:
         share = _clouds(background.seed, size).to(device)
-    return _mix(base, torch.tensor(texture_tone(background.colour), device=device), share).round().to(torch.uint8)
+    return _mix(base, _levels(texture_tone(background.colour), device), share).round().to(torch.uint8)
 
 
 def _clouds(seed: int, size: tuple[int, int]) -> Tensor:
@@ -92,7 +92,7 @@ def _draw_shape(clip: Tensor, shape: Shape) -> None:
 
 def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor], pixels: Tensor) -> Tensor:
     """Colours of a window, broadcastable to (frames, rows, columns, 3); light stands still, patterns turn along."""
-    base = torch.tensor(COLOURS[shape.colour], device=pixels.device)
+    base = _levels(COLOURS[shape.colour], pixels.device)
     if shape.shading == "flat":
         return base
     x, y = upright
@@ -100,7 +100,7 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
         depth = ((x + 0.4).square() + (y + 0.45).square()).sqrt() / 1.7
         glow, shade = (1 - 1.6 * depth).clamp(min=0).square(), depth.clamp(max=1).square()
         return _mix(_mix(base, base * (1 - SHADE), shade), torch.full_like(base, 255), GLOW * glow)
-    tone = torch.tensor(pattern_tone(shape.colour), device=pixels.device)
+    tone = _levels(pattern_tone(shape.colour), pixels.device)
     x, y = turned
     if shape.shading == "striped":
         return _mix(base, tone, bands(x * math.sqrt(0.5) + y * math.sqrt(0.5), STRIPE_PERIOD, pixels))
@@ -109,6 +109,10 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
     nearest_x, nearest_y = (a - (a / DOT_PERIOD).round() * DOT_PERIOD for a in turned)
     distance = (nearest_x.square() + nearest_y.square()).sqrt() - 0.3 * DOT_PERIOD
     return _mix(base, tone, (0.5 - distance * pixels).clamp(0, 1))
+
+
+def _levels(colour: Colour, device: torch.device) -> Tensor:
+    return torch.tensor(colour, dtype=torch.float32, device=device)
 
 
 def bands(along: Tensor, period: float, pixels: float | Tensor) -> Tensor:

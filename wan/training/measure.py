@@ -7,7 +7,6 @@ is the silhouette that fits best over all rotations; motion, growth and spin are
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nabla import InputError
 from wan.training.attributes import MOST_SHAPES, said_of
 from wan.training.colours import COLOURS, GLOW, SHADE, mix, pattern_tone, texture_tone
-from wan.training.drawing import OUTLINES
-from wan.training.scenes import KINDS, MOTIONS, SIZES, STEPS, Scene, place_of
+from wan.training.scenes import MOTIONS, SIZES, STEPS, Scene, place_of
+from wan.training.silhouettes import SYMMETRIES, best_kind, centroids, pixel_grid, unit_area
 
 # Videos are measured at this many pixels on the shorter side.
 WORKING_SIZE = 128
@@ -31,18 +31,19 @@ FOREGROUND_DISTANCE, EXPLAINED_DISTANCE, NEAR_DISTANCE = 42.0, 40.0, 200.0
 PURE_SHARE, EDGE_SHARE, PURE_RADIUS = 0.8, 0.4, 3
 LEAST_SHARE = 0.06  # of the foreground, for a colour to count as a shape of its own
 LEAST_PIXELS = 60  # in a frame, at the working size
+LEAST_FIT, UNCLEAR = 0.7, "unclear"  # a worse silhouette is of no kind
 STILL_TRAVEL = 0.12  # of the frame
 SPIN_LEAST = 1.0  # radians in the clip
+CLEAR_SHARE = 0.9  # of the best fit, for frames in which a shape counts as whole
 GROWTH_LEAST = 1.35  # last radius over first, or first over last
-TEMPLATE_SIZE, TEMPLATE_REACH, ROTATIONS = 40, 1.9, 72
-SYMMETRIES = {"square": 4, "cross": 4, "triangle": 3, "star": 5, "diamond": 2, "heart": 1, "circle": 0, "ring": 0}
 MOST_SAMPLES = 20000
 
 
 @dataclass(frozen=True)
 class Found:
-    """A shape that was seen, in the words of `Shape`; `spin` is "none" too where it cannot be seen.
+    """A shape that was seen, in the words of `Shape`; `spin` is "none" too where the outline does not show it.
 
+    kind: `UNCLEAR` if no silhouette fits
     travel: how far its centre goes in the clip, (right, down), in shares of width and height
     fit: how well the silhouette of its kind fits, at most 1
     """
@@ -59,7 +60,10 @@ class Found:
 
 
 def measured(video: Tensor) -> list[Found]:
-    """The shapes seen in (frames, height, width, 3) uint8, at most three, each of another colour."""
+    """The shapes seen in (frames, height, width, 3) uint8, at most three, each of another colour.
+
+    Raises `InputError` for a tensor of another form.
+    """
     frames = _at_working_size(video)
     distance = _distance_to_background(frames)
     highest = F.max_pool2d(distance, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
@@ -81,23 +85,24 @@ def measured(video: Tensor) -> list[Found]:
 def score(video: Tensor, scene: Scene) -> dict[str, bool]:
     """Whether (frames, height, width, 3) uint8 shows what captions of the scene say.
 
-    "colour", "kind" and "direction" hold if every shape has a different found one that fits in this attribute;
-    "all" if every shape has one that fits in all three at once. What captions do not say is right whatever it is.
+    "colour", "kind" and "direction" hold if every shape has a found one of its own that fits in this attribute,
+    "all" if every shape has one that fits in all three at once, "count" if nothing more is found than these, and
+    "background" if its colour is right. What captions do not say is right whatever it is.
     """
     found, wanted = measured(video), [said_of(shape) for shape in scene.shapes]
-    names = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
-    return {result: _is_shown(found, wanted, attributes) for result, attributes in names.items()}
+    results = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
+    background = scene.background
+    return {name: _is_shown(found, wanted, attributes) for name, attributes in results.items()} | {
+        "count": len(found) == len(wanted),
+        "background": "colour" not in background.said or background_colour(video) == background.colour,
+    }
 
 
 def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: tuple[str, ...]) -> bool:
-    return any(
-        all(
-            getattr(shape, name) == said.get(name, getattr(shape, name))
-            for shape, said in zip(chosen, wanted)
-            for name in attributes
-        )
-        for chosen in itertools.permutations(found, len(wanted))
-    )
+    def fits(shape: Found, said: Mapping[str, str]) -> bool:
+        return all(name not in said or getattr(shape, name) == said[name] for name in attributes)
+
+    return any(all(map(fits, chosen, wanted)) for chosen in itertools.permutations(found, len(wanted)))
 
 
 def background_colour(video: Tensor) -> str:
@@ -109,6 +114,8 @@ def background_colour(video: Tensor) -> str:
 
 def _at_working_size(video: Tensor) -> Tensor:
     """(frames, height, width, 3) float32, smoothed a little against noise."""
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != torch.uint8:
+        raise InputError(f"a video of {tuple(video.shape)} {video.dtype}: give (frames, height, width, 3) torch.uint8")
     frames = video.permute(0, 3, 1, 2).float()
     scale = WORKING_SIZE / min(frames.shape[2:])
     if scale != 1:
@@ -182,14 +189,14 @@ def _describe(mask: Tensor, colour: str) -> Found | None:
         return None
     times = torch.linspace(0, 1, len(mask), device=mask.device)[seen]
     mask, area = mask[seen], area[seen]
-    centres = _centroids(mask)
-    kind, fits, angles = _kind(mask, centres, area)
-    clear = fits >= fits.median()
+    centres = centroids(mask)
+    kind, fits, angles = best_kind(mask, centres, area)
+    clear = fits >= CLEAR_SHARE * fits.max()
     radii = (area / unit_area(kind)).sqrt()[clear] / min(mask.shape[1:])
     path = _line(times, centres / centres.new_tensor([mask.shape[2], mask.shape[1]]))
     travel = tuple((path[1] - path[0]).tolist())
     return Found(
-        kind=kind,
+        kind=kind if fits.max() > LEAST_FIT else UNCLEAR,
         colour=colour,
         size=min(SIZES, key=lambda size: abs(math.log(float(radii.median()) / SIZES[size]))),
         motion=_motion(travel),
@@ -204,80 +211,16 @@ def _describe(mask: Tensor, colour: str) -> Found | None:
 def _without_specks(mask: Tensor) -> Tensor:
     """The mask without what its 3x3 neighbourhood outvotes and what lies far from its middle."""
     mask = (F.avg_pool2d(mask, 3, 1, 1) > 0.5).float()
-    offsets = torch.stack(_pixel_grid(mask), -1) - _centroids(mask)[:, None, None]
+    offsets = torch.stack(pixel_grid(mask), -1) - centroids(mask)[:, None, None]
     reach = 2 * (mask.sum((1, 2)) / math.pi).sqrt()
     return mask * (offsets.norm(dim=-1) < reach[:, None, None])
 
 
-def _pixel_grid(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y of the pixels' centres, each (height, width)."""
-    y, x = (torch.arange(length, device=mask.device) + 0.5 for length in mask.shape[1:])
-    return tuple(torch.meshgrid(x, y, indexing="xy"))
-
-
-def _centroids(mask: Tensor) -> Tensor:
-    """Centres of mass (frames, 2) as (x, y) in pixels."""
-    area = mask.sum((1, 2)).clamp(min=1)
-    return torch.stack([(mask * axis).sum((1, 2)) / area for axis in _pixel_grid(mask)], -1)
-
-
-def _kind(mask: Tensor, centres: Tensor, area: Tensor) -> tuple[str, Tensor, Tensor]:
-    """The kind whose silhouette fits best in the frames where it fits well; its fits and angles, frame by frame."""
-    height, width = mask.shape[1:]
-    grid = _template_grid(mask.device) * (area / math.pi).sqrt()[:, None, None, None]
-    grid = (grid + centres[:, None, None]) * 2 / centres.new_tensor([width, height]) - 1
-    views = F.grid_sample(mask[:, None], grid, align_corners=False).flatten(1)
-    fits, rotations = (
-        (_normalised(views) @ templates(mask.device).flatten(0, 1).T).unflatten(1, (len(KINDS), -1)).max(2)
-    )
-    best = int(fits.topk(max(1, len(fits) // 2), dim=0).values.mean(0).argmax())
-    return KINDS[best], fits[:, best], rotations[:, best] * (2 * math.pi / ROTATIONS)
-
-
-def _template_grid(device: torch.device) -> Tensor:
-    """(TEMPLATE_SIZE, TEMPLATE_SIZE, 2) as (x, y), in radii of the disc of the same area."""
-    axis = (torch.arange(TEMPLATE_SIZE, device=device) + 0.5) / TEMPLATE_SIZE * 2 - 1
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1) * TEMPLATE_REACH
-
-
-def _normalised(views: Tensor) -> Tensor:
-    """Rows (n, pixels) with mean 0 and norm 1."""
-    return F.normalize(views - views.mean(1, keepdim=True), dim=1)
-
-
-@functools.lru_cache(maxsize=2)
-def templates(device: torch.device) -> Tensor:
-    """Silhouettes of all kinds in all rotations around their centroids, (kinds, ROTATIONS, pixels), normalised."""
-    x, y = _template_grid(device).unbind(-1)
-    pixel = 2 * TEMPLATE_REACH / TEMPLATE_SIZE
-    drawn = []
-    for kind in KINDS:
-        radius = math.sqrt(math.pi / unit_area(kind))
-        angles = torch.arange(ROTATIONS, device=device)[:, None, None] * (2 * math.pi / ROTATIONS)
-        turned_x, turned_y = x * angles.cos() + y * angles.sin(), y * angles.cos() - x * angles.sin()
-        distance = OUTLINES[kind](turned_x / radius, turned_y / radius + _unit_moments(kind)[1]) * radius
-        drawn.append(_normalised((0.5 - distance / pixel).clamp(0, 1).flatten(1)))
-    return torch.stack(drawn)
-
-
-def unit_area(kind: str) -> float:
-    """The area of a shape of radius 1."""
-    return _unit_moments(kind)[0]
-
-
-@functools.cache
-def _unit_moments(kind: str) -> tuple[float, float]:
-    """Area and height (downwards) of the centroid of a shape of radius 1; every kind is symmetric in x."""
-    axis = torch.linspace(-1.5, 1.5, 601)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    inside = OUTLINES[kind](x, y) < 0
-    return float(inside.sum()) * (3 / 600) ** 2, float(y[inside].mean())
-
-
 def _line(times: Tensor, values: Tensor) -> Tensor:
     """Straight lines through values (n, m) at times (n,): their values (2, m) at times 0 and 1."""
-    design = torch.stack([1 - times, times], 1)
-    return torch.linalg.lstsq(design, values).solution
+    offsets, middle = times - times.mean(), values.mean(0)
+    slope = offsets @ (values - middle) / offsets.square().sum().clamp(min=1e-6)
+    return torch.stack([middle - slope * times.mean(), middle + slope * (1 - times.mean())])
 
 
 def _motion(travel: tuple[float, float]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,9 +46,6 @@ class Shapes:
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         scene, sentence = self.described(index)
         return render(scene, self.size, self.frames, self.device), sentence
-
-    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
-        return map(self.__getitem__, range(self.count))
 
     def described(self, index: int) -> tuple[Scene, str]:
         """The scene and the caption of an item, without its video."""
