@@ -13,6 +13,7 @@ from wan.training.wording import (
     GROWTH_ACTIONS,
     PARTICIPLE,
     PLURAL,
+    VERBS,
     background_phrase,
     colour_word,
     conjugate,
@@ -81,6 +82,8 @@ def _body(rng: np.random.Generator, scene: Scene, style: str) -> str:
         clauses.append(_together(rng, shapes[:2], style))
         shapes = shapes[2:]
     clauses += [_clause(rng, shape, style) for shape in shapes]
+    if style == PARTICIPLE and len(clauses) == 2 and shapes and shapes[-1].said & DEEDS and chance(rng, 0.25):
+        return f"{clauses[0]} {one_of(rng, ('while', 'while', 'as'))} {_clause(rng, shapes[-1], FINITE)}"
     if len(clauses) == 3:
         between = ", " if chance(rng, 0.6) else one_of(rng, JOINS[style])
         text = between.join(clauses[:2]) + one_of(rng, (" and ", ", and ", one_of(rng, JOINS[style]))) + clauses[2]
@@ -115,7 +118,13 @@ def _clause(rng: np.random.Generator, shape: Shape, style: str) -> str:
     if not actions:
         return subject + place
     early = place and chance(rng, 0.5)
-    deed = _deed(rng, actions, style)
+    verb, _, path = actions[0].partition(" ")
+    if style == PARTICIPLE and chance(rng, 0.12):
+        deed = f"{one_of(rng, ('that', 'which'))} {_deed(rng, actions, FINITE)}"
+    elif style == "terse" and len(actions) == 1 and verb in VERBS and chance(rng, 0.1):
+        deed = path
+    else:
+        deed = _deed(rng, actions, style)
     comma = "," if style == "terse" and chance(rng, 0.3) else ""
     return f"{subject}{place if early else ''}{comma} {deed}{'' if early else place}"
 
@@ -134,8 +143,6 @@ def _as_adjective(rng: np.random.Generator, shape: Shape, actions: Sequence[str]
 def _deed(rng: np.random.Generator, actions: Sequence[str], style: str) -> str:
     """One or more actions in the form that a style asks for."""
     form = PARTICIPLE if style == "terse" else style
-    if style == PARTICIPLE and chance(rng, 0.12):
-        return f"{one_of(rng, ('that', 'which'))} {_deed(rng, actions, FINITE)}"
     first, *others = actions
     is_progressive = form == FINITE and chance(rng, 0.12) and first.split()[0] not in ("be", "not")
     text = f"is {conjugate(first, PARTICIPLE)}" if is_progressive else conjugate(first, form)

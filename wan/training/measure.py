@@ -25,7 +25,8 @@ from wan.training.silhouettes import SYMMETRIES, best_kind, centroids, pixel_gri
 # Videos are measured at this many pixels on the shorter side.
 WORKING_SIZE = 128
 # Distances between colours, in 8-bit levels over three channels.
-FOREGROUND_DISTANCE, EXPLAINED_DISTANCE, NEAR_DISTANCE = 42.0, 40.0, 200.0
+FOREGROUND_DISTANCE, EXPLAINED_DISTANCE = 42.0, 40.0
+NEAR_SHARE = 0.9  # of the border that is taken for background, should a shape touch it
 # A shape's colour is read, and its edge drawn, where the distance to the background reaches these shares of the
 # highest within PURE_RADIUS pixels.
 PURE_SHARE, EDGE_SHARE, PURE_RADIUS = 0.8, 0.4, 3
@@ -136,8 +137,9 @@ def _border(frames: Tensor) -> Tensor:
 def _distance_to_background(frames: Tensor) -> Tensor:
     """How far each pixel's colour is from the line between the background's tones, (frames, height, width)."""
     border = _border(frames)
-    near = border[(border - border.median(0).values).norm(dim=1) < NEAR_DISTANCE]
-    near = near[:: max(1, len(near) // MOST_SAMPLES)]
+    border = border[:: max(1, len(border) // MOST_SAMPLES)]
+    far = (border - border.median(0).values).norm(dim=1)
+    near = border[far <= far.quantile(NEAR_SHARE)]
     middle = near.mean(0)
     axis = torch.linalg.eigh((near - middle).T @ (near - middle)).eigenvectors[:, -1]
     extent = ((near - middle) @ axis).quantile(torch.tensor([0.02, 0.98], device=near.device))

@@ -226,19 +226,17 @@ def _draw_path(rng: np.random.Generator, motion: str, radius: float, shortest: f
     """Start and end inside the frame; a moving shape covers from `shortest` to 1 of the way that there is."""
     low = REACH * radius + MARGIN
     span = 1 - 2 * low
-    spots = [one_of(rng, (0.0, 0.5, 1.0)) for _ in range(2)]
     path = []
-    for step, spot in zip(STEPS[motion], spots):
+    for step in STEPS[motion]:
         if step:
             travel = span * rng.uniform(shortest, 1)
-            first = rng.uniform(0, span - travel)
-            way = (low + first, low + first + travel)
+            first = rng.uniform(low, low + span - travel)
+            way = (first, first + travel)
             path.append(way if step > 0 else way[::-1])
         else:
-            still = 0.04 * rng.random()
-            at = low + {0.0: still, 0.5: span / 2 + still - 0.02, 1.0: span - still}[spot]
-            if motion != "still":
-                at = low + span * rng.uniform(0, 1)
+            # Still shapes stay clearly at a side or in the middle.
+            share = one_of(rng, (0, 0.5, 1)) + rng.uniform(-0.06, 0.06) if motion == "still" else rng.random()
+            at = low + span * min(max(share, 0), 1)
             path.append((at, at))
     return tuple(zip(*path))
 

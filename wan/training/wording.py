@@ -140,20 +140,21 @@ def noun_phrase(rng: np.random.Generator, shape: Shape, adjective: str = "", det
     if shape.size == "small" and noun in SMALL_NOUNS and chance(rng, 0.1):
         noun = SMALL_NOUNS[noun]
     colour = colour_word(rng, shape.colour) if "colour" in said else ""
-    shading, tail = "", ""
+    shading, tails = "", []
     if "shading" in said:
         if shape.shading in PATTERNS and chance(rng, 0.25):
-            tail = one_of(rng, PATTERN_TAILS[shape.shading])
+            tails.append(one_of(rng, PATTERN_TAILS[shape.shading]))
         else:
             shading = one_of(rng, SHADING_WORDS[shape.shading])
     if colour and chance(rng, 0.03):
-        colour, tail = "", f"{tail} {one_of(rng, ('in', 'colored'))} {colour}"
+        tails.append(f"{one_of(rng, ('in', 'colored'))} {colour}")
+        colour = ""
     elif colour and chance(rng, 0.03):
         colour += " colored"
     looks = [shading, colour] if chance(rng, 0.7) else [colour, shading]
     size = one_of(rng, SIZE_WORDS[shape.size]) if "size" in said else ""
     front = [size, adjective] if chance(rng, 0.7) else [adjective, size]
-    words = " ".join(word for word in (*front, *looks, noun, tail) if word).strip().replace("  ", " ")
+    words = " ".join(filter(None, (*front, *looks, noun, *tails)))
     if not determined:
         return words
     return f"{one_of(rng, ('the', 'one'))} {words}" if chance(rng, 0.08) else article(words)
@@ -200,9 +201,8 @@ def place_phrase(rng: np.random.Generator, place: str) -> str:
         return one_of(rng, PLACE_PHRASES[place])
     vertical, side = place.split()
     vertical = one_of(rng, (vertical, vertical, "upper" if vertical == "top" else "lower"))
-    return one_of(rng, ("in the {} {} corner", "in the {} {} corner", "at the {} {}", "in the {} {}")).format(
-        vertical, side
-    )
+    corner = f"{vertical} {side}"
+    return one_of(rng, (f"in the {corner} corner", f"in the {corner} corner", f"at the {corner}", f"in the {corner}"))
 
 
 def background_phrase(rng: np.random.Generator, background: Background, determined: bool = True) -> str:
@@ -215,10 +215,8 @@ def background_phrase(rng: np.random.Generator, background: Background, determin
         words = f"{one_of(rng, ('plain', 'solid', 'simple'))} {colour}" if chance(rng, 0.15) else colour
         phrase = f"{words} {place}"
     elif chance(rng, 0.25):
-        tail = one_of(rng, TEXTURE_TAILS[background.texture])
-        tail = f"{colour} {tail}".strip()
-        is_plural = tail.endswith("s") or tail.endswith("noise")
-        phrase = f"{place} with {tail if is_plural else article(tail)}"
+        tail = f"{colour} {one_of(rng, TEXTURE_TAILS[background.texture])}".strip()
+        phrase = f"{place} with {tail if tail.endswith(('s', 'noise')) else article(tail)}"
     else:
         texture = one_of(rng, TEXTURE_WORDS[background.texture])
         looks = f"{colour} {texture}" if chance(rng, 0.7) else f"{texture} {colour}"
