@@ -1,0 +1,56 @@
+"""The procedural data set `shapes`: short clips of moving shapes with captions of what they show."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nabla import InputError
+from wan.training.captions import caption
+from wan.training.drawing import render
+from wan.training.scenes import SPLITS, Scene, sample_scene
+
+
+class Shapes:
+    """Pairs of (video, caption): (frames, height, width, 3) uint8 and one English sentence.
+
+    Item i depends on `seed`, `split` and i alone: not on the other items, the size, nor the process that asks.
+
+    count: how many items; `offset` is the number of the first, so that parts of one set can be made apart
+    size: (width, height) in pixels
+    split: "train", or "held_out" for scenes with combinations of attributes that training never sees
+    device: where videos are drawn, and stay
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        count: int,
+        size: tuple[int, int] = (256, 256),
+        frames: int = 33,
+        split: str = "train",
+        offset: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if min(seed, count, offset) < 0:
+            raise InputError(f"seed {seed}, count {count} and offset {offset}: each must be 0 or more")
+        if split not in SPLITS:
+            raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
+        self.seed, self.count, self.size, self.frames = seed, count, size, frames
+        self.split, self.offset, self.device = split, offset, device
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        scene, sentence = self.described(index)
+        return render(scene, self.size, self.frames, self.device), sentence
+
+    def described(self, index: int) -> tuple[Scene, str]:
+        """The scene and the caption of an item, without its video."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index {index} is outside the {self.count} items")
+        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
+        scene = sample_scene(rng, self.split)
+        return scene, caption(scene, rng)
