@@ -62,4 +62,4 @@ def test_options_of_which_none_compile_are_an_error_and_not_remembered(cache):
 
 
 def test_a_cpu_needs_none():
-    assert flex_options.for_device(torch.device("cpu"), torch.float32, 64, 64, never) == {}
+    assert flex_options.for_forward(torch.device("cpu"), torch.float32, 64, 64, never) == {}

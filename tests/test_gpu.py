@@ -85,12 +85,12 @@ def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
 def test_flex_options_found_by_trial_are_right(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(flex_options, "MEASURED", {})
-    flex_options.for_device.cache_clear()
+    flex_options.for_forward.cache_clear()
     q, k, v = random_qkv(PARTIAL)
     flex, slow = (replace(AUTO, backend=name) for name in ("flex", "reference"))
     assert relative_error(nabla.attention(q, k, v, PARTIAL, flex), nabla.attention(q, k, v, PARTIAL, slow)) < 1e-2
     assert torch.cuda.get_device_name() in (tmp_path / "nabla" / "flex_options.json").read_text()
-    flex_options.for_device.cache_clear()
+    flex_options.for_forward.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
