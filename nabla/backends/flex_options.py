@@ -76,14 +76,14 @@ def candidates(stages: int) -> list[Options]:
 def backward_candidates(dtype: torch.dtype, block: int) -> list[Options]:
     """Options of a backward that are worth a trial, from those for much shared memory to those that fit everywhere.
 
-    A program that does a tile of keys goes over queries in tiles of at most its size, and the other way round.
+    Some programs do a tile of keys each and go over queries in smaller tiles, others do it the other way round.
     """
     wide, narrow, least = min(block, TILE), min(block, TILE // 2), min(block, TILE // 4)
     if dtype.itemsize > 2:
         shapes = [(narrow, narrow, 4, 1), (least, narrow, 4, 1), (least, least, 4, 1)]
     else:
-        shapes = [(wide, wide, warps, stages) for warps in (4, 8) for stages in (2, 3)]
-        shapes += [(narrow, wide, 4, 2), (narrow, narrow, 4, 1), (least, least, 4, 1)]
+        shapes = [(wide, wide, 8, 3), (wide, wide, 4, 3), (narrow, wide, 4, 2)]
+        shapes += [(narrow, narrow, 4, 1), (least, least, 4, 1)]
     return [
         {
             "bwd_BLOCK_M1": small,
