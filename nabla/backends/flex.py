@@ -112,7 +112,7 @@ def block_sparse_backward(gradient: Tensor, *args: Tensor | None) -> tuple[Tenso
     return _differentiate(gradient, args, flex_options.for_backward(*kind, _forward_trial, _backward_trial))
 
 
-# In a `custom_op` nothing can be differentiated, nor compiled to be.
+# Not a `custom_op`: those run where autograd is switched off, so that nothing can be differentiated in them.
 _library = torch.library.Library("nabla", "FRAGMENT")
 _library.define(
     "flex_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
