@@ -28,7 +28,8 @@ class Plan:
     """All of an attention that does not depend on q and k. Build with `plan`.
 
     selection: None for dense attention
-    backend: the key of `BACKENDS` that inference runs on
+    trains: whether gradients can be taken
+    backend: the key of `BACKENDS` that runs, forward and backward
     reason: why that one, in a few words
     fixed: the blocks prepared for `backend`, where they depend on the window alone
     """
@@ -36,6 +37,7 @@ class Plan:
     config: NablaConfig
     grid: tuple[int, int, int]
     selection: Selection | None = None
+    trains: bool = False
     backend: str = "sdpa"
     reason: str = ""
     fixed: Any = None
@@ -54,7 +56,8 @@ class Plan:
         extra += f", layers {', '.join(map(str, config.dense_layers))} dense" if config.dense_layers else ""
         extra += f", masks kept for {config.mask_refresh} steps" if config.mask_refresh > 1 else ""
         blocks = f"{layout.blocks:,} blocks of {layout.block} tokens, {int((~layout.full).sum()):,} of them partial"
-        return f"{config.algorithm}{extra}, backend {self.backend}, {grid}, {blocks}; backend {self.reason}"
+        backend = self.backend + (" with gradients" if self.trains else "")
+        return f"{config.algorithm}{extra}, backend {backend}, {grid}, {blocks}; backend {self.reason}"
 
 
 class KeptBlocks(NamedTuple):
@@ -75,10 +78,12 @@ def plan(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     head_size: int | None = None,
+    trains: bool = False,
 ) -> Plan:
     """Prepare attention over a (frames, rows, columns) grid of tokens on a device.
 
     dtype, head_size: of q, k and v, so that a backend is chosen which takes them; None where not known
+    trains: whether gradients will be taken, so that a backend is chosen which has them
     Checks the chosen backend on first use on that device. Raises `InputError` if the grid is not three positive
     integers or if a backend named in the config does not work there.
     """
@@ -90,9 +95,9 @@ def plan(
         TileLayout.check_grid(grid)
         return Plan(config, grid)
     selection = Selection.build(grid, config, device)
-    backend, reason = choose(config.backend, device, config.block, dtype, head_size)
+    backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains)
     fixed = BACKENDS[backend].prepare(selection.window, selection.layout) if selection.is_fixed else None
-    return Plan(config, grid, selection, backend, reason, fixed)
+    return Plan(config, grid, selection, trains, backend, reason, fixed)
 
 
 def attend(
@@ -109,31 +114,31 @@ def attend(
     rotary: to turn q and k by on their way into tiles; None if they are turned already
     kept: where to write the chosen blocks, or to take them from; None to choose and forget
     share: (heads,) float32, where to write the share of blocks that each head keeps, if given
-    Gradients go through the reference under `backend: auto`. May be traced by torch.compile. Raises `InputError` if the
-    shapes do not fit the plan, or if its backend cannot do what is asked.
+    For gradients the choice of blocks is a constant. May be traced by torch.compile. Raises `InputError` if the shapes
+    do not fit the plan, or if its backend cannot do what is asked.
     """
     _check_shapes(q, k, v, plan.grid)
     if plan.selection is None:
         q, k = (x if rotary is None else rotate(x, rotary) for x in (q, k))
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    name, layout = _backend_for(q, k, v, plan), plan.selection.layout
-    fixed = plan.fixed if name == plan.backend else None
-    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary, fixed is None) for x in (q, k))
+    _check_backend(q, k, v, plan)
+    backend, layout = BACKENDS[plan.backend], plan.selection.layout
+    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary, plan.fixed is None) for x in (q, k))
 
-    def of_heads(start: int, stop: int) -> Tensor:
-        of = slice(start, stop)
+    def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        of = slice(start, start + q.shape[1])
         group = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
-        prepared = fixed or _prepare(name, plan.selection, q_means[:, of], k_means[:, of], group)
+        prepared = plan.fixed or _prepare(plan.backend, plan.selection, q_means[:, of], k_means[:, of], group)
         if share is not None:
-            counts = BACKENDS[name].kept_counts(prepared)
-            share[of].copy_(counts.float().mean((0, 2)) / layout.blocks)
+            share[of].copy_(backend.kept_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
-        return BACKENDS[name].attend(q[:, of], k[:, of], layout.to_tiles(v[:, :, of]), prepared)
+        return backend.attend(q, k, layout.to_tiles(v), prepared)
 
-    batch, heads = q.shape[:2]
-    group = max(1, LIST_ENTRIES // (batch * layout.blocks**2))
-    groups = [of_heads(start, min(start + group, heads)) for start in range(0, heads, group)]
-    return layout.to_raster(groups[0] if len(groups) == 1 else torch.cat(groups, dim=1))
+    group = max(1, LIST_ENTRIES // (q.shape[0] * layout.blocks**2))
+    # Not slices, of which each would have a gradient of the whole size.
+    groups = zip(q.split(group, dim=1), k.split(group, dim=1), v.split(group, dim=2))
+    results = [of_heads(number * group, *qkv) for number, qkv in enumerate(groups)]
+    return layout.to_raster(results[0] if len(results) == 1 else torch.cat(results, dim=1))
 
 
 def tiles_and_means(
@@ -164,7 +169,7 @@ def chosen_blocks(q: Tensor, k: Tensor, selection: Selection, backend: str) -> T
 
 def attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
     """`attend` with a plan made on the spot: q, k, v (B, S, heads, D) over a (frames, rows, columns) grid."""
-    return attend(q, k, v, plan(grid, config, q.device, q.dtype, q.shape[-1]))
+    return attend(q, k, v, plan(grid, config, q.device, q.dtype, q.shape[-1], _needs_gradients(q, k, v)))
 
 
 def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
@@ -183,16 +188,17 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
     return blocks.expand(batch, heads, -1, -1)
 
 
-def _backend_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str:
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    fault = lack(BACKENDS[plan.backend], q.dtype, q.shape[-1], trains)
-    if not fault:
-        return plan.backend
-    if plan.config.backend != "auto":
-        raise InputError(f"backend {plan.backend} {fault}; use backend: auto or reference")
-    if not trains:
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_backend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    if fault := lack(BACKENDS[plan.backend], q.dtype, q.shape[-1]):
+        if plan.config.backend != "auto":
+            raise InputError(f"backend {plan.backend} {fault}; use backend: auto or reference")
         raise InputError(f"backend {plan.backend} of this plan {fault}; give dtype and head_size to nabla.plan")
-    return "reference"
+    if plan.backend != "reference" and not plan.trains and _needs_gradients(q, k, v):
+        raise InputError("this plan is for inference, but gradients are needed; give trains=True to nabla.plan")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,32 @@ class TileLayout:
         return cls(tuple(grid), tuple(tile), *(x.to(device) for x in (source, slot, sizes, valid, full)))
 
     def to_tiles(self, x: Tensor) -> Tensor:
-        """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order."""
-        return x.index_select(1, self.source).transpose(1, 2)
+        """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order. Padding has no gradient."""
+        return _move(x, self.source, self.slot, None).transpose(1, 2)
 
     def to_raster(self, x: Tensor) -> Tensor:
         """(B, heads, N * block, D) in tile order -> (B, S, heads, D) in raster order, padding dropped."""
-        return x.transpose(1, 2).index_select(1, self.slot)
+        valid = self.valid.flatten() if self.has_partial_tiles else None
+        return _move(x.transpose(1, 2), self.slot, self.source, valid)
+
+
+def _move(x: Tensor, to: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:
+    """x (B, from, heads, D) at the indices `to`; gradients at `back`, and zero where not `valid`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Move.apply(x, to, back, valid)
+    return x.index_select(1, to)
+
+
+class _Move(torch.autograd.Function):
+    """The gradient of a gather as another gather: that of `index_select` adds token by token, atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, to: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, valid)
+        return x.index_select(1, to)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, valid = ctx.saved_tensors
+        gradient = gradient.index_select(1, back)
+        return gradient if valid is None else gradient.masked_fill(~valid[:, None, None], 0), None, None, None

@@ -1,4 +1,4 @@
-"""Time the masks, the attention, the transformer and whole videos against dense baselines of the same run.
+"""Time masks, attention, the transformer, its training and whole videos against dense baselines of the same run.
 
 Prints a table for people, then one line of JSON for programs. Shares of kept blocks are set exactly, so runs compare.
 Weights are random: times and memory are those of real ones. Mode `parallel` runs under torchrun.
@@ -23,6 +23,7 @@ from wan.attention import many_compiles
 from wan.benchmark.attention import attention_mode, mask_mode
 from wan.benchmark.parallel import parallel_mode
 from wan.benchmark.timing import Row
+from wan.benchmark.training import training_mode
 from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.config import VideoSettings
 from wan.fp8 import check_fp8
@@ -34,6 +35,7 @@ MODES = {
     "attention": attention_mode,
     "forward": forward_mode,
     "pipeline": pipeline_mode,
+    "training": training_mode,
     "parallel": parallel_mode,
 }
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
@@ -74,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add("--steps", type=int, default=3, help="pipeline: sampling steps, of which the first warms up")
     add("--no_dense", action="store_true", help="leave out the dense baselines")
+    add("--gradient_checkpointing", action="store_true", help="training: keep inputs of blocks alone")
     add("--fp8", action="store_true", help="forward, pipeline: again with float8 linear layers, beside dense ones")
     add("--backend", default="auto")
     add("--device", default="cuda" if on_gpu else "cpu")

@@ -288,6 +288,7 @@ def test_a_transformer_that_has_run_can_be_copied_pickled_and_trained():
     latents = torch.randn(1, 16, 3, 12, 10)
     transformer(latents, torch.tensor([500.0]), text_states(1), return_dict=False)[0].sum().backward()
     assert transformer.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+    assert [plan.trains for plan in transformer.nabla.plans.values()] == [False, True]
 
 
 def test_a_compiled_transformer_is_patched_inside_its_wrapper():

@@ -73,6 +73,29 @@ def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_
         backends.choose("trap", CPU, 64)
 
 
+def dense_gradients(q, k, v, blocks):
+    """The reference's values with the gradients of dense attention."""
+    dense = F.scaled_dot_product_attention(q, k, v)
+    return dense + (reference.attend(q, k, v, blocks) - dense).detach()
+
+
+def test_a_kernel_with_wrong_gradients_infers_but_does_not_train(install):
+    install(trap=kernel(attend=dense_gradients), slow=kernel())
+    assert backends.choose("auto", CPU, 64)[0] == "trap"
+    with pytest.warns(UserWarning, match="trap does not work on cpu .its gradient of q is off by"):
+        assert backends.choose("auto", CPU, 64, trains=True)[0] == "slow"
+    with pytest.raises(InputError, match="backend trap does not work on cpu: its gradient of q is off by"):
+        backends.choose("trap", CPU, 64, trains=True)
+
+
+def test_a_kernel_without_gradients_infers_but_does_not_train(install):
+    install(fast=kernel(missing_backward=lambda device, dtype: f"has no backward in {dtype}"), slow=kernel())
+    assert backends.choose("auto", CPU, 64, torch.float32)[0] == "fast"
+    name, why = backends.choose("auto", CPU, 64, torch.float32, trains=True)
+    assert name == "slow" and "fast: has no backward in torch.float32" in why
+    assert nabla.plan(GRID, CONFIG, "cpu", trains=True).describe().startswith("nabla-0.5, backend slow with gradients")
+
+
 def test_autocast_does_not_spoil_a_check(install):
     install(fast=kernel())
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,3 +120,7 @@ def test_what_cudnn_asks_for(monkeypatch):
     assert cudnn.missing(GPU, 64) == "not installed, see requirements-cudnn.txt"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert cudnn.missing(GPU, 64) == ""
+    assert cudnn.missing_backward(GPU, torch.bfloat16) == cudnn.missing_backward(GPU, None) == ""
+    assert cudnn.missing_backward(GPU, torch.float16) == "has no backward in torch.float16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert cudnn.missing_backward(GPU, None) == "has no backward on compute capability 12.0 or more"

@@ -23,6 +23,7 @@ SCRIPT = Path(wan.__file__).parents[1] / "scripts" / "benchmark.py"
         ("attention", "64x48x5: dense, sdpa"),
         ("forward", "64x48x5: dense, sdpa"),
         ("pipeline", "64x48x5: decode, fast, float32"),
+        ("training", "64x48x5: attention, dense, sdpa"),
     ),
 )
 def test_modes(mode, first):
@@ -38,6 +39,9 @@ def test_modes(mode, first):
     assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
     if mode == "forward":
         assert [row["recompiles"] for row in rows] == [0, 0] and rows[1]["speedup"] > 0
+    if mode == "training":
+        assert rows[-1]["what"] == "64x48x5: nano, 1 layers, keep-0.1" and rows[-1]["backend"] == "reference"
+        assert all(row["speedup"] > 0 for row in (rows[1], rows[-1]))
     if mode == "pipeline":
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
 

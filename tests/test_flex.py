@@ -92,10 +92,19 @@ def test_inside_a_compiled_caller(backend, grid):
 def test_training_takes_the_reference_or_says_that_flex_cannot():
     grid = (1, 8, 16)
     qkv = [x.requires_grad_() for x in random_qkv(grid)]
-    with pytest.raises(InputError, match="flex has no backward"):
+    with pytest.raises(InputError, match="flex does not work on cpu: has no backward on cpu; use backend: auto"):
         nabla.attention(*qkv, grid, FLEX)
     nabla.attention(*qkv, grid, replace(FLEX, backend="auto")).sum().backward()
     assert qkv[0].grad.abs().sum() > 0
+
+
+def test_a_plan_for_inference_does_not_train_on_a_kernel_whose_gradients_were_not_checked():
+    plan = nabla.plan((1, 8, 16), FLEX, "cpu")
+    qkv = [x.requires_grad_() for x in random_qkv((1, 8, 16))]
+    with pytest.raises(InputError, match="this plan is for inference.*give trains=True to nabla.plan"):
+        nabla.attend(*qkv, plan)
+    with torch.no_grad():
+        nabla.attend(*qkv, plan)
 
 
 def test_auto_on_a_cpu_is_reference_until_flex_has_passed():

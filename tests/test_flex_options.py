@@ -61,5 +61,28 @@ def test_options_of_which_none_compile_are_an_error_and_not_remembered(cache):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("block", (32, 64, 128))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_tiles_of_a_backward_divide_each_other_and_the_blocks(dtype, block):
+    for each in flex_options.backward_candidates(dtype, block):
+        m1, n1, m2, n2 = (each[f"bwd_BLOCK_{name}"] for name in ("M1", "N1", "M2", "N2"))
+        assert n1 % m1 == m2 % n2 == block % n1 == block % m2 == 0
+
+
+def test_options_of_a_backward_hold_those_of_its_forward(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(flex_options, "for_forward", lambda *kind: {"BLOCK_M": 64})
+    kind = torch.device("cuda", 0), torch.bfloat16, 128, 64
+
+    def trial(*args):
+        return 1.0 if args[-1]["bwd_BLOCK_M1"] == 32 and args[-1]["fwd_BLOCK_M"] == 64 else math.inf
+
+    flex_options.for_backward.cache_clear()
+    options = flex_options.for_backward(*kind, never, trial)
+    assert options == flex_options.for_backward(*kind, never, trial)
+    assert options["fwd_BLOCK_M"] == options["SPARSE_Q_BLOCK_SIZE"] == 64 and options["bwd_BLOCK_M1"] == 32
+    flex_options.for_backward.cache_clear()
+
+
 def test_a_cpu_needs_none():
-    assert flex_options.for_device(torch.device("cpu"), torch.float32, 64, 64, never) == {}
+    assert flex_options.for_forward(torch.device("cpu"), torch.float32, 64, 64, never) == {}

@@ -85,12 +85,12 @@ def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
 def test_flex_options_found_by_trial_are_right(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(flex_options, "MEASURED", {})
-    flex_options.for_device.cache_clear()
+    flex_options.for_forward.cache_clear()
     q, k, v = random_qkv(PARTIAL)
     flex, slow = (replace(AUTO, backend=name) for name in ("flex", "reference"))
     assert relative_error(nabla.attention(q, k, v, PARTIAL, flex), nabla.attention(q, k, v, PARTIAL, slow)) < 1e-2
     assert torch.cuda.get_device_name() in (tmp_path / "nabla" / "flex_options.json").read_text()
-    flex_options.for_device.cache_clear()
+    flex_options.for_forward.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
@@ -140,13 +140,6 @@ def test_other_dtypes(dtype):
     q, k, v = random_qkv(PARTIAL, dtype=dtype)
     exact = nabla.attention(q, k, v, PARTIAL, replace(AUTO, backend="reference"))
     assert relative_error(nabla.attention(q, k, v, PARTIAL, AUTO), exact) < 5e-3
-
-
-def test_gradients_go_through_the_reference():
-    qkv = [x.requires_grad_() for x in random_qkv((2, 12, 20), dtype=torch.float32)]
-    wanted = torch.autograd.grad(nabla.attention(*qkv, (2, 12, 20), replace(AUTO, backend="reference")).sum(), qkv)
-    for a, b in zip(torch.autograd.grad(nabla.attention(*qkv, (2, 12, 20), AUTO).sum(), qkv), wanted):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("algorithm", ("nabla-0.02", "nabla-0.7", "nabla-1.0", "keep-0.13", "nabla-0.5_sta-3-3-3"))

@@ -138,13 +138,18 @@ class AppliedAttention:
             del module.nabla_plan, module.nabla_kept, module.nabla_exchange, module.nabla_share
 
     def plan(
-        self, latents_size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, dense: bool = False
+        self,
+        latents_size: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        dense: bool = False,
+        trains: bool = False,
     ) -> Plan:
         """The plan for latents of (frames, height, width), made on first use of that size; or a dense one."""
-        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device, dtype, dense
+        key = tuple(n // p for n, p in zip(latents_size, self.patch)), device, dtype, dense, trains
         if key not in self.plans:
             config = NablaConfig() if dense else self.config
-            self.plans[key] = nabla.plan(key[0], config, device, dtype, self.head_size)
+            self.plans[key] = nabla.plan(key[0], config, device, dtype, self.head_size, trains)
         return self.plans[key]
 
     def forget_blocks(self) -> None:
@@ -167,7 +172,10 @@ class AppliedAttention:
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
         is_sparse = bool(self.sparse) and step >= config.dense_steps
-        plan = self.plan(latents.shape[2:], device, dtype) if is_sparse else None
+        trains = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*args, *kwargs.values(), *transformer.parameters()) if isinstance(x, Tensor)
+        )
+        plan = self.plan(latents.shape[2:], device, dtype, trains=trains) if is_sparse else None
         self._set_exchanges(device)
         for module in self.modules if self.sequence else ():
             module.nabla_plan = self.plan(latents.shape[2:], device, dtype, dense=True)

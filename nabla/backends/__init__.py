@@ -2,8 +2,9 @@
 
 A backend is a module with `choose(q_means, k_means, selection)` and `prepare(blocks, layout)`, which both give what its
 `attend(q, k, v, prepared)` needs; with `kept_counts(prepared)`; with `missing(device, block)`, why it cannot run there;
-and with the flag `DIFFERENTIABLE`, and `DTYPES` and `HEAD_SIZES`, None for all. Before it is used on a device it must
-agree there with `reference` on small problems that dense attention would fail.
+with `missing_backward(device, dtype)`, why it has no gradients there; and with `DTYPES` and `HEAD_SIZES`, None for all.
+Before it is used on a device it must agree there with `reference` on small problems that dense attention would fail,
+and so must its gradients before it is used for training.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import functools
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nabla.backends import cudnn, flex, reference
 from nabla.config import InputError, NablaConfig
@@ -22,30 +25,39 @@ from nabla.selection import Selection, block_means
 BACKENDS = {"cudnn": cudnn, "flex": flex, "reference": reference}
 CHECK_HEAD_SIZE = 128
 
-_verified: dict[tuple[str, torch.device, int, torch.dtype], str] = {}
+_verified: dict[tuple[str, torch.device, int, torch.dtype, bool], str] = {}
 
 
 def choose(
-    name: str, device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+    name: str,
+    device: torch.device,
+    block: int,
+    dtype: torch.dtype | None = None,
+    head_size: int | None = None,
+    trains: bool = False,
 ) -> tuple[str, str]:
     """The key of `BACKENDS` to use for `name` ("auto" or such a key), and why, in a few words.
 
     `auto` takes the first that is installed, takes blocks of `block` tokens, the dtype and the head size (None: not
-    known), and passes its check on the device. On a CPU flex costs a compile of many seconds, so it is taken there only
-    if its check was asked for and passed before. Raises `InputError` if the named backend is none of that.
+    known), and passes its check on the device, that of its gradients too where `trains`. On a CPU flex costs a compile
+    of many seconds, so it is taken there only if its check was asked for and passed before. Raises `InputError` if the
+    named backend is none of that.
     """
     if name != "auto":
         if fault := lack(BACKENDS[name], dtype, head_size):
             raise InputError(f"backend {name} {fault}; use backend: auto or reference")
-        if fault := verify(name, device, block, dtype):
+        if fault := verify(name, device, block, dtype, trains):
             raise InputError(f"backend {name} does not work on {device}: {fault}; use backend: auto or reference")
         return name, "as asked for"
     refused = []
     for candidate, backend in BACKENDS.items():
         fault = backend.missing(device, block) or lack(backend, dtype, head_size)
+        if not fault and trains:
+            fault = backend.missing_backward(device, dtype)
         if not fault and candidate == "flex" and device.type != "cuda":
-            fault = _verified.get((candidate, device, block, check_dtype(device, dtype)), "compiles for long on a CPU")
-        elif not fault and (fault := verify(candidate, device, block, dtype)):
+            key = candidate, device, block, check_dtype(device, dtype), trains
+            fault = _verified.get(key, "compiles for long on a CPU")
+        elif not fault and (fault := verify(candidate, device, block, dtype, trains)):
             warnings.warn(f"{candidate} does not work on {device} ({fault}); using a slower backend", stacklevel=3)
         if not fault:
             return candidate, "; ".join(["the fastest that passed its check", *refused])
@@ -53,10 +65,8 @@ def choose(
     raise AssertionError("the reference works everywhere")
 
 
-def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None, trains: bool = False) -> str:
+def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None) -> str:
     """What a backend cannot do of what is asked, or ""; None is not asked."""
-    if trains and not backend.DIFFERENTIABLE:
-        return "has no backward"
     if dtype is not None and backend.DTYPES is not None and dtype not in backend.DTYPES:
         return f"does not take {dtype}"
     if head_size is not None and backend.HEAD_SIZES is not None and head_size not in backend.HEAD_SIZES:
@@ -64,13 +74,17 @@ def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None, 
     return ""
 
 
-def verify(name: str, device: torch.device, block: int, dtype: torch.dtype | None = None) -> str:
-    """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line."""
-    backend, dtype = BACKENDS[name], check_dtype(device, dtype)
-    key = name, device, block, dtype
+def verify(name: str, device: torch.device, block: int, dtype: torch.dtype | None = None, trains: bool = False) -> str:
+    """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line.
+
+    trains: whether to check its gradients too
+    """
+    backend = BACKENDS[name]
+    if fault := backend.missing(device, block) or (backend.missing_backward(device, dtype) if trains else ""):
+        return fault
+    key = name, device, block, check_dtype(device, dtype), trains
     if key not in _verified:
-        fault = backend.missing(device, block)
-        _verified[key] = fault or ("" if backend is reference else _fault(backend, device, block, dtype))
+        _verified[key] = "" if backend is reference else _fault(backend, *key[1:])
     return _verified[key]
 
 
@@ -81,8 +95,7 @@ def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
-@torch.no_grad()
-def _fault(backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype) -> str:
+def _fault(backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype, trains: bool) -> str:
     """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     generator = torch.Generator().manual_seed(0)
@@ -90,18 +103,30 @@ def _fault(backend: ModuleType, device: torch.device, block: int, dtype: torch.d
     for columns in (3 * block, 3 * block - block // 4):
         selection = Selection.build((3, 1, columns), NablaConfig(keep=0.4, tile=(1, 1, block)), device)
         length = selection.layout.blocks * block
-        q, k, v = (random(1, 2, length, CHECK_HEAD_SIZE).to(device, dtype) for _ in range(3))
-        means = [block_means(x, selection.layout) for x in (q, k)]
+        tensors = [random(1, 2, length, CHECK_HEAD_SIZE).to(device, dtype) for _ in range(4)]
+        means = [block_means(x, selection.layout) for x in tensors[:2]]
         with torch.autocast(device.type, enabled=False):
             try:
-                result = backend.attend(q, k, v, backend.choose(*means, selection)).float()
+                results = _results(backend, tensors, backend.choose(*means, selection), trains)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
                 lines = str(error).strip().splitlines() or ["no message"]
                 return f"{type(error).__name__}: {lines[0][:200]}"
-            exact = reference.attend(q.float(), k.float(), v.float(), reference.choose(*means, selection))
-        error = (result - exact).norm() / exact.norm()
-        if not error < tolerance:
-            return f"its result is off by {error:.1%}"
+            wide = [x.float() for x in tensors]
+            exact = _results(reference, wide, reference.choose(*means, selection), trains)
+        for what, result in results.items():
+            error = (result - exact[what]).norm() / exact[what].norm()
+            if not error < tolerance:
+                return f"its {what} is off by {error:.1%}"
     return ""
+
+
+def _results(backend: ModuleType, tensors: list[Tensor], blocks: Any, trains: bool) -> dict[str, Tensor]:
+    """What a backend computes of q, k, v and the gradient of the result, by what it is, in float32."""
+    with torch.set_grad_enabled(trains):
+        *qkv, gradient = (x.detach().requires_grad_(trains) for x in tensors)
+        result = backend.attend(*qkv, blocks)
+        gradients = torch.autograd.grad(result, qkv, gradient.detach()) if trains else ()
+    names = "result", "gradient of q", "gradient of k", "gradient of v"
+    return {name: x.detach().float() for name, x in zip(names, (result, *gradients))}

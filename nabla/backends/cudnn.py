@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -13,11 +13,10 @@ from nabla.fast_selection import choose_lists, lists_of_blocks
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DIFFERENTIABLE = False
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (128,)
 BLOCK = 64
-HOPPER = 9, 0
+HOPPER, CONSUMER_BLACKWELL = (9, 0), (12, 0)
 
 
 class Blocks(NamedTuple):
@@ -38,6 +37,13 @@ def missing(device: torch.device, block: int) -> str:
     return ""
 
 
+def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+    if torch.cuda.get_device_capability(device) >= CONSUMER_BLACKWELL:
+        return "has no backward on compute capability 12.0 or more"
+    return "" if dtype in (None, torch.bfloat16) else f"has no backward in {dtype}"
+
+
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
     """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
     return Blocks(*lists_of_blocks(blocks), _sizes(layout))
@@ -55,29 +61,75 @@ def kept_counts(blocks: Blocks) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
-    return block_sparse(q, k, v, *blocks.lists, blocks.sizes)
+    return block_sparse(q, k, v, *blocks.lists, blocks.sizes)[0]
 
 
 @torch.library.custom_op("nabla::cudnn", mutates_args=())
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, sizes: Optional[Tensor]) -> Tensor:
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, sizes: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The attention, and the logarithm (B, heads, N * block) float32 of each row's sum, which the backward reads."""
     from cudnn.block_sparse_attention import block_sparse_attention_forward
 
-    rows = *q.shape[:2], counts.shape[-1]
-    result = block_sparse_attention_forward(
-        q,
-        k,
-        v,
-        indices.expand(*rows, -1),
-        block_sizes=sizes,
-        q2k_block_nums=counts.expand(rows),
-        sparse_block_size=BLOCK,
-    )
-    return result["o_tensor"]
+    result = block_sparse_attention_forward(q, k, v, **_sparsity(q, counts, indices, sizes))
+    return result["o_tensor"], result["lse_tensor"]
 
 
 @block_sparse.register_fake
-def _(q: Tensor, *_) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("nabla::cudnn_backward", mutates_args=())
+def block_sparse_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    sizes: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. The sums over blocks are atomic, so that they are not the same to the bit each time."""
+    from cudnn.block_sparse_attention import block_sparse_attention_backward
+
+    # The kernel loads whole rows, of which a gradient that was expanded has none.
+    if gradient.stride(-1) != 1 or 0 in gradient.stride():
+        gradient = gradient.contiguous()
+    # The library hands tensors on in a way that refuses those that require gradients.
+    given = (x.detach() for x in (gradient, q, k, v, out, log_sums))
+    result = block_sparse_attention_backward(*given, **_sparsity(q, counts, indices, sizes))
+    return result["dq_tensor"], result["dk_tensor"], result["dv_tensor"]
+
+
+@block_sparse_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *sparsity = inputs
+    ctx.save_for_backward(q, k, v, *output, *sparsity)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *block_sparse_backward(gradient, *ctx.saved_tensors), None, None, None
+
+
+block_sparse.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _sparsity(q: Tensor, counts: Tensor, indices: Tensor, sizes: Tensor | None) -> dict[str, Any]:
+    """The kept blocks as the library's arguments."""
+    rows = *q.shape[:2], counts.shape[-1]
+    return {
+        "q2k_block_index": indices.expand(*rows, -1),
+        "q2k_block_nums": counts.expand(rows),
+        "block_sizes": sizes,
+        "sparse_block_size": BLOCK,
+    }
 
 
 def _sizes(layout: TileLayout) -> Tensor | None:

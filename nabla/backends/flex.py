@@ -1,37 +1,33 @@
 """Block-sparse attention by compiled FlexAttention.
 
-Uncompiled FlexAttention ignores block lists and scores every pair. So it is only ever reached through a custom operator
-that compiles it by itself, whatever compiles or runs the caller, and that fails where torch.compile is switched off.
+Uncompiled FlexAttention ignores block lists and scores every pair. So it is only ever reached through custom operators
+that compile it by themselves, whatever compiles or runs the caller, and that fail where torch.compile is switched off.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import time
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
 from nabla.backends import flex_options
 from nabla.backends.flex_options import Options
-from nabla.block_lists import BlockLists
+from nabla.block_lists import BlockLists, from_lists
 from nabla.fast_selection import choose_lists, lists_of_blocks
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DIFFERENTIABLE = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = None
 # One compile a shape. The default limit of 8 counts every grid, dtype and head size of a process together.
 RECOMPILE_LIMIT = 4096
-TRIALS, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_STRIDE = 5, 16, 256, 8
+TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_STRIDE = 16, 256, 8
 
-log = logging.getLogger("nabla")
+Args = tuple[Tensor | None, ...]
 
 
 class Blocks(NamedTuple):
@@ -48,6 +44,11 @@ class Blocks(NamedTuple):
 def missing(device: torch.device, block: int) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return ""
+
+
+def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+    return "" if device.type == "cuda" else f"has no backward on {device.type}"
 
 
 def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
@@ -93,8 +94,7 @@ def block_sparse(
 ) -> Tensor:
     args = q, k, v, counts, indices, partial_counts, partial_indices, valid
     block = q.shape[2] // counts.shape[-1]
-    options = flex_options.for_device(q.device, q.dtype, q.shape[-1], block, _seconds)
-    return _run(args, options)
+    return _run(args, flex_options.for_forward(q.device, q.dtype, q.shape[-1], block, _forward_trial))
 
 
 @block_sparse.register_fake
@@ -102,29 +102,80 @@ def _(q: Tensor, *_) -> Tensor:
     return torch.empty_like(q)
 
 
-def _run(args: tuple[Tensor | None, ...], options: Options) -> Tensor:
+def block_sparse_backward(gradient: Tensor, *args: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, given that of the result of `block_sparse(*args)`, which is computed anew.
+
+    FlexAttention can only be differentiated in a graph that it is called in.
+    """
+    q, counts = args[0], args[3]
+    kind = q.device, q.dtype, q.shape[-1], q.shape[2] // counts.shape[-1]
+    return _differentiate(gradient, args, flex_options.for_backward(*kind, _forward_trial, _backward_trial))
+
+
+# Not a `custom_op`: those run where autograd is switched off, so that nothing can be differentiated in them.
+_library = torch.library.Library("nabla", "FRAGMENT")
+_library.define(
+    "flex_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
+    "Tensor? partial_counts, Tensor? partial_indices, Tensor? valid) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("flex_backward", block_sparse_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nabla::flex_backward", lib=_library)
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx: Any, inputs: Args, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> Args:
+    return *torch.ops.nabla.flex_backward(gradient, *ctx.saved_tensors), None, None, None, None, None
+
+
+block_sparse.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _differentiate(gradient: Tensor, args: Args, options: Options) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, the first of `args`."""
+    counts, indices, partial_counts, partial_indices = args[3:7]
+    transposed = *_transpose(counts, indices), *_transpose(partial_counts, partial_indices)
+    with torch.enable_grad():
+        qkv = [x.detach().requires_grad_() for x in args[:3]]
+        return torch.autograd.grad(_run((*qkv, *args[3:]), options, transposed), qkv, gradient)
+
+
+def _transpose(counts: Tensor | None, indices: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Lists of the query blocks that keep each key block; None for None."""
+    if counts is None:
+        return None, None
+    (lists,) = lists_of_blocks(from_lists(BlockLists(counts, indices)).mT.contiguous())
+    return lists
+
+
+def _run(args: Args, options: Options, transposed: Args | None = None) -> Tensor:
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(*args, options)
+        return _compiled()(*args, options, transposed)
 
 
-def _seconds(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
-    """The time of a call with some options on a problem large enough to tell, infinity if they do not compile."""
+def _forward_trial(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
+    args = _trial_args(device, dtype, head_size, block)
+    return flex_options.seconds(lambda: _run(args, options), device, options)
+
+
+def _backward_trial(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
+    args = _trial_args(device, dtype, head_size, block)
+    return flex_options.seconds(lambda: _differentiate(args[0], args, options), device, options)
+
+
+def _trial_args(device: torch.device, dtype: torch.dtype, head_size: int, block: int) -> Args:
+    """A problem large enough to tell options apart, and small beside any for which they matter."""
     q, k, v = torch.randn(3, 1, TRIAL_HEADS, TRIAL_BLOCKS * block, head_size, device=device, dtype=dtype)
     kept = torch.arange(0, TRIAL_BLOCKS, TRIAL_STRIDE, dtype=torch.int32, device=device)
     indices = torch.zeros(1, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_BLOCKS, dtype=torch.int32, device=device)
     indices[..., : len(kept)] = kept
-    args = q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None
-    try:
-        _run(args, options)
-    except InductorError as error:
-        log.info("%s do not compile: %s", options, str(error).strip().splitlines()[0])
-        return math.inf
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(TRIALS):
-        _run(args, options)
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / TRIALS
+    return q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None
 
 
 @functools.cache
@@ -132,7 +183,7 @@ def _compiled():
     return torch.compile(_flex, fullgraph=True, dynamic=False)
 
 
-def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, options) -> Tensor:
+def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, options, transposed) -> Tensor:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or force_eager); "
@@ -144,10 +195,19 @@ def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, opti
         return valid[key]
 
     # Blocks named as "full" skip mask_mod. Without one, a CPU takes only lists that are not named so.
-    if valid is None:
-        lists, mask_mod = (counts, indices, None, None), noop_mask
+    def in_order(counts, indices, partial_counts, partial_indices):
+        has_partial = partial_counts is not None
+        return (partial_counts, partial_indices, counts, indices) if has_partial else (counts, indices, None, None)
+
+    lists = in_order(counts, indices, partial_counts, partial_indices)
+    # The transposed lists are read by a backward alone, but torch 2.8 wants them given.
+    if transposed is None:
+        transposed = lists
     else:
-        lists, mask_mod = (partial_counts, partial_indices, counts, indices), is_valid
-    # The transposed lists, second, are read by a backward alone. Here there is none, but torch 2.8 wants them given.
-    mask = BlockMask((q.shape[2], k.shape[2]), *lists, *lists, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
+        # A backward's options are refused where the device's default ones do not divide the blocks, even if others are
+        # given. So the blocks are given there as larger ones, and as they are among the options.
+        transposed, block = in_order(*transposed), math.lcm(block, flex_options.LARGEST_TILE)
+    mask_mod = noop_mask if valid is None else is_valid
+    shape = q.shape[2], k.shape[2]
+    mask = BlockMask(shape, *lists, *transposed, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
     return flex_attention(q, k, v, block_mask=mask, kernel_options=options)

@@ -11,28 +11,32 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch._inductor.exc import InductorError
 
 log = logging.getLogger("nabla")
 
 Options = dict[str, int]
+# The time of a problem for a device, dtype, head size and block with some options, infinity if they do not compile.
+Trial = Callable[[torch.device, torch.dtype, int, int, Options], float]
 
 TILE = 64
+# Of all defaults of torch.
+LARGEST_TILE = 128
+TRIALS = 5
 HOPPER = 9, 0
 # Measured on one H200: eight warps or four stages are slower by half, loads without TMA by 7 %.
 MEASURED = {HOPPER: {"num_warps": 4, "num_stages": 3, "USE_TMA": True}}
 
 
 @functools.cache
-def for_device(
-    device: torch.device, dtype: torch.dtype, head_size: int, block: int, seconds: Callable[..., float]
-) -> Options:
-    """The options for a device, as `kernel_options` of FlexAttention.
+def for_forward(device: torch.device, dtype: torch.dtype, head_size: int, block: int, trial: Trial) -> Options:
+    """The options for a device without gradients, as `kernel_options` of FlexAttention.
 
-    seconds: given the four values and options, the time of a trial, infinity if they do not compile
     What trials find is kept in a file of the user's cache, beside the versions that it holds for.
     """
     if device.type != "cuda":
@@ -44,15 +48,73 @@ def for_device(
     known = MEASURED.get(torch.cuda.get_device_capability(device))
     if known is not None:
         return tile | known | {"num_stages": min(stages, known["num_stages"])}
-    name = torch.cuda.get_device_name(device)
-    key = f"{name}, torch {torch.__version__}, {dtype}, heads of {head_size}, blocks of {block}"
-    trial = functools.partial(seconds, device, dtype, head_size, block)
-    return remembered(key, [tile | options for options in candidates(stages)], trial)
+    kind = device, dtype, head_size, block
+    return remembered(_key(*kind), [tile | each for each in candidates(stages)], functools.partial(trial, *kind))
+
+
+@functools.cache
+def for_backward(
+    device: torch.device, dtype: torch.dtype, head_size: int, block: int, forward: Trial, backward: Trial
+) -> Options:
+    """The options for a device where gradients are taken, of a forward that is run for them and of the backward."""
+    kind = device, dtype, head_size, block
+    # Short sequences would be given to another kernel, that of decoding, which has other options.
+    given = {"SPARSE_Q_BLOCK_SIZE": block, "SPARSE_KV_BLOCK_SIZE": block, "FORCE_USE_FLEX_ATTENTION": True}
+    given |= {f"fwd_{name}": value for name, value in for_forward(*kind, forward).items()}
+
+    def trial(options: Options) -> float:
+        return backward(*kind, given | options)
+
+    return given | remembered(_key(*kind) + ", backward", backward_candidates(dtype, block), trial)
 
 
 def candidates(stages: int) -> list[Options]:
     """Options worth a trial where up to `stages` stages fit into shared memory."""
     return [{"num_warps": 4, "num_stages": n} for n in range(1, stages + 1)] + [{"num_warps": 8, "num_stages": stages}]
+
+
+def backward_candidates(dtype: torch.dtype, block: int) -> list[Options]:
+    """Options of a backward that are worth a trial, from those for much shared memory to those that fit everywhere.
+
+    Some programs do a tile of keys each and go over queries in smaller tiles, others do it the other way round.
+    """
+    wide, narrow, least = min(block, TILE), min(block, TILE // 2), min(block, TILE // 4)
+    if dtype.itemsize > 2:
+        shapes = [(narrow, narrow, 4, 1), (least, narrow, 4, 1), (least, least, 4, 1)]
+    else:
+        shapes = [(wide, wide, 8, 3), (wide, wide, 4, 3), (narrow, wide, 4, 2)]
+        shapes += [(narrow, narrow, 4, 1), (least, least, 4, 1)]
+    return [
+        {
+            "bwd_BLOCK_M1": small,
+            "bwd_BLOCK_N1": large,
+            "bwd_BLOCK_M2": large,
+            "bwd_BLOCK_N2": small,
+            "bwd_num_warps": warps,
+            "bwd_num_stages": stages,
+        }
+        for small, large, warps, stages in shapes
+    ]
+
+
+def _key(device: torch.device, dtype: torch.dtype, head_size: int, block: int) -> str:
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}, {dtype}, heads of {head_size}, blocks of {block}"
+
+
+def seconds(run: Callable[[], object], device: torch.device, options: Options) -> float:
+    """The time of a run with some options, infinity if they do not compile."""
+    try:
+        run()
+    except InductorError as error:
+        log.info("%s do not compile: %s", options, str(error).strip().splitlines()[0])
+        return math.inf
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(TRIALS):
+        run()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / TRIALS
 
 
 def remembered(key: str, options: Iterable[Options], seconds: Callable[[Options], float]) -> Options:

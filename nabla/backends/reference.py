@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DIFFERENTIABLE = True
 DTYPES = None
 HEAD_SIZES = None
 # Token pairs masked and scored at once; bounds memory to a few hundred MiB whatever the length.
@@ -26,6 +25,11 @@ class Blocks(NamedTuple):
 
 def missing(device: torch.device, block: int) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+    return ""
+
+
+def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
     return ""
 
 
