@@ -19,8 +19,8 @@ from wan.parallel import Sequence, exchange_of_diffusers
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
-# Measured on Hopper: norms and float8 conversions, else at a fraction of the bandwidth, take seconds more to compile. In
-# the order that saves memory, exchanges between processes would be waited for where they begin.
+# Measured on Hopper: norms and float8 conversions, else at a fraction of the bandwidth, take seconds more to compile.
+# In the order that saves memory, exchanges between processes would be waited for where they begin.
 COMPILE_OPTIONS = {"coordinate_descent_tuning": True, "reorder_for_peak_memory": False}
 
 
