@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import wan.attention
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -17,6 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def many_compiles():
+    """All tests compile the same functions, each for shapes of its own."""
+    with wan.attention.many_compiles():
+        yield
 
 
 @pytest.fixture(scope="session")
