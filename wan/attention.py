@@ -102,13 +102,14 @@ class AppliedAttention:
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
     these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
     None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
-    of blocks that each of its own heads keeps is written, or None.
+    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
         self.config = config
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
+        self.switched_off = False
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
         self.sequence: Sequence | None = getattr(transformer, "sequence", None)
@@ -165,7 +166,7 @@ class AppliedAttention:
         step = self.steps.see(timestep) if counts else config.dense_steps
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
-        is_sparse = bool(self.sparse) and step >= config.dense_steps
+        is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
         plan = self.plan(latents.shape[2:], device, dtype) if is_sparse else None
         self._set_exchanges(device)
         for module in self.modules if self.sequence else ():

@@ -1,0 +1,1 @@
+"""Training Wan's transformer with NABLA: pre-training, fine-tuning, LoRA, and distillation from dense attention."""

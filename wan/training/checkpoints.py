@@ -1,0 +1,104 @@
+"""Checkpoints of a run: whole or not there, the last k kept, with the state that an exact continuation needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from wan.training.files import PARTIAL, remove, whole
+
+STATE = "state"
+LATEST = "latest"
+TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+
+
+class Checkpoints:
+    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them."""
+
+    def __init__(self, run: Path, keep: int, accelerator: Accelerator):
+        self.run, self.keep, self.accelerator = run, keep, accelerator
+        self.folder = run / "checkpoints"
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"{PARTIAL}*"):
+                remove(left)
+        accelerator.wait_for_everyone()
+
+    def last(self) -> Path | None:
+        """The checkpoint of the highest step, or None."""
+        return max(self.folder.glob("step-*"), default=None)
+
+    @contextmanager
+    def new(self, step: int) -> Iterator[Path]:
+        """A folder for all processes to write the checkpoint of a step to, which counts once the body has succeeded."""
+        path = self.folder / f"step-{step:08d}"
+        partial = path.with_name(PARTIAL + path.name)
+        if self.accelerator.is_main_process:
+            remove(partial)
+            partial.mkdir()
+        self.accelerator.wait_for_everyone()
+        yield partial
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(partial, path)
+            with whole(self.run / LATEST) as link:
+                link.symlink_to(path.relative_to(self.run))
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                # Under its own name it would look whole if this were cut.
+                os.replace(old, old.with_name(PARTIAL + old.name))
+                remove(old.with_name(PARTIAL + old.name))
+        self.accelerator.wait_for_everyone()
+
+
+class State:
+    """What changes over a run, and can be saved and read back by any number of processes: see torch's `Stateful`."""
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        ema: EMAModel | None,
+    ):
+        self.transformer, self.optimizer, self.schedule, self.ema = transformer, optimizer, schedule, ema
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.transformer, self.optimizer, options=TRAINED)
+        state = {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step}
+        if self.ema is not None:
+            named = [name for name, weight in self.transformer.named_parameters() if weight.requires_grad]
+            state["ema"] = dict(zip(named, self.ema.shadow_params))
+            state["ema_steps"] = self.ema.optimization_step
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.transformer,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False, flatten_optimizer_state_dict=True, ignore_frozen_params=True),
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+        if self.ema is not None:
+            # Its tensors were read in place.
+            self.ema.optimization_step = state["ema_steps"]
+
+    def save(self, checkpoint: Path) -> None:
+        dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
+
+    def load(self, checkpoint: Path) -> None:
+        dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
