@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
 
+    import torch
     from accelerate import PartialState
 
     from nabla import InputError
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         source = open_dataset(settings.dataset, settings.options)
-        processes = PartialState()
+        processes = PartialState(cpu=not torch.cuda.is_available())
         encoder = Encoder(open_parts(settings.checkpoint), processes.device)
         done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
     except InputError as error:

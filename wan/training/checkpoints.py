@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,16 @@ class State:
             self.ema.optimization_step = state["ema_steps"]
 
     def save(self, checkpoint: Path) -> None:
-        dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
+        with _without_warning_of_one_process():
+            dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:
-        dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+        with _without_warning_of_one_process():
+            dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+
+
+@contextmanager
+def _without_warning_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

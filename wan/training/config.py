@@ -42,26 +42,22 @@ CHANGEABLE = (
     "gradient_checkpointing",
     "every",
     "keep_last",
+    "workers",
     "samples",
 )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Folders that prepare_data.py wrote.
-
-    clips: how many of `validation` to use; workers: processes that read
-    """
+    """Folders that prepare_data.py wrote; `clips` is how many of `validation` to use."""
 
     train: str
     validation: str | None = None
     clips: int = 32
-    workers: int = 2
 
     def __post_init__(self) -> None:
         check_texts(self, "train", *(["validation"] if self.validation is not None else []))
         check_counts(self, "clips")
-        check_counts(self, "workers", least=0)
 
 
 @dataclass(frozen=True)
@@ -167,6 +163,8 @@ class TrainingSettings:
     batch_size: clips a step over all processes; micro_batch: clips that a process takes at once
     ema: decay of the moving average of the weights, or None for none
     shard: spread weights, gradients and optimizer over the processes (FSDP2), rather than repeat them (DDP)
+    keep_last: how many checkpoints stay
+    workers: processes that read clips, for each process that trains
     """
 
     mode: str
@@ -189,6 +187,7 @@ class TrainingSettings:
     ema: float | None = None
     every: EverySettings = EverySettings()
     keep_last: int = 3
+    workers: int = 2
     samples: SampleSettings | None = None
 
     def __post_init__(self) -> None:
@@ -196,7 +195,7 @@ class TrainingSettings:
         check_choice(self, "precision", PRECISIONS)
         check_texts(self, "checkpoint", "out")
         check_counts(self, "steps", "batch_size", "micro_batch", "keep_last")
-        check_counts(self, "seed", least=0)
+        check_counts(self, "seed", "workers", least=0)
         for name in ("gradient_checkpointing", "compile", "shard"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} {getattr(self, name)!r} is neither true nor false")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import WanPipeline, WanTransformer3DModel
-from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -61,7 +61,8 @@ def write_model(
     """
     own = folder / "transformer"
     own.mkdir(parents=True)
-    save_torch_state_dict(state, own, filename_pattern=MODEL_STEM + "{suffix}.safetensors")
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, own / f"{MODEL_STEM}.safetensors", {"format": "pt"})
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config = {"_class_name": WanTransformer3DModel.__name__} | config
     if "attention" in defaults:

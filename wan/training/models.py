@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from wan import parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import PATCH
-from wan.parallel import apply_fsdp
+from wan.parallel import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, TrainingSettings
-
-log = logging.getLogger("wan")
 
 EMBEDDING_DEVIATION = 0.02
 
@@ -37,25 +35,30 @@ def open_parts(name: str | Path) -> Checkpoint:
     return Checkpoint.open(name)
 
 
-def build_student(settings: TrainingSettings, base: Checkpoint, device: torch.device) -> WanTransformer3DModel:
-    """The transformer that a run trains, on a device, before it is spread over processes.
+def build_student(
+    settings: TrainingSettings, base: Checkpoint, device: torch.device, mesh: DeviceMesh | None
+) -> WanTransformer3DModel:
+    """The transformer that a run trains, its weights float32; sharded over a mesh, if there is one.
 
-    What is trained is float32. Of LoRA the weights beneath are in the run's precision, unless they will be sharded,
-    which takes parameters of one type.
+    Of LoRA the weights beneath are in the run's precision, unless they are sharded, which takes parameters of one type.
     """
     torch.manual_seed(settings.seed)
     if settings.transformer is not None:
         transformer = new_transformer(settings.transformer, device)
     else:
-        frozen = settings.lora is not None and not settings.shard
+        frozen = settings.lora is not None and mesh is None
         dtype = getattr(torch, settings.precision) if frozen else torch.float32
-        transformer = parts.load_transformer(parts.transformer_part(base), dtype, device)
+        # Adapters have to be there before their blocks are sharded.
+        shard = _sharding(mesh) if settings.lora is None else None
+        transformer = parts.load_transformer(parts.transformer_part(base), dtype, device, shard)
     transformer.train().requires_grad_(settings.lora is None)
     # Inference has it in float32 too.
     embedder = transformer.condition_embedder.time_embedder
     embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
     if settings.lora is not None:
         add_lora(transformer, settings.lora)
+    if mesh is not None and not is_sharded(transformer):
+        apply_fsdp(transformer, transformer.blocks, mesh)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if settings.compile:
@@ -72,12 +75,14 @@ def build_teacher(
 ) -> WanTransformer3DModel:
     """The dense transformer of `distill`, frozen, in the run's precision; sharded over a mesh, if there is one."""
     part, dtype = parts.transformer_part(base), getattr(torch, settings.precision)
-    if mesh is not None:
-        return parts.load_transformer(part, dtype, device, lambda model: apply_fsdp(model, model.blocks, mesh))
-    teacher = parts.load_transformer(part, dtype, device)
+    teacher = parts.load_transformer(part, dtype, device, _sharding(mesh))
     if settings.compile:
         compile_blocks(teacher)
     return teacher
+
+
+def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
+    return None if mesh is None else lambda model: apply_fsdp(model, model.blocks, mesh)
 
 
 def build_optimizer(settings: TrainingSettings, weights: list[nn.Parameter]) -> tuple[AdamW, LRScheduler]:

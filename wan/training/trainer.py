@@ -16,13 +16,12 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.config import PATCH, read_settings
-from wan.parallel import apply_fsdp
+from wan.parallel import is_sharded
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import TrainingSettings
@@ -53,7 +52,7 @@ class Trainer:
 
     def __init__(self, settings: TrainingSettings):
         # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
         self.device, self.settings = self.accelerator.device, settings
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
@@ -98,15 +97,11 @@ class Trainer:
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         mesh = init_device_mesh(self.device.type, (processes,)) if settings.shard else None
-        self.transformer = build_student(settings, self.base, self.device)
+        self.transformer = build_student(settings, self.base, self.device, mesh)
         self.teacher = None
         if settings.mode == "distill":
             self.teacher = build_teacher(settings, self.base, self.device, mesh)
-        if mesh is not None:
-            apply_fsdp(self.transformer, self.transformer.blocks, mesh)
-            self.model = self.transformer
-        else:
-            self.model = self.accelerator.prepare_model(self.transformer)
+        self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
         optimizer, schedule = build_optimizer(settings, self.weights)
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema)
@@ -131,7 +126,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             provide_parts(self.base, self.folder / "parts")
             self.metrics = Metrics(self.folder, state.step)
-        batches = self.batches.load(state.step, settings.steps, settings.data.workers)
+        batches = self.batches.load(state.step, settings.steps, settings.workers)
         with self.stop, many_compiles():
             if state.step == 0:
                 self._write({"step": 0} | self._validate())
@@ -279,7 +274,7 @@ class Trainer:
     @contextlib.contextmanager
     def _without_exchange(self) -> Iterator[None]:
         """Backward without telling other processes the gradients: more will be added to them."""
-        if not isinstance(self.model, FSDPModule):
+        if not is_sharded(self.model):
             with self.accelerator.no_sync(self.model):
                 yield
             return
