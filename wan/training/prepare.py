@@ -33,6 +33,8 @@ log = logging.getLogger("wan")
 RECORD_FILE = "prepared.json"
 DROPPED_FILE = "dropped.safetensors"
 SHARD_NAME = "shard-{:06d}.safetensors"
+# Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
+RECORD_KEY = "samples"
 SHARDS = "shard-*.safetensors"
 
 
@@ -150,15 +152,15 @@ def _write_shard(path: Path, samples: list[Sample], encoder: Encoder, settings: 
                 tensors[f"{sample.index}.text"] = text.cpu().to(dtype).contiguous()
     clips = [{"index": s.index, "caption": s.caption} for s in samples if not s.reason]
     with whole(path) as partial:
-        save_file(tensors, partial, {"clips": json.dumps(clips), "skipped": json.dumps(skipped)})
+        save_file(tensors, partial, {RECORD_KEY: json.dumps({"clips": clips, "skipped": skipped})})
 
 
 def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a shard says of its clips, and of the samples that could not be used."""
     try:
         with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-        return json.loads(said["clips"]), json.loads(said["skipped"])
+            record = json.loads(file.metadata()[RECORD_KEY])
+        return record["clips"], record["skipped"]
     except Exception as error:  # safetensors raises an error class of its own for a damaged file
         raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -12,9 +13,14 @@ from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.config import check_keys
 
+EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
+
 
 def with_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Settings changed by words of a command line such as `optimizer.lr=1e-4`, values read as YAML."""
+    """Settings changed by words of a command line such as `optimizer.lr=1e-4`, values read as YAML.
+
+    Numbers such as 1e-4, which YAML takes for texts, are read as numbers throughout.
+    """
     changed = dict(settings)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -24,19 +30,18 @@ def with_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dic
             layer: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"{override!r}: its value is not YAML; put it in quotes") from None
-        # YAML reads 1e-4 as a text.
-        layer = float(text) if isinstance(layer, str) and _is_float(text) else layer
         for key in reversed(path.split(".")):
             layer = {key: layer}
         changed = overlaid(changed, layer)
-    return changed
+    return _with_numbers(changed)
 
 
-def _is_float(text: str) -> bool:
-    try:
-        return is_number(float(text))
-    except ValueError:
-        return False
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value
 
 
 def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

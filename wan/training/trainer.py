@@ -44,6 +44,11 @@ class Diverged(RuntimeError):
     """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
 
 
+def whole_tensor(x: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered from all processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 class Trainer:
     """One run. `run` trains from the last whole checkpoint in the folder `settings.out`, or from the start.
 
@@ -158,9 +163,11 @@ class Trainer:
                 (losses[-1].mean() / self.batches.parts).backward()
         loss, kept = self._gather(torch.cat(losses).detach())
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = whole_tensor(norm).item()
         if not math.isfinite(norm):
-            raise Diverged(f"step {state.step}: the loss is {loss:.4g}, but its gradient is not finite (norm {norm})")
+            raise Diverged(
+                f"step {state.step + 1}: the gradient is not finite (norm {norm}), though the loss is {loss:.4g}"
+            )
         row = {"step": state.step + 1, "loss": loss, "lr": state.schedule.get_last_lr()[0], "grad_norm": norm}
         state.optimizer.step()
         state.schedule.step()
@@ -210,7 +217,7 @@ class Trainer:
             f"{self.clips.describe(numbers[place])}"
             for place in (~losses.isfinite()).nonzero().flatten().tolist()
         ]
-        return f"step {step}: the loss is not finite: {'; '.join(bad)}"
+        return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -226,6 +233,8 @@ class Trainer:
         with self._inference():
             count, objective = self.settings.data.clips, self.settings.objective
             losses = validation_losses(self.transformer, self.validation, count, objective, self.accelerator)
+        if not all(map(math.isfinite, losses.values())):
+            raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
         return {f"validation_{name}": loss for name, loss in losses.items()}
 
     def _sample(self) -> None:
@@ -235,6 +244,10 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint: the state to go on from, and weights and moving averages as generate.py takes them."""
+        # A step of finite gradients may still overflow.
+        is_finite = torch.stack([whole_tensor(weight.detach().isfinite().all()) for weight in self.weights]).all()
+        if not is_finite:
+            raise Diverged(f"after step {self.state.step}: weights are not finite")
         with self.checkpoints.new(self.state.step) as folder:
             self.state.save(folder)
             self._export(folder / "model")
