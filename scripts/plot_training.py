@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {path} is not there or has no rows; give the folder of a run", file=sys.stderr)
         return 2
     if importlib.util.find_spec("matplotlib") is None:
-        print("error: matplotlib is not installed; pip install -r requirements-training.txt", file=sys.stderr)
+        print("error: matplotlib is not there; install it with pip install matplotlib", file=sys.stderr)
         return 2
     draw_metrics(rows, args.out)
     print(f"wrote {args.out}")

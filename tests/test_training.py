@@ -19,6 +19,7 @@ from training_runs import TILE, settings_dict, train
 import generate
 import wan
 from nabla import InputError, NablaConfig
+from scripts import plot_training
 from scripts import train as train_script
 from wan import parts
 from wan.checkpoint import Checkpoint
@@ -129,6 +130,13 @@ def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(pretrained, random_n
         train(content)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert train(content) == rows
+
+
+def test_metrics_are_drawn(pretrained, tmp_path, capsys):
+    assert plot_training.main([pretrained[0]["out"], "--out", str(tmp_path / "run.png")]) == 0
+    assert iio.imread(tmp_path / "run.png").shape[0] > 500
+    assert plot_training.main([str(tmp_path), "--out", "run.png"]) == 2
+    assert "metrics.jsonl is not there or has no rows" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(pretrained, tmp_path):

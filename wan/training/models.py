@@ -123,7 +123,7 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
 def add_lora(transformer: WanTransformer3DModel, settings: LoraSettings) -> None:
     """Put trainable float32 adapters on a frozen transformer; raises `InputError` if peft or a target is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise InputError("LoRA needs peft; install it with pip install -r requirements-training.txt")
+        raise InputError("LoRA needs peft; install it with pip install peft")
     from peft import LoraConfig
 
     targets = list(settings.targets)

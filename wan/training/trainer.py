@@ -133,7 +133,7 @@ class Trainer:
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
         with self.stop, many_compiles():
-            if state.step == 0:
+            if state.step == 0 and self.validation is not None:
                 self._write({"step": 0} | self._validate())
             while state.step < settings.steps:
                 row = self._step(batches)
