@@ -325,4 +325,4 @@ def test_what_does_not_fit_together_is_refused(random_nano, prepared, tmp_path):
         content = settings_dict(random_nano, prepared, tmp_path / "run", **changes)
         with pytest.raises(InputError, match=message):
             Trainer(TrainingSettings.from_dict(content))
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    Trainer(TrainingSettings.from_dict(settings_dict(random_nano, prepared, tmp_path / "run")))

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nabla import InputError
 from wan.training.files import PARTIAL, remove, whole
 
 STATE = "state"
@@ -31,7 +32,10 @@ class Checkpoints:
         self.run, self.keep, self.accelerator = run, keep, accelerator
         self.folder = run / "checkpoints"
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"out {run} cannot be written ({error.strerror}); choose another") from None
             for left in self.folder.glob(f"{PARTIAL}*"):
                 remove(left)
         accelerator.wait_for_everyone()

@@ -144,8 +144,8 @@ class Batches(Dataset):
     def load(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
         numbers = range(first_step * self.parts, last_step * self.parts)
-        loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=_has_gpu())
-        return iter(loader)
+        has_gpu = torch.cuda.is_available()
+        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=has_gpu))
 
     def _choose_buckets(self, steps: int) -> None:
         if len(self.chosen) < steps:
@@ -174,7 +174,3 @@ def seed_of(*numbers: int) -> int:
 @functools.lru_cache(16)
 def _order(seed: int, bucket: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, ORDER, int(bucket), epoch)).permutation(count)
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()

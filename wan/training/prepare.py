@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,28 +77,24 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     Bad samples are named in the log, and in the shard that they would stand in; returned are the counts of all shards
     that are this process's. Raises `InputError` if the folder holds shards that were made otherwise.
     """
-    out = Path(settings.out)
+    out, size = Path(settings.out), settings.clips_per_shard
     _begin(out, settings, encoder, leads=rank == 0)
     if not hasattr(source, "__getitem__"):
         source = InOrder(source)
         if settings.workers:
             raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
-    own = itertools.count(rank, processes)
-    if hasattr(source, "__len__"):
-        own = itertools.takewhile(lambda shard: shard < math.ceil(len(source) / settings.clips_per_shard), own)
-    clips = skipped = 0
-    for shard in own:
-        path = out / SHARD_NAME.format(shard)
-        if not path.is_file():
-            first = shard * settings.clips_per_shard
-            samples = list(_read(source, range(first, first + settings.clips_per_shard), settings.workers))
-            if not samples:
-                break
-            _write_shard(path, samples, encoder, settings)
-        written, bad = _read_record(path)
-        clips, skipped = clips + len(written), skipped + len(bad)
-        log.info("%s: %d clips, %d skipped", path.name, len(written), len(bad))
-    return Prepared(clips, skipped)
+    is_counted = hasattr(source, "__len__")
+    own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
+    missing = (shard for shard in own if not (out / SHARD_NAME.format(shard)).is_file())
+    indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
+    loader = DataLoader(
+        Checked(source), batch_size=None, sampler=indices, num_workers=settings.workers, collate_fn=_as_it_is
+    )
+    samples = itertools.takewhile(lambda sample: sample is not None, loader)
+    for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
+        _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
+    counts = [_read_record(path) for number, path in _shards(out) if number % processes == rank]
+    return Prepared(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
 
 
 def _begin(out: Path, settings: PrepareSettings, encoder: Encoder, leads: bool) -> None:
@@ -120,39 +116,43 @@ def _begin(out: Path, settings: PrepareSettings, encoder: Encoder, leads: bool) 
             save_file({"text": text.cpu().to(getattr(torch, settings.dtype)).contiguous()}, partial)
 
 
-def _read(source: Any, indices: range, workers: int) -> Iterator[Sample]:
-    loader = DataLoader(Checked(source), batch_size=None, sampler=indices, num_workers=workers, collate_fn=_as_it_is)
-    for sample in loader:
-        if sample is None:
-            return
-        yield sample
-
-
 def _as_it_is(sample: Any) -> Any:
     return sample
 
 
-def _write_shard(path: Path, samples: list[Sample], encoder: Encoder, settings: PrepareSettings) -> None:
-    tensors, skipped = {}, []
-    by_shape = defaultdict(list)
+def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settings: PrepareSettings) -> None:
+    """Encode samples as they come, those of one shape together, so that others are read meanwhile."""
+    tensors: dict[str, Tensor] = {}
+    clips, skipped = [], []
+    waiting = defaultdict(list)
+    dtype = getattr(torch, settings.dtype)
+
+    def encode_all(group: list[Sample]) -> None:
+        latents = encoder.latents(np.stack([sample.video for sample in group]))
+        texts = encoder.text([sample.caption for sample in group])
+        for sample, clip, text in zip(group, latents, texts):
+            tensors[f"{sample.index}.latents"] = clip.cpu().to(dtype).contiguous()
+            tensors[f"{sample.index}.text"] = text.cpu().to(dtype).contiguous()
+
     for sample in samples:
         if sample.reason:
             log.warning("warning: sample %d is skipped: %s", sample.index, sample.reason)
             skipped.append({"index": sample.index, "reason": sample.reason})
-        else:
-            by_shape[sample.video.shape].append(sample)
-    dtype = getattr(torch, settings.dtype)
-    for alike in by_shape.values():
-        for start in range(0, len(alike), settings.batch):
-            group = alike[start : start + settings.batch]
-            latents = encoder.latents(np.stack([sample.video for sample in group]))
-            texts = encoder.text([sample.caption for sample in group])
-            for sample, clip, text in zip(group, latents, texts):
-                tensors[f"{sample.index}.latents"] = clip.cpu().to(dtype).contiguous()
-                tensors[f"{sample.index}.text"] = text.cpu().to(dtype).contiguous()
-    clips = [{"index": s.index, "caption": s.caption} for s in samples if not s.reason]
+            continue
+        clips.append({"index": sample.index, "caption": sample.caption})
+        waiting[sample.video.shape].append(sample)
+        if len(waiting[sample.video.shape]) == settings.batch:
+            encode_all(waiting.pop(sample.video.shape))
+    for group in waiting.values():
+        encode_all(group)
     with whole(path) as partial:
         save_file(tensors, partial, {RECORD_KEY: json.dumps({"clips": clips, "skipped": skipped})})
+    log.info("%s: %d clips, %d skipped", path.name, len(clips), len(skipped))
+
+
+def _shards(folder: Path) -> list[tuple[int, Path]]:
+    """The shards of a folder by number."""
+    return [(int(path.stem.rpartition("-")[2]), path) for path in sorted(folder.glob(SHARDS))]
 
 
 def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -177,7 +177,7 @@ class Clip(NamedTuple):
 def list_clips(folder: Path) -> list[Clip]:
     """The clips of all shards of a folder, in order, without reading tensors."""
     clips: list[Clip] = []
-    for path in sorted(folder.glob(SHARDS)):
+    for _, path in _shards(folder):
         written, _ = _read_record(path)
         with safe_open(path, "pt") as file:
             for clip in written:

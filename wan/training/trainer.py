@@ -63,7 +63,6 @@ class Trainer:
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
         self.folder = Path(settings.out).expanduser().resolve()
-        self._keep_settings()
         self.base = open_parts(settings.checkpoint)
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
@@ -81,23 +80,12 @@ class Trainer:
         self._build_models()
         last = self.checkpoints.last()
         if last is not None:
+            settings.check_continues(TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
             self.state.load(last)
             log.info("going on from %s", last)
         self.sampler = self._make_sampler()
         self.stop = StopSignal()
-
-    def _keep_settings(self) -> None:
-        """Write the settings into the run's folder, or check that they continue those that are there."""
-        path = self.folder / SETTINGS_FILE
-        if path.is_file():
-            self.settings.check_continues(TrainingSettings.from_dict(read_settings(path)))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            try:
-                with whole(path) as partial:
-                    partial.write_text(yaml.safe_dump(self.settings.to_dict(), allow_unicode=True, sort_keys=False))
-            except OSError as error:
-                raise InputError(f"out {self.folder} cannot be written ({error.strerror}); choose another") from None
+        self.metrics: Metrics | None = None
 
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
@@ -129,6 +117,8 @@ class Trainer:
             log.info("all %d steps are done: %s", state.step, self.checkpoints.last())
             return
         if self.accelerator.is_main_process:
+            with whole(self.folder / SETTINGS_FILE) as partial:
+                partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
             provide_parts(self.base, self.folder / "parts")
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
@@ -220,7 +210,7 @@ class Trainer:
         return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
 
     def _write(self, row: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
+        if self.metrics is None:
             return
         self.metrics.write(row)
         if row["step"] % self.settings.every.log == 0 or any(key.startswith("validation") for key in row):
