@@ -125,7 +125,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(pretrained, random_n
         if row["step"] == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after step 1;"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after step 2;"):
         patch.setattr(Metrics, "write", write_and_ask)
         train(content)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -77,13 +77,15 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     Bad samples are named in the log, and in the shard that they would stand in; returned are the counts of all shards
     that are this process's. Raises `InputError` if the folder holds shards that were made otherwise.
     """
-    out, size = Path(settings.out), settings.clips_per_shard
-    _begin(out, settings, encoder, leads=rank == 0)
+    out, size = Path(settings.out).expanduser(), settings.clips_per_shard
+    is_counted = hasattr(source, "__len__")
+    # More samples than before would be missing from the shard that was the last.
+    record = settings.what_decides() | {"samples": len(source) if is_counted else None}
+    _begin(out, record, settings, encoder, leads=rank == 0)
     if not hasattr(source, "__getitem__"):
         source = InOrder(source)
         if settings.workers:
             raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
-    is_counted = hasattr(source, "__len__")
     own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
     missing = (shard for shard in own if not (out / SHARD_NAME.format(shard)).is_file())
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
@@ -97,19 +99,20 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     return Prepared(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
 
 
-def _begin(out: Path, settings: PrepareSettings, encoder: Encoder, leads: bool) -> None:
+def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder: Encoder, leads: bool) -> None:
+    """Make the folder, say in it what its shards are made of, and encode the text of clips without their own."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
-    record = out / RECORD_FILE
-    if record.is_file() and read_json(record) != settings.what_decides():
-        raise InputError(f"{out} holds shards that were made with other settings, see {record}; choose another out")
+    path = out / RECORD_FILE
+    if path.is_file() and read_json(path) != record:
+        raise InputError(f"{out} holds shards that were made with other settings, see {path}; choose another out")
     if not leads:
         return
-    if not record.is_file():
-        with whole(record) as partial:
-            partial.write_text(json.dumps(settings.what_decides(), indent=2, ensure_ascii=False))
+    if not path.is_file():
+        with whole(path) as partial:
+            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False))
     if not (out / DROPPED_FILE).is_file():
         with whole(out / DROPPED_FILE) as partial:
             (text,) = encoder.text([settings.dropped_text])

@@ -7,12 +7,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,15 +40,12 @@ from wan.training.stopping import Stopped, StopSignal
 log = logging.getLogger("wan")
 
 SETTINGS_FILE = "settings.yaml"
+# Others wait while the first process converts or writes whole checkpoints.
+PATIENCE = timedelta(hours=2)
 
 
 class Diverged(RuntimeError):
     """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
-
-
-def whole_tensor(x: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered from all processes."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 class Trainer:
@@ -57,13 +56,18 @@ class Trainer:
 
     def __init__(self, settings: TrainingSettings):
         # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
         self.device, self.settings = self.accelerator.device, settings
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
         self.folder = Path(settings.out).expanduser().resolve()
         self.base = open_parts(settings.checkpoint)
+        self._warn_of_another_attention()
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
         self.validation = None if held_out is None else Clips(held_out, self.base.text_length)
@@ -84,8 +88,16 @@ class Trainer:
             self.state.load(last)
             log.info("going on from %s", last)
         self.sampler = self._make_sampler()
-        self.stop = StopSignal()
+        self.signal = StopSignal()
+        # Agreed upon by all processes, whichever got the signal when.
+        self.stops = False
         self.metrics: Metrics | None = None
+
+    def _warn_of_another_attention(self) -> None:
+        own = self.base.own_attention()
+        if own is not None and own.algorithm != self.settings.attention.algorithm and self.accelerator.is_main_process:
+            line = "warning: checkpoint %s was made for %s; training with %s as asked"
+            log.warning(line, self.base.name, own.algorithm, self.settings.attention.algorithm)
 
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
@@ -122,7 +134,7 @@ class Trainer:
             provide_parts(self.base, self.folder / "parts")
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
-        with self.stop, many_compiles():
+        with self.signal, many_compiles():
             if state.step == 0 and self.validation is not None:
                 self._write({"step": 0} | self._validate())
             while state.step < settings.steps:
@@ -133,9 +145,9 @@ class Trainer:
                 self._write(row)
                 if self.sampler and (ends or state.step % settings.every.sample == 0):
                     self._sample()
-                if ends or self.stop.asked or state.step % settings.every.checkpoint == 0:
+                if ends or self.stops or state.step % settings.every.checkpoint == 0:
                     self._save()
-                if self.stop.asked and not ends:
+                if self.stops and not ends:
                     raise Stopped(f"stopped after step {state.step}; start again in the same way to go on")
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -153,7 +165,7 @@ class Trainer:
                 (losses[-1].mean() / self.batches.parts).backward()
         loss, kept = self._gather(torch.cat(losses).detach())
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
-        norm = whole_tensor(norm).item()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(norm):
             raise Diverged(
                 f"step {state.step + 1}: the gradient is not finite (norm {norm}), though the loss is {loss:.4g}"
@@ -190,9 +202,9 @@ class Trainer:
         """
         shares = [module.nabla_share for module in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
-        said = torch.stack((kept, losses.new_tensor(float(self.stop.asked))))
+        said = torch.stack((kept, losses.new_tensor(float(self.signal.asked))))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
-        self.stop.asked = bool(gathered[:, -1].any())
+        self.stops = bool(gathered[:, -1].any())
         parts, processes = self.batches.parts, self.accelerator.num_processes
         in_order = gathered[:, :-2].view(processes, parts, -1).transpose(0, 1).flatten()
         if not in_order.isfinite().all():
@@ -235,8 +247,9 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint: the state to go on from, and weights and moving averages as generate.py takes them."""
         # A step of finite gradients may still overflow.
-        is_finite = torch.stack([whole_tensor(weight.detach().isfinite().all()) for weight in self.weights]).all()
-        if not is_finite:
+        own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.weights)
+        finite = torch.stack([part.detach().isfinite().all() for part in own]).all()
+        if not self.accelerator.gather(finite.float()[None]).all():
             raise Diverged(f"after step {self.state.step}: weights are not finite")
         with self.checkpoints.new(self.state.step) as folder:
             self.state.save(folder)
