@@ -22,7 +22,6 @@ from wan.training.files import PARTIAL, remove, whole
 
 STATE = "state"
 LATEST = "latest"
-TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
 
 class Checkpoints:
@@ -78,13 +77,18 @@ class State:
     ):
         self.transformer, self.optimizer, self.schedule, self.ema = transformer, optimizer, schedule, ema
         self.step = 0
+        trained = {name: weight.requires_grad for name, weight in transformer.named_parameters()}
+        self.trained = [name for name, is_trained in trained.items() if is_trained]
+        # Frozen weights are not saved, and so missed where all are asked for.
+        self.options = StateDictOptions(
+            ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=all(trained.values())
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.transformer, self.optimizer, options=TRAINED)
+        model, optimizer = get_state_dict(self.transformer, self.optimizer, options=self.options)
         state = {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step}
         if self.ema is not None:
-            named = [name for name, weight in self.transformer.named_parameters() if weight.requires_grad]
-            state["ema"] = dict(zip(named, self.ema.shadow_params))
+            state["ema"] = dict(zip(self.trained, self.ema.shadow_params))
             state["ema_steps"] = self.ema.optimization_step
         return state
 
@@ -94,7 +98,7 @@ class State:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False, flatten_optimizer_state_dict=True, ignore_frozen_params=True),
+            options=self.options,
         )
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]

@@ -216,7 +216,7 @@ class TrainingSettings:
 
         Raises `InputError` for keys that are unknown or missing and for values outside what is allowed.
         """
-        settings = overlaid(MODE_DEFAULTS.get(settings.get("mode"), {}), settings)
+        settings = overlaid(MODE_DEFAULTS.get(str(settings.get("mode")), {}), settings)
         if isinstance(settings.get("samples"), Mapping):
             sections = {"sampling": SamplingSettings, "video": VideoSettings}
             given = overlaid({"sampling": {"seed": 0}}, settings["samples"])
@@ -228,7 +228,7 @@ class TrainingSettings:
             "optimizer": OptimizerSettings,
             "every": EverySettings,
         }
-        if "attention" in settings:
+        if settings.get("attention") is not None:
             check_mapping("attention", settings["attention"])
             settings["attention"] = attention_config({"dense_steps": 0} | settings["attention"])
         return build(cls, settings, "the training settings", sections)

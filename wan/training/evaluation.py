@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from wan.config import VideoSettings
 from wan.jobs import words_of
 from wan.latents import decode
 from wan.sampling import denoise, make_solver
@@ -25,8 +24,10 @@ from wan.video import make_folder, to_frames, write_image, write_video
 def validation_losses(
     transformer: WanTransformer3DModel, clips: Clips, count: int, objective: ObjectiveSettings, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The flow-matching loss over `count` clips, each with its own fixed noise and noise level: dense, and sparse too
-    where the transformer's attention is."""
+    """The flow-matching loss over `count` clips, each with its own fixed noise and noise level.
+
+    With attention "dense", and also "sparse" where the transformer's is.
+    """
     applied = transformer.nabla
     variants = {"dense": True} | ({"sparse": False} if applied.sparse else {})
     count = min(count, len(clips))
@@ -46,7 +47,7 @@ def validation_losses(
 
 
 class Sampler:
-    """Makes the sample videos of a run: the same noise and sentences every time.
+    """Makes the sample videos of a run: the same sentences every time, each with a noise of its own.
 
     texts: states (2, L, C) of each prompt and of the negative one
     """
@@ -61,7 +62,7 @@ class Sampler:
         for number, (prompt, texts) in enumerate(zip(self.settings.prompts, self.texts)):
             latents = denoise(
                 transformer,
-                self._noise(transformer, video, sampling.seed + number).to(accelerator.device),
+                self._noise(transformer, sampling.seed + number, accelerator.device),
                 *texts.to(accelerator.device).split(1),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, accelerator.device),
                 sampling.guide_scale,
@@ -78,10 +79,10 @@ class Sampler:
                 else:
                     write_video(name.with_suffix(".mp4"), frames, video.fps)
 
-    @staticmethod
-    def _noise(transformer: WanTransformer3DModel, video: VideoSettings, seed: int) -> Tensor:
-        shape = 1, transformer.config.in_channels, *video.latents_size
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    def _noise(self, transformer: WanTransformer3DModel, seed: int, device: torch.device) -> Tensor:
+        """What generate.py draws from the seed on this device."""
+        shape = 1, transformer.config.in_channels, *self.settings.video.latents_size
+        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 @contextmanager

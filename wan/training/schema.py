@@ -54,13 +54,17 @@ def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 
 
 def build(kind: type, settings: Mapping[str, Any], where: str, sections: Mapping[str, type]) -> Any:
+    """A dataclass of a mapping, of which `sections` are mappings for other dataclasses; null means the default.
+
+    Raises `InputError` for unknown and missing keys.
+    """
     check_keys(where, settings, {item.name for item in fields(kind)})
+    values = {name: value for name, value in settings.items() if value is not None}
     for item in fields(kind):
-        if item.default is MISSING and item.default_factory is MISSING and settings.get(item.name) is None:
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
             raise InputError(f"{where} lack {item.name!r}; set it in the config or as {item.name}=VALUE")
-    values = dict(settings)
     for name, section in sections.items():
-        if values.get(name) is not None and not isinstance(values[name], section):
+        if name in values and not isinstance(values[name], section):
             check_mapping(name, values[name])
             values[name] = build(section, values[name], name, {})
     return kind(**values)
