@@ -157,6 +157,8 @@ def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos):
         ("videos", {"path": "x"}, "its options are folder, sizes, frame_nums, fps"),
         ("videos", {"folder": "/nowhere"}, "captions.jsonl cannot be read"),
         ("videos", {"folder": "x", "sizes": ["33*32"]}, "size 33.32: both must be positive multiples of 16"),
+        ("videos", {"folder": "x", "frame_nums": 81}, "frame_nums 81 is not a list"),
+        ("videos", {"folder": "x", "fps": "fast"}, "fps 'fast' is not a positive number"),
         ("videos", {"folder": "x", "frame_nums": [8]}, "frame_num 8 is not of the form"),
     ),
 )

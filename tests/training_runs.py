@@ -58,9 +58,9 @@ def settings_dict(checkpoint: Path, prepared: Path, out: Path, **changes: Any) -
         "every": {"checkpoint": 2, "validation": 3},
         "workers": 0,
     }
-    return overlaid(
-        base, changes if changes.get("mode", "pretrain") != "pretrain" else {"transformer": TRANSFORMER} | changes
-    )
+    if changes.get("mode", "pretrain") == "pretrain":
+        base["transformer"] = TRANSFORMER
+    return overlaid(base, changes)
 
 
 def train(content: dict[str, Any]) -> list[dict[str, Any]]:

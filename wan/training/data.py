@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,19 @@ class Clips:
 
     def padded(self, text: Tensor) -> Tensor:
         return pad_rows(text.float()[None], self.text_length)[0]
+
+    def check_fit(self, config: Mapping[str, Any]) -> None:
+        """Raise `InputError` unless a transformer of this configuration takes the clips."""
+        latents, text = self.load(0)
+        for name, own, wanted in (
+            ("channels of latents", len(latents), config["in_channels"]),
+            ("columns of text states", text.shape[-1], config["text_dim"]),
+        ):
+            if own != wanted:
+                raise InputError(
+                    f"{self.clips[0].file.parent} was prepared with {own} {name}, but the transformer takes {wanted}; "
+                    "prepare the data with the run's checkpoint"
+                )
 
     def describe(self, number: int) -> str:
         clip: Clip = self.clips[number]

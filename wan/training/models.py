@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
-from nabla import InputError
+from nabla import InputError, NablaConfig
 from wan import parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
@@ -24,7 +25,11 @@ from wan.config import PATCH
 from wan.parallel import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, TrainingSettings
 
+log = logging.getLogger("wan")
+
 EMBEDDING_DEVIATION = 0.02
+# diffusers' defaults for them are those of the 14B.
+SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim")
 
 
 def open_parts(name: str | Path) -> Checkpoint:
@@ -33,6 +38,14 @@ def open_parts(name: str | Path) -> Checkpoint:
     if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
         return Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={})
     return Checkpoint.open(name)
+
+
+def warn_of_another_attention(base: Checkpoint, attention: NablaConfig) -> None:
+    """Say so if a checkpoint was made for another attention than it will be trained with."""
+    own = base.own_attention()
+    if own is not None and own.algorithm != attention.algorithm:
+        line = "warning: checkpoint %s was made for %s; training with %s as asked"
+        log.warning(line, base.name, own.algorithm, attention.algorithm)
 
 
 def build_student(
@@ -96,8 +109,10 @@ def build_optimizer(settings: TrainingSettings, weights: list[nn.Parameter]) -> 
 def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:
     """A transformer with the weights that Wan2.1's training begins with, drawn from torch's global generator.
 
-    sizes: keys of diffusers' `WanTransformer3DModel`; raises `InputError` for others
+    sizes: keys of diffusers' `WanTransformer3DModel`; raises `InputError` for others, and if one of `SIZES` is missing
     """
+    if missing := [name for name in SIZES if name not in sizes]:
+        raise InputError(f"transformer: {missing[0]} is missing; give {', '.join(SIZES)}")
     try:
         transformer = WanTransformer3DModel(**sizes)
     except (TypeError, ValueError) as error:

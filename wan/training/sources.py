@@ -13,7 +13,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from nabla import InputError
-from wan.config import check_text, check_video, parse_size
+from nabla.config import is_number
+from wan.config import VideoSettings, check_text, check_video, parse_size
 from wan.text import clean_prompt
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -36,17 +37,21 @@ class VideoFolder:
     def __init__(
         self, folder: str, sizes: Sequence[str] = (), frame_nums: Sequence[int] = (), fps: float | None = None
     ):
-        self.folder = Path(folder).expanduser()
+        for name, values in (("sizes", sizes), ("frame_nums", frame_nums)):
+            if not isinstance(values, (list, tuple)):
+                raise InputError(f"{name} {values!r} is not a list")
+        if fps is not None and not (is_number(fps) and fps > 0):
+            raise InputError(f"fps {fps!r} is not a positive number; 16 is usual")
+        self.folder, self.fps = Path(folder).expanduser(), fps
         self.sizes = [parse_size(size) for size in sizes]
-        self.frame_nums = sorted(frame_nums, reverse=True)
-        self.fps = fps
         for size in self.sizes:
-            check_video(size, 1)
-        for frame_num in self.frame_nums:
-            check_video((16, 16), frame_num)
+            check_video(size, frame_num=1)
+        for frame_num in frame_nums:
+            check_video(VideoSettings().size, frame_num)
+        self.frame_nums = sorted(frame_nums, reverse=True)
         captions = self.folder / CAPTIONS_FILE
         try:
-            self.lines = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+            self.lines = [line for line in captions.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{captions} cannot be read ({error}); write a JSON object a video into it") from None
 

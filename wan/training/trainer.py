@@ -32,7 +32,7 @@ from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
 from wan.training.files import whole
 from wan.training.metrics import Metrics, peak_memory
-from wan.training.models import build_optimizer, build_student, build_teacher, open_parts
+from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.stopping import Stopped, StopSignal
@@ -67,7 +67,8 @@ class Trainer:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
         self.folder = Path(settings.out).expanduser().resolve()
         self.base = open_parts(settings.checkpoint)
-        self._warn_of_another_attention()
+        if self.accelerator.is_main_process:
+            warn_of_another_attention(self.base, settings.attention)
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
         self.validation = None if held_out is None else Clips(held_out, self.base.text_length)
@@ -82,6 +83,8 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.folder, settings.keep_last, self.accelerator)
         self._build_models()
+        for clips in filter(None, (self.clips, self.validation)):
+            clips.check_fit(self.transformer.config)
         last = self.checkpoints.last()
         if last is not None:
             settings.check_continues(TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
@@ -92,12 +95,6 @@ class Trainer:
         # Agreed upon by all processes, whichever got the signal when.
         self.stops = False
         self.metrics: Metrics | None = None
-
-    def _warn_of_another_attention(self) -> None:
-        own = self.base.own_attention()
-        if own is not None and own.algorithm != self.settings.attention.algorithm and self.accelerator.is_main_process:
-            line = "warning: checkpoint %s was made for %s; training with %s as asked"
-            log.warning(line, self.base.name, own.algorithm, self.settings.attention.algorithm)
 
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
