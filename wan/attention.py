@@ -108,13 +108,14 @@ class AppliedAttention:
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
     these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
     None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
-    of blocks that each of its own heads keeps is written, or None.
+    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
         self.config = config
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
+        self.switched_off = False
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
         self.sequence: Sequence | None = getattr(transformer, "sequence", None)
@@ -176,7 +177,7 @@ class AppliedAttention:
         step = self.steps.see(timestep) if counts else config.dense_steps
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
-        is_sparse = bool(self.sparse) and step >= config.dense_steps
+        is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
         trains = torch.is_grad_enabled() and any(
             x.requires_grad for x in (*args, *kwargs.values(), *transformer.parameters()) if isinstance(x, Tensor)
         )
