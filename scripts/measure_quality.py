@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,7 +20,6 @@ import torch
 
 from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
-from wan.config import VideoSettings
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
 from wan.training.accuracy import make_videos, sentences, shares, shown
@@ -45,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--count", type=int, default=200, help="sentences")
     add("--split", choices=("train", "held_out"), default="held_out")
     add("--size", help="width*height, the checkpoint's own by default")
+    add("--frame_num", type=int, help="frames, the checkpoint's own by default")
     add("--seed", type=int, default=1000)
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
@@ -61,10 +62,9 @@ def measure(args: argparse.Namespace) -> list[dict]:
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = WanT2V.from_pretrained(args.ckpt_dir, NablaConfig(), device, dtype, compile=False)
-    if args.size:
-        pipe.video = VideoSettings(args.size, pipe.video.frame_num, pipe.video.fps)
-    if args.steps:
-        pipe.sampling = type(pipe.sampling)(**vars(pipe.sampling) | {"steps": args.steps})
+    video = {"size": args.size, "frame_num": args.frame_num}
+    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value})
+    pipe.sampling = replace(pipe.sampling, steps=args.steps or pipe.sampling.steps)
     scenes, prompts = zip(*sentences(args.count, args.seed, args.split))
     first, rows = None, []
     for name, config in algorithms.items():
