@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train the checkpoint wan-shapes from nothing, on one GPU. Cut at any moment, it goes on where it stopped. Words after the
+# script's name choose stages: text, vae, 128, 256, 512, ship.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+stages=${*:-text vae 128 256 512 ship}
+
+parts() {  # what the transformer is trained beside, in one folder
+    mkdir -p runs/shapes_parts
+    ln -sfn "$PWD/runs/shapes_vae/vae" runs/shapes_parts/vae
+    ln -sfn "$PWD/runs/shapes_text/text_encoder" runs/shapes_parts/text_encoder
+    ln -sfn "$PWD/runs/shapes_text/tokenizer" runs/shapes_parts/tokenizer
+}
+
+data() {  # size, clips to train on, clips to validate on
+    local common=(--config training/prepare_shapes.yaml "options.size=$1*$1")
+    "$python" scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/train" "options.count=$2"
+    "$python" scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/held_out" "options.count=$3" \
+        options.split=held_out
+}
+
+for stage in $stages; do
+    case $stage in
+        text) "$python" scripts/train_text.py ;;
+        vae) "$python" scripts/train_vae.py ;;
+        128) parts; data 128 60000 256; "$python" scripts/train.py --config training/shapes_128.yaml ;;
+        256) parts; data 256 20000 128; "$python" scripts/train.py --config training/shapes_256.yaml ;;
+        512) parts; data 512 4000 64; "$python" scripts/train.py --config training/shapes_512.yaml ;;
+        ship) "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_512/run/latest/ema --layout diffusers \
+            --out checkpoints/wan-shapes --dtype float16 ;;
+        *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, ship" >&2; exit 2 ;;
+    esac
+done
