@@ -111,7 +111,7 @@ class VaeTrainer:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             latents = posterior(self.vae, video)
             made = reconstruction(self.vae, latents.sample(generator))
-        losses = loss(made, video, latents, settings.loss.edges, settings.loss.kl)
+        losses = loss(made, video, latents, settings.loss)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip).item()
         self._check(losses.detach(), norm, clips)

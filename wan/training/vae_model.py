@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nabla import InputError
 from wan.config import VAE_STRIDE
 from wan.fast_vae import causal_conv
+from wan.training.vae_settings import LossSettings
 
 # At first: of the logarithm of the latents' variance, since nothing is learned through noise as strong as the latents;
 # and the gain of residual branches.
@@ -114,18 +115,15 @@ def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     return x * (norm.scale / length).to(x.dtype) * norm.gamma.to(x.dtype)
 
 
-def loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, edges: float, kl: float) -> Tensor:
-    """The loss of each clip, (B,).
-
-    Mean absolute error; `edges` times that of differences between neighbours along frames, rows and columns, which
-    blurred edges miss most; and `kl` times the divergence of the latents from a normal distribution, a latent.
-    """
+def loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, weights: LossSettings) -> Tensor:
+    """The loss of each clip, (B,): the mean absolute error and, weighted, what `LossSettings` names."""
     error = video - original
     size = error[0].numel()
-    of_edges = sum(error.diff(dim=axis).abs().flatten(1).sum(1) / size for axis in (2, 3, 4))
+    edges = sum(error.diff(dim=axis).abs().flatten(1).sum(1) / size for axis in (2, 3, 4))
     # Diffusers sums over the axes of a picture, which leaves one of a video's.
     divergence = latents.kl().flatten(1).sum(1) / latents.mean[0].numel()
-    return error.abs().flatten(1).mean(1) + edges * of_edges + kl * divergence
+    errors = error.abs().flatten(1).mean(1) + weights.squares * error.square().flatten(1).mean(1)
+    return errors + weights.edges * edges + weights.kl * divergence
 
 
 def psnr(video: Tensor, original: Tensor) -> Tensor:
