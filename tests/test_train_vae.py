@@ -141,7 +141,12 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
 
 
 def test_steps_lower_the_loss(tmp_path):
-    small = {"cuts": [{"batch": 4, "size": "16*16", "frames": 5}], "video_frames": 5, "statistics_clips": 2}
+    small = {
+        "cuts": [{"batch": 4, "size": "16*16", "frames": 5}],
+        "video_frames": 5,
+        "statistics_clips": 2,
+        "precision": "bfloat16",
+    }
     assert train(content(tmp_path / "run", steps=16, validation={"every": 16}, **small))
     losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if "loss" in row]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])

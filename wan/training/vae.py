@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from nabla import InputError
 from wan.config import read_settings
 from wan.training.files import whole
 from wan.training.metrics import Metrics, peak_memory
@@ -30,7 +31,7 @@ SETTINGS_FILE, STATE_FILE, PICTURE_FILE, RESULT_FOLDER = "settings.yaml", "state
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient that is not finite; the message says where. The last state on disk is from before it."""
+    """A loss or a gradient that is not finite; the message says where. The state on disk is from before it."""
 
 
 class VaeTrainer:
@@ -42,6 +43,10 @@ class VaeTrainer:
     def __init__(self, settings: VaeSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.folder = Path(settings.out).expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
         self.vae = new_vae(settings.vae, settings.seed).to(device)
         take_whole_clips(self.vae)
         self.weights = list(self.vae.parameters())
@@ -67,8 +72,10 @@ class VaeTrainer:
     def run(self, minutes: float = math.inf) -> bool:
         """Train for so long at most, and write the result after the last step; whether that was reached.
 
-        Raises `Diverged`, or `Stopped` after SIGTERM.
+        Raises `Diverged`, or `Stopped` after SIGTERM. A run that is finished writes its result anew.
         """
+        if not minutes >= 0:
+            raise InputError(f"minutes {minutes} is not a number of at least 0")
         ends = time.monotonic() + 60 * minutes
         with whole(self.folder / SETTINGS_FILE) as partial:
             partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))

@@ -52,7 +52,7 @@ class LossSettings:
 
     squares: float = 2.0
     edges: float = 0.3
-    kl: float = 1e-5
+    kl: float = 1e-4
 
     def __post_init__(self) -> None:
         check_numbers(self, "squares", "edges", "kl", least=0)
