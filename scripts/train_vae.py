@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     from nabla import InputError
     from wan.config import read_settings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Stopped
-    from wan.training.vae import Diverged, VaeTrainer
+    from wan.training.stopping import Diverged, Stopped
+    from wan.training.vae import VaeTrainer
     from wan.training.vae_settings import VaeSettings
 
     try:

@@ -15,14 +15,14 @@ from diffusers import AutoencoderKLWan
 
 from nabla import InputError
 from wan import latents
-from wan.checkpoint import Checkpoint
 from wan.config import CONFIG_FOLDER, read_settings
 from wan.parts import vae_part
 from wan.training import vae as vae_training
 from wan.training.metrics import METRICS_FILE, read_metrics
+from wan.training.models import open_parts
 from wan.training.schema import overlaid, with_overrides
-from wan.training.stopping import Stopped
-from wan.training.vae import Diverged, VaeTrainer
+from wan.training.stopping import Diverged, Stopped
+from wan.training.vae import VaeTrainer
 from wan.training.vae_data import ALL, Batches
 from wan.training.vae_model import loss, posterior, reconstruction, take_whole_clips
 from wan.training.vae_settings import LossSettings, VaeSettings
@@ -179,7 +179,7 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
 
 def test_the_result_loads_in_diffusers_and_here(whole_run):
     theirs = AutoencoderKLWan.from_pretrained(whole_run / "vae")
-    ours = vae_part(Checkpoint("run", whole_run, False, {})).load(torch.float32, "cpu")
+    ours = vae_part(open_parts(whole_run)).load(torch.float32, "cpu")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     last = read_metrics(whole_run / METRICS_FILE)[-1]
     assert last["step"] == 6 and {"psnr_32*32", "least_psnr_16*16"} <= last.keys() and last["weights_mb"] < 2

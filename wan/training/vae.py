@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from nabla import InputError
 from wan.config import read_settings
+from wan.training.evaluation import averaged
 from wan.training.files import whole
 from wan.training.metrics import Metrics, peak_memory
-from wan.training.stopping import Stopped, StopSignal
-from wan.training.vae_data import Batches, Clips, as_input, statistics_videos, validation_videos
+from wan.training.models import build_optimizer
+from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.vae_data import Batch, Batches, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
 from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips
 from wan.training.vae_settings import VaeSettings
@@ -28,10 +29,6 @@ from wan.training.vae_settings import VaeSettings
 log = logging.getLogger("wan")
 
 SETTINGS_FILE, STATE_FILE, PICTURE_FILE, RESULT_FOLDER = "settings.yaml", "state.pt", "reconstructions.png", "vae"
-
-
-class Diverged(RuntimeError):
-    """A loss or a gradient that is not finite; the message says where. The state on disk is from before it."""
 
 
 class VaeTrainer:
@@ -50,16 +47,7 @@ class VaeTrainer:
         self.vae = new_vae(settings.vae, settings.seed).to(device)
         take_whole_clips(self.vae)
         self.weights = list(self.vae.parameters())
-        own, fused = settings.optimizer, device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.weights, own.lr, own.betas, own.eps, own.weight_decay, fused=fused, foreach=not fused
-        )
-        self.schedule = get_scheduler(
-            "constant_with_warmup" if own.schedule == "constant" else own.schedule,
-            self.optimizer,
-            num_warmup_steps=own.warmup,
-            num_training_steps=settings.steps,
-        )
+        self.optimizer, self.schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
         self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.step = 0
         if (self.folder / STATE_FILE).is_file():
@@ -108,7 +96,7 @@ class VaeTrainer:
                 saved = time.monotonic()
         self._save()
 
-    def _step(self, batches: Iterator[Clips]) -> dict[str, float]:
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         start, settings = time.perf_counter(), self.settings
         clips = next(batches)
         waited = time.perf_counter() - start
@@ -138,7 +126,7 @@ class VaeTrainer:
         row |= {"seconds": seconds, "waited": waited, "clips_per_s": len(video) / seconds}
         return row | {"pixels_per_s": video[:, 0].numel() / seconds, "memory_gib": peak_memory(self.device)}
 
-    def _check(self, losses: Tensor, norm: float, clips: Clips) -> None:
+    def _check(self, losses: Tensor, norm: float, clips: Batch) -> None:
         if math.isfinite(norm) and losses.isfinite().all():
             return
         bad = [f"{value} at item {number}" for value, number in zip(losses.tolist(), clips.numbers)]
@@ -150,30 +138,25 @@ class VaeTrainer:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """PSNR of the averaged weights, in float32, by size of the videos; `psnr` is that of the first size."""
-        self.ema.store(self.weights)
-        self.ema.copy_to(self.weights)
-        row, rows_of_picture = {}, []
-        for size, videos in self.held_out.items():
-            values = []
-            for video in (as_input(video, self.device) for video in videos):
-                made = reconstruction(self.vae, posterior(self.vae, video).mode())
-                values.append(psnr(made, video).item())
-                if size == next(iter(self.held_out)):
-                    rows_of_picture.append((video[0], made[0]))
-            row |= {f"psnr_{size}": sum(values) / len(values)}
-        self.ema.restore(self.weights)
-        draw(rows_of_picture, self.folder / PICTURE_FILE)
-        return {"psnr": row[f"psnr_{next(iter(self.held_out))}"]} | row
+        row, pairs = {}, {}
+        with averaged(self.weights, self.ema):
+            for size, videos in self.held_out.items():
+                originals = [as_input(video, self.device) for video in videos]
+                made = [reconstruction(self.vae, posterior(self.vae, video).mode()) for video in originals]
+                row[f"psnr_{size}"] = torch.cat([psnr(*both) for both in zip(made, originals)]).mean().item()
+                pairs[size] = [(video[0], again[0]) for video, again in zip(originals, made)]
+        first = next(iter(pairs))
+        draw(pairs[first], self.folder / PICTURE_FILE)
+        return {"psnr": row[f"psnr_{first}"]} | row
 
     @torch.no_grad()
     def _finish(self) -> None:
         """Write the averaged weights with the latents' statistics, and say how good what was written is."""
-        self.ema.copy_to(self.weights)
         videos = (as_input(video, self.device) for video in statistics_videos(self.settings))
-        mean, deviation = latent_statistics(self.vae, videos)
         folder = self.folder / RESULT_FOLDER
-        export(self.vae, mean, deviation, getattr(torch, self.settings.dtype), folder)
-        self._load()
+        with averaged(self.weights, self.ema):
+            mean, deviation = latent_statistics(self.vae, videos)
+            export(self.vae, mean, deviation, getattr(torch, self.settings.dtype), folder)
         result = quality(folder, self.held_out, self.device)
         log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))
         self.metrics.write({"step": self.step} | result)

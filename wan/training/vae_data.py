@@ -18,7 +18,7 @@ VALIDATION_SEED, STATISTICS_SEED = 2**31, 2**31 + 1
 ALL = 2**62
 
 
-class Clips(NamedTuple):
+class Batch(NamedTuple):
     """videos: (B, 3, frames, height, width) uint8, rows last in memory as convolutions like them
     numbers: of the items of `Shapes`; noise: the seed of what is drawn about their latents
     """
@@ -37,16 +37,16 @@ class Batches(Dataset):
         self.shares = shares / shares.sum()
         self.most = max(cut.batch for cut in settings.cuts)
 
-    def __getitem__(self, step: int) -> Clips:
+    def __getitem__(self, step: int) -> Batch:
         settings = self.settings
         rng = np.random.default_rng((settings.seed, step))
         cut = settings.cuts[rng.choice(len(self.shares), p=self.shares)]
         shapes = Shapes(settings.seed, ALL, cut.drawn, settings.video_frames)
         numbers = [step * self.most + place for place in range(cut.batch)]
         videos = torch.stack([_cut(shapes[number][0], cut, rng) for number in numbers])
-        return Clips(_channels_second(videos), numbers, int(rng.integers(2**62)))
+        return Batch(_channels_second(videos), numbers, int(rng.integers(2**62)))
 
-    def load(self, first_step: int) -> Iterator[Clips]:
+    def load(self, first_step: int) -> Iterator[Batch]:
         """The batches from `first_step` on, in order."""
         return _load(self, range(first_step, self.settings.steps), self.settings.workers)
 
