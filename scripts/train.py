@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     from wan.config import read_settings
     from wan.training.config import TrainingSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Stopped
-    from wan.training.trainer import Diverged, Trainer
+    from wan.training.stopping import Diverged, Stopped
+    from wan.training.trainer import Trainer
 
     try:
         settings = TrainingSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))

@@ -24,7 +24,7 @@ def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
         part.to(dtype)
         for module in part.modules():
             if isinstance(module, WanCausalConv3d):
-                module.forward = functools.partial(_causal_conv, module)
+                module.forward = functools.partial(causal_conv, module)
             elif isinstance(module, WanRMS_norm) and module.channel_first and not torch.is_tensor(module.bias):
                 module.forward = functools.partial(_rms_norm, module)
             elif isinstance(module, WanUpsample):
@@ -40,7 +40,7 @@ def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
     return next(vae.decoder.parameters()).dtype
 
 
-def _causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """Padding of rows and columns left to the convolution, and of frames only where there are no earlier ones."""
     left, _, top, _, frames, _ = conv._padding
     if cache_x is not None and frames > 0:

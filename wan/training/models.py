@@ -23,7 +23,7 @@ from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import PATCH
 from wan.parallel import apply_fsdp, is_sharded
-from wan.training.config import LoraSettings, TrainingSettings
+from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 
 log = logging.getLogger("wan")
 
@@ -98,12 +98,11 @@ def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
     return None if mesh is None else lambda model: apply_fsdp(model, model.blocks, mesh)
 
 
-def build_optimizer(settings: TrainingSettings, weights: list[nn.Parameter]) -> tuple[AdamW, LRScheduler]:
+def build_optimizer(own: OptimizerSettings, steps: int, weights: list[nn.Parameter]) -> tuple[AdamW, LRScheduler]:
     """AdamW, and the schedule of its learning rate."""
-    own = settings.optimizer
     optimizer = AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=weights[0].device.type == "cuda")
     name = "constant_with_warmup" if own.schedule == "constant" else own.schedule
-    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=settings.steps)
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=steps)
 
 
 def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:

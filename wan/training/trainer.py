@@ -35,17 +35,13 @@ from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
-from wan.training.stopping import Stopped, StopSignal
+from wan.training.stopping import Diverged, Stopped, StopSignal
 
 log = logging.getLogger("wan")
 
 SETTINGS_FILE = "settings.yaml"
 # Others wait while the first process converts or writes whole checkpoints.
 PATIENCE = timedelta(hours=2)
-
-
-class Diverged(RuntimeError):
-    """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
 
 
 class Trainer:
@@ -105,7 +101,7 @@ class Trainer:
             self.teacher = build_teacher(settings, self.base, self.device, mesh)
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
-        optimizer, schedule = build_optimizer(settings, self.weights)
+        optimizer, schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema)
         self.state = State(self.transformer, optimizer, schedule, ema)
 

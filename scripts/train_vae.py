@@ -1,0 +1,55 @@
+"""Train a small VAE on the data set `shapes`: python scripts/train_vae.py [--minutes M] [key=value ...]
+
+A second start goes on from the last state. Of the result, in OUT/vae, it prints the quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+STOPPED = 143
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="training/shapes_vae.yaml", help="a YAML file")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="save and exit after so many; start again later"
+    )
+    parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: optimizer.lr=1e-3")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("wan").setLevel(logging.INFO)
+
+    import torch
+
+    from nabla import InputError
+    from wan.config import read_settings
+    from wan.training.schema import with_overrides
+    from wan.training.stopping import Diverged, Stopped
+    from wan.training.vae import VaeTrainer
+    from wan.training.vae_settings import VaeSettings
+
+    try:
+        settings = VaeSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Batches are of a few sizes, so the search for the fastest convolutions pays.
+        torch.backends.cudnn.benchmark = True
+        VaeTrainer(settings, device).run(args.minutes)
+    except (InputError, Diverged, Stopped) as error:
+        print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
+        return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)
+    except KeyboardInterrupt:
+        print("interrupted; the last whole state stands", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Training of the VAE on `shapes`: its passes over whole clips, exact continuation, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLWan
+
+from nabla import InputError
+from wan import latents
+from wan.config import CONFIG_FOLDER, read_settings
+from wan.parts import vae_part
+from wan.training import vae as vae_training
+from wan.training.metrics import METRICS_FILE, read_metrics
+from wan.training.models import open_parts
+from wan.training.schema import overlaid, with_overrides
+from wan.training.stopping import Diverged, Stopped
+from wan.training.vae import VaeTrainer
+from wan.training.vae_data import ALL, Batches
+from wan.training.vae_model import loss, posterior, reconstruction, take_whole_clips
+from wan.training.vae_settings import LossSettings, VaeSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# What a row says of the training itself, rather than of its speed.
+EXACT = ("step", "loss", "kl", "lr", "grad_norm", "psnr")
+
+
+@pytest.fixture(autouse=True)
+def same_rounding():
+    """Sums over threads may be divided in other ways from call to call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def content(out: Path, **changes: Any) -> dict[str, Any]:
+    """A run of six small steps, as the content of a YAML file."""
+    base = {
+        "out": str(out),
+        "steps": 6,
+        "vae": {"base_dim": 4, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+        "cuts": [
+            {"batch": 2, "size": "32*32", "frames": 5},
+            {"batch": 3, "size": "16*32", "frames": 1, "drawn": "48*40"},
+        ],
+        "video_frames": 5,
+        "optimizer": {"lr": 0.003, "warmup": 2, "schedule": "cosine"},
+        "validation": {"every": 3, "clips": 2, "sizes": ["32*32", "16*16"]},
+        "precision": "float32",
+        "statistics_clips": 12,
+        "dtype": "float32",
+    }
+    return overlaid(base, changes)
+
+
+def train(settings: dict[str, Any], **limits: float) -> bool:
+    return VaeTrainer(VaeSettings.from_dict(settings), CPU).run(**limits)
+
+
+def exact_rows(run: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in EXACT if key in row} for row in read_metrics(run / METRICS_FILE)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "run"
+    torch.set_num_threads(1)
+    assert train(content(folder))
+    return folder
+
+
+@pytest.mark.parametrize("frames", (1, 5, 13))
+def test_whole_clips_give_what_diffusers_gives_by_chunks(frames):
+    torch.manual_seed(0)
+    chunked = AutoencoderKLWan(base_dim=4, z_dim=4)
+    for weight in chunked.parameters():
+        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5) if weight.ndim > 1 else None
+    whole = copy.deepcopy(chunked)
+    take_whole_clips(whole)
+    video = torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    expected = chunked.encode(video).latent_dist
+    z = expected.mode().detach()
+    sums = []
+    for vae, own in ((chunked, expected), (whole, posterior(whole, video))):
+        torch.testing.assert_close(own.parameters, expected.parameters, atol=1e-5, rtol=1e-4)
+        made = chunked.decode(z).sample if vae is chunked else reconstruction(whole, z).clamp(-1, 1)
+        (made.square().mean() + own.parameters.square().mean()).backward(retain_graph=True)
+        sums.append(made)
+    torch.testing.assert_close(*sums, atol=1e-5, rtol=1e-4)
+    for expected_weight, weight in zip(chunked.parameters(), whole.parameters()):
+        if expected_weight.grad is not None or weight.grad is not None:
+            torch.testing.assert_close(weight.grad, expected_weight.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_loss_sees_blurred_edges_and_each_clip_alone():
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4)
+    take_whole_clips(vae)
+    original = torch.zeros(2, 3, 5, 16, 16)
+    original[..., 8:] = 1
+    shifted = original + 0.1
+    with torch.no_grad():
+        distribution = posterior(vae, original)
+    assert loss(shifted, original, distribution, LossSettings(squares=0.0, edges=1.0, kl=0.0)) == pytest.approx(
+        0.1, abs=1e-6
+    )
+    stepped = original.clone()
+    stepped[1, ..., 8:] += 0.2
+    plain, edged = (
+        loss(stepped, original, distribution, LossSettings(squares=0.0, edges=edges, kl=0.0)) for edges in (0.0, 1.0)
+    )
+    assert plain[1] == pytest.approx(0.1, abs=1e-6) and edged[1] > plain[1] + 0.01 and edged[0] == 0
+    divergence = loss(original, original, distribution, LossSettings(kl=1.0))
+    mean, variance = distribution.mean, distribution.var
+    expected = 0.5 * (mean.square() + variance - 1 - variance.log()).flatten(1).mean(1)
+    torch.testing.assert_close(divergence, expected)
+
+
+def test_batches_are_functions_of_seed_and_step(tmp_path):
+    settings = VaeSettings.from_dict(content(tmp_path))
+    batches, again = Batches(settings), Batches(settings)
+    kinds = {batches[step].videos.shape for step in range(8)}
+    assert kinds == {(2, 3, 5, 32, 32), (3, 3, 1, 32, 16)}
+    for step in (3, 1):
+        one, other = batches[step], again[step]
+        assert torch.equal(one.videos, other.videos) and one[1:] == other[1:]
+    numbers = [number for step in range(8) for number in batches[step].numbers]
+    assert len(set(numbers)) == len(numbers) and max(numbers) < ALL
+    other_seed = Batches(VaeSettings.from_dict(content(tmp_path, seed=1)))
+    assert any(batches[s].videos.shape != other_seed[s].videos.shape for s in range(8)) or not torch.equal(
+        batches[0].videos, other_seed[0].videos
+    )
+
+
+def test_steps_lower_the_loss(tmp_path):
+    small = {
+        "cuts": [{"batch": 4, "size": "16*16", "frames": 5}],
+        "video_frames": 5,
+        "statistics_clips": 2,
+        "precision": "bfloat16",
+    }
+    assert train(content(tmp_path / "run", steps=16, validation={"every": 16}, **small))
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if "loss" in row]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert not train(content(run), minutes=0)
+    assert exact_rows(run) == []
+
+    class Asked(vae_training.VaeTrainer):
+        def _step(self, batches):
+            row = super()._step(batches)
+            self.signal.asked = self.step == 2
+            return row
+
+    with pytest.raises(Stopped, match="step 2"):
+        Asked(VaeSettings.from_dict(content(run)), CPU).run()
+    # What was logged after the last state, before the run was killed, is done again.
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    (run / ".partial-state.pt").write_bytes(b"half a state")
+    assert train(content(run, workers=2))
+    assert exact_rows(run) == exact_rows(whole_run)
+    ends = [AutoencoderKLWan.from_pretrained(folder / "vae").state_dict() for folder in (run, whole_run)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    with pytest.raises(InputError, match="choose another out"):
+        train(content(run, seed=5))
+
+
+def test_the_result_loads_in_diffusers_and_here(whole_run):
+    theirs = AutoencoderKLWan.from_pretrained(whole_run / "vae")
+    ours = vae_part(open_parts(whole_run)).load(torch.float32, "cpu")
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    last = read_metrics(whole_run / METRICS_FILE)[-1]
+    assert last["step"] == 6 and {"psnr_32*32", "least_psnr_16*16"} <= last.keys() and last["weights_mb"] < 2
+    assert (whole_run / "reconstructions.png").stat().st_size > 1000
+
+
+def test_statistics_normalise_latents(whole_run):
+    settings = VaeSettings.from_dict(read_settings(whole_run / "settings.yaml"))
+    vae = AutoencoderKLWan.from_pretrained(whole_run / "vae")
+    with torch.no_grad():
+        videos = (vae_training.as_input(v, CPU) for v in vae_training.statistics_videos(settings))
+        encoded = torch.cat([latents.encode(vae, video) for video in videos])
+    channels = encoded.movedim(1, 0).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(channels.std(1), torch.ones(4), atol=1e-2, rtol=0)
+    assert vae.config.latents_std != [1.0] * 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run")), CPU)
+    with torch.no_grad():
+        trainer.weights[0].fill_(math.nan)
+    with pytest.raises(Diverged, match=r"step 1: .* at item 0"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        ({"cuts": []}, "not a list"),
+        ({"cuts": [{"batch": 1, "size": "32*32", "frames": 9}]}, "do not fit in videos of 5"),
+        ({"cuts": [{"batch": 1, "size": "32*32", "frames": 5, "drawn": "16*16"}]}, "smaller"),
+        ({"vae": {"base_size": 4}}, "AutoencoderKLWan"),
+        ({"vae": {"base_dim": 4, "patch_size": 2}}, "strides"),
+        ({"precision": "float8"}, "float8"),
+        ({"checkpoint": "x"}, "unknown key"),
+    ),
+)
+def test_settings_that_do_not_fit_are_named(tmp_path, changes, message, capsys):
+    program = runpy.run_path(str(ROOT / "scripts" / "train_vae.py"))["main"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content(tmp_path / "run") | changes))
+    assert program(["--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_committed_config_is_whole():
+    settings = VaeSettings.from_dict(with_overrides(read_settings(CONFIG_FOLDER / "training" / "shapes_vae.yaml"), []))
+    assert VaeSettings.from_dict(settings.to_dict()) == settings
+    assert settings.validation.sizes[0] == (256, 256) and settings.video_frames == 33

@@ -1,0 +1,178 @@
+"""Training of a small VAE on `shapes`, from settings to a folder that diffusers loads; goes on where it was cut."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from nabla import InputError
+from wan.config import read_settings
+from wan.training.evaluation import averaged
+from wan.training.files import whole
+from wan.training.metrics import Metrics, peak_memory
+from wan.training.models import build_optimizer
+from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.vae_data import Batch, Batches, as_input, statistics_videos, validation_videos
+from wan.training.vae_export import draw, export, latent_statistics, quality
+from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips
+from wan.training.vae_settings import VaeSettings
+
+log = logging.getLogger("wan")
+
+SETTINGS_FILE, STATE_FILE, PICTURE_FILE, RESULT_FOLDER = "settings.yaml", "state.pt", "reconstructions.png", "vae"
+
+
+class VaeTrainer:
+    """One run in the folder `settings.out`, from its last state if it has one.
+
+    Raises `InputError` for settings that cannot continue what is there.
+    """
+
+    def __init__(self, settings: VaeSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.folder = Path(settings.out).expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
+        self.vae = new_vae(settings.vae, settings.seed).to(device)
+        take_whole_clips(self.vae)
+        self.weights = list(self.vae.parameters())
+        self.optimizer, self.schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
+        self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
+        self.step = 0
+        if (self.folder / STATE_FILE).is_file():
+            settings.check_continues(VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
+            self._load()
+            log.info("going on after step %d", self.step)
+        self.signal = StopSignal()
+        self.held_out: dict[str, list[Tensor]] = {}
+
+    def run(self, minutes: float = math.inf) -> bool:
+        """Train for so long at most, and write the result after the last step; whether that was reached.
+
+        Raises `Diverged`, or `Stopped` after SIGTERM. A run that is finished writes its result anew.
+        """
+        if not minutes >= 0:
+            raise InputError(f"minutes {minutes} is not a number of at least 0")
+        ends = time.monotonic() + 60 * minutes
+        with whole(self.folder / SETTINGS_FILE) as partial:
+            partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
+        self.metrics = Metrics(self.folder, self.step)
+        self.held_out = validation_videos(self.settings)
+        with self.signal:
+            self._train(ends)
+        if self.signal.asked:
+            raise Stopped(f"stopped after step {self.step}; start again in the same way to go on")
+        if self.step < self.settings.steps:
+            log.info("time is up after step %d of %d; start again to go on", self.step, self.settings.steps)
+            return False
+        self._finish()
+        return True
+
+    def _train(self, ends: float) -> None:
+        """Steps until the last, the end of the time or a signal, with states on the way and after."""
+        settings = self.settings
+        batches = Batches(settings).load(self.step)
+        first_step, saved = self.step, time.monotonic()
+        while self.step < settings.steps and time.monotonic() < ends and not self.signal.asked:
+            row = self._step(batches)
+            if self.step % settings.validation.every == 0:
+                row |= self._validate()
+            self.metrics.write(row)
+            if self.step % settings.log_steps == 0 or self.step == first_step + 1 or "psnr" in row:
+                log.info(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+            if time.monotonic() - saved > settings.checkpoint_seconds:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        start, settings = time.perf_counter(), self.settings
+        clips = next(batches)
+        waited = time.perf_counter() - start
+        video = as_input(clips.videos, self.device)
+        generator = torch.Generator(self.device).manual_seed(clips.noise)
+        dtype = getattr(torch, settings.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            latents = posterior(self.vae, video)
+            made = reconstruction(self.vae, latents.sample(generator))
+        losses = loss(made, video, latents, settings.loss)
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip).item()
+        self._check(losses.detach(), norm, clips)
+        row = {
+            "step": self.step + 1,
+            "loss": losses.mean().item(),
+            "train_psnr": psnr(made.detach(), video).mean().item(),
+        }
+        row |= {"kl": latents.kl().sum().item() / latents.mean.numel(), "noise": latents.std.mean().item()}
+        row |= {"lr": self.schedule.get_last_lr()[0], "grad_norm": norm}
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.weights)
+        self.step += 1
+        seconds = time.perf_counter() - start
+        row |= {"seconds": seconds, "waited": waited, "clips_per_s": len(video) / seconds}
+        return row | {"pixels_per_s": video[:, 0].numel() / seconds, "memory_gib": peak_memory(self.device)}
+
+    def _check(self, losses: Tensor, norm: float, clips: Batch) -> None:
+        if math.isfinite(norm) and losses.isfinite().all():
+            return
+        bad = [f"{value} at item {number}" for value, number in zip(losses.tolist(), clips.numbers)]
+        raise Diverged(
+            f"step {self.step + 1}: the loss or its gradient (norm {norm}) is not finite: {', '.join(bad)} of "
+            f"Shapes with seed {self.settings.seed}; the last state in {self.folder} is from before"
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """PSNR of the averaged weights, in float32, by size of the videos; `psnr` is that of the first size."""
+        row, pairs = {}, {}
+        with averaged(self.weights, self.ema):
+            for size, videos in self.held_out.items():
+                originals = [as_input(video, self.device) for video in videos]
+                made = [reconstruction(self.vae, posterior(self.vae, video).mode()) for video in originals]
+                row[f"psnr_{size}"] = torch.cat([psnr(*both) for both in zip(made, originals)]).mean().item()
+                pairs[size] = [(video[0], again[0]) for video, again in zip(originals, made)]
+        first = next(iter(pairs))
+        draw(pairs[first], self.folder / PICTURE_FILE)
+        return {"psnr": row[f"psnr_{first}"]} | row
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Write the averaged weights with the latents' statistics, and say how good what was written is."""
+        videos = (as_input(video, self.device) for video in statistics_videos(self.settings))
+        folder = self.folder / RESULT_FOLDER
+        with averaged(self.weights, self.ema):
+            mean, deviation = latent_statistics(self.vae, videos)
+            export(self.vae, mean, deviation, getattr(torch, self.settings.dtype), folder)
+        result = quality(folder, self.held_out, self.device)
+        log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))
+        self.metrics.write({"step": self.step} | result)
+
+    def _save(self) -> None:
+        with whole(self.folder / STATE_FILE) as partial:
+            torch.save(self._state(), partial)
+
+    def _state(self) -> dict[str, Any]:
+        stateful = {"vae": self.vae, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
+        return {name: part.state_dict() for name, part in stateful.items()} | {"step": self.step}
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / STATE_FILE, map_location=self.device, weights_only=True)
+        self.vae.load_state_dict(state["vae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]

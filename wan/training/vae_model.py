@@ -1,0 +1,132 @@
+"""Wan's VAE as it is trained: whole clips in one pass instead of diffusers' chunks of four frames, and its loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    WanRMS_norm,
+    WanUpsample,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from nabla import InputError
+from wan.config import VAE_STRIDE
+from wan.fast_vae import causal_conv
+from wan.training.vae_settings import LossSettings
+
+# At first: of the logarithm of the latents' variance, since nothing is learned through noise as strong as the latents;
+# and the gain of residual branches.
+FIRST_LOG_VARIANCE, FIRST_GAIN = -6.0, 0.1
+
+
+def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
+    """A VAE with the weights that training begins with, in float32.
+
+    Convolutions keep the deviation of what they are given and residual branches add little to it. With torch's own
+    weights each convolution weakens the picture beside its biases, and little of it reaches the latents: 180 small
+    steps found no more than the mean colour.
+
+    sizes: keys of diffusers' `AutoencoderKLWan`; raises `InputError` for others, and for other strides than Wan2.1's
+    """
+    torch.manual_seed(seed)
+    try:
+        vae = AutoencoderKLWan(**sizes)
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"vae: {error}; its keys are those of diffusers' AutoencoderKLWan") from None
+    if len(vae.config.dim_mult) != 4 or sum(vae.config.temperal_downsample) != 2 or vae.config.patch_size is not None:
+        raise InputError(f"vae {dict(sizes)}: its strides must be Wan2.1's, {VAE_STRIDE}")
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.mul_(FIRST_GAIN)
+        vae.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
+    return vae
+
+
+def take_whole_clips(vae: AutoencoderKLWan) -> None:
+    """Give a VAE's layers forwards, in place, with which `posterior` and `reconstruction` take a clip in one pass.
+
+    Diffusers' encode and decode give the same by chunks of four frames, with five times as many kernels for 17 frames
+    and nearly three times the memory traffic. They no longer work on this object; its weights are as before.
+    """
+    for module in vae.modules():
+        if isinstance(module, WanResample) and module.mode == "downsample3d":
+            module.forward = functools.partial(_halve_frames, module)
+        elif isinstance(module, WanResample) and module.mode == "upsample3d":
+            module.forward = functools.partial(_double_frames, module)
+        elif isinstance(module, WanCausalConv3d):
+            module.forward = functools.partial(causal_conv, module)
+        elif isinstance(module, WanRMS_norm):
+            module.forward = functools.partial(_rms_norm, module)
+        elif isinstance(module, WanUpsample):
+            # Nearest neighbours are exact in every precision, so there is no need for diffusers' float32.
+            module.forward = functools.partial(nn.Upsample.forward, module)
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+
+
+def posterior(vae: AutoencoderKLWan, video: Tensor) -> DiagonalGaussianDistribution:
+    """The distribution of latents (B, C, T, h, w) of a video (B, 3, 4 T - 3, height, width) in [-1, 1], in float32."""
+    return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(video)).float())
+
+
+def reconstruction(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """The float32 video (B, 3, 4 T - 3, height, width) of latents; not clamped, which would stop gradients."""
+    return vae.decoder(vae.post_quant_conv(latents)).float()
+
+
+def _halve_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+    """Half the rows and columns, and of frames 0, 1, 2, ... the first as it is and one for every two after it."""
+    x = _each_frame(resample.resample, x)
+    return torch.cat([x[:, :, :1], resample.time_conv(x)], dim=2) if x.shape[2] > 1 else x
+
+
+def _double_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+    """Twice the rows and columns, and for each frame but the first two, which the first has no part in."""
+    if x.shape[2] > 1:
+        batch, channels, frames, height, width = x.shape
+        pairs = resample.time_conv(x[:, :, 1:]).view(batch, 2, channels, frames - 1, height, width)
+        x = torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
+    return _each_frame(resample.resample, x)
+
+
+def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    batch = len(x)
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    """In fewer passes than diffusers', and with results of the input's dtype, which autocast else makes float32."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+    return x * (norm.scale / length).to(x.dtype) * norm.gamma.to(x.dtype)
+
+
+def loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, weights: LossSettings) -> Tensor:
+    """The loss of each clip, (B,): the mean absolute error and, weighted, what `LossSettings` names."""
+    error = video - original
+    size = error[0].numel()
+    edges = sum(error.diff(dim=axis).abs().flatten(1).sum(1) / size for axis in (2, 3, 4))
+    # Diffusers sums over the axes of a picture, which leaves one of a video's.
+    divergence = latents.kl().flatten(1).sum(1) / latents.mean[0].numel()
+    errors = error.abs().flatten(1).mean(1) + weights.squares * error.square().flatten(1).mean(1)
+    return errors + weights.edges * edges + weights.kl * divergence
+
+
+def psnr(video: Tensor, original: Tensor) -> Tensor:
+    """Peak signal to noise of each clip, (B,), in dB; both videos in [-1, 1], what is outside clamped."""
+    return -10 * torch.log10(F.mse_loss(video.clamp(-1, 1), original, reduction="none").flatten(1).mean(1) / 4)

@@ -1,0 +1,145 @@
+"""The settings of a VAE's training: YAML -> frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nabla import InputError
+from wan.config import check_video, parse_size
+from wan.training.config import PRECISIONS, OptimizerSettings
+from wan.training.schema import build, check_choice, check_counts, check_mapping, check_numbers, check_texts, plain
+
+# What may change between a run and its continuation: it changes no loss, or only those of steps to come.
+CHANGEABLE = ("out", "steps", "validation", "statistics_clips", "dtype", "checkpoint_seconds", "log_steps", "workers")
+
+
+@dataclass(frozen=True)
+class CutSettings:
+    """Batches of one size, cut at random places from longer or larger videos.
+
+    batch: how many clips; size: (width, height) of each in pixels; frames: of each
+    drawn: (width, height) of the videos that they are cut from; None is `size`
+    share: how often such a batch comes, beside the shares of the others
+    """
+
+    batch: int
+    size: tuple[int, int]
+    frames: int
+    drawn: tuple[int, int] | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch")
+        check_numbers(self, "share", above=0)
+        for name in ("size", "drawn"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, parse_size(self.size if given is None else given))
+        check_video(self.size, self.frames)
+        if any(whole < part for whole, part in zip(self.drawn, self.size)):
+            raise InputError(f"drawn {self.drawn} is smaller than the size {self.size} that is cut from it")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights beside the mean absolute error, for videos in [-1, 1].
+
+    squares: of the mean squared error, without which training is slow to leave the mean colour
+    edges: of the absolute error of differences between neighbours along frames, rows and columns, which blur changes
+    kl: of the divergence of the latents from a normal distribution, a latent
+    """
+
+    squares: float = 2.0
+    edges: float = 0.3
+    kl: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "squares", "edges", "kl", least=0)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Every so many steps, `clips` whole held-out videos of each of `sizes`, (width, height) in pixels."""
+
+    every: int = 250
+    clips: int = 8
+    sizes: tuple[tuple[int, int], ...] = ((256, 256),)
+
+    def __post_init__(self) -> None:
+        check_counts(self, "every", "clips")
+        if not isinstance(self.sizes, (list, tuple)) or not self.sizes:
+            raise InputError(f"validation sizes {self.sizes!r} are not a list such as [256*256]")
+        object.__setattr__(self, "sizes", tuple(map(parse_size, self.sizes)))
+
+
+@dataclass(frozen=True)
+class VaeSettings:
+    """Everything that decides the training of a VAE on `shapes`.
+
+    out: folder of the run
+    cuts: the batches that steps are made of
+    vae: sizes of the model, keys of diffusers' `AutoencoderKLWan`
+    video_frames: of the videos that clips are cut from and that validation sees whole
+    statistics_clips: how many training videos of the first validation size give the latents' mean and deviation
+    dtype: of the weights that are written at the end
+    checkpoint_seconds: between two checkpoints; log_steps: steps between two lines of the log
+    workers: processes that draw videos
+    """
+
+    out: str
+    steps: int
+    cuts: tuple[CutSettings, ...]
+    vae: dict[str, Any] = field(default_factory=lambda: {"base_dim": 16})
+    video_frames: int = 33
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    validation: ValidationSettings = ValidationSettings()
+    ema: float = 0.999
+    seed: int = 0
+    precision: str = "bfloat16"
+    statistics_clips: int = 2048
+    dtype: str = "float16"
+    checkpoint_seconds: float = 60.0
+    log_steps: int = 50
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_texts(self, "out")
+        check_counts(self, "steps", "video_frames", "statistics_clips", "log_steps")
+        check_counts(self, "seed", "workers", least=0)
+        check_numbers(self, "ema", above=0, most=1)
+        check_numbers(self, "checkpoint_seconds", above=0)
+        check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "dtype", ("float16", "float32"))
+        check_mapping("vae", self.vae)
+        if not isinstance(self.cuts, (list, tuple)) or not self.cuts:
+            raise InputError(f"cuts {self.cuts!r} are not a list of batch, size and frames")
+        cuts = tuple(cut if isinstance(cut, CutSettings) else _cut(cut) for cut in self.cuts)
+        object.__setattr__(self, "cuts", cuts)
+        for size in self.validation.sizes:
+            check_video(size, self.video_frames)
+        if (longest := max(cut.frames for cut in cuts)) > self.video_frames:
+            raise InputError(f"cuts of {longest} frames do not fit in videos of {self.video_frames} (video_frames)")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> VaeSettings:
+        """Raises `InputError` for keys that are unknown or missing and for values outside what is allowed."""
+        sections = {"loss": LossSettings, "optimizer": OptimizerSettings, "validation": ValidationSettings}
+        return build(cls, settings, "the settings of train_vae", sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back to equal settings."""
+        return plain(asdict(self))
+
+    def check_continues(self, earlier: VaeSettings) -> None:
+        """Raise `InputError` where these settings cannot continue a run that began with others."""
+        for name in (item.name for item in fields(self)):
+            before, now = getattr(earlier, name), getattr(self, name)
+            if before != now and name not in CHANGEABLE:
+                raise InputError(f"{self.out} holds a run with {name} {before!r}, not {now!r}; choose another out")
+
+
+def _cut(content: object) -> CutSettings:
+    check_mapping("cuts", content)
+    return build(CutSettings, content, "cuts", {})
