@@ -6,10 +6,11 @@ folded into the VAE's outer 1x1x1 convolutions instead, after which the constant
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,15 @@ NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
 # What a text encoder computes beyond its tensors.
 TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 
+T = TypeVar("T")
 
-class Models(NamedTuple):
-    """What holds weights in a checkpoint: each a `Part`, or a model on the meta device."""
 
-    transformer: Any
-    vae: Any
-    text_encoder: Any
+class Models(NamedTuple, Generic[T]):
+    """A checkpoint's three models: the files of each as a `Part`, or each on the meta device."""
+
+    transformer: T
+    vae: T
+    text_encoder: T
 
 
 def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
@@ -47,9 +50,11 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
     Raises `CheckpointError` for a checkpoint that is damaged, or says what the other layout cannot, and `InputError`
     if it is in this layout already or `out` is not free.
     """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
     if checkpoint.published == (layout == "published"):
         raise InputError(f"{checkpoint.name} is in the {layout} layout already; there is nothing to convert")
-    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
     models = Models(
         parts.transformer_part(checkpoint),
@@ -58,7 +63,9 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
     )
     tokenizer = parts.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
     constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
-    with whole(out) as partial:
+    not_carried = _left_behind(checkpoint, models)
+    # A name such as "." has no folder beside it to write to.
+    with whole(Path(os.path.abspath(out))) as partial:
         partial.mkdir()
         if constants is not None:
             _write_published(checkpoint, models, constants, partial)
@@ -69,7 +76,7 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
             shutil.copytree(checkpoint.tokenizer_folder, partial / folder)
         if (checkpoint.folder / DEFAULTS_FILE).is_file():
             shutil.copyfile(checkpoint.folder / DEFAULTS_FILE, partial / DEFAULTS_FILE)
-    return _left_behind(checkpoint, models)
+    return not_carried
 
 
 def write_part(part: Part, folder: Path, stem: str, also: Mapping[str, Any] | None = None) -> None:
@@ -114,7 +121,7 @@ def fold_statistics(
     return {name: tensor.to(torch.promote_types(vae[name].dtype, torch.float32)) for name, tensor in zip(names, folded)}
 
 
-def _write_published(checkpoint: Checkpoint, models: Models, constants: Mapping[str, Any], folder: Path) -> None:
+def _write_published(checkpoint: Checkpoint, models: Models[Part], constants: Mapping[str, Any], folder: Path) -> None:
     config = published.transformer_config(models.transformer.model, checkpoint.text_length)
     if "sparse_algo" in checkpoint.config:
         config["sparse_algo"] = checkpoint.config["sparse_algo"]
@@ -138,7 +145,7 @@ def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
     return ((rename(name), tensor) for name, tensor in tensors)
 
 
-def _write_diffusers(checkpoint: Checkpoint, models: Models, folder: Path) -> None:
+def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path) -> None:
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
         del also["text_len"]
@@ -148,7 +155,7 @@ def _write_diffusers(checkpoint: Checkpoint, models: Models, folder: Path) -> No
     save_json({"_class_name": "WanPipeline"}, folder / "model_index.json")
 
 
-def _check_published(checkpoint: Checkpoint, models: Models) -> Models:
+def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.Module]:
     """The models that the published layout is read as; raises `CheckpointError` unless they compute the same."""
     config = published.transformer_config(models.transformer.model, checkpoint.text_length)
     try:
@@ -192,7 +199,7 @@ def _computes(model: nn.Module) -> dict[str, Any]:
     return settings | {f"the shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _left_behind(checkpoint: Checkpoint, models: Models) -> list[str]:
+def _left_behind(checkpoint: Checkpoint, models: Models[Part]) -> list[str]:
     """A line for each thing of a checkpoint that a conversion does not carry."""
     lines = []
     carried = {"config.json", "model_index.json", DEFAULTS_FILE}
