@@ -333,7 +333,7 @@ def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, mo
     }
     sizes = random_checkpoint.Sizes(1024, 8, 9, 4096, text_layers=1, text_ffn_dim=64, vae_dim=8, **small)
     monkeypatch.setitem(random_checkpoint.MODELS, "some", sizes)
-    monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 100 * 2**20)
+    monkeypatch.setattr("wan.saving.SHARD_BYTES", 100 * 2**20)
     random_checkpoint.write("some", tmp_path, torch.float32)
     code = (
         "import sys, torch\n"

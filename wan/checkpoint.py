@@ -19,6 +19,8 @@ TOKENIZER_FOLDER = "google/umt5-xxl"
 DEFAULTS_FILE = "defaults.yaml"
 TEXT_LENGTH = 512
 ROTARY_POSITIONS = 1024
+# What a transformer's configuration may say beyond what diffusers takes.
+OWN_KEYS = ("sparse_algo", "text_len")
 CONFIGURATIONS = ["config.json", "model_index.json", "transformer/config.json"]
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", DEFAULTS_FILE]
 
@@ -132,10 +134,7 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
         config = read_json(folder / "config.json")
         if config.get("model_type", "t2v") != "t2v":
             raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
-        if not is_count(config.get("text_len", TEXT_LENGTH)) or config.get("text_len") == 0:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: text_len is {config['text_len']!r}, not a positive integer"
-            )
+        _check_text_length(folder / "config.json", config)
         return True, config
     pipeline = read_json(index)
     kind = pipeline.get("_class_name")
@@ -147,7 +146,14 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
     config = read_json(folder / "transformer" / "config.json")
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel" or config.get("image_dim"):
         raise CheckpointError(f"{folder / 'transformer'} is not a text-to-video WanTransformer3DModel")
+    _check_text_length(folder / "transformer" / "config.json", config)
     return False, config
+
+
+def _check_text_length(file: Path, config: Mapping[str, Any]) -> None:
+    length = config.get("text_len", TEXT_LENGTH)
+    if not is_count(length) or length == 0:
+        raise CheckpointError(f"{file}: text_len is {length!r}, not a positive integer")
 
 
 def _download(name: str, patterns: list[str]) -> Path:

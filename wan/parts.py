@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from nabla.config import is_count
-from wan import names
-from wan.checkpoint import Checkpoint
+from nabla.config import is_number
+from wan import published
+from wan.checkpoint import OWN_KEYS, Checkpoint
 from wan.config import PATCH, VAE_STRIDE
 from wan.weights import CheckpointError, Part, WeightFiles, read_json
 
@@ -24,6 +23,8 @@ TEXT_ENCODER_STEM = "model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 PAD_TOKEN = "<pad>"
+# The text encoder's second name for `shared.weight`, under which a file may hold it again.
+TIED = "encoder.embed_tokens.weight"
 
 
 def transformer_part(checkpoint: Checkpoint) -> Part:
@@ -31,14 +32,13 @@ def transformer_part(checkpoint: Checkpoint) -> Part:
     folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
     weights = WeightFiles.find(folder, MODEL_STEM)
     if checkpoint.published:
-        config = _published_transformer_config(checkpoint.config, weights)
-        rename = functools.partial(names.published, rules=names.TRANSFORMER)
+        with _fits(WanTransformer3DModel, weights):
+            model = published.transformer(checkpoint.config, weights.shapes)
     else:
-        config, rename = checkpoint.config, str
-    part = _part(WanTransformer3DModel, config, weights, rename)
-    if tuple(part.model.config.patch_size) != PATCH:
+        model = _model(WanTransformer3DModel, checkpoint.config, weights)
+    if tuple(model.config.patch_size) != PATCH:
         raise CheckpointError(f"{folder} is not a transformer of Wan2.1: its patch must be {PATCH}")
-    return part
+    return _part(model, weights, checkpoint.published)
 
 
 def load_transformer(
@@ -58,36 +58,38 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
 
 
 def vae_part(checkpoint: Checkpoint) -> Part:
-    if not checkpoint.published:
+    """The VAE; without statistics of its latents in its configuration it has the published ones."""
+    if checkpoint.published:
+        weights = WeightFiles([checkpoint.folder / VAE_FILE])
+        with _fits(AutoencoderKLWan, weights):
+            model = published.vae(weights.shapes)
+    else:
         weights = WeightFiles.find(checkpoint.folder / "vae", MODEL_STEM)
-        part = _part(AutoencoderKLWan, read_json(checkpoint.folder / "vae" / "config.json"), weights, str)
-        own = part.model.config
-        strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
-        if strides != VAE_STRIDE or own.patch_size is not None or len(own.latents_mean) != own.z_dim:
-            raise CheckpointError(
-                f"{checkpoint.folder / 'vae'} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}"
-            )
-        return part
-    weights = WeightFiles([checkpoint.folder / VAE_FILE])
-    config = _published_vae_config(weights)
-    rename = functools.partial(names.published_vae, residuals=config["num_res_blocks"] + 1)
-    return _part(AutoencoderKLWan, config, weights, rename)
+        model = _model(AutoencoderKLWan, read_json(checkpoint.folder / "vae" / "config.json"), weights)
+    own, where = model.config, weights.files[0].parent
+    strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
+    if strides != VAE_STRIDE or own.patch_size is not None:
+        raise CheckpointError(f"{where} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}")
+    for name, values in (("latents_mean", own.latents_mean), ("latents_std", own.latents_std)):
+        if not isinstance(values, (list, tuple)) or len(values) != own.z_dim or not all(map(is_number, values)):
+            raise CheckpointError(f"{where}: the VAE's {name} is {values!r}, but must be {own.z_dim} numbers")
+    if min(own.latents_std) <= 0:
+        raise CheckpointError(f"{where}: the VAE's latents_std is {own.latents_std}, but must be above 0")
+    return _part(model, weights, checkpoint.published)
 
 
 def text_encoder_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
     """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
     if checkpoint.published:
         weights = WeightFiles([checkpoint.folder / TEXT_ENCODER_FILE])
-        config, rename = _published_text_config(weights), functools.partial(names.published, rules=names.TEXT_ENCODER)
+        with _fits(UMT5EncoderModel, weights):
+            model = published.text_encoder(weights.shapes)
     else:
         weights = WeightFiles.find(checkpoint.folder / "text_encoder", TEXT_ENCODER_STEM)
-        config, rename = read_json(checkpoint.folder / "text_encoder" / "config.json"), str
-    with _fits(UMT5EncoderModel, weights), torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config))
-    tied = "encoder.embed_tokens.weight"
-    own = {rename(name): name for name in model.state_dict() if name != tied or tied in weights.shapes}
-    float32 = tuple(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
-    return Part(model, weights, own, float32)
+        config = read_json(checkpoint.folder / "text_encoder" / "config.json")
+        with _fits(UMT5EncoderModel, weights), torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config(**config))
+    return _part(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
 
 
 def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokenizerFast | None:
@@ -111,12 +113,17 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _part(kind: type[nn.Module], config: dict[str, Any], weights: WeightFiles, rename: Callable[[str], str]) -> Part:
-    settings = {key: value for key, value in config.items() if not key.startswith("_") and key != "sparse_algo"}
+def _model(kind: type[nn.Module], config: dict[str, Any], weights: WeightFiles) -> nn.Module:
+    """A model of diffusers by its configuration, on the meta device."""
+    settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in OWN_KEYS}
     with _fits(kind, weights), torch.device("meta"):
-        model = kind(**settings)
-    files_to_own = {rename(name): name for name in model.state_dict()}
-    return Part(model, weights, files_to_own, tuple(model._keep_in_fp32_modules or ()))
+        return kind(**settings)
+
+
+def _part(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_float32: bool = True) -> Part:
+    rename = published.tensor_name(model) if is_published else str
+    own = {rename(name): name for name in model.state_dict() if name != TIED or TIED in weights.shapes}
+    return Part(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
 
 @contextmanager
@@ -143,62 +150,3 @@ class PublishedTimesteps(nn.Module):
         exponent = torch.arange(self.half, dtype=torch.float64, device=timestep.device) / self.half
         angle = timestep.double()[:, None] * torch.pow(10000, -exponent)
         return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
-
-
-def _published_transformer_config(config: dict[str, Any], weights: WeightFiles) -> dict[str, Any]:
-    with _fits(WanTransformer3DModel, weights):
-        heads = _positive(config, "num_heads")
-        return {
-            "patch_size": tuple(weights.shapes["patch_embedding.weight"][2:]),
-            "num_attention_heads": heads,
-            "attention_head_dim": _positive(config, "dim") // heads,
-            "in_channels": _positive(config, "in_dim"),
-            "out_channels": _positive(config, "out_dim"),
-            "text_dim": weights.shapes["text_embedding.0.weight"][1],
-            "freq_dim": _positive(config, "freq_dim"),
-            "ffn_dim": _positive(config, "ffn_dim"),
-            "num_layers": _positive(config, "num_layers"),
-            "eps": float(config["eps"]),
-        }
-
-
-def _positive(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not is_count(value) or value == 0:
-        raise ValueError(f"{key} is {value!r}, but must be a positive integer")
-    return value
-
-
-def _published_vae_config(weights: WeightFiles) -> dict[str, Any]:
-    """Sizes off the tensors. The encoder's list of stages is residual blocks, then one `resample` between stages."""
-    shapes = weights.shapes
-    with _fits(AutoencoderKLWan, weights):
-        base = shapes["encoder.conv1.weight"][0]
-        count = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.downsamples."))
-        resamples = [n for n in range(count) if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
-        last_of_stage = [*(n - 1 for n in resamples), count - 1]
-        return {
-            "base_dim": base,
-            "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
-            "z_dim": shapes["conv2.weight"][0],
-            "dim_mult": [shapes[f"encoder.downsamples.{n}.residual.6.weight"][0] // base for n in last_of_stage],
-            "num_res_blocks": resamples[0],
-            "temperal_downsample": [f"encoder.downsamples.{n}.time_conv.weight" in shapes for n in resamples],
-        }
-
-
-def _published_text_config(weights: WeightFiles) -> dict[str, Any]:
-    """Sizes off the tensors."""
-    shapes = weights.shapes
-    with _fits(UMT5EncoderModel, weights):
-        vocabulary, width = shapes["token_embedding.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        return {
-            "vocab_size": vocabulary,
-            "d_model": width,
-            "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
-            "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
-            "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
-            "num_heads": heads,
-            "relative_attention_num_buckets": buckets,
-        }

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla import InputError
-from wan import names
-from wan.checkpoint import TOKENIZER_FOLDER
+from wan import names, published
+from wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
 from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE, finish_transformer
+from wan.saving import save_json, save_pickle, save_shards
 
-SHARD_BYTES = 5 * 2**30
 FREQ_DIM = 256
 
 
@@ -128,29 +125,18 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
-    _write_shards(folder, transformer_shapes(sizes), dtype, draw)
+    drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
+    save_shards(drawn, folder, MODEL_STEM)
     for file, shapes, kept in (
         (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
         (VAE_FILE, vae_shapes(sizes), torch.float32),
     ):
-        torch.save({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
+        save_pickle({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
     _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
-    config = {
-        "_class_name": "WanModel",
-        "model_type": "t2v",
-        "dim": sizes.dim,
-        "num_heads": sizes.heads,
-        "num_layers": sizes.layers,
-        "ffn_dim": sizes.ffn_dim,
-        "freq_dim": FREQ_DIM,
-        "in_dim": 16,
-        "out_dim": 16,
-        "text_len": 512,
-        "eps": 1e-6,
-    }
+    config = published.transformer_config(_meta_transformer(sizes), TEXT_LENGTH)
     if sparse_algorithm is not None:
         config["sparse_algo"] = sparse_algorithm
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_json(config, folder / "config.json")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -163,28 +149,6 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
     is_table = name == "token_embedding.weight" or "modulation" in name
     scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
     return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
-
-
-def _write_shards(folder: Path, shapes: Shapes, dtype: torch.dtype, draw) -> None:
-    shards = list(_split(shapes, SHARD_BYTES // dtype.itemsize))
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{MODEL_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: draw(name, shape, dtype=dtype).cpu() for name, shape in shard.items()}, folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{MODEL_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _split(shapes: Mapping[str, tuple[int, ...]], elements: int) -> Iterator[Shapes]:
-    shard: Shapes = {}
-    for name, shape in shapes.items():
-        if shard and sum(map(math.prod, shard.values())) + math.prod(shape) > elements:
-            yield shard
-            shard = {}
-        shard[name] = shape
-    yield shard
 
 
 def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

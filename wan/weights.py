@@ -99,6 +99,13 @@ class Part:
         """Memory that the weights take in a dtype."""
         return sum(map(math.prod, self.weights.shapes.values())) * dtype.itemsize
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they are stored, by their names in the model, one at a time."""
+        for name, tensor in self.weights:
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read")
+            yield self.names[name], tensor
+
     def load(
         self, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], None] | None = None
     ) -> nn.Module:
@@ -112,12 +119,7 @@ class Part:
             shard(self.model)
         sharded = dict(self.model.named_parameters())
         state = {}
-        for file_name, tensor in self.weights:
-            own = self.names[file_name]
-            if tensor.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"tensor {file_name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read"
-                )
+        for own, tensor in self.tensors():
             whole = sharded.get(own)
             if isinstance(whole, DTensor):
                 tensor = _own_rows(tensor, whole)

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from wan import parts
 from wan.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.config import attention_to_dict
-from wan.parts import MODEL_STEM
+from wan.convert import write_part
+from wan.parts import MODEL_STEM, TEXT_ENCODER_STEM
 from wan.training.config import TrainingSettings
 from wan.training.files import whole
 from wan.training.schema import overlaid, plain
@@ -37,10 +38,9 @@ def provide_parts(base: Checkpoint, folder: Path) -> None:
             if not base.published:
                 partial.symlink_to(base.folder / name)
             elif name == "vae":
-                parts.vae_part(base).load(torch.float32, "cpu").save_pretrained(partial)
+                write_part(parts.vae_part(base), partial, MODEL_STEM)
             elif name == "text_encoder":
-                # Published in bfloat16.
-                parts.text_encoder_part(base, torch.bfloat16).load(torch.bfloat16, "cpu").save_pretrained(partial)
+                write_part(parts.text_encoder_part(base, torch.float32), partial, TEXT_ENCODER_STEM)
             else:
                 shutil.copytree(base.tokenizer_folder, partial)
 

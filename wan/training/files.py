@@ -13,15 +13,19 @@ PARTIAL = ".partial-"
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` for a file or a new folder, which takes its place if the body succeeds.
+    """A path beside `path` for a file or a new folder, which takes its place if the body succeeds, else is removed.
 
-    What an earlier program left there half-written is removed first.
+    What an earlier program that was killed left there half-written is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(PARTIAL + path.name)
     remove(partial)
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
 
 
 def remove(path: Path) -> None:

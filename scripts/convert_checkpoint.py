@@ -1,0 +1,33 @@
+"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt_dir", required=True, help="checkpoint directory or hub id")
+    parser.add_argument("--out", required=True, type=Path, help="directory to write; made if it does not exist")
+    parser.add_argument("--layout", required=True, choices=("published", "diffusers"), help="of what is written")
+    args = parser.parse_args(arguments)
+
+    from nabla import InputError
+    from wan.checkpoint import Checkpoint
+    from wan.convert import convert
+
+    try:
+        not_carried = convert(Checkpoint.open(args.ckpt_dir), args.out, args.layout)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*not_carried, f"wrote {args.out} in the {args.layout} layout", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
