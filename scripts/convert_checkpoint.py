@@ -1,4 +1,4 @@
-"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back."""
+"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back, or in another dtype."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ckpt_dir", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--out", required=True, type=Path, help="directory to write; made if it does not exist")
     parser.add_argument("--layout", required=True, choices=("published", "diffusers"), help="of what is written")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored by default"
+    )
     args = parser.parse_args(arguments)
+
+    import torch
 
     from nabla import InputError
     from wan.checkpoint import Checkpoint
     from wan.convert import convert
 
     try:
-        not_carried = convert(Checkpoint.open(args.ckpt_dir), args.out, args.layout)
+        not_carried = convert(
+            Checkpoint.open(args.ckpt_dir), args.out, args.layout, args.dtype and getattr(torch, args.dtype)
+        )
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

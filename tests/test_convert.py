@@ -334,3 +334,12 @@ def test_a_full_disk_leaves_nothing(own, as_published, tmp_path, capsys, layout)
     said = capsys.readouterr().err
     assert code == 2 and said.count("\n") == 1 and "cannot be written" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ("published", "diffusers"))
+def test_another_dtype(own, layout, tmp_path):
+    assert convert(Checkpoint.open(own), tmp_path / "half", layout, torch.float16) == []
+    before, after = (parts.transformer_part(Checkpoint.open(folder)) for folder in (own, tmp_path / "half"))
+    wanted = dict(before.tensors())
+    for name, tensor in after.tensors():
+        assert torch.equal(tensor, wanted[name].half()), name

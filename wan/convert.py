@@ -1,4 +1,4 @@
-"""A checkpoint rewritten in the other layout, tensor by tensor as it is stored; nothing is dropped in silence.
+"""A checkpoint rewritten in another layout or dtype, tensor by tensor; nothing is dropped in silence.
 
 The published layout has no place for the statistics of a VAE's latents: they are constants of its programs. They are
 folded into the VAE's outer 1x1x1 convolutions instead, after which the constants normalise its latents as before.
@@ -42,18 +42,19 @@ class Models(NamedTuple, Generic[T]):
     text_encoder: T
 
 
-def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
-    """Write a checkpoint to the new folder `out` in another layout, one of `LAYOUTS`; whole, or nothing of it.
+def convert(checkpoint: Checkpoint, out: Path, layout: str, dtype: torch.dtype | None = None) -> list[str]:
+    """Write a checkpoint to the new folder `out` in a layout, one of `LAYOUTS`; whole, or nothing of it.
 
+    dtype: of the weights; as they are stored if None
     The transformer, VAE, text encoder, tokenizer, attention and defaults of generate.py are carried. Returns a line for
     each thing of the checkpoint that is not.
     Raises `CheckpointError` for a checkpoint that is damaged, or says what the other layout cannot, and `InputError`
-    if it is in this layout already or `out` is not free.
+    if there is nothing to change or `out` is not free.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
-    if checkpoint.published == (layout == "published"):
-        raise InputError(f"{checkpoint.name} is in the {layout} layout already; there is nothing to convert")
+    if checkpoint.published == (layout == "published") and dtype is None:
+        raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, or a dtype")
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
     models = Models(
@@ -68,9 +69,9 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
     with whole(Path(os.path.abspath(out))) as partial:
         partial.mkdir()
         if constants is not None:
-            _write_published(checkpoint, models, constants, partial)
+            _write_published(checkpoint, models, constants, partial, dtype)
         else:
-            _write_diffusers(checkpoint, models, partial)
+            _write_diffusers(checkpoint, models, partial, dtype)
         if tokenizer is not None:
             folder = TOKENIZER_FOLDER if layout == "published" else "tokenizer"
             shutil.copytree(checkpoint.tokenizer_folder, partial / folder)
@@ -79,7 +80,9 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str) -> list[str]:
     return not_carried
 
 
-def write_part(part: Part, folder: Path, stem: str, also: Mapping[str, Any] | None = None) -> None:
+def write_part(
+    part: Part, folder: Path, stem: str, also: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write a part as diffusers and transformers save it: its configuration, and safetensors of the names in the model.
 
     also: entries of the configuration that the model does not know
@@ -91,7 +94,7 @@ def write_part(part: Part, folder: Path, stem: str, also: Mapping[str, Any] | No
         part.model.save_config(folder)
     if also:
         save_json(read_json(folder / "config.json") | also, folder / "config.json")
-    save_shards(part.tensors(), folder, stem)
+    save_shards(_cast(part.tensors(), dtype), folder, stem)
 
 
 def fold_statistics(
@@ -121,23 +124,35 @@ def fold_statistics(
     return {name: tensor.to(torch.promote_types(vae[name].dtype, torch.float32)) for name, tensor in zip(names, folded)}
 
 
-def _write_published(checkpoint: Checkpoint, models: Models[Part], constants: Mapping[str, Any], folder: Path) -> None:
+def _write_published(
+    checkpoint: Checkpoint,
+    models: Models[Part],
+    constants: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> None:
     config = published.transformer_config(models.transformer.model, checkpoint.text_length)
     if "sparse_algo" in checkpoint.config:
         config["sparse_algo"] = checkpoint.config["sparse_algo"]
     save_json(config, folder / "config.json")
-    save_shards(_renamed(models.transformer.model, models.transformer.tensors()), folder, MODEL_STEM)
+    transformer = _cast(models.transformer.tensors(), dtype)
+    save_shards(_renamed(models.transformer.model, transformer), folder, MODEL_STEM)
     text_encoder = dict(models.text_encoder.tensors())
     if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
         raise CheckpointError(
             f"{models.text_encoder.weights.files[0].parent}: {TIED!r} and 'shared.weight' differ, "
             "and the published layout holds one table of tokens"
         )
-    save_pickle(dict(_renamed(models.text_encoder.model, text_encoder.items())), folder / TEXT_ENCODER_FILE)
+    text_encoder = _cast(text_encoder.items(), dtype)
+    save_pickle(dict(_renamed(models.text_encoder.model, text_encoder)), folder / TEXT_ENCODER_FILE)
     vae, own = dict(models.vae.tensors()), models.vae.model.config
     if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
         vae |= fold_statistics(vae, own, constants)
-    save_pickle(dict(_renamed(models.vae.model, vae.items())), folder / VAE_FILE)
+    save_pickle(dict(_renamed(models.vae.model, _cast(vae.items(), dtype))), folder / VAE_FILE)
+
+
+def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors)
 
 
 def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -145,13 +160,13 @@ def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
     return ((rename(name), tensor) for name, tensor in tensors)
 
 
-def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path) -> None:
+def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path, dtype: torch.dtype | None) -> None:
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
         del also["text_len"]
-    write_part(models.transformer, folder / "transformer", MODEL_STEM, also)
-    write_part(models.vae, folder / "vae", MODEL_STEM)
-    write_part(models.text_encoder, folder / "text_encoder", TEXT_ENCODER_STEM)
+    write_part(models.transformer, folder / "transformer", MODEL_STEM, also, dtype)
+    write_part(models.vae, folder / "vae", MODEL_STEM, dtype=dtype)
+    write_part(models.text_encoder, folder / "text_encoder", TEXT_ENCODER_STEM, dtype=dtype)
     save_json({"_class_name": "WanPipeline"}, folder / "model_index.json")
 
 
