@@ -15,6 +15,7 @@ from wan.training.trainer import Trainer
 TILE = [1, 2, 2]
 TRANSFORMER = {
     "num_attention_heads": 2,
+    "text_len": 96,
     "attention_head_dim": 12,
     "num_layers": 2,
     "ffn_dim": 32,

@@ -52,11 +52,16 @@ def whole_state(transformer: WanTransformer3DModel, trained_only: bool = False) 
 
 
 def write_model(
-    folder: Path, config: Mapping[str, Any], state: dict[str, Tensor], parts_folder: Path, defaults: Mapping[str, Any]
+    folder: Path,
+    config: Mapping[str, Any],
+    base: Checkpoint,
+    state: dict[str, Tensor],
+    parts_folder: Path,
+    defaults: Mapping[str, Any],
 ) -> None:
     """A checkpoint in diffusers' layout of a transformer's weights, and links to its other parts.
 
-    config: the transformer's
+    config: the transformer's; base: the checkpoint that it was trained beside
     defaults: the settings of sampling and attention that generate.py takes from it
     """
     own = folder / "transformer"
@@ -65,6 +70,8 @@ def write_model(
     save_file(state, own / f"{MODEL_STEM}.safetensors", {"format": "pt"})
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config = {"_class_name": WanTransformer3DModel.__name__} | config
+    if "text_len" in base.config:
+        config["text_len"] = base.config["text_len"]
     if "attention" in defaults:
         config["sparse_algo"] = defaults["attention"]["algorithm"]
     (own / "config.json").write_text(json.dumps(config, indent=2))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
+from nabla.config import is_count
 from wan import parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
@@ -28,16 +30,28 @@ from wan.training.config import LoraSettings, OptimizerSettings, TrainingSetting
 log = logging.getLogger("wan")
 
 EMBEDDING_DEVIATION = 0.02
+TEXT_LENGTH = "text_len"
 # diffusers' defaults for them are those of the 14B.
 SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim")
 
 
-def open_parts(name: str | Path) -> Checkpoint:
-    """A checkpoint of which a VAE, text encoder and tokenizer are used: it may be a folder without a transformer."""
+def open_parts(name: str | Path, transformer: Mapping[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint of which a VAE, text encoder and tokenizer are used: it may be a folder without a transformer.
+
+    transformer: the sizes of a new one, whose `text_len` goes before the checkpoint's
+    """
     folder = Path(name).expanduser()
     if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
-        return Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={})
-    return Checkpoint.open(name)
+        checkpoint = Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={})
+    else:
+        checkpoint = Checkpoint.open(name)
+    if not transformer:
+        return checkpoint
+    config = {key: value for key, value in checkpoint.config.items() if key != TEXT_LENGTH}
+    config |= {key: value for key, value in transformer.items() if key == TEXT_LENGTH}
+    if not is_count(config.get(TEXT_LENGTH, 1)) or not config.get(TEXT_LENGTH, 1):
+        raise InputError(f"transformer: {TEXT_LENGTH} {config[TEXT_LENGTH]!r} is not a positive integer; 512 is Wan's")
+    return replace(checkpoint, config=config)
 
 
 def warn_of_another_attention(base: Checkpoint, attention: NablaConfig) -> None:
@@ -108,12 +122,13 @@ def build_optimizer(own: OptimizerSettings, steps: int, weights: list[nn.Paramet
 def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:
     """A transformer with the weights that Wan2.1's training begins with, drawn from torch's global generator.
 
-    sizes: keys of diffusers' `WanTransformer3DModel`; raises `InputError` for others, and if one of `SIZES` is missing
+    sizes: keys of diffusers' `WanTransformer3DModel`, and `text_len`, how many rows of text states it is to see
+    Raises `InputError` for others, and if one of `SIZES` is missing.
     """
     if missing := [name for name in SIZES if name not in sizes]:
         raise InputError(f"transformer: {missing[0]} is missing; give {', '.join(SIZES)}")
     try:
-        transformer = WanTransformer3DModel(**sizes)
+        transformer = WanTransformer3DModel(**{key: value for key, value in sizes.items() if key != TEXT_LENGTH})
     except (TypeError, ValueError) as error:
         raise InputError(f"transformer: {error}; its keys are those of diffusers' WanTransformer3DModel") from None
     if tuple(transformer.config.patch_size) != PATCH:

@@ -62,7 +62,7 @@ class Trainer:
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
         self.folder = Path(settings.out).expanduser().resolve()
-        self.base = open_parts(settings.checkpoint)
+        self.base = open_parts(settings.checkpoint, settings.transformer)
         if self.accelerator.is_main_process:
             warn_of_another_attention(self.base, settings.attention)
         self.clips = Clips(settings.data.train, self.base.text_length)
@@ -263,7 +263,7 @@ class Trainer:
                 return
             state = merged_state(self.base, folder / "lora")
         defaults = defaults_of(self.settings, self.base)
-        write_model(folder, self.transformer.config, state, self.folder / "parts", defaults)
+        write_model(folder, self.transformer.config, self.base, state, self.folder / "parts", defaults)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
