@@ -106,8 +106,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
-        attention = {key: value for key, value in asdict(self.attention).items() if key not in _CHOICE}
-        return asdict(self) | {"attention": {"algorithm": self.attention.algorithm} | attention}
+        return asdict(self) | {"attention": attention_to_dict(self.attention)}
 
 
 SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}
@@ -120,12 +119,12 @@ def resolve(*layers: Mapping[str, Any]) -> Settings:
     """
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
     for layer in reversed(layers):
-        _check_keys("the settings", layer, {item.name for item in fields(Settings)})
+        check_keys("the settings", layer, {item.name for item in fields(Settings)})
         for key, value in layer.items():
             if value is not None:
                 merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
     for name in ("sampling", "video"):
-        _check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
+        check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
     return Settings(
         **merged
         | {
@@ -151,6 +150,11 @@ def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
     if config.kind == "sta" and settings.get("dense_steps") is None:
         return replace(config, dense_steps=STA_DENSE_STEPS)
     return config
+
+
+def attention_to_dict(config: NablaConfig) -> dict[str, Any]:
+    """The `attention` mapping that `attention_config` reads back to an equal config."""
+    return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in _CHOICE}
 
 
 def read_settings(name: str | Path) -> dict[str, Any]:
@@ -243,6 +247,7 @@ def check_prompt(prompt: object) -> None:
         raise InputError("the prompt is empty; say what the video should show with --prompt")
 
 
-def _check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
+def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
+    """Raise `InputError` for the first key of a mapping that is not allowed."""
     if unknown := sorted(map(str, given.keys() - allowed)):
         raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

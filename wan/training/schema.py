@@ -1,0 +1,118 @@
+"""From mappings, as YAML gives them, to frozen dataclasses: overrides, unknown and missing keys, checks of values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+from nabla import InputError
+from nabla.config import is_count, is_number
+from wan.config import check_keys
+
+EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
+
+
+def with_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Settings changed by words of a command line such as `optimizer.lr=1e-4`, values read as YAML.
+
+    Numbers such as 1e-4, which YAML takes for texts, are read as numbers throughout.
+    """
+    changed = dict(settings)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not all(path.split(".")):
+            raise InputError(f"{override!r} is not of the form key=value or section.key=value")
+        try:
+            layer: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"{override!r}: its value is not YAML; put it in quotes") from None
+        for key in reversed(path.split(".")):
+            layer = {key: layer}
+        changed = overlaid(changed, layer)
+    return _with_numbers(changed)
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value
+
+
+def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Two mappings as one, the upper one's values first, mappings in them alike."""
+    both = dict(lower)
+    for key, value in upper.items():
+        nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = overlaid(both[key], value) if nested else value
+    return both
+
+
+def build(kind: type, settings: Mapping[str, Any], where: str, sections: Mapping[str, type]) -> Any:
+    """A dataclass of a mapping, of which `sections` are mappings for other dataclasses; null means the default.
+
+    Raises `InputError` for unknown and missing keys.
+    """
+    check_keys(where, settings, {item.name for item in fields(kind)})
+    values = {name: value for name, value in settings.items() if value is not None}
+    for item in fields(kind):
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
+            raise InputError(f"{where} lack {item.name!r}; set it in the config or as {item.name}=VALUE")
+    for name, section in sections.items():
+        if name in values and not isinstance(values[name], section):
+            check_mapping(name, values[name])
+            values[name] = build(section, values[name], name, {})
+    return kind(**values)
+
+
+def plain(value: Any) -> Any:
+    """The same with lists for tuples, as YAML and JSON have them."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
+        raise InputError(f"{name} {value!r} are not a list of texts")
+    return tuple(value)
+
+
+def check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} {value!r} is not a mapping of settings")
+
+
+def check_texts(settings: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(settings, name), str) or not getattr(settings, name):
+            raise InputError(f"{name} {getattr(settings, name)!r} is not a text; give a path or a name")
+
+
+def check_choice(settings: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(settings, name) not in allowed:
+        raise InputError(f"{name} {getattr(settings, name)!r} is not known; use one of {', '.join(allowed)}")
+
+
+def check_counts(settings: Any, *names: str, least: int = 1) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not is_count(value) or value < least:
+            raise InputError(f"{name} {value!r} is not a whole number of at least {least}")
+
+
+def check_numbers(
+    settings: Any, *names: str, above: float | None = None, least: float | None = None, most: float | None = None
+) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        limits = {"above": above, "at least": least, "at most": most}
+        wanted = ", ".join(f"{what} {limit}" for what, limit in limits.items() if limit is not None)
+        fits = is_number(value) and (above is None or value > above)
+        if not fits or (least is not None and value < least) or (most is not None and value > most):
+            raise InputError(f"{name} {value!r} is not a number{' ' + wanted if wanted else ''}")

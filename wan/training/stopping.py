@@ -1,0 +1,27 @@
+"""Ending a run when SIGTERM asks for it, between two steps."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to end by SIGTERM, and did so after a step and a checkpoint."""
+
+
+class StopSignal:
+    """While it is entered, SIGTERM sets `asked` and does nothing else."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
