@@ -13,6 +13,7 @@ from wan.training.wording import (
     GROWTH_ACTIONS,
     PARTICIPLE,
     PLURAL,
+    SPIN_VERBS,
     VERBS,
     background_phrase,
     colour_word,
@@ -29,6 +30,7 @@ OPENERS = {
         "in this video,", "in the video,", "in this clip,", "a video where", "a video in which", "a clip where",
         "an animation where", "an animation in which", "create a video where", "make a clip in which",
         "make a video where", "the video shows how", "we see how", "generate a video in which",
+        "i want a video where", "imagine a scene where", "render a clip where",
     ),
     PARTICIPLE: (
         "a video of", "a video of", "a short video of", "a clip of", "a short clip of", "an animation of",
@@ -37,6 +39,8 @@ OPENERS = {
         "make an animation of", "draw", "render", "animate", "display", "give me", "i want to see", "i want",
         "i would like to see", "we see", "you can see", "the video shows", "this clip shows", "the animation shows",
         "a scene with", "a video with", "a simple video of", "a simple animation of",
+        "can you make", "please make", "please animate", "could you show", "i need a video of", "i would like",
+        "here is", "picture", "imagine",
     ),
     BASE: ("make", "let", "have", "watch", "we see", "make"),
     "terse": ("video of", "animation of", "short clip of", "video:", "show"),
@@ -51,6 +55,7 @@ PASSING = ("pass", "pass", "pass", "go", "move", "travel", "slide")
 OTHER_SIDE = {"in front of": "behind", "behind": "in front of"}
 PREPOSITIONS = ("on", "on", "on", "on", "over", "against", "in front of", "with")
 DEEDS = frozenset(("motion", "spin", "spinning", "growth"))
+TURNING = frozenset(verb.split()[0] for verb in SPIN_VERBS)
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -135,7 +140,7 @@ def _as_adjective(rng: np.random.Generator, shape: Shape, actions: Sequence[str]
         verbs, adjective = GROWTH_ACTIONS[shape.growth], "growing" if shape.growth == "grows" else "shrinking"
         return adjective, [action for action in actions if action not in verbs]
     if "spinning" in shape.said:
-        others = [action for action in actions if action.split()[0] not in ("spin", "rotate", "turn")]
+        others = [action for action in actions if action.split()[0] not in TURNING]
         return (one_of(rng, ("spinning", "rotating", "turning")), others) if others else ("", list(actions))
     return "", list(actions)
 
@@ -222,7 +227,8 @@ def _with_background(rng: np.random.Generator, scene: Scene, style: str, body: s
     if chance(rng, 0.06):
         return f"{opened}. {one_of(rng, ('it is', 'this is', 'all'))} {where}"
     if background.texture == "plain" and chance(rng, 0.08):
-        return f"{opened}. the background is {colour_word(rng, background.colour)}"
+        statement = one_of(rng, ("is", "is", "should be", "stays", "has to be"))
+        return f"{opened}. the background {statement} {colour_word(rng, background.colour)}"
     return f"{opened} {where}"
 
 
