@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import runpy
@@ -72,23 +74,23 @@ def whole_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def at_step(monkeypatch):
-    """Has something done to the loss of one step, counted from when this is called."""
+def from_step(monkeypatch):
+    """Has something done to every loss from a step on, which counts from the beginning of the test."""
 
     def change(number: int, act) -> None:
-        honest, calls = Reader.loss, iter(range(1, 10**6))
+        honest, calls = Reader.loss, itertools.count(1)
 
         def loss(model: Reader, batch: Batch) -> Tensor:
             value = honest(model, batch)
-            return act(value) if next(calls) == number else value
+            return act(value) if next(calls) >= number else value
 
         monkeypatch.setattr(Reader, "loss", loss)
 
-    yield change
+    return change
 
 
 def test_known_words_are_whole_and_others_are_spelled(tokenizer):
-    assert tokenizer.tokenize("A red circle moves, please!") == ["a", "red", "circle", "moves", ",", "please", "!"]
+    assert tokenizer.tokenize("A red circle moves, please!")[:4] == ["▁a", "▁red", "▁circle", "▁moves"]
     assert len(tokenizer) < 1000
     for text in ("upward he went", "zyxwvut qjk 42 @#{|}~", "counter-clockwise"):
         ids = tokenizer(text).input_ids
@@ -102,7 +104,7 @@ def test_odd_texts_are_encoded(tokenizer):
     ids, mask = tokenize(tokenizer, texts, 64)
     assert ids.shape == mask.shape == (6, 64)
     assert ids[0, :2].tolist() == [end, tokenizer.pad_token_id] == [1, 0] and mask.sum(1)[0] == 1
-    assert ids[1, 0] == ids[2, 0] == unknown and mask.sum(1)[1:3].tolist() == [2, 2]
+    assert unknown in ids[1] and unknown in ids[2] and mask.sum(1)[1:3].tolist() == [3, 3]
     assert unknown not in ids[3:] and mask.sum(1)[4:].tolist() == [64, 64] and (ids[4:, -1] == end).all()
 
 
@@ -113,16 +115,14 @@ def test_a_vocabulary_without_room_for_characters_is_refused():
 
 def test_rough_sentences_keep_what_they_say():
     shapes, changed = Shapes(1, 200), 0
-    said = {"red", "up", "and", "while", "behind", "to", "from"}
+    said = {"red", "up", "and", "to", "it", "on"}
     for index in range(200):
         text = shapes.described(index)[1]
         rough = roughened(text, np.random.default_rng(index))
         assert rough == roughened(text, np.random.default_rng(index))
-        before, after = (re.findall(r"[a-z]+", each.lower()) for each in (text, rough))
-        # Words of three letters are never misspelt, and "while" and "behind" seldom.
-        assert [word for word in before if word in said and len(word) < 4] == [
-            word for word in after if word in said and len(word) < 4
-        ] or "in front" in text.lower()
+        kept = iter(re.findall(r"[a-z]+", rough.lower()))
+        # In order, with others between; words so short are never misspelt.
+        assert all(word in kept for word in re.findall(r"[a-z]+", text.lower()) if word in said), rough
         changed += rough != text
     assert 100 < changed < 200
 
@@ -167,31 +167,31 @@ def test_a_run_cut_by_its_time_goes_on_exactly(whole_run, tmp_path):
         assert not TextTrainer(settings(tmp_path)).run(minutes=0)
         assert (tmp_path / "text_encoder/config.json").is_file()
     assert len(losses(tmp_path)) == 2
-    assert TextTrainer(settings(tmp_path, workers=1)).run()
+    assert TextTrainer(settings(tmp_path)).run()
     assert losses(tmp_path) == losses(whole_run)
     assert all(torch.equal(value, weights(whole_run)[name]) for name, value in weights(tmp_path).items())
     assert TextTrainer(settings(tmp_path)).run() and losses(tmp_path) == losses(whole_run)
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(whole_run, tmp_path, at_step):
-    with pytest.MonkeyPatch.context() as patch:
-        honest, calls = Reader.loss, iter(range(1, 100))
-        patch.setattr(Reader, "loss", lambda model, batch: honest(model, batch) * (1 if next(calls) < 8 else np.nan))
-        with pytest.raises(Diverged, match="step 8: loss nan"):
-            TextTrainer(settings(tmp_path)).run()
+def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(whole_run, tmp_path, from_step, monkeypatch):
+    from_step(8, lambda loss: loss * math.nan)
+    with pytest.raises(Diverged, match="step 8: loss nan"):
+        TextTrainer(settings(tmp_path)).run()
     assert len(losses(tmp_path)) == 7
+    monkeypatch.undo()
     trainer = TextTrainer(settings(tmp_path))
     assert trainer.step == 5 and trainer.run() and losses(tmp_path) == losses(whole_run)
 
 
-def test_a_signal_ends_the_run_after_a_step_that_is_saved(whole_run, tmp_path, at_step):
+def test_a_signal_ends_the_run_after_a_step_that_is_saved(whole_run, tmp_path, from_step, monkeypatch):
     def terminate(loss: Tensor) -> Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    at_step(3, terminate)
+    from_step(3, terminate)
     with pytest.raises(Stopped, match="step 3"):
         TextTrainer(settings(tmp_path)).run()
+    monkeypatch.undo()
     trainer = TextTrainer(settings(tmp_path))
     assert trainer.step == 3 and trainer.run() and losses(tmp_path) == losses(whole_run)
 
@@ -237,6 +237,6 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         assert error.startswith("error: ") and "\n" not in error
 
 
-def test_the_shipped_config(monkeypatch):
+def test_the_shipped_config():
     shipped = TextSettings.from_dict(read_settings(ROOT / "configs/training/shapes_text.yaml"))
     assert shipped.vocabulary < 1000 and (ROOT / shipped.sentences).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from wan.training.wording import (
     BASE,
     FINITE,
     GROWTH_ACTIONS,
+    NOUNS,
     PARTICIPLE,
     PLURAL,
     SPIN_VERBS,
@@ -64,7 +66,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     style = choose(rng, STYLES)
     if style in (FINITE, BASE) and not all(_has_action(scene, shape) for shape in scene.shapes):
         style = PARTICIPLE
-    if len(scene.shapes) == 1 and style == FINITE and chance(rng, 0.1):
+    if len(scene.shapes) == 1 and style == FINITE and chance(rng, 0.16):
         text = _two_sentences(rng, scene)
     else:
         text = _with_background(rng, scene, style, _body(rng, scene, style))
@@ -80,6 +82,8 @@ def _body(rng: np.random.Generator, scene: Scene, style: str) -> str:
     """All shapes, with what they do; no background."""
     shapes = list(scene.shapes)
     clauses = []
+    if style == FINITE and not scene.relation_said and _can_be_introduced(shapes) and chance(rng, 0.12):
+        return _introduced(rng, shapes)
     if scene.relation_said:
         clauses.append(_crossing(rng, scene, style))
         shapes = shapes[2:]
@@ -236,9 +240,36 @@ def _two_sentences(rng: np.random.Generator, scene: Scene) -> str:
     """ "A red circle on a white background. It moves to the right." """
     (shape,) = scene.shapes
     where = background_phrase(rng, scene.background)
-    subject = noun_phrase(rng, shape) + (f" on {where}" if where else "")
     deed = _deed(rng, _actions(rng, shape), FINITE)
-    return f"{subject}. it {deed}"
+    if "colour" in shape.said and chance(rng, 0.4):
+        subject = (
+            f"the {noun_phrase(rng, _without_colour(shape), determined=False)} is {colour_word(rng, shape.colour)}"
+        )
+        join = one_of(rng, (". it", " and it", " and"))
+        return f"{subject}{join} {deed}" + (f"{one_of(rng, ('', '. it is'))} on {where}" if where else "")
+    subject = noun_phrase(rng, shape) + (f" on {where}" if where else "")
+    again = f"the {one_of(rng, NOUNS[shape.kind])}" if "kind" in shape.said and chance(rng, 0.3) else "it"
+    return f"{subject}. {again} {deed}"
+
+
+def _without_colour(shape: Shape) -> Shape:
+    return replace(shape, said=shape.said - {"colour"})
+
+
+def _can_be_introduced(shapes: Sequence[Shape]) -> bool:
+    """Whether their kinds tell them apart, and there is something to say of each beside its looks."""
+    kinds = {
+        shape.kind for shape in shapes if "kind" in shape.said and shape.said & DEEDS and "place" not in shape.said
+    }
+    return len(shapes) > 1 and len(kinds) == len(shapes)
+
+
+def _introduced(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
+    """ "A red circle and a blue square. The circle moves left, the square moves right." """
+    names = [noun_phrase(rng, shape) for shape in shapes]
+    deeds = [f"the {one_of(rng, NOUNS[shape.kind])} {_deed(rng, _actions(rng, shape), FINITE)}" for shape in shapes]
+    between = one_of(rng, (", ", ". ", " and ", " while "))
+    return f"{', '.join(names[:-1])} and {names[-1]}. {between.join(deeds)}"
 
 
 def _punctuated(rng: np.random.Generator, text: str) -> str:

@@ -14,9 +14,9 @@ from wan.parts import PAD_TOKEN
 END_TOKEN, UNKNOWN_TOKEN = "</s>", "<unk>"
 # UMT5's numbers for padding and the end are 0 and 1.
 SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN]
-CONTINUES = "##"
-ALPHABET = sorted(set(map(str.lower, string.printable)) - set(string.whitespace))
-SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET) + len(string.ascii_lowercase)
+WORD_BEGINS = "▁"
+ALPHABET = [WORD_BEGINS, *sorted(set(map(str.lower, string.printable)) - set(string.whitespace))]
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
 def train_tokenizer(sentences: Iterable[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
@@ -28,24 +28,26 @@ def train_tokenizer(sentences: Iterable[str], vocabulary: int, length: int) -> P
     """
     if vocabulary < SMALLEST_VOCABULARY:
         raise InputError(f"vocabulary {vocabulary} holds not even the characters; use {SMALLEST_VOCABULARY} or more")
-    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN_TOKEN, fuse_unk=True, continuing_subword_prefix=CONTINUES))
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN_TOKEN, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.BertPreTokenizer(),
+            pre_tokenizers.Digits(individual_digits=True),
+            # Pieces that begin words are others than those within: "red" is no colour in "tired".
+            pre_tokenizers.Metaspace(WORD_BEGINS, prepend_scheme="always", split=False),
+        ]
     )
-    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUES)
+    tokenizer.decoder = decoders.Metaspace(WORD_BEGINS, prepend_scheme="always")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=ALPHABET,
-        continuing_subword_prefix=CONTINUES,
         show_progress=False,
     )
-    # Each letter inside a word once, so that any word can be spelled.
-    spelled = (f"a{letter}" for letter in string.ascii_lowercase)
-    tokenizer.train_from_iterator((*sentences, *spelled), trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, SPECIAL_TOKENS.index(END_TOKEN))]
     )
