@@ -50,6 +50,22 @@ def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def prepared(random_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven clips prepared for training, of eight samples of which one is bad."""
+    from training_runs import Colours
+
+    from wan.training.config import PrepareSettings
+    from wan.training.models import open_parts
+    from wan.training.prepare import Encoder, prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "clips"
+    settings = PrepareSettings(str(random_nano), str(out), clips_per_shard=3, dtype="float32")
+    encoder = Encoder(open_parts(random_nano), torch.device("cpu"))
+    assert prepare(Colours(8, bad=(4,)), settings, encoder) == (7, 1)
+    return out
+
+
 @pytest.fixture
 def damaged(random_nano: Path, tmp_path: Path) -> Path:
     """A copy of `random_nano` for a test to damage."""

@@ -63,21 +63,33 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def three_heads(tmp_path_factory):
-    """A random checkpoint whose heads two processes cannot share evenly."""
-    sizes = random_checkpoint.MODELS["nano"]
-    folder = tmp_path_factory.mktemp("three") / "checkpoint"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(random_checkpoint.MODELS, "three", replace(sizes, heads=3, dim=192))
-        random_checkpoint.write("three", folder, torch.float32)
-    return folder
+def checkpoint_of(nano, tmp_path_factory):
+    """A random checkpoint by its number of heads."""
+
+    def write(heads: int) -> Path:
+        folder = tmp_path_factory.mktemp("heads") / "checkpoint"
+        sizes = replace(random_checkpoint.MODELS["nano"], heads=heads, dim=64 * heads)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(random_checkpoint.MODELS, "other", sizes)
+            random_checkpoint.write("other", folder, torch.float32)
+        return folder
+
+    return lambda heads: nano if heads == 2 else write(heads)
+
+
+def test_compiled_blocks_send_early_and_wait_late(tmp_path):
+    """Two groups of heads: q, k and v of both are sent, one is attended to while the other is on its way, and back."""
+    program = [sys.executable, str(PROGRAMS / "compiled_order.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "ssssss" + "www" + "a" + "s" + "www" + "a" + "s" + "ww" + "a", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("count", (2, 4))
-@pytest.mark.parametrize("heads", (2, 3))
-def test_every_layout_gives_the_latents_of_one_process(count, heads, nano, three_heads, tmp_path):
-    checkpoint = nano if heads == 2 else three_heads
-    code, out, said = finish(start(count, PROGRAMS / "layouts.py", checkpoint, heads, "cpu", cwd=tmp_path))
+@pytest.mark.parametrize("heads", (2, 3, 7))
+def test_every_layout_gives_the_latents_of_one_process(count, heads, checkpoint_of, tmp_path):
+    program = PROGRAMS / "layouts.py", checkpoint_of(heads), heads, "cpu"
+    code, out, said = finish(start(count, *program, cwd=tmp_path))
     assert code == 0, said
     results = [json.loads(line) for line in out.splitlines()]
     assert len(results) >= 4
@@ -90,10 +102,10 @@ def test_every_layout_gives_the_latents_of_one_process(count, heads, nano, three
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("heads", (2, 3))
-def test_two_gpus_give_the_latents_of_one(heads, nano, three_heads, tmp_path):
-    checkpoint = nano if heads == 2 else three_heads
-    code, out, said = finish(start(2, PROGRAMS / "layouts.py", checkpoint, heads, "cuda", cwd=tmp_path), seconds=400)
+@pytest.mark.parametrize("heads", (3, 8))
+def test_two_gpus_give_the_latents_of_one(heads, checkpoint_of, tmp_path):
+    program = PROGRAMS / "layouts.py", checkpoint_of(heads), heads, "cuda"
+    code, out, said = finish(start(2, *program, cwd=tmp_path), seconds=400)
     assert code == 0, said
     results = [json.loads(line) for line in out.splitlines()]
     assert len(results) == 8 and max(result["error"] for result in results) < 1e-3, results

@@ -15,13 +15,18 @@ import nabla
 from nabla import InputError, NablaConfig, Plan
 from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary, rotate
-from wan.parallel import Sequence, exchange_of_diffusers
+from wan.parallel import Exchange, Sequence, exchange_of_diffusers
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
-# Measured on Hopper: norms and float8 conversions, else at a fraction of the bandwidth, take seconds more to compile.
-# In the order that saves memory, exchanges between processes would be waited for where they begin.
-COMPILE_OPTIONS = {"coordinate_descent_tuning": True, "reorder_for_peak_memory": False}
+COMPILE_OPTIONS = {
+    # Measured on Hopper: takes seconds, and norms and float8 conversions are else at a fraction of the bandwidth.
+    "coordinate_descent_tuning": True,
+    # What processes exchange is to be sent as soon as it is there. The order that saves memory would wait for it at
+    # once, and copies that have no more in common than a list of indices would wait for each other.
+    "reorder_for_peak_memory": False,
+    "score_fusion_memory_threshold": 2**22,
+}
 
 
 def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
@@ -103,13 +108,14 @@ class AppliedAttention:
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
     these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
     None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
-    of blocks that each of its own heads keeps is written, or None.
+    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
         self.config = config
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
+        self.switched_off = False
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
         self.sequence: Sequence | None = getattr(transformer, "sequence", None)
@@ -171,7 +177,7 @@ class AppliedAttention:
         step = self.steps.see(timestep) if counts else config.dense_steps
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
-        is_sparse = bool(self.sparse) and step >= config.dense_steps
+        is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
         trains = torch.is_grad_enabled() and any(
             x.requires_grad for x in (*args, *kwargs.values(), *transformer.parameters()) if isinstance(x, Tensor)
         )
@@ -260,29 +266,47 @@ class NablaProcessor(WanAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         rotary = Rotary(*rotary_emb)
         fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
-        norms, parts = (attn.norm_q, attn.norm_k, None), []
+        norms, qkv = (attn.norm_q, attn.norm_k, None), []
         for n, norm in enumerate(norms):
             x = (attn.to_q, attn.to_k, attn.to_v)[n](hidden_states) if fused is None else fused[n]
             # Autocast normalises in float32.
             x = x if norm is None else norm(x).type_as(x)
-            x = x.unflatten(2, (attn.heads, -1))
-            if exchange is not None:
-                turned = rotate(x, rotary) if exchange.rotates_first and norm is not None else x
-                # On its way while the next is computed.
-                parts.append(exchange.send_heads(turned, plan.tokens, n))
-            else:
-                parts.append(x)
-        if exchange is not None:
-            parts = [exchange.receive_heads(part, x.shape, plan.tokens) for part in parts]
-            rotary = None if exchange.rotates_first else rotary
-        q, k, v = parts
-        out = nabla.attend(q, k, v, plan, rotary, attn.nabla_kept, attn.nabla_share)
-        if exchange is not None:
-            out = exchange.to_tokens(out, attn.heads)
+            qkv.append(x.unflatten(2, (attn.heads, -1)))
+        if exchange is None:
+            out = nabla.attend(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share)
+        else:
+            out = _attend_together(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share, exchange)
         out = out.flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+def _attend_together(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    rotary: Rotary,
+    kept: KeptBlocks | None,
+    share: Tensor | None,
+    exchange: Exchange,
+) -> Tensor:
+    """`nabla.attend` where each process has some of the tokens (B, own tokens, heads, D), and attends to some heads."""
+    shape, heads = q.shape, q.shape[2]
+    if exchange.rotates_first:
+        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
+    groups = exchange.own_groups(heads)
+    # All are sent before the first is waited for.
+    sent = [[exchange.send_heads(x, plan.tokens, g) for x in (q, k, v)] for g in range(len(groups))]
+    results = []
+    for group, (of, parts) in enumerate(zip(groups, sent)):
+        own = [exchange.receive_heads(part, shape, plan.tokens) for part in parts]
+        own_kept = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
+        own_share = None if share is None else share[of]
+        out = nabla.attend(*own, plan, rotary, own_kept, own_share)
+        results.append(exchange.send_tokens(out, heads, group))
+    return exchange.receive_tokens(results, shape)
 
 
 def _check(transformer: nn.Module, config: NablaConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from nabla import InputError
 
+# More hide more of what is sent behind attention, in smaller and so slower pieces of both.
+GROUPS = 4
 # Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
 EVEN_ENOUGH = 1.01
 
@@ -27,66 +30,83 @@ def shares(count: int, parts: int) -> list[int]:
 class Exchange(NamedTuple):
     """How processes that share a video swap tokens for heads around an attention (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-    group: name of the process group; rank, size: of this process in it, and how many there are
-    orders: the heads by the process that attends to them, (3, H) int64, once for each of q, k and v, and `places` the
-        inverse, (H,); None: as they come
+    A process's heads are swapped and attended to in groups: while it attends to one, others are on their way.
+
+    name: of the process group; rank, size: of this process in it, and how many there are
+    groups: how many groups each process does its heads in
+    order: the heads group by group, and in each process by process, (H,) int64; None: as they come, in one group
     rotates_first: whether rotary angles come for the process's own tokens, rather than for all
     """
 
-    group: str
+    name: str
     rank: int
     size: int
-    orders: Tensor | None = None
-    places: Tensor | None = None
+    groups: int = 1
+    order: Tensor | None = None
     rotates_first: bool = False
 
     def own_heads(self, heads: int) -> int:
         return shares(heads, self.size)[self.rank]
 
-    def send_heads(self, x: Tensor, tokens: int, which: int) -> Tensor:
-        """Begin to swap (B, own tokens, H, D); what it returns is for `receive_heads`, and other work fits between.
+    def counts(self, heads: int) -> list[list[int]]:
+        """How many heads of each group each process gets."""
+        return [list(counts) for counts in zip(*(shares(own, self.groups) for own in shares(heads, self.size)))]
 
-        which: 0, 1 or 2 for q, k or v. Each reads an order of its own, or the compiler would put the copies of all
-        three into one kernel, behind the last of them.
-        """
+    def own_groups(self, heads: int) -> list[slice]:
+        """Which of the process's own heads belong to each group."""
+        ends = list(itertools.accumulate(shares(self.own_heads(heads), self.groups)))
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+    def send_heads(self, x: Tensor, tokens: int, group: int) -> Tensor:
+        """Begin to swap a group of the heads of (B, own tokens, H, D); what it returns is for `receive_heads`."""
         batch, _, heads, width = x.shape
-        x = x.transpose(0, 1)
-        if self.orders is not None:
-            x = x.index_select(2, self.orders[which])
-        of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
-        if heads % self.size:
-            sent = torch.cat([part.flatten() for part in x.split(of_heads, dim=2)])
+        x, counts = x.transpose(0, 1), self.counts(heads)[group]
+        if self.order is not None:
+            x = x.index_select(2, self.order[self._of(group, heads)])
+        if len(set(counts)) > 1:
+            sent = torch.cat([part.flatten() for part in x.split(counts, dim=2)])
         else:
             sent = x.unflatten(2, (self.size, -1)).movedim(2, 0).flatten()
-        return self._send(sent, batch * width, of_tokens[self.rank], of_heads, of_heads[self.rank], of_tokens)
+        of_tokens = shares(tokens, self.size)
+        return self._send(sent, batch * width, of_tokens[self.rank], counts, counts[self.rank], of_tokens)
 
     def receive_heads(self, sent: Tensor, shape: torch.Size, tokens: int) -> Tensor:
-        """What `send_heads` began for a tensor of a shape: (B, tokens, own heads, D)."""
-        batch, _, heads, width = shape
-        return collectives.wait_tensor(sent).view(tokens, batch, self.own_heads(heads), width).transpose(0, 1)
+        """What `send_heads` began for a tensor of a shape: (B, tokens, own heads of the group, D)."""
+        batch, _, _, width = shape
+        return collectives.wait_tensor(sent).view(tokens, batch, -1, width).transpose(0, 1)
 
-    def to_tokens(self, x: Tensor, heads: int) -> Tensor:
-        """(B, tokens, own heads, D) -> (B, own tokens, H, D)."""
-        batch, tokens, _, width = x.shape
-        of_tokens, of_heads = shares(tokens, self.size), shares(heads, self.size)
-        sent, own = x.transpose(0, 1).flatten(), of_tokens[self.rank]
-        got = self._send(sent, batch * width, of_heads[self.rank], of_tokens, own, of_heads)
-        got = collectives.wait_tensor(got)
-        if heads % self.size:
-            parts = got.split([own * batch * count * width for count in of_heads])
-            x = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
-        else:
-            # Not by cat, which the compiler does in a pass of its own.
-            x = got.view(self.size, own, batch, -1, width).movedim(0, 2).flatten(2, 3)
-        if self.places is not None:
-            x = x.index_select(2, self.places)
+    def send_tokens(self, x: Tensor, heads: int, group: int) -> Tensor:
+        """Begin to swap a group back, (B, tokens, own heads of it, D); what it returns is for `receive_tokens`."""
+        batch, tokens, own, width = x.shape
+        of_tokens, counts = shares(tokens, self.size), self.counts(heads)[group]
+        sent = x.transpose(0, 1).flatten()
+        return self._send(sent, batch * width, own, of_tokens, of_tokens[self.rank], counts)
+
+    def receive_tokens(self, sent: list[Tensor], shape: torch.Size) -> Tensor:
+        """What `send_tokens` began for all groups: (B, own tokens, H, D), of that shape."""
+        batch, own, heads, width = shape
+        x = sent[0].new_empty(own, batch, heads, width)
+        for group, (part, counts) in enumerate(zip(sent, self.counts(heads))):
+            got = collectives.wait_tensor(part)
+            if len(set(counts)) > 1:
+                parts = got.split([own * batch * count * width for count in counts])
+                got = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
+            else:
+                got = got.view(self.size, own, batch, -1, width).movedim(0, 2).flatten(2, 3)
+            # Into its place at once, since to put groups together and in order would be a pass for each.
+            x = got if self.order is None else x.index_copy(2, self.order[self._of(group, heads)], got)
         return x.transpose(0, 1)
+
+    def _of(self, group: int, heads: int) -> slice:
+        """Where a group is in `order`."""
+        before = sum(sum(counts) for counts in self.counts(heads)[:group])
+        return slice(before, before + sum(self.counts(heads)[group]))
 
     def _send(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
         """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units; to be waited for."""
         there, back = ([unit * one * other for other in each] for one, each in ((kept, sent), (own, got)))
         # The public function waits at once in compiled code.
-        return torch.ops._c10d_functional.all_to_all_single(x, back, there, self.group)
+        return torch.ops._c10d_functional.all_to_all_single(x, back, there, self.name)
 
 
 def exchange_of_diffusers(parallel_config: Any) -> Exchange:
@@ -127,21 +147,25 @@ class Sequence:
         self.heads, layers = transformer.config.num_attention_heads, len(transformer.blocks)
         if self.size > self.heads:
             raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
+        self.groups = min(GROUPS, self.heads // self.size) if self.size > 1 else 1
         self.order = interleaved(self.heads, self.size).repeat(layers, 1)
-        self.on_device: tuple[Tensor, ...] | None = None
+        self.on_device: Tensor | None = None
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
     def exchanges(self, device: torch.device) -> list[Exchange]:
         """The exchange of each layer, its order where the hidden states are."""
-        if self.on_device is None or self.on_device[0].device != device:
+        if self.on_device is None or self.on_device.device != device:
             with torch.inference_mode(False):
-                self.on_device = tuple(x.to(device) for x in self._orders_and_places())
-        return [Exchange(self.group.group_name, self.rank, self.size, *pair) for pair in zip(*self.on_device)]
+                self.on_device = self._orders().to(device)
+        return [Exchange(self.group.group_name, self.rank, self.size, self.groups, each) for each in self.on_device]
 
-    def _orders_and_places(self) -> tuple[Tensor, Tensor]:
-        return self.order[:, None].repeat(1, 3, 1), self.order.argsort(-1)
+    def _orders(self) -> Tensor:
+        """`Exchange.order` of all layers."""
+        of_rank = self.order.split(shares(self.heads, self.size), dim=1)
+        of_group = zip(*(heads.tensor_split(self.groups, dim=1) for heads in of_rank))
+        return torch.cat([heads for group in of_group for heads in group], dim=1)
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
@@ -152,8 +176,7 @@ class Sequence:
             return
         by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
         self.order = dealt(torch.empty_like(by_place).scatter(1, self.order, by_place), own)
-        for on_device, changed in zip(self.on_device, self._orders_and_places()):
-            on_device.copy_(changed)
+        self.on_device.copy_(self._orders())
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]

@@ -1,1 +1,1 @@
-"""Training of Wan2.1 models: data, objectives, loops and what measures their results."""
+"""Training of Wan2.1 models, and the data set and measurements of the small one that ships."""

@@ -1,0 +1,35 @@
+"""Draw the metrics of a training run: python scripts/plot_training.py runs/X --out X.png; needs matplotlib."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
+    args = parser.parse_args(argv)
+
+    from wan.training.metrics import METRICS_FILE, draw_metrics, read_metrics
+
+    path = args.run / METRICS_FILE
+    rows = read_metrics(path) if path.is_file() else []
+    if not rows:
+        print(f"error: {path} is not there or has no rows; give the folder of a run", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("matplotlib") is None:
+        print("error: matplotlib is not there; install it with pip install matplotlib", file=sys.stderr)
+        return 2
+    draw_metrics(rows, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Compute latents and text states of a dataset once: accelerate launch scripts/prepare_data.py --config X.yaml
+
+A second start makes what is missing. Each process that accelerate launches makes shards of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
+    parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: out=data/train")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("wan").setLevel(logging.INFO)
+
+    import torch
+    from accelerate import PartialState
+
+    from nabla import InputError
+    from wan.config import read_settings
+    from wan.training.config import PrepareSettings
+    from wan.training.models import open_parts
+    from wan.training.prepare import Encoder, prepare
+    from wan.training.schema import with_overrides
+    from wan.training.sources import open_dataset
+
+    try:
+        settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
+        source = open_dataset(settings.dataset, settings.options)
+        processes = PartialState(cpu=not torch.cuda.is_available())
+        encoder = Encoder(open_parts(settings.checkpoint), processes.device)
+        done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; start again to make what is missing", file=sys.stderr)
+        return 130
+    print(f"process {processes.process_index}: {done.clips} clips in {settings.out}, {done.skipped} samples skipped")
+    processes.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Likeness of videos, the attention that kept blocks hold, and the script that measures them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nabla
+from nabla import NablaConfig
+from wan.quality import kept_mass, psnr, ssim
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "measure_quality.py"
+
+
+def test_likeness():
+    video = torch.randint(0, 256, (2, 32, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert psnr(video, video) == math.inf and ssim(video, video) == pytest.approx(1)
+    dark, bright = torch.full_like(video, 100), torch.full_like(video, 110)
+    assert psnr(dark, bright) == pytest.approx(20 * math.log10(25.5))
+    # Of flat pictures only the means differ.
+    a, b = 100 / 255, 110 / 255
+    assert ssim(dark, bright) == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-4)
+    assert ssim(video, video.flip(1)) < 0.1
+
+
+@pytest.mark.parametrize("grid", ((2, 16, 16), (1, 11, 19)))
+def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
+    monkeypatch.setattr("wan.quality.PAIRS", 2**14)
+    q, k = torch.randn(2, 1, math.prod(grid), 3, 16, generator=torch.Generator().manual_seed(0))
+    config = NablaConfig(keep=0.4)
+    kept, mass = kept_mass(q, k, grid, config)
+    blocks = nabla.select_blocks(q, k, grid, config)
+    slots = nabla.plan(grid, config, "cpu").selection.layout.slot // 64
+    allowed = blocks[:, :, slots][..., slots]
+    shares = torch.einsum("bqhd,bkhd->bhqk", q, k).div(4).softmax(-1)
+    torch.testing.assert_close(mass, (shares * allowed).sum(-1).mean((0, 2)))
+    torch.testing.assert_close(kept, blocks.float().mean((0, 2, 3)))
+
+
+def test_script_compares_attentions(random_nano, tmp_path):
+    flags = "--count 2 --batch 2 --size 64*64 --steps 1 --mass 1 --device cpu --sparse_algo dense nabla-1.0 keep-0.3"
+    command = [sys.executable, SCRIPT, "--ckpt_dir", random_nano, *flags.split(), "--save_dir", tmp_path / "videos"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dense, exact, sparse = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert exact["kept"] == exact["mass"] == 1 and exact["psnr"] > 60 > sparse["psnr"]
+    assert 0.3 <= sparse["kept"] < sparse["mass"] < 1 and {"colour", "kind", "direction", "all"} <= dense.keys()
+    assert len(list(tmp_path.glob("videos/*/*.mp4"))) == 6

@@ -1,0 +1,83 @@
+"""The settings of training and preparation: defaults, overrides, and one clear line for every wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nabla import InputError
+from wan.config import CONFIG_FOLDER, read_settings
+from wan.training.config import PrepareSettings, TrainingSettings
+from wan.training.models import new_transformer
+from wan.training.objective import sigmas_of
+from wan.training.schema import with_overrides
+
+
+def test_noise_levels_follow_their_distribution_and_the_shift():
+    settings = TrainingSettings.from_dict(minimal()).objective
+    quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    uniform = sigmas_of(quantiles, type(settings)(timesteps="uniform", shift=3.0))
+    assert torch.allclose(uniform, torch.tensor([0.5, 0.75, 0.9]))
+    normal = torch.distributions.Normal(0.5, 2.0).icdf(quantiles).sigmoid()
+    assert torch.allclose(sigmas_of(quantiles, type(settings)(mean=0.5, deviation=2.0, shift=1.0)), normal.float())
+
+
+def minimal(**changes) -> dict:
+    return {"mode": "finetune", "checkpoint": "any", "out": "any", "steps": 1, "data": {"train": "any"}} | changes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"mode": ["train"]}, "mode .'train'. is not known"),
+        ({"lora": True}, "lora True is not a mapping"),
+        ({"mode": "train"}, "mode 'train' is not known; use one of pretrain, finetune, distill"),
+        ({"step": 3}, "unknown key 'step'"),
+        ({"steps": None}, "lack 'steps'"),
+        ({"data": {"train": "any", "folder": "x"}}, "data has an unknown key 'folder'"),
+        ({"data": "folder"}, "data 'folder' is not a mapping"),
+        ({"optimizer": {"lr": -1}}, "lr -1 is not a number above 0"),
+        ({"optimizer": {"betas": [0.9]}}, "betas"),
+        ({"objective": {"text_dropout": 2}}, "text_dropout 2 is not a number at least 0, at most 1"),
+        ({"transformer": {"num_layers": 2}}, "transformer is .* in mode pretrain"),
+        ({"mode": "distill"}, "distill teaches sparse attention"),
+        ({"attention": {"algorithm": "nabla-0.7", "dense_steps": 2}}, "dense_steps and mask_refresh"),
+        ({"samples": {"prompts": "A cat"}}, "prompts 'A cat' are not a list"),
+        ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
+        ({"micro_batch": 0}, "micro_batch 0 is not a whole number of at least 1"),
+    ),
+)
+def test_wrong_settings_are_one_clear_line(changes, message):
+    with pytest.raises(InputError, match=message):
+        TrainingSettings.from_dict(minimal(**changes))
+
+
+def test_distillation_has_its_published_settings_by_default():
+    settings = TrainingSettings.from_dict(minimal(mode="distill", steps=1600, attention={"algorithm": "nabla-0.7"}))
+    own = settings.optimizer
+    assert (own.lr, own.betas, own.eps, own.weight_decay, own.clip) == (1e-6, (0.9, 0.95), 1e-8, 0.0, 0.01)
+    content = minimal(mode="distill", attention={"algorithm": "nabla-0.7"})
+    del content["steps"]
+    assert TrainingSettings.from_dict(content).steps == 1600 and settings.batch_size == 64
+    assert TrainingSettings.from_dict(settings.to_dict()) == settings
+    assert TrainingSettings.from_dict(minimal(every=None, attention=None, ema=None)).every.checkpoint == 200
+
+
+def test_overrides_of_a_command_line():
+    changed = with_overrides({"steps": 2, "optimizer": {"lr": 1}}, ["optimizer.lr=1e-4", "ema=null", "out=a=b"])
+    assert changed == {"steps": 2, "optimizer": {"lr": 1e-4}, "ema": None, "out": "a=b"}
+    with pytest.raises(InputError, match="'steps' is not of the form key=value"):
+        with_overrides({}, ["steps"])
+
+
+def test_every_config_of_training_is_right():
+    files = sorted((CONFIG_FOLDER / "training").glob("*.yaml"))
+    assert files
+    for file in files:
+        kind = PrepareSettings if file.name.startswith("prepare") else TrainingSettings
+        kind.from_dict(read_settings(file))
+
+
+def test_a_new_transformer_takes_no_size_for_granted():
+    with pytest.raises(InputError, match="transformer: attention_head_dim is missing; give num_attention_heads, "):
+        new_transformer({"num_attention_heads": 2}, torch.device("cpu"))

@@ -1,0 +1,211 @@
+"""Preparing data: what stands in the shards, what is skipped, and that nothing is done twice or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_runs import Colours
+
+from nabla import InputError
+from scripts import prepare_data
+from wan import WanT2V
+from wan.training.config import ObjectiveSettings, PrepareSettings
+from wan.training.data import Batches, Clips, fixed_batch
+from wan.training.models import open_parts
+from wan.training.prepare import Encoder, prepare
+from wan.training.sources import VideoFolder, open_dataset
+
+UNIFORM = ObjectiveSettings(timesteps="uniform", shift=1.0, text_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def encoder(random_nano) -> Encoder:
+    return Encoder(open_parts(random_nano), torch.device("cpu"))
+
+
+def settings_for(out: Path, **changes) -> PrepareSettings:
+    return PrepareSettings("nano", str(out), clips_per_shard=3, dtype="float32", **changes)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
+
+
+def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
+    pipe = WanT2V.from_pretrained(random_nano)
+    clips = Clips(str(prepared), pipe.text_length)
+    assert len(clips) == 7 and {clip.size for clip in clips.clips} == {(2, 4, 4), (2, 4, 6)}
+    video, caption = Colours(8)[5]
+    number = next(n for n, clip in enumerate(clips.clips) if clip.index == 5)
+    assert clips.clips[number].caption == caption
+    latents, text = clips.load(number)
+    pixels = torch.from_numpy(video.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
+    assert torch.allclose(latents, pipe.encode(pixels), atol=1e-5)
+    assert torch.allclose(text, pipe.encode_text(*pipe.tokenize(caption))[0], atol=1e-5)
+    stored = load_file(clips.clips[number].file)["5.text"]
+    assert len(stored) == pipe.tokenize(caption)[1].sum() < 512
+    assert torch.allclose(clips.dropped, pipe.encode_text(*pipe.tokenize(""))[0, : len(clips.dropped)], atol=1e-5)
+
+
+def test_a_second_start_makes_only_what_is_missing(encoder, tmp_path, caplog):
+    whole = tmp_path / "whole"
+    assert prepare(Colours(8, bad=(1, 7)), settings_for(whole), encoder) == (6, 2)
+    before = shards(whole)
+    (whole / "shard-000001.safetensors").unlink()
+    (whole / ".partial-shard-000001.safetensors").write_bytes(b"half")
+
+    class Watched(Colours):
+        asked: list[int] = []
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return super().__getitem__(index)
+
+    assert prepare(Watched(8, bad=(1, 7)), settings_for(whole), encoder) == (6, 2)
+    assert Watched.asked == [3, 4, 5] and shards(whole) == before
+    assert [m for m in caplog.messages if m.startswith("warning")] == [
+        "warning: sample 1 is skipped: frame_num 4 is not of the form 4n+1; use 1 or 5",
+        "warning: sample 7 is skipped: frame_num 4 is not of the form 4n+1; use 1 or 5",
+    ]
+    with pytest.raises(InputError, match="made with other settings"):
+        prepare(Colours(8), settings_for(whole, dropped_text="nothing"), encoder)
+
+
+@pytest.mark.parametrize("kind", ("processes", "iterable", "workers"))
+def test_however_it_is_read_the_shards_are_the_same(kind, encoder, prepared, tmp_path):
+    source = Colours(8, bad=(4,))
+    if kind == "processes":
+        done = [prepare(source, settings_for(tmp_path / "out"), encoder, rank, 2) for rank in (1, 0)]
+        assert done == [(2, 1), (5, 0)]
+    elif kind == "iterable":
+        assert prepare((source[n] for n in range(8)), settings_for(tmp_path / "out"), encoder) == (7, 1)
+    else:
+        assert prepare(source, settings_for(tmp_path / "out", workers=1), encoder) == (7, 1)
+    for path in sorted(prepared.glob("*.safetensors")):
+        mine, theirs = load_file(tmp_path / "out" / path.name), load_file(path)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+
+
+def noise_video(path: Path, size: tuple[int, int], frames: int, fps: int = 16) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (frames, size[1], size[0], 3), dtype=np.uint8)
+    imageio.mimwrite(path, video, fps=fps, macro_block_size=None)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """A folder of videos, most of them bad in some way."""
+    folder = tmp_path_factory.mktemp("videos")
+    noise_video(folder / "good.mp4", (48, 32), 5)
+    noise_video(folder / "long.mp4", (64, 48), 24, fps=32)
+    noise_video(folder / "odd.mp4", (50, 32), 5)
+    (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:500])
+    lines = [
+        {"file": "good.mp4", "caption": "good"},
+        {"file": "cut.mp4", "caption": "cut"},
+        {"file": "gone.mp4", "caption": "gone"},
+        {"file": "good.mp4", "caption": " "},
+        {"file": "good.mp4"},
+        {"file": "odd.mp4", "caption": "odd"},
+        {"file": "long.mp4", "caption": "long"},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"file": \n'
+    (folder / "captions.jsonl").write_text(text)
+    return folder
+
+
+def test_bad_videos_and_captions_are_counted_and_never_fatal(random_nano, videos, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    content = {"checkpoint": str(random_nano), "out": "unset", "options": {"folder": str(videos)}}
+    config.write_text(yaml.safe_dump(content))
+    assert prepare_data.main(["--config", str(config), f"out={tmp_path / 'out'}"]) == 0
+    out, said = capsys.readouterr()
+    assert out == f"process 0: 1 clips in {tmp_path / 'out'}, 7 samples skipped\n"
+    for reason in (
+        "sample 1 is skipped: cut.mp4: cannot be read",
+        "sample 2 is skipped: gone.mp4: cannot be read",
+        "sample 3 is skipped: the caption is empty",
+        """sample 4 is skipped: line 5 is not {"file": "...", "caption": "..."} (KeyError('caption'))""",
+        "sample 5 is skipped: size 50*32: both must be positive multiples of 16",
+        "sample 6 is skipped: frame_num 24 is not of the form 4n+1; use 21 or 25",
+        "sample 7 is skipped: line 8 is not",
+    ):
+        assert reason in said
+
+
+def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos):
+    source = VideoFolder(str(videos), sizes=["48*32", "32*32", "64*48"], frame_nums=[9, 5], fps=16)
+    assert source[0][0].shape == (5, 32, 48, 3)
+    assert source[6][0].shape == (9, 48, 64, 3)
+    with pytest.raises(InputError, match="good.mp4: 48.32 is smaller than any of the sizes"):
+        VideoFolder(str(videos), sizes=["64*48"])[0]
+    with pytest.raises(InputError, match="good.mp4: its 5 frames are fewer than 9"):
+        VideoFolder(str(videos), frame_nums=[9])[0]
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    (
+        ("shape", {}, "dataset 'shape' is not known; use one of videos"),
+        ("videos", {"path": "x"}, "its options are folder, sizes, frame_nums, fps"),
+        ("videos", {"folder": "/nowhere"}, "captions.jsonl cannot be read"),
+        ("videos", {"folder": "x", "sizes": ["33*32"]}, "size 33.32: both must be positive multiples of 16"),
+        ("videos", {"folder": "x", "frame_nums": 81}, "frame_nums 81 is not a list"),
+        ("videos", {"folder": "x", "fps": "fast"}, "fps 'fast' is not a positive number"),
+        ("videos", {"folder": "x", "frame_nums": [8]}, "frame_num 8 is not of the form"),
+    ),
+)
+def test_wrong_datasets_are_one_clear_line(name, options, message):
+    with pytest.raises(InputError, match=message):
+        open_dataset(name, options)
+
+
+def test_batches_are_a_function_of_seed_and_step_however_they_are_divided(prepared):
+    clips = Clips(str(prepared), 512)
+    whole = Batches(clips, UNIFORM, seed=3, batch_size=4, micro_batch=4)
+    assert len({tuple(whole.numbers(step)) for step in range(8)}) > 4
+    parts = [Batches(clips, UNIFORM, 3, 4, 1, rank, 2) for rank in range(2)]
+    for step in (5, 0):
+        batch = whole[step]
+        # Of a step, each process takes its micro-batches in turn.
+        divided = [parts[place % 2][2 * step + place // 2] for place in range(4)]
+        for name in batch._fields:
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in divided]))
+    other = Batches(clips, UNIFORM, seed=4, batch_size=4, micro_batch=4)[0]
+    assert not torch.equal(other.noise, whole[0].noise)
+    assert len(list(whole.load(2, 5, workers=0))) == 3
+
+
+def test_every_clip_is_seen_as_often_as_any_and_batches_are_of_one_size(prepared):
+    clips = Clips(str(prepared), 512)
+    batches = Batches(clips, UNIFORM, seed=0, batch_size=3, micro_batch=3)
+    seen = np.zeros(len(clips), dtype=int)
+    for step in range(700):
+        numbers = batches.numbers(step)
+        assert len({clips.clips[number].size for number in numbers}) == 1
+        np.add.at(seen, numbers, 1)
+    assert seen.sum() == 2100 and abs(seen / 300 - 1).max() < 0.1
+    for bucket in clips.buckets.values():
+        assert np.ptp(seen[bucket]) <= 1
+
+
+def test_text_is_dropped_as_often_as_asked_and_noise_levels_fill_their_range(prepared):
+    clips = Clips(str(prepared), 512)
+    batches = Batches(clips, UNIFORM, seed=0, batch_size=4, micro_batch=4)
+    draws = [batches.draw(step, place) for step in range(250) for place in range(4)]
+    assert 0.25 < np.mean([draw.drops_text for draw in draws]) < 0.35
+    sigmas = np.sort([draw.sigma.item() for draw in draws])
+    assert abs(sigmas - np.linspace(0, 1, 1000)).max() < 0.06
+    dropped = clips.padded(clips.dropped)
+    batch = batches[0]
+    assert [torch.equal(text, dropped) for text in batch.text] == [batches.draw(0, n).drops_text for n in range(4)]
+    fixed = [fixed_batch(clips, UNIFORM, n, 4) for n in range(4)]
+    assert [round(one.sigmas.item(), 3) for one in fixed] == [0.125, 0.375, 0.625, 0.875]
+    assert torch.equal(fixed[1].noise, fixed_batch(clips, UNIFORM, 1, 4).noise)

@@ -1,0 +1,87 @@
+"""Training by several processes, and by one that is killed, as programs: the same as one process in peace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_parallel import finish, start
+from training_runs import exact_rows, settings_dict, train
+
+import generate
+
+SCRIPT = Path(generate.__file__).parent / "scripts" / "train.py"
+PROGRAM = Path(__file__).parent / "programs" / "train_runs.py"
+
+
+def write_config(content: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order, as in the programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def alone(random_nano, prepared, tmp_path_factory) -> tuple[dict, list[dict]]:
+    """A run by one process, its settings and metrics."""
+    content = settings_dict(random_nano, prepared, tmp_path_factory.mktemp("alone") / "run", micro_batch=1)
+    return content, train(content)
+
+
+@pytest.fixture(scope="module")
+def together(alone, tmp_path_factory) -> Path:
+    """The same by two processes, which repeat the weights ("ddp") or shard them ("fsdp"), each run in two pieces."""
+    folder = tmp_path_factory.mktemp("together")
+    configs = []
+    for name, shard in (("ddp", False), ("fsdp", True)):
+        for steps in (4, 6):
+            content = alone[0] | {"out": str(folder / name), "shard": shard, "steps": steps}
+            configs.append(write_config(content, folder / f"{name}-{steps}.yaml"))
+    code, _, said = finish(start(2, PROGRAM, *configs, cwd=folder))
+    assert code == 0, said
+    return folder
+
+
+@pytest.mark.parametrize("name", ("ddp", "fsdp"))
+def test_two_processes_train_as_one(alone, together, name):
+    content, rows = alone
+    ours = {row["step"]: row for row in exact_rows(together / name)}
+    for row in rows:
+        for key in row.keys() - {"kept"}:
+            assert ours[row["step"]][key] == pytest.approx(row[key], rel=1e-4), (row["step"], key)
+    for which in ("model", "ema"):
+        file = Path("latest") / which / "transformer" / "diffusion_pytorch_model.safetensors"
+        one, two = (load_file(Path(run) / file) for run in (content["out"], together / name))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
+
+
+def test_a_run_killed_outright_goes_on_exactly(alone, tmp_path):
+    content, rows = alone
+    content = content | {"out": str(tmp_path / "run")}
+    command = [sys.executable, SCRIPT, "--config", write_config(content, tmp_path / "config.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "latest").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert len(exact_rows(tmp_path / "run")) < len(rows)
+    assert train(content) == rows

@@ -1,0 +1,46 @@
+"""Whether a model makes what sentences say: videos of `shapes` sentences, and measurements of what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wan.pipeline import WanT2V
+from wan.training.measure import score
+from wan.training.scenes import Scene
+from wan.training.shapes import Shapes
+from wan.video import to_frames
+
+
+def sentences(count: int, seed: int, split: str = "held_out") -> list[tuple[Scene, str]]:
+    """Scenes and what is said of them; "held_out" ones have a combination of attributes that training never saw."""
+    shapes = Shapes(seed, count, split=split)
+    return [shapes.described(number) for number in range(count)]
+
+
+@torch.no_grad()
+def make_videos(pipe: WanT2V, prompts: Sequence[str], seed: int, batch: int) -> Iterator[Tensor]:
+    """A uint8 video (frames, H, W, 3) a prompt, as the checkpoint's own settings have it; video n of noise seed + n.
+
+    batch: how many are sampled together
+    """
+    negative = pipe.encode_text(*pipe.tokenize(pipe.sampling.negative_prompt))
+    for first in range(0, len(prompts), batch):
+        some = list(prompts[first : first + batch])
+        context = pipe.encode_text(*pipe.tokenize(some))
+        noise = torch.cat([pipe.draw_noise(pipe.video, seed + first + n) for n in range(len(some))])
+        for latents in pipe.sample(context, negative.expand_as(context), noise=noise):
+            yield torch.from_numpy(np.ascontiguousarray(to_frames(pipe.decode(latents))))
+
+
+def shown(videos: Iterable[Tensor], scenes: Iterable[Scene]) -> list[dict[str, bool]]:
+    """For each video whether it shows what is said of its scene, see `wan.training.measure.score`."""
+    return [score(video, scene) for video, scene in zip(videos, scenes)]
+
+
+def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """The share of videos that are right, by what about them."""
+    return {name: sum(result[name] for result in results) / len(results) for name in results[0]}

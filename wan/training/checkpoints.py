@@ -1,0 +1,122 @@
+"""Checkpoints of a run: whole or not there, the last k kept, with the state that an exact continuation needs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nabla import InputError
+from wan.training.files import PARTIAL, remove, whole
+
+STATE = "state"
+LATEST = "latest"
+
+
+class Checkpoints:
+    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them."""
+
+    def __init__(self, run: Path, keep: int, accelerator: Accelerator):
+        self.run, self.keep, self.accelerator = run, keep, accelerator
+        self.folder = run / "checkpoints"
+        if accelerator.is_main_process:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"out {run} cannot be written ({error.strerror}); choose another") from None
+            for left in self.folder.glob(f"{PARTIAL}*"):
+                remove(left)
+        accelerator.wait_for_everyone()
+
+    def last(self) -> Path | None:
+        """The checkpoint of the highest step, or None."""
+        return max(self.folder.glob("step-*"), default=None)
+
+    @contextmanager
+    def new(self, step: int) -> Iterator[Path]:
+        """A folder for all processes to write the checkpoint of a step to, which counts once the body has succeeded."""
+        path = self.folder / f"step-{step:08d}"
+        partial = path.with_name(PARTIAL + path.name)
+        if self.accelerator.is_main_process:
+            remove(partial)
+            partial.mkdir()
+        self.accelerator.wait_for_everyone()
+        yield partial
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(partial, path)
+            with whole(self.run / LATEST) as link:
+                link.symlink_to(path.relative_to(self.run))
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                # Under its own name it would look whole if this were cut.
+                os.replace(old, old.with_name(PARTIAL + old.name))
+                remove(old.with_name(PARTIAL + old.name))
+        self.accelerator.wait_for_everyone()
+
+
+class State:
+    """What changes over a run, and can be saved and read back by any number of processes: see torch's `Stateful`."""
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        ema: EMAModel | None,
+    ):
+        self.transformer, self.optimizer, self.schedule, self.ema = transformer, optimizer, schedule, ema
+        self.step = 0
+        trained = {name: weight.requires_grad for name, weight in transformer.named_parameters()}
+        self.trained = [name for name, is_trained in trained.items() if is_trained]
+        # Frozen weights are not saved, and so missed where all are asked for.
+        self.options = StateDictOptions(
+            ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=all(trained.values())
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.transformer, self.optimizer, options=self.options)
+        state = {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step}
+        if self.ema is not None:
+            state["ema"] = dict(zip(self.trained, self.ema.shadow_params))
+            state["ema_steps"] = self.ema.optimization_step
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.transformer,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=self.options,
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+        if self.ema is not None:
+            # Its tensors were read in place.
+            self.ema.optimization_step = state["ema_steps"]
+
+    def save(self, checkpoint: Path) -> None:
+        with _without_warning_of_one_process():
+            dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
+
+    def load(self, checkpoint: Path) -> None:
+        with _without_warning_of_one_process():
+            dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+
+
+@contextmanager
+def _without_warning_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

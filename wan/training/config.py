@@ -1,0 +1,281 @@
+"""The settings of a training run and of the preparation of its data: YAML -> frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nabla import InputError, NablaConfig
+from nabla.config import is_number
+from wan.config import SamplingSettings, VideoSettings, attention_config, attention_to_dict, check_prompt, check_text
+from wan.training.schema import (
+    build,
+    check_choice,
+    check_counts,
+    check_mapping,
+    check_numbers,
+    check_texts,
+    overlaid,
+    plain,
+    texts,
+)
+
+MODES = ("pretrain", "finetune", "distill")
+TIMESTEPS = ("logit_normal", "uniform")
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("bfloat16", "float32")
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+# The published settings of NABLA's distillation (arXiv 2507.13546).
+MODE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "finetune": {},
+    "distill": {"steps": 1600, "batch_size": 64, "optimizer": {"lr": 1e-6, "clip": 0.01}},
+}
+# What may change between a run and its continuation: it changes no loss, or only those of steps to come.
+CHANGEABLE = (
+    "out",
+    "steps",
+    "micro_batch",
+    "shard",
+    "compile",
+    "gradient_checkpointing",
+    "every",
+    "keep_last",
+    "workers",
+    "samples",
+)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Folders that prepare_data.py wrote; `clips` is how many of `validation` to use."""
+
+    train: str
+    validation: str | None = None
+    clips: int = 32
+
+    def __post_init__(self) -> None:
+        check_texts(self, "train", *(["validation"] if self.validation is not None else []))
+        check_counts(self, "clips")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """How noise levels are drawn, and how often a clip goes without its text.
+
+    timesteps: distribution before shifting: uniform, or logistic of a normal of `mean` and `deviation`
+    shift: as in sampling, sigma = shift s / (1 + (shift - 1) s)
+    text_dropout: share of clips that see the states of an empty text instead of their own
+    """
+
+    timesteps: str = "logit_normal"
+    mean: float = 0.0
+    deviation: float = 1.0
+    shift: float = 5.0
+    text_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice(self, "timesteps", TIMESTEPS)
+        check_numbers(self, "mean")
+        check_numbers(self, "deviation", "shift", above=0)
+        check_numbers(self, "text_dropout", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; `clip` is the largest norm of a gradient, `warmup` the steps of rising learning rate before `schedule`."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: str = "constant"
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lr", "eps", "clip", above=0)
+        check_numbers(self, "weight_decay", least=0)
+        betas = self.betas
+        if (
+            not isinstance(betas, (list, tuple))
+            or len(betas) != 2
+            or not all(is_number(b) and 0 <= b < 1 for b in betas)
+        ):
+            raise InputError(f"betas {betas!r} are not two numbers from 0 to below 1; (0.9, 0.95) are usual")
+        object.__setattr__(self, "betas", tuple(map(float, betas)))
+        check_choice(self, "schedule", SCHEDULES)
+        check_counts(self, "warmup", least=0)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters, scaled by alpha / rank, on the linear layers whose names end in one of `targets`."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rank")
+        check_numbers(self, "alpha", above=0)
+        object.__setattr__(self, "targets", texts("lora targets", self.targets))
+
+
+@dataclass(frozen=True)
+class EverySettings:
+    """After how many steps each of these is done; checkpoints, validation and samples come at the end too."""
+
+    log: int = 10
+    checkpoint: int = 200
+    validation: int = 200
+    sample: int = 1000
+
+    def __post_init__(self) -> None:
+        check_counts(self, "log", "checkpoint", "validation", "sample")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Videos made on the way, one a prompt. Checkpoints name these settings as generate.py's defaults for them."""
+
+    prompts: tuple[str, ...] = ()
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(seed=0))
+    video: VideoSettings = field(default_factory=VideoSettings)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", texts("prompts", self.prompts))
+        for prompt in self.prompts:
+            check_prompt(prompt)
+        if self.sampling.seed in (None, -1):
+            raise InputError(f"samples seed {self.sampling.seed!r} would change from sample to sample; give a number")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that decides a training run.
+
+    checkpoint: where the run starts: directory or hub id of weights, VAE and text encoder
+    transformer: for `pretrain`, the sizes of a new transformer (keys of diffusers' class); without it, training goes on
+        from the checkpoint's weights
+    attention: of what is trained; the teacher of `distill` is dense
+    batch_size: clips a step over all processes; micro_batch: clips that a process takes at once
+    ema: decay of the moving average of the weights, or None for none
+    shard: spread weights, gradients and optimizer over the processes (FSDP2), rather than repeat them (DDP)
+    keep_last: how many checkpoints stay
+    workers: processes that read clips, for each process that trains
+    """
+
+    mode: str
+    checkpoint: str
+    out: str
+    steps: int
+    data: DataSettings
+    transformer: dict[str, Any] | None = None
+    attention: NablaConfig = NablaConfig()
+    lora: LoraSettings | None = None
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batch_size: int = 8
+    micro_batch: int = 1
+    seed: int = 0
+    precision: str = "bfloat16"
+    gradient_checkpointing: bool = True
+    compile: bool = False
+    shard: bool = False
+    ema: float | None = None
+    every: EverySettings = EverySettings()
+    keep_last: int = 3
+    workers: int = 2
+    samples: SampleSettings | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self, "mode", MODES)
+        check_choice(self, "precision", PRECISIONS)
+        check_texts(self, "checkpoint", "out")
+        check_counts(self, "steps", "batch_size", "micro_batch", "keep_last")
+        check_counts(self, "seed", "workers", least=0)
+        for name in ("gradient_checkpointing", "compile", "shard"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r} is neither true nor false")
+        if self.ema is not None:
+            check_numbers(self, "ema", above=0, most=1)
+        if self.transformer is not None and (self.mode != "pretrain" or not isinstance(self.transformer, Mapping)):
+            raise InputError("transformer is a mapping of sizes for a new one, in mode pretrain; leave it out")
+        if self.lora is not None and self.mode == "pretrain":
+            raise InputError("lora adapts weights that are there already; use mode finetune or distill")
+        if self.mode == "distill" and self.attention.is_dense:
+            raise InputError("distill teaches sparse attention; set attention, such as {algorithm: nabla-0.7}")
+        if self.attention.dense_steps or self.attention.mask_refresh > 1:
+            raise InputError("dense_steps and mask_refresh are about the steps of sampling; leave them out of training")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TrainingSettings:
+        """Settings from the content of a YAML file, over the defaults of its mode.
+
+        Raises `InputError` for keys that are unknown or missing and for values outside what is allowed.
+        """
+        settings = overlaid(MODE_DEFAULTS.get(str(settings.get("mode")), {}), settings)
+        if isinstance(settings.get("samples"), Mapping):
+            sections = {"sampling": SamplingSettings, "video": VideoSettings}
+            given = overlaid({"sampling": {"seed": 0}}, settings["samples"])
+            settings["samples"] = build(SampleSettings, given, "samples", sections)
+        sections = {
+            "data": DataSettings,
+            "lora": LoraSettings,
+            "objective": ObjectiveSettings,
+            "optimizer": OptimizerSettings,
+            "every": EverySettings,
+        }
+        if settings.get("attention") is not None:
+            check_mapping("attention", settings["attention"])
+            settings["attention"] = attention_config({"dense_steps": 0} | settings["attention"])
+        return build(cls, settings, "the training settings", sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back to equal settings."""
+        return plain(asdict(self) | {"attention": attention_to_dict(self.attention)})
+
+    def check_continues(self, earlier: TrainingSettings) -> None:
+        """Raise `InputError` where these settings cannot continue a run that began with others."""
+        for name in (item.name for item in fields(self)):
+            before, now = getattr(earlier, name), getattr(self, name)
+            if before != now and name not in CHANGEABLE:
+                raise InputError(f"{self.out} holds a run with {name} {before!r}, not {now!r}; choose another out")
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What `prepare_data.py` makes: latents and text states of a dataset, in shards.
+
+    checkpoint: whose VAE, text encoder and tokenizer to use; it needs no transformer
+    dataset: a name in `wan.training.sources.DATASETS`; options: what that one takes
+    dropped_text: what a clip without its text says; batch: clips encoded at once; workers: reading processes
+    """
+
+    checkpoint: str
+    out: str
+    dataset: str = "videos"
+    options: dict[str, Any] = field(default_factory=dict)
+    clips_per_shard: int = 64
+    batch: int = 1
+    workers: int = 0
+    dtype: str = "bfloat16"
+    dropped_text: str = ""
+
+    def __post_init__(self) -> None:
+        check_texts(self, "checkpoint", "out", "dataset")
+        check_counts(self, "clips_per_shard", "batch")
+        check_counts(self, "workers", least=0)
+        check_choice(self, "dtype", PRECISIONS)
+        check_mapping("options", self.options)
+        check_text("dropped_text", self.dropped_text)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> PrepareSettings:
+        return build(cls, settings, "the settings of prepare_data", {})
+
+    def what_decides(self) -> dict[str, Any]:
+        """Those of the settings that decide what stands in the shards, as plain values."""
+        return plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers")})

@@ -1,0 +1,189 @@
+"""Batches of prepared clips: which clips, noise and noise levels a step sees is a function of seed and step alone."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nabla import InputError
+from wan.text import pad_rows
+from wan.training.config import ObjectiveSettings
+from wan.training.objective import sigmas_of
+from wan.training.prepare import DROPPED_FILE, Clip, list_clips
+
+# Streams of random numbers of one seed that must not meet.
+ORDER, BUCKET, DRAW, VALIDATION = range(4)
+OPEN_SHARDS = 64
+
+
+class Batch(NamedTuple):
+    """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32; text: (B, text length, C) float32."""
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    text: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Clips:
+    """The prepared clips of a folder, and the text states of a clip without its text."""
+
+    def __init__(self, folder: str, text_length: int):
+        path = Path(folder).expanduser()
+        if not (path / DROPPED_FILE).is_file():
+            raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
+        self.clips = list_clips(path)
+        if not self.clips:
+            raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
+        self.text_length = text_length
+        self.dropped = load_file(path / DROPPED_FILE)["text"]
+        self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for number, clip in enumerate(self.clips):
+            self.buckets[clip.size].append(number)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def load(self, number: int) -> tuple[Tensor, Tensor]:
+        """Float32 latents (C, T, h, w) and text states (text length, C) of a clip."""
+        clip = self.clips[number]
+        file = _opened(clip.file)
+        latents, text = (file.get_tensor(f"{clip.index}.{name}") for name in ("latents", "text"))
+        return latents.float(), self.padded(text)
+
+    def padded(self, text: Tensor) -> Tensor:
+        return pad_rows(text.float()[None], self.text_length)[0]
+
+    def check_fit(self, config: Mapping[str, Any]) -> None:
+        """Raise `InputError` unless a transformer of this configuration takes the clips."""
+        latents, text = self.load(0)
+        for name, own, wanted in (
+            ("channels of latents", len(latents), config["in_channels"]),
+            ("columns of text states", text.shape[-1], config["text_dim"]),
+        ):
+            if own != wanted:
+                raise InputError(
+                    f"{self.clips[0].file.parent} was prepared with {own} {name}, but the transformer takes {wanted}; "
+                    "prepare the data with the run's checkpoint"
+                )
+
+    def describe(self, number: int) -> str:
+        clip: Clip = self.clips[number]
+        return f"sample {clip.index} of {clip.file} ({clip.caption!r})"
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _opened(path: Path) -> safe_open:
+    return safe_open(path, "pt")
+
+
+class Draw(NamedTuple):
+    """What is random about a clip in a batch."""
+
+    sigma: Tensor
+    drops_text: bool
+    generator: torch.Generator
+
+
+class Batches(Dataset):
+    """The micro-batches of one process, by number; those of a step together with other processes' make its batch.
+
+    A batch is of clips of one size. Sizes are drawn as often as they have clips, and each gives its clips in an order
+    that is drawn anew whenever all have been seen. What a batch holds does not depend on how it is divided.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        objective: ObjectiveSettings,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size % (micro_batch * processes):
+            raise InputError(
+                f"batch_size {batch_size} is not a multiple of micro_batch {micro_batch} x {processes} processes"
+            )
+        self.clips, self.objective, self.seed = clips, objective, seed
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rank, self.processes = rank, processes
+        self.parts = batch_size // (micro_batch * processes)
+        self.bucket_numbers = list(clips.buckets.values())
+        self.shares = np.cumsum([len(bucket) for bucket in self.bucket_numbers]) / len(clips)
+        self.chosen = np.empty(0, dtype=np.int64)
+
+    def numbers(self, step: int) -> list[int]:
+        """The clips of the whole batch of a step."""
+        self._choose_buckets(step + 1)
+        which = self.chosen[step]
+        bucket = self.bucket_numbers[which]
+        first = int((self.chosen[:step] == which).sum()) * self.batch_size
+        places = (divmod(n, len(bucket)) for n in range(first, first + self.batch_size))
+        return [bucket[_order(self.seed, which, epoch, len(bucket))[place]] for epoch, place in places]
+
+    def draw(self, step: int, place: int) -> Draw:
+        """What is random about the clip at a place of a step's batch; its generator gives the noise next."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, DRAW, step, place))
+        quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        return Draw(sigmas_of(quantile, self.objective), chance.item() < self.objective.text_dropout, generator)
+
+    def __getitem__(self, number: int) -> Batch:
+        step, part = divmod(number, self.parts)
+        first = (part * self.processes + self.rank) * self.micro_batch
+        numbers = self.numbers(step)
+        rows = []
+        for place in range(first, first + self.micro_batch):
+            latents, text = self.clips.load(numbers[place])
+            sigma, drops_text, generator = self.draw(step, place)
+            noise = torch.randn(latents.shape, generator=generator)
+            rows.append((latents, noise, sigma, self.clips.padded(self.clips.dropped) if drops_text else text))
+        return Batch(*(torch.stack(column) for column in zip(*rows)))
+
+    def load(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
+        """The micro-batches of steps `first_step` to before `last_step`, in order."""
+        numbers = range(first_step * self.parts, last_step * self.parts)
+        has_gpu = torch.cuda.is_available()
+        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=has_gpu))
+
+    def _choose_buckets(self, steps: int) -> None:
+        if len(self.chosen) < steps:
+            # Generously, so that this is done rarely; a longer series begins with the shorter one.
+            drawn = np.random.default_rng((self.seed, BUCKET)).random(2 * steps)
+            self.chosen = np.searchsorted(self.shares, drawn, side="right").clip(max=len(self.shares) - 1)
+
+
+def fixed_batch(clips: Clips, objective: ObjectiveSettings, number: int, count: int) -> Batch:
+    """The batch of one clip, `number` of `count`, for validation: always with the same noise at the same level.
+
+    The levels of all are spread evenly over the distribution that training draws from.
+    """
+    latents, text = clips.load(number)
+    generator = torch.Generator().manual_seed(seed_of(VALIDATION, number))
+    noise = torch.randn(latents.shape, generator=generator)
+    quantile = torch.tensor((number + 0.5) / count, dtype=torch.float64)
+    return Batch(latents[None], noise[None], sigmas_of(quantile, objective)[None], text[None])
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for torch of whole numbers, unlike that of any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@functools.lru_cache(16)
+def _order(seed: int, bucket: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, ORDER, int(bucket), epoch)).permutation(count)

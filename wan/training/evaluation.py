@@ -1,0 +1,105 @@
+"""Looking at a transformer in training: its loss on fixed noise, and videos that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from wan.jobs import words_of
+from wan.latents import decode
+from wan.sampling import denoise, make_solver
+from wan.training.config import ObjectiveSettings, SampleSettings
+from wan.training.data import Clips, fixed_batch
+from wan.training.objective import errors, noisy, velocity
+from wan.video import make_folder, to_frames, write_image, write_video
+
+
+def validation_losses(
+    transformer: WanTransformer3DModel, clips: Clips, count: int, objective: ObjectiveSettings, accelerator: Accelerator
+) -> dict[str, float]:
+    """The flow-matching loss over `count` clips, each with its own fixed noise and noise level.
+
+    With attention "dense", and also "sparse" where the transformer's is.
+    """
+    applied = transformer.nabla
+    variants = {"dense": True} | ({"sparse": False} if applied.sparse else {})
+    count = min(count, len(clips))
+    sums = torch.zeros(len(variants), device=accelerator.device)
+    # Sharded weights need as many forwards of every process.
+    for first in range(0, count, accelerator.num_processes):
+        number = first + accelerator.process_index
+        batch = fixed_batch(clips, objective, min(number, count - 1), count).to(accelerator.device)
+        latents = noisy(batch.latents, batch.noise, batch.sigmas)
+        for n, switched_off in enumerate(variants.values()):
+            applied.switched_off = switched_off
+            prediction = velocity(transformer, latents, batch.sigmas, batch.text)
+            sums[n] += errors(prediction, batch.noise - batch.latents)[0] * (number < count)
+    applied.switched_off = False
+    means = accelerator.reduce(sums) / count
+    return dict(zip(variants, means.tolist()))
+
+
+class Sampler:
+    """Makes the sample videos of a run: the same sentences every time, each with a noise of its own.
+
+    texts: states (2, L, C) of each prompt and of the negative one
+    """
+
+    def __init__(self, settings: SampleSettings, vae: AutoencoderKLWan, texts: list[Tensor]):
+        self.settings, self.vae, self.texts = settings, vae, texts
+
+    @torch.no_grad()
+    def write(self, transformer: WanTransformer3DModel, folder: Path, accelerator: Accelerator) -> None:
+        """Write a video a prompt into a folder. All processes walk, as sharded weights need; the first one decodes."""
+        sampling, video = self.settings.sampling, self.settings.video
+        for number, (prompt, texts) in enumerate(zip(self.settings.prompts, self.texts)):
+            latents = denoise(
+                transformer,
+                self._noise(transformer, sampling.seed + number, accelerator.device),
+                *texts.to(accelerator.device).split(1),
+                make_solver(sampling.solver, sampling.steps, sampling.shift, accelerator.device),
+                sampling.guide_scale,
+                at_step=transformer.nabla.steps.tell,
+            )
+            transformer.nabla.steps.tell(None)
+            if accelerator.is_main_process:
+                make_folder(folder)
+                with torch.autocast(accelerator.device.type, enabled=False):
+                    frames = to_frames(decode(self.vae, latents)[0])
+                name = folder / f"{number:02d}-{words_of(prompt)}"
+                if video.frame_num == 1:
+                    write_image(name.with_suffix(".png"), frames[0])
+                else:
+                    write_video(name.with_suffix(".mp4"), frames, video.fps)
+
+    def _noise(self, transformer: WanTransformer3DModel, seed: int, device: torch.device) -> Tensor:
+        """What generate.py draws from the seed on this device."""
+        shape = 1, transformer.config.in_channels, *self.settings.video.latents_size
+        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+@contextmanager
+def averaged(weights: list[Tensor], ema: EMAModel | None) -> Iterator[None]:
+    """The moving averages in place of the weights, which come back afterwards; needs memory for one tensor more."""
+    if ema is not None:
+        _swap(weights, ema.shadow_params)
+    try:
+        yield
+    finally:
+        if ema is not None:
+            _swap(weights, ema.shadow_params)
+
+
+@torch.no_grad()
+def _swap(weights: list[Tensor], others: list[Tensor]) -> None:
+    for weight, other in zip(weights, others):
+        kept = weight.detach().clone()
+        weight.copy_(other)
+        other.copy_(kept)

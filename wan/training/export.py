@@ -1,0 +1,108 @@
+"""What was trained, as folders that generate.py takes (diffusers' layout) and as LoRA files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from wan import parts
+from wan.checkpoint import DEFAULTS_FILE, Checkpoint
+from wan.config import attention_to_dict
+from wan.parts import MODEL_STEM
+from wan.training.config import TrainingSettings
+from wan.training.files import whole
+from wan.training.schema import overlaid, plain
+
+PARTS = ("vae", "text_encoder", "tokenizer")
+
+
+def provide_parts(base: Checkpoint, folder: Path) -> None:
+    """The VAE, text encoder and tokenizer of a checkpoint in diffusers' layout: links to such, else copies."""
+    for name in PARTS:
+        if (folder / name).exists():
+            continue
+        with whole(folder / name) as partial:
+            if not base.published:
+                partial.symlink_to(base.folder / name)
+            elif name == "vae":
+                parts.vae_part(base).load(torch.float32, "cpu").save_pretrained(partial)
+            elif name == "text_encoder":
+                # Published in bfloat16.
+                parts.text_encoder_part(base, torch.bfloat16).load(torch.bfloat16, "cpu").save_pretrained(partial)
+            else:
+                shutil.copytree(base.tokenizer_folder, partial)
+
+
+def whole_state(transformer: WanTransformer3DModel, trained_only: bool = False) -> dict[str, Tensor]:
+    """The weights, gathered from all processes to the memory of the first; the others get none where sharded."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(transformer, options=options)
+
+
+def write_model(
+    folder: Path, config: Mapping[str, Any], state: dict[str, Tensor], parts_folder: Path, defaults: Mapping[str, Any]
+) -> None:
+    """A checkpoint in diffusers' layout of a transformer's weights, and links to its other parts.
+
+    config: the transformer's
+    defaults: the settings of sampling and attention that generate.py takes from it
+    """
+    own = folder / "transformer"
+    own.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, own / f"{MODEL_STEM}.safetensors", {"format": "pt"})
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = {"_class_name": WanTransformer3DModel.__name__} | config
+    if "attention" in defaults:
+        config["sparse_algo"] = defaults["attention"]["algorithm"]
+    (own / "config.json").write_text(json.dumps(config, indent=2))
+    for name in PARTS:
+        (folder / name).symlink_to(os.path.relpath(parts_folder / name, folder))
+    (folder / DEFAULTS_FILE).write_text(yaml.safe_dump(dict(defaults), allow_unicode=True, sort_keys=False))
+    # It tells the layout, so a folder without it is no checkpoint.
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+
+
+def defaults_of(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
+    """The defaults for generate.py of what is trained: the checkpoint's, under the run's attention and samples."""
+    defaults = dict(base.settings_layers[0])
+    defaults.pop("attention", None)
+    if not settings.attention.is_dense:
+        attention = attention_to_dict(settings.attention)
+        defaults["attention"] = {key: value for key, value in attention.items() if key != "backend"}
+    if settings.samples is not None:
+        sampling = {key: value for key, value in asdict(settings.samples.sampling).items() if key != "seed"}
+        defaults = overlaid(defaults, {"sampling": sampling, "video": asdict(settings.samples.video)})
+    return plain(defaults)
+
+
+def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str, Tensor]) -> None:
+    """A LoRA file in diffusers' format, its rank and alpha included; state: the adapters' weights."""
+    from peft import get_peft_model_state_dict
+
+    WanPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=state),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+
+
+def merged_state(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
+    transformer = parts.load_transformer(parts.transformer_part(base), torch.float32, "cpu")
+    transformer.load_lora_adapter(lora, use_safetensors=True)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return transformer.state_dict()

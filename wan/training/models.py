@@ -1,0 +1,149 @@
+"""What a run trains, what teaches it, and how both are spread over processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+
+from nabla import InputError, NablaConfig
+from wan import parts
+from wan.attention import apply_attention, compile_blocks
+from wan.checkpoint import Checkpoint
+from wan.config import PATCH
+from wan.parallel import apply_fsdp, is_sharded
+from wan.training.config import LoraSettings, TrainingSettings
+
+log = logging.getLogger("wan")
+
+EMBEDDING_DEVIATION = 0.02
+# diffusers' defaults for them are those of the 14B.
+SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim")
+
+
+def open_parts(name: str | Path) -> Checkpoint:
+    """A checkpoint of which a VAE, text encoder and tokenizer are used: it may be a folder without a transformer."""
+    folder = Path(name).expanduser()
+    if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
+        return Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={})
+    return Checkpoint.open(name)
+
+
+def warn_of_another_attention(base: Checkpoint, attention: NablaConfig) -> None:
+    """Say so if a checkpoint was made for another attention than it will be trained with."""
+    own = base.own_attention()
+    if own is not None and own.algorithm != attention.algorithm:
+        line = "warning: checkpoint %s was made for %s; training with %s as asked"
+        log.warning(line, base.name, own.algorithm, attention.algorithm)
+
+
+def build_student(
+    settings: TrainingSettings, base: Checkpoint, device: torch.device, mesh: DeviceMesh | None
+) -> WanTransformer3DModel:
+    """The transformer that a run trains, its weights float32; sharded over a mesh, if there is one.
+
+    Of LoRA the weights beneath are in the run's precision, unless they are sharded, which takes parameters of one type.
+    """
+    torch.manual_seed(settings.seed)
+    if settings.transformer is not None:
+        transformer = new_transformer(settings.transformer, device)
+    else:
+        frozen = settings.lora is not None and mesh is None
+        dtype = getattr(torch, settings.precision) if frozen else torch.float32
+        # Adapters have to be there before their blocks are sharded.
+        shard = _sharding(mesh) if settings.lora is None else None
+        transformer = parts.load_transformer(parts.transformer_part(base), dtype, device, shard)
+    transformer.train().requires_grad_(settings.lora is None)
+    # Inference has it in float32 too.
+    embedder = transformer.condition_embedder.time_embedder
+    embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
+    if settings.lora is not None:
+        add_lora(transformer, settings.lora)
+    if mesh is not None and not is_sharded(transformer):
+        apply_fsdp(transformer, transformer.blocks, mesh)
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        compile_blocks(transformer)
+    apply_attention(transformer, settings.attention)
+    if not settings.attention.is_dense:
+        for module in transformer.nabla.sparse:
+            module.nabla_share = torch.ones(module.heads, device=device)
+    return transformer
+
+
+def build_teacher(
+    settings: TrainingSettings, base: Checkpoint, device: torch.device, mesh: DeviceMesh | None
+) -> WanTransformer3DModel:
+    """The dense transformer of `distill`, frozen, in the run's precision; sharded over a mesh, if there is one."""
+    part, dtype = parts.transformer_part(base), getattr(torch, settings.precision)
+    teacher = parts.load_transformer(part, dtype, device, _sharding(mesh))
+    if settings.compile:
+        compile_blocks(teacher)
+    return teacher
+
+
+def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
+    return None if mesh is None else lambda model: apply_fsdp(model, model.blocks, mesh)
+
+
+def build_optimizer(settings: TrainingSettings, weights: list[nn.Parameter]) -> tuple[AdamW, LRScheduler]:
+    """AdamW, and the schedule of its learning rate."""
+    own = settings.optimizer
+    optimizer = AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=weights[0].device.type == "cuda")
+    name = "constant_with_warmup" if own.schedule == "constant" else own.schedule
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=settings.steps)
+
+
+def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:
+    """A transformer with the weights that Wan2.1's training begins with, drawn from torch's global generator.
+
+    sizes: keys of diffusers' `WanTransformer3DModel`; raises `InputError` for others, and if one of `SIZES` is missing
+    """
+    if missing := [name for name in SIZES if name not in sizes]:
+        raise InputError(f"transformer: {missing[0]} is missing; give {', '.join(SIZES)}")
+    try:
+        transformer = WanTransformer3DModel(**sizes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"transformer: {error}; its keys are those of diffusers' WanTransformer3DModel") from None
+    if tuple(transformer.config.patch_size) != PATCH:
+        raise InputError(f"transformer: patch_size {transformer.config.patch_size} must be {PATCH}, as in Wan2.1")
+    for module in transformer.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            # A convolution here is the linear layer of a patch.
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    embedder = transformer.condition_embedder
+    for embedding in (embedder.text_embedder, embedder.time_embedder):
+        for layer in (embedding.linear_1, embedding.linear_2):
+            nn.init.normal_(layer.weight, std=EMBEDDING_DEVIATION)
+    nn.init.zeros_(transformer.proj_out.weight)
+    transformer.to(device)
+    parts.finish_transformer(transformer, device)
+    return transformer
+
+
+def add_lora(transformer: WanTransformer3DModel, settings: LoraSettings) -> None:
+    """Put trainable float32 adapters on a frozen transformer; raises `InputError` if peft or a target is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("LoRA needs peft; install it with pip install peft")
+    from peft import LoraConfig
+
+    targets = list(settings.targets)
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
+            raise InputError(f"lora target {target!r} is no layer of the transformer; to_q, to_k, to_v are usual")
+    transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
+    cast_training_params(transformer, torch.float32)

@@ -1,0 +1,38 @@
+"""Flow matching as Wan2.1 trains: velocity from noisy latents, at noise levels drawn and shifted.
+
+The conventions are those of `wan.sampling`: latents at sigma are (1 - sigma) clean + sigma noise, the model predicts
+noise - clean, and is told 1000 sigma.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.sampling import TRAIN_TIMESTEPS
+from wan.training.config import ObjectiveSettings
+
+
+def sigmas_of(quantiles: Tensor, settings: ObjectiveSettings) -> Tensor:
+    """Noise levels, float32 in (0, 1), of float64 quantiles in (0, 1) of the distribution that the settings name."""
+    drawn = quantiles.double()
+    if settings.timesteps == "logit_normal":
+        drawn = torch.sigmoid(settings.mean + settings.deviation * torch.special.ndtri(drawn))
+    return (settings.shift * drawn / (1 + (settings.shift - 1) * drawn)).float()
+
+
+def noisy(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents (B, C, T, h, w) with noise mixed in at sigmas (B,)."""
+    sigmas = sigmas.view(-1, 1, 1, 1, 1)
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+    """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) and text states (B, L, C)."""
+    return transformer(latents, TRAIN_TIMESTEPS * sigmas, text, return_dict=False)[0].float()
+
+
+def errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each sample, (B,)."""
+    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)

@@ -1,0 +1,189 @@
+"""Latents and text states of a dataset, computed once into shards that training reads, by one process or several."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nabla import InputError
+from wan import parts
+from wan.checkpoint import Checkpoint
+from wan.latents import encode
+from wan.text import tokenize
+from wan.training.config import PrepareSettings
+from wan.training.files import whole
+from wan.training.sources import Checked, InOrder, Sample
+from wan.weights import CheckpointError, read_json
+
+log = logging.getLogger("wan")
+
+RECORD_FILE = "prepared.json"
+DROPPED_FILE = "dropped.safetensors"
+SHARD_NAME = "shard-{:06d}.safetensors"
+# Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
+RECORD_KEY = "samples"
+SHARDS = "shard-*.safetensors"
+
+
+class Encoder:
+    """The VAE, text encoder and tokenizer of a checkpoint, which needs no transformer."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        checkpoint.require_tokenizer()
+        self.device, self.length = device, checkpoint.text_length
+        self.vae = parts.vae_part(checkpoint).load(torch.float32, device)
+        text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.text_encoder = parts.text_encoder_part(checkpoint, text_dtype).load(text_dtype, device)
+        self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
+
+    @torch.no_grad()
+    def latents(self, videos: np.ndarray) -> Tensor:
+        """(B, C, T, h, w) of uint8 videos (B, frames, H, W, 3)."""
+        pixels = torch.from_numpy(videos).to(self.device).permute(0, 4, 1, 2, 3)
+        return encode(self.vae, pixels.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> list[Tensor]:
+        """The states of each caption, (L, C), without the rows past its end."""
+        ids, mask = (x.to(self.device) for x in tokenize(self.tokenizer, captions, self.length))
+        states = self.text_encoder(ids, mask).last_hidden_state
+        return [state[: row.sum()] for state, row in zip(states, mask)]
+
+
+class Prepared(NamedTuple):
+    """How many samples of a dataset stand in its shards, and how many could not be used."""
+
+    clips: int
+    skipped: int
+
+
+def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int = 0, processes: int = 1) -> Prepared:
+    """Write the shards of a dataset that are not there yet, those that fall to this one of several processes.
+
+    source: indexable, giving (uint8 video (frames, H, W, 3), caption), or any iterable of such pairs
+    Bad samples are named in the log, and in the shard that they would stand in; returned are the counts of all shards
+    that are this process's. Raises `InputError` if the folder holds shards that were made otherwise.
+    """
+    out, size = Path(settings.out).expanduser(), settings.clips_per_shard
+    is_counted = hasattr(source, "__len__")
+    # More samples than before would be missing from the shard that was the last.
+    record = settings.what_decides() | {"samples": len(source) if is_counted else None}
+    _begin(out, record, settings, encoder, leads=rank == 0)
+    if not hasattr(source, "__getitem__"):
+        source = InOrder(source)
+        if settings.workers:
+            raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
+    own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
+    missing = (shard for shard in own if not (out / SHARD_NAME.format(shard)).is_file())
+    indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
+    loader = DataLoader(
+        Checked(source), batch_size=None, sampler=indices, num_workers=settings.workers, collate_fn=_as_it_is
+    )
+    samples = itertools.takewhile(lambda sample: sample is not None, loader)
+    for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
+        _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
+    counts = [_read_record(path) for number, path in _shards(out) if number % processes == rank]
+    return Prepared(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
+
+
+def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder: Encoder, leads: bool) -> None:
+    """Make the folder, say in it what its shards are made of, and encode the text of clips without their own."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
+    path = out / RECORD_FILE
+    if path.is_file() and read_json(path) != record:
+        raise InputError(f"{out} holds shards that were made with other settings, see {path}; choose another out")
+    if not leads:
+        return
+    if not path.is_file():
+        with whole(path) as partial:
+            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False))
+    if not (out / DROPPED_FILE).is_file():
+        with whole(out / DROPPED_FILE) as partial:
+            (text,) = encoder.text([settings.dropped_text])
+            save_file({"text": text.cpu().to(getattr(torch, settings.dtype)).contiguous()}, partial)
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settings: PrepareSettings) -> None:
+    """Encode samples as they come, those of one shape together, so that others are read meanwhile."""
+    tensors: dict[str, Tensor] = {}
+    clips, skipped = [], []
+    waiting = defaultdict(list)
+    dtype = getattr(torch, settings.dtype)
+
+    def encode_all(group: list[Sample]) -> None:
+        latents = encoder.latents(np.stack([sample.video for sample in group]))
+        texts = encoder.text([sample.caption for sample in group])
+        for sample, clip, text in zip(group, latents, texts):
+            tensors[f"{sample.index}.latents"] = clip.cpu().to(dtype).contiguous()
+            tensors[f"{sample.index}.text"] = text.cpu().to(dtype).contiguous()
+
+    for sample in samples:
+        if sample.reason:
+            log.warning("warning: sample %d is skipped: %s", sample.index, sample.reason)
+            skipped.append({"index": sample.index, "reason": sample.reason})
+            continue
+        clips.append({"index": sample.index, "caption": sample.caption})
+        waiting[sample.video.shape].append(sample)
+        if len(waiting[sample.video.shape]) == settings.batch:
+            encode_all(waiting.pop(sample.video.shape))
+    for group in waiting.values():
+        encode_all(group)
+    with whole(path) as partial:
+        save_file(tensors, partial, {RECORD_KEY: json.dumps({"clips": clips, "skipped": skipped})})
+    log.info("%s: %d clips, %d skipped", path.name, len(clips), len(skipped))
+
+
+def _shards(folder: Path) -> list[tuple[int, Path]]:
+    """The shards of a folder by number."""
+    return [(int(path.stem.rpartition("-")[2]), path) for path in sorted(folder.glob(SHARDS))]
+
+
+def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a shard says of its clips, and of the samples that could not be used."""
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()[RECORD_KEY])
+        return record["clips"], record["skipped"]
+    except Exception as error:  # safetensors raises an error class of its own for a damaged file
+        raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
+
+
+class Clip(NamedTuple):
+    """A clip in a shard. size: (frames, height, width) of its latents."""
+
+    file: Path
+    index: int
+    caption: str
+    size: tuple[int, int, int]
+
+
+def list_clips(folder: Path) -> list[Clip]:
+    """The clips of all shards of a folder, in order, without reading tensors."""
+    clips: list[Clip] = []
+    for _, path in _shards(folder):
+        written, _ = _read_record(path)
+        with safe_open(path, "pt") as file:
+            for clip in written:
+                shape = file.get_slice(f"{clip['index']}.latents").get_shape()
+                clips.append(Clip(path, clip["index"], clip["caption"], tuple(shape[1:])))
+    return clips

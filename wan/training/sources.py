@@ -1,0 +1,207 @@
+"""Where clips come from: datasets by name, a folder of videos among them, and what is bad about a sample."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio.v2 as imageio
+import numpy as np
+from torch.utils.data import Dataset
+
+from nabla import InputError
+from nabla.config import is_number
+from wan.config import VideoSettings, check_text, check_video, parse_size
+from wan.text import clean_prompt
+from wan.training.shapes import Shapes
+
+CAPTIONS_FILE = "captions.jsonl"
+
+
+class BadSample(InputError):
+    """A sample that cannot be used; the message says why."""
+
+
+class VideoFolder:
+    """A folder with videos, and captions in `captions.jsonl`: {"file": "a.mp4", "caption": "..."} a line.
+
+    sizes: "width*height" of what is made of them: each video is scaled and cropped about its centre to the one nearest
+        in shape that it is large enough for. Without any, videos keep their size
+    frame_nums: 4n+1 each; the first frames of a video are taken, as many as the largest of these that it has. Without
+        any, all are
+    fps: frames a second to resample to, or None for those of each video
+    """
+
+    def __init__(
+        self, folder: str, sizes: Sequence[str] = (), frame_nums: Sequence[int] = (), fps: float | None = None
+    ):
+        for name, values in (("sizes", sizes), ("frame_nums", frame_nums)):
+            if not isinstance(values, (list, tuple)):
+                raise InputError(f"{name} {values!r} is not a list")
+        if fps is not None and not (is_number(fps) and fps > 0):
+            raise InputError(f"fps {fps!r} is not a positive number; 16 is usual")
+        self.folder, self.fps = Path(folder).expanduser(), fps
+        self.sizes = [parse_size(size) for size in sizes]
+        for size in self.sizes:
+            check_video(size, frame_num=1)
+        for frame_num in frame_nums:
+            check_video(VideoSettings().size, frame_num)
+        self.frame_nums = sorted(frame_nums, reverse=True)
+        captions = self.folder / CAPTIONS_FILE
+        try:
+            self.lines = [line for line in captions.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{captions} cannot be read ({error}); write a JSON object a video into it") from None
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        """(frames, H, W, 3) uint8 and its caption; raises `BadSample` for what cannot be read."""
+        try:
+            entry = json.loads(self.lines[index])
+            name, caption = entry["file"], entry["caption"]
+            path = self.folder / name
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadSample(f'line {index + 1} is not {{"file": "...", "caption": "..."}} ({error!r})') from None
+        try:
+            return self._read(path), caption
+        except BadSample as error:
+            raise BadSample(f"{name}: {error}") from None
+
+    def _read(self, path: Path) -> np.ndarray:
+        most = self.frame_nums[0] if self.frame_nums else None
+        frames = read_frames(path, self._choose_size, self.fps, most)
+        if not self.frame_nums:
+            return frames
+        possible = [n for n in self.frame_nums if n <= len(frames)]
+        if not possible:
+            raise BadSample(f"its {len(frames)} frames are fewer than {self.frame_nums[-1]}")
+        return frames[: possible[0]]
+
+    def _choose_size(self, own: tuple[int, int]) -> tuple[int, int] | None:
+        if not self.sizes:
+            return None
+        possible = [size for size in self.sizes if size[0] <= own[0] and size[1] <= own[1]]
+        if not possible:
+            raise BadSample(f"{own[0]}*{own[1]} is smaller than any of the sizes")
+        # The nearest in shape, and of those the largest.
+        return min(possible, key=lambda size: (abs(np.log(size[0] * own[1] / size[1] / own[0])), -size[0]))
+
+
+def read_frames(
+    path: Path,
+    choose_size: Callable[[tuple[int, int]], tuple[int, int] | None] = lambda own: None,
+    fps: float | None = None,
+    most: int | None = None,
+) -> np.ndarray:
+    """The first frames of a video, (frames, H, W, 3) uint8; raises `BadSample` if it cannot be read.
+
+    choose_size: from a video's own (width, height) to those to scale and crop to, or None
+    """
+    try:
+        with imageio.get_reader(path, "ffmpeg") as reader:
+            own = reader.get_meta_data()["source_size"]
+        size = choose_size(own)
+        filters = [] if fps is None else [f"fps={fps}"]
+        if size is not None:
+            width, height = size
+            filters.append(f"scale={width}:{height}:force_original_aspect_ratio=increase,crop={width}:{height}")
+        output = ["-vf", ",".join(filters)] if filters else []
+        frames = []
+        with imageio.get_reader(path, "ffmpeg", output_params=output) as reader:
+            for frame in reader:
+                frames.append(frame)
+                if len(frames) == most:
+                    break
+    except BadSample:
+        raise
+    except Exception as error:  # a damaged file makes the decoder raise nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadSample(f"cannot be read ({reason})") from None
+    if not frames:
+        raise BadSample("has no frames")
+    return np.stack(frames)
+
+
+# A dataset's name in a config -> what makes it of its options: indexable, giving (video, caption).
+def shapes(
+    count: int, seed: int = 0, size: str = "256*256", frame_num: int = 33, split: str = "train", offset: int = 0
+) -> Shapes:
+    """`count` clips of `Shapes`, beginning with number `offset`."""
+    width, height = parse_size(size)
+    check_video((width, height), frame_num)
+    return Shapes(seed, count, (width, height), frame_num, split, offset)
+
+
+DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}
+
+
+def open_dataset(name: str, options: dict[str, Any]) -> Any:
+    """The dataset of a name in `DATASETS`; raises `InputError` for another name or options that it does not have."""
+    if name not in DATASETS:
+        raise InputError(f"dataset {name!r} is not known; use one of {', '.join(DATASETS)}")
+    try:
+        inspect.signature(DATASETS[name]).bind(**options)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(DATASETS[name]).parameters)
+        raise InputError(f"dataset {name}: {error}; its options are {takes}") from None
+    return DATASETS[name](**options)
+
+
+class InOrder:
+    """Any iterable of (video, caption) as something indexable, as long as indices only rise."""
+
+    def __init__(self, iterable: Iterable[tuple[np.ndarray, str]]):
+        self.items = enumerate(iterable)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        for number, item in self.items:
+            if number == index:
+                return item
+        raise IndexError(index)
+
+
+class Sample(NamedTuple):
+    """One sample of a dataset as it is: `reason` says why it cannot be used, or is empty."""
+
+    index: int
+    video: np.ndarray | None = None
+    caption: str = ""
+    reason: str = ""
+
+
+class Checked(Dataset):
+    """A dataset whose bad samples are values that say why, rather than errors; None past its end."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __getitem__(self, index: int) -> Sample | None:
+        if hasattr(self.source, "__len__") and index >= len(self.source):
+            return None
+        try:
+            video, caption = self.source[index]
+            video = np.asarray(video)
+            _check(video, caption)
+        except InputError as error:
+            return Sample(index, reason=str(error))
+        except IndexError:
+            if hasattr(self.source, "__len__"):
+                raise
+            return None
+        return Sample(index, video, caption)
+
+
+def _check(video: np.ndarray, caption: object) -> None:
+    """Raise `InputError` unless training can use a video and its caption."""
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
+        raise BadSample(f"the video is {video.dtype} {video.shape}, not uint8 (frames, height, width, 3)")
+    check_text("caption", caption)
+    if not clean_prompt(caption):
+        raise BadSample("the caption is empty")
+    frames, height, width, _ = video.shape
+    check_video((width, height), frames)

@@ -1,0 +1,296 @@
+"""A training run: from settings to checkpoints, over one process or several, from the last checkpoint on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from nabla import InputError
+from wan.attention import many_compiles
+from wan.config import PATCH, read_settings
+from wan.parallel import is_sharded
+from wan.sampling import TRAIN_TIMESTEPS
+from wan.training.checkpoints import Checkpoints, State
+from wan.training.config import TrainingSettings
+from wan.training.data import Batch, Batches, Clips, seed_of
+from wan.training.evaluation import Sampler, averaged, validation_losses
+from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
+from wan.training.files import whole
+from wan.training.metrics import Metrics, peak_memory
+from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
+from wan.training.objective import errors, noisy, velocity
+from wan.training.prepare import Encoder
+from wan.training.stopping import Stopped, StopSignal
+
+log = logging.getLogger("wan")
+
+SETTINGS_FILE = "settings.yaml"
+# Others wait while the first process converts or writes whole checkpoints.
+PATIENCE = timedelta(hours=2)
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
+
+
+class Trainer:
+    """One run. `run` trains from the last whole checkpoint in the folder `settings.out`, or from the start.
+
+    Raises `InputError` for data, checkpoints and settings that do not fit each other or what is in the folder.
+    """
+
+    def __init__(self, settings: TrainingSettings):
+        # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+        self.device, self.settings = self.accelerator.device, settings
+        log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
+        if settings.shard and self.accelerator.num_processes == 1:
+            raise InputError("shard spreads weights over processes, and here is one; leave it out")
+        self.folder = Path(settings.out).expanduser().resolve()
+        self.base = open_parts(settings.checkpoint)
+        if self.accelerator.is_main_process:
+            warn_of_another_attention(self.base, settings.attention)
+        self.clips = Clips(settings.data.train, self.base.text_length)
+        held_out = settings.data.validation
+        self.validation = None if held_out is None else Clips(held_out, self.base.text_length)
+        self.batches = Batches(
+            self.clips,
+            settings.objective,
+            settings.seed,
+            settings.batch_size,
+            settings.micro_batch,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.checkpoints = Checkpoints(self.folder, settings.keep_last, self.accelerator)
+        self._build_models()
+        for clips in filter(None, (self.clips, self.validation)):
+            clips.check_fit(self.transformer.config)
+        last = self.checkpoints.last()
+        if last is not None:
+            settings.check_continues(TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
+            self.state.load(last)
+            log.info("going on from %s", last)
+        self.sampler = self._make_sampler()
+        self.signal = StopSignal()
+        # Agreed upon by all processes, whichever got the signal when.
+        self.stops = False
+        self.metrics: Metrics | None = None
+
+    def _build_models(self) -> None:
+        settings, processes = self.settings, self.accelerator.num_processes
+        mesh = init_device_mesh(self.device.type, (processes,)) if settings.shard else None
+        self.transformer = build_student(settings, self.base, self.device, mesh)
+        self.teacher = None
+        if settings.mode == "distill":
+            self.teacher = build_teacher(settings, self.base, self.device, mesh)
+        self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
+        self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
+        optimizer, schedule = build_optimizer(settings, self.weights)
+        ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema)
+        self.state = State(self.transformer, optimizer, schedule, ema)
+
+    def _make_sampler(self) -> Sampler | None:
+        samples = self.settings.samples
+        if samples is None or not samples.prompts:
+            return None
+        encoder = Encoder(self.base, self.device)
+        pad = self.clips.padded
+        (negative,) = encoder.text([samples.sampling.negative_prompt])
+        texts = [torch.stack((pad(encoder.text([p])[0]), pad(negative))).cpu() for p in samples.prompts]
+        return Sampler(samples, encoder.vae, texts)
+
+    def run(self) -> None:
+        """Train to the last step. Raises `Diverged`, or `Stopped` after SIGTERM."""
+        settings, state = self.settings, self.state
+        if state.step >= settings.steps:
+            log.info("all %d steps are done: %s", state.step, self.checkpoints.last())
+            return
+        if self.accelerator.is_main_process:
+            with whole(self.folder / SETTINGS_FILE) as partial:
+                partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
+            provide_parts(self.base, self.folder / "parts")
+            self.metrics = Metrics(self.folder, state.step)
+        batches = self.batches.load(state.step, settings.steps, settings.workers)
+        with self.signal, many_compiles():
+            if state.step == 0 and self.validation is not None:
+                self._write({"step": 0} | self._validate())
+            while state.step < settings.steps:
+                row = self._step(batches)
+                ends = state.step == settings.steps
+                if ends or state.step % settings.every.validation == 0:
+                    row |= self._validate()
+                self._write(row)
+                if self.sampler and (ends or state.step % settings.every.sample == 0):
+                    self._sample()
+                if ends or self.stops or state.step % settings.every.checkpoint == 0:
+                    self._save()
+                if self.stops and not ends:
+                    raise Stopped(f"stopped after step {state.step}; start again in the same way to go on")
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One step of the optimizer, and its row of metrics."""
+        start, state, settings = time.perf_counter(), self.state, self.settings
+        # For what draws from the global generators, if anything does.
+        torch.manual_seed(seed_of(settings.seed, state.step, self.accelerator.process_index))
+        losses = []
+        for part in range(self.batches.parts):
+            batch = next(batches).to(self.device)
+            with contextlib.ExitStack() as stack:
+                if part < self.batches.parts - 1:
+                    stack.enter_context(self._without_exchange())
+                losses.append(self._losses(batch))
+                (losses[-1].mean() / self.batches.parts).backward()
+        loss, kept = self._gather(torch.cat(losses).detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"step {state.step + 1}: the gradient is not finite (norm {norm}), though the loss is {loss:.4g}"
+            )
+        row = {"step": state.step + 1, "loss": loss, "lr": state.schedule.get_last_lr()[0], "grad_norm": norm}
+        state.optimizer.step()
+        state.schedule.step()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.step(self.weights)
+        state.step += 1
+        if kept is not None:
+            row["kept"] = kept
+        seconds = time.perf_counter() - start
+        tokens = settings.batch_size * math.prod(n // p for n, p in zip(batch.latents.shape[2:], PATCH))
+        row |= {"seconds": seconds, "clips_per_s": settings.batch_size / seconds, "tokens_per_s": tokens / seconds}
+        return row | {"memory_gib": peak_memory(self.device)}
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each clip of a micro-batch."""
+        inputs = noisy(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
+        with self._autocast():
+            if self.teacher is None:
+                target = batch.noise - batch.latents
+            else:
+                with torch.no_grad():
+                    target = velocity(self.teacher, *inputs)
+            return errors(velocity(self.model, *inputs), target)
+
+    def _gather(self, losses: Tensor) -> tuple[float, float | None]:
+        """The mean loss of the whole batch and the share of blocks kept, None if dense; raises `Diverged`.
+
+        A wish to stop is told to all processes on the way.
+        """
+        shares = [module.nabla_share for module in self.transformer.nabla.sparse]
+        kept = torch.stack(shares).mean() if shares else losses.new_ones(())
+        said = torch.stack((kept, losses.new_tensor(float(self.signal.asked))))
+        gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
+        self.stops = bool(gathered[:, -1].any())
+        parts, processes = self.batches.parts, self.accelerator.num_processes
+        in_order = gathered[:, :-2].view(processes, parts, -1).transpose(0, 1).flatten()
+        if not in_order.isfinite().all():
+            raise Diverged(self._where(in_order))
+        return in_order.mean().item(), gathered[:, -2].mean().item() if shares else None
+
+    def _where(self, losses: Tensor) -> str:
+        step = self.state.step
+        numbers = self.batches.numbers(step)
+        bad = [
+            f"{losses[place]} at timestep {TRAIN_TIMESTEPS * self.batches.draw(step, place).sigma:.1f} of "
+            f"{self.clips.describe(numbers[place])}"
+            for place in (~losses.isfinite()).nonzero().flatten().tolist()
+        ]
+        return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        self.metrics.write(row)
+        if row["step"] % self.settings.every.log == 0 or any(key.startswith("validation") for key in row):
+            log.info(", ".join(f"{key} {value:.5g}" for key, value in row.items()))
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        with self._inference():
+            count, objective = self.settings.data.clips, self.settings.objective
+            losses = validation_losses(self.transformer, self.validation, count, objective, self.accelerator)
+        if not all(map(math.isfinite, losses.values())):
+            raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
+        return {f"validation_{name}": loss for name, loss in losses.items()}
+
+    def _sample(self) -> None:
+        with self._inference():
+            folder = self.folder / "samples" / f"step-{self.state.step:08d}"
+            self.sampler.write(self.transformer, folder, self.accelerator)
+
+    def _save(self) -> None:
+        """A checkpoint: the state to go on from, and weights and moving averages as generate.py takes them."""
+        # A step of finite gradients may still overflow.
+        own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.weights)
+        finite = torch.stack([part.detach().isfinite().all() for part in own]).all()
+        if not self.accelerator.gather(finite.float()[None]).all():
+            raise Diverged(f"after step {self.state.step}: weights are not finite")
+        with self.checkpoints.new(self.state.step) as folder:
+            self.state.save(folder)
+            self._export(folder / "model")
+            if self.state.ema is not None:
+                with averaged(self.weights, self.state.ema):
+                    self._export(folder / "ema")
+
+    def _export(self, folder: Path) -> None:
+        """Write the weights as they are now; of LoRA, merged ones at the end alone."""
+        is_lora = self.settings.lora is not None
+        state = whole_state(self.transformer, trained_only=is_lora)
+        if not self.accelerator.is_main_process:
+            return
+        if is_lora:
+            write_lora(folder / "lora", self.transformer, state)
+            if self.state.step < self.settings.steps:
+                return
+            state = merged_state(self.base, folder / "lora")
+        defaults = defaults_of(self.settings, self.base)
+        write_model(folder, self.transformer.config, state, self.folder / "parts", defaults)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """The transformer as it would be used: its moving averages, if there are any, in the run's precision."""
+        self.transformer.eval()
+        try:
+            with averaged(self.weights, self.state.ema), self._autocast():
+                yield
+        finally:
+            self.transformer.train()
+
+    def _autocast(self) -> torch.autocast:
+        # Without its cache, which would hold a copy of all weights.
+        dtype = getattr(torch, self.settings.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def _without_exchange(self) -> Iterator[None]:
+        """Backward without telling other processes the gradients: more will be added to them."""
+        if not is_sharded(self.model):
+            with self.accelerator.no_sync(self.model):
+                yield
+            return
+        self.model.set_requires_gradient_sync(False)
+        yield
+        self.model.set_requires_gradient_sync(True)
