@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     from nabla import InputError
     from wan.config import read_settings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Stopped
-    from wan.training.text import Diverged, TextSettings, TextTrainer
+    from wan.training.stopping import Diverged, Stopped
+    from wan.training.text import TextSettings, TextTrainer
 
     try:
         settings = TextSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))

@@ -29,8 +29,8 @@ from wan.training.reader import Reader
 from wan.training.roughen import misspelt, roughened
 from wan.training.sentences import Batch, Sentences, read_sentences
 from wan.training.shapes import Shapes
-from wan.training.stopping import Stopped
-from wan.training.text import Diverged, TextSettings, TextTrainer
+from wan.training.stopping import Diverged, Stopped
+from wan.training.text import TextSettings, TextTrainer
 from wan.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,9 +1,13 @@
-"""Ending a run when SIGTERM asks for it, between two steps."""
+"""Why a run ends before its last step: it diverged, or SIGTERM asked for it, between two steps."""
 
 from __future__ import annotations
 
 import signal
 from typing import Any
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
 
 
 class Stopped(Exception):

@@ -27,7 +27,7 @@ from wan.training.reader import EncoderSettings, Reader
 from wan.training.schema import build, check_choice, check_counts, check_numbers, check_texts, plain
 from wan.training.sentences import Batch, Sentences, encoded, held_out, read_sentences
 from wan.training.shapes import Shapes
-from wan.training.stopping import Stopped, StopSignal
+from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.tokenizer import train_tokenizer
 
 log = logging.getLogger("wan")
@@ -40,10 +40,6 @@ BETAS = (0.9, 0.98)
 VALIDATION_BATCH = 256
 # What may change between a run and its continuation.
 CHANGEABLE = ("out", "log_every", "save_every", "validate_every", "held_out", "sentences", "workers", "dtype")
-
-
-class Diverged(RuntimeError):
-    """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
 
 
 @dataclass(frozen=True)
