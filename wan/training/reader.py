@@ -67,7 +67,16 @@ class Reader(nn.Module):
         )
         # So every state has a mean square of 1, the scale at which it enters the transformer.
         self.encoder.encoder.final_layer_norm.requires_grad_(False)
+        for bias in self.position_biases():
+            nn.init.normal_(bias)
         self.heads = AttributeHeads(sizes.width)
+
+    def position_biases(self) -> list[nn.Parameter]:
+        """What attention makes of distances, in units of its scores.
+
+        Drawn and trained as small as other weights, they leave the order of words unread for thousands of steps.
+        """
+        return [weight for name, weight in self.named_parameters() if "relative_attention_bias" in name]
 
     def forward(self, batch: Batch) -> list[Tensor]:
         states = self.encoder(batch.ids, attention_mask=batch.mask).last_hidden_state

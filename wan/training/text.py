@@ -37,6 +37,8 @@ TOKENIZER, TEXT_ENCODER = "tokenizer", "text_encoder"
 DTYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("bfloat16", "float32")
 BETAS = (0.9, 0.98)
+# How much faster the biases of attention by distance learn.
+POSITION_RATE = 10
 VALIDATION_BATCH = 256
 # What may change between a run and its continuation.
 CHANGEABLE = ("out", "log_every", "save_every", "validate_every", "held_out", "sentences", "workers", "dtype")
@@ -111,7 +113,7 @@ class TextTrainer:
         torch.manual_seed(settings.seed)
         self.model = Reader(settings.encoder, len(self.tokenizer)).to(self.device)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, settings.lr, BETAS, weight_decay=0.0)
+        self.optimizer = self._build_optimizer()
         self.schedule = get_scheduler(
             "cosine", self.optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps
         )
@@ -120,6 +122,12 @@ class TextTrainer:
             self._load()
             log.info("going on from step %d of %s", self.step, self.folder)
         self.signal = StopSignal()
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        biases = self.model.position_biases()
+        others = [weight for weight in self.weights if not any(weight is bias for bias in biases)]
+        groups = [{"params": others}, {"params": biases, "lr": POSITION_RATE * self.settings.lr}]
+        return torch.optim.AdamW(groups, self.settings.lr, BETAS, weight_decay=0.0)
 
     def _begin(self) -> None:
         """The folder with its settings and tokenizer, or, if these are there already, a check that they fit."""
