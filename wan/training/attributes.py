@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background texture": (NOT_SAID, *TEXTURES),
     "relation": (NOT_SAID, *RELATIONS),
 }
+NUMBER_OF = {name: number for number, name in enumerate(ATTRIBUTES)}
 
 
 def said(scene: Scene) -> dict[str, str]:
@@ -67,5 +70,15 @@ def said_of(shape: Shape) -> dict[str, str]:
 
 def attributes(scene: Scene) -> Tensor:
     """Class numbers of what captions of the scene say, (len(ATTRIBUTES),) int64."""
-    named = said(scene)
-    return torch.tensor([classes.index(named.get(name, NOT_SAID)) for name, classes in ATTRIBUTES.items()])
+    return numbers(said(scene))
+
+
+def numbers(named: Mapping[str, str]) -> Tensor:
+    """Class numbers, (len(ATTRIBUTES),) int64, of attributes and classes as `said` gives them.
+
+    Raises `KeyError` for an attribute, and `ValueError` for a class, that there is not.
+    """
+    target = torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
+    for name, value in named.items():
+        target[NUMBER_OF[name]] = ATTRIBUTES[name].index(value)
+    return target

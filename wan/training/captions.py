@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from wan.training.wording import (
     BASE,
     FINITE,
     GROWTH_ACTIONS,
+    NOUNS,
     PARTICIPLE,
     PLURAL,
+    SPIN_VERBS,
     VERBS,
     background_phrase,
     colour_word,
@@ -29,6 +32,7 @@ OPENERS = {
         "in this video,", "in the video,", "in this clip,", "a video where", "a video in which", "a clip where",
         "an animation where", "an animation in which", "create a video where", "make a clip in which",
         "make a video where", "the video shows how", "we see how", "generate a video in which",
+        "i want a video where", "imagine a scene where", "render a clip where",
     ),
     PARTICIPLE: (
         "a video of", "a video of", "a short video of", "a clip of", "a short clip of", "an animation of",
@@ -37,6 +41,8 @@ OPENERS = {
         "make an animation of", "draw", "render", "animate", "display", "give me", "i want to see", "i want",
         "i would like to see", "we see", "you can see", "the video shows", "this clip shows", "the animation shows",
         "a scene with", "a video with", "a simple video of", "a simple animation of",
+        "can you make", "please make", "please animate", "could you show", "i need a video of", "i would like",
+        "here is", "picture", "imagine",
     ),
     BASE: ("make", "let", "have", "watch", "we see", "make"),
     "terse": ("video of", "animation of", "short clip of", "video:", "show"),
@@ -51,6 +57,7 @@ PASSING = ("pass", "pass", "pass", "go", "move", "travel", "slide")
 OTHER_SIDE = {"in front of": "behind", "behind": "in front of"}
 PREPOSITIONS = ("on", "on", "on", "on", "over", "against", "in front of", "with")
 DEEDS = frozenset(("motion", "spin", "spinning", "growth"))
+TURNING = frozenset(verb.split()[0] for verb in SPIN_VERBS)
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -59,7 +66,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     style = choose(rng, STYLES)
     if style in (FINITE, BASE) and not all(_has_action(scene, shape) for shape in scene.shapes):
         style = PARTICIPLE
-    if len(scene.shapes) == 1 and style == FINITE and chance(rng, 0.1):
+    if len(scene.shapes) == 1 and style == FINITE and chance(rng, 0.16):
         text = _two_sentences(rng, scene)
     else:
         text = _with_background(rng, scene, style, _body(rng, scene, style))
@@ -75,6 +82,8 @@ def _body(rng: np.random.Generator, scene: Scene, style: str) -> str:
     """All shapes, with what they do; no background."""
     shapes = list(scene.shapes)
     clauses = []
+    if style == FINITE and not scene.relation_said and _can_be_introduced(shapes) and chance(rng, 0.12):
+        return _introduced(rng, shapes)
     if scene.relation_said:
         clauses.append(_crossing(rng, scene, style))
         shapes = shapes[2:]
@@ -135,7 +144,7 @@ def _as_adjective(rng: np.random.Generator, shape: Shape, actions: Sequence[str]
         verbs, adjective = GROWTH_ACTIONS[shape.growth], "growing" if shape.growth == "grows" else "shrinking"
         return adjective, [action for action in actions if action not in verbs]
     if "spinning" in shape.said:
-        others = [action for action in actions if action.split()[0] not in ("spin", "rotate", "turn")]
+        others = [action for action in actions if action.split()[0] not in TURNING]
         return (one_of(rng, ("spinning", "rotating", "turning")), others) if others else ("", list(actions))
     return "", list(actions)
 
@@ -222,7 +231,8 @@ def _with_background(rng: np.random.Generator, scene: Scene, style: str, body: s
     if chance(rng, 0.06):
         return f"{opened}. {one_of(rng, ('it is', 'this is', 'all'))} {where}"
     if background.texture == "plain" and chance(rng, 0.08):
-        return f"{opened}. the background is {colour_word(rng, background.colour)}"
+        statement = one_of(rng, ("is", "is", "should be", "stays", "has to be"))
+        return f"{opened}. the background {statement} {colour_word(rng, background.colour)}"
     return f"{opened} {where}"
 
 
@@ -230,9 +240,36 @@ def _two_sentences(rng: np.random.Generator, scene: Scene) -> str:
     """ "A red circle on a white background. It moves to the right." """
     (shape,) = scene.shapes
     where = background_phrase(rng, scene.background)
-    subject = noun_phrase(rng, shape) + (f" on {where}" if where else "")
     deed = _deed(rng, _actions(rng, shape), FINITE)
-    return f"{subject}. it {deed}"
+    if "colour" in shape.said and chance(rng, 0.4):
+        subject = (
+            f"the {noun_phrase(rng, _without_colour(shape), determined=False)} is {colour_word(rng, shape.colour)}"
+        )
+        join = one_of(rng, (". it", " and it", " and"))
+        return f"{subject}{join} {deed}" + (f"{one_of(rng, ('', '. it is'))} on {where}" if where else "")
+    subject = noun_phrase(rng, shape) + (f" on {where}" if where else "")
+    again = f"the {one_of(rng, NOUNS[shape.kind])}" if "kind" in shape.said and chance(rng, 0.3) else "it"
+    return f"{subject}. {again} {deed}"
+
+
+def _without_colour(shape: Shape) -> Shape:
+    return replace(shape, said=shape.said - {"colour"})
+
+
+def _can_be_introduced(shapes: Sequence[Shape]) -> bool:
+    """Whether their kinds tell them apart, and there is something to say of each beside its looks."""
+    kinds = {
+        shape.kind for shape in shapes if "kind" in shape.said and shape.said & DEEDS and "place" not in shape.said
+    }
+    return len(shapes) > 1 and len(kinds) == len(shapes)
+
+
+def _introduced(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
+    """ "A red circle and a blue square. The circle moves left, the square moves right." """
+    names = [noun_phrase(rng, shape) for shape in shapes]
+    deeds = [f"the {one_of(rng, NOUNS[shape.kind])} {_deed(rng, _actions(rng, shape), FINITE)}" for shape in shapes]
+    between = one_of(rng, (", ", ". ", " and ", " while "))
+    return f"{', '.join(names[:-1])} and {names[-1]}. {between.join(deeds)}"
 
 
 def _punctuated(rng: np.random.Generator, text: str) -> str:

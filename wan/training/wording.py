@@ -13,30 +13,37 @@ from wan.training.scenes import PATTERNS, Background, Shape, chance, one_of
 FINITE, PLURAL, PARTICIPLE, BASE = "finite", "plural", "participle", "base"
 
 NOUNS = {
-    "circle": ("circle", "circle", "circle", "disc", "disk", "ball", "round shape"),
-    "square": ("square", "square", "square", "box"),
-    "triangle": ("triangle", "triangle", "triangle", "triangular shape"),
+    "circle": ("circle", "circle", "circle", "circle", "disc", "disk", "ball", "ball", "round shape", "sphere"),
+    "square": ("square", "square", "square", "square", "box", "block", "cube"),
+    "triangle": ("triangle", "triangle", "triangle", "triangle", "triangular shape", "pyramid"),
     "star": ("star", "star", "star", "star shape", "five-pointed star"),
-    "diamond": ("diamond", "diamond", "diamond", "rhombus", "diamond shape"),
-    "ring": ("ring", "ring", "ring", "hoop", "donut"),
-    "cross": ("cross", "cross", "plus sign", "plus"),
-    "heart": ("heart", "heart", "heart", "heart shape"),
+    "diamond": ("diamond", "diamond", "diamond", "diamond", "rhombus", "diamond shape", "lozenge"),
+    "ring": ("ring", "ring", "ring", "ring", "hoop", "donut", "doughnut"),
+    "cross": ("cross", "cross", "cross", "plus sign", "plus", "plus symbol", "cross shape"),
+    "heart": ("heart", "heart", "heart", "heart", "heart shape", "love heart"),
 }
-ANY_NOUNS = ("shape", "object", "thing", "figure")
+ANY_NOUNS = ("shape", "object", "thing", "figure", "item")
 SMALL_NOUNS = {"circle": "dot"}
-COLOUR_WORDS = {"gray": ("gray", "gray", "grey"), "purple": ("purple", "purple", "violet")}
-COLOUR_WORDS["cyan"] = ("cyan", "cyan", "turquoise")
+COLOUR_WORDS = {
+    "gray": ("gray", "gray", "grey"),
+    "purple": ("purple", "purple", "violet"),
+    "cyan": ("cyan", "cyan", "cyan", "turquoise", "aqua", "teal"),
+    "red": ("red",) * 10 + ("crimson", "scarlet"),
+    "yellow": ("yellow",) * 10 + ("golden", "gold"),
+    "green": ("green",) * 10 + ("emerald",),
+}
+COLOUR_TAILS = ("in {}", "colored {}", "that is {}", "which is {}", "{} in color", "of {} color")
 SIZE_WORDS = {
-    "small": ("small", "small", "little", "tiny"),
+    "small": ("small", "small", "little", "tiny", "mini"),
     "medium": ("medium", "medium-sized", "medium sized", "mid-sized"),
-    "large": ("large", "large", "big", "huge"),
+    "large": ("large", "large", "big", "big", "huge", "giant", "enormous"),
 }
 SHADING_WORDS = {
     "flat": ("flat", "solid"),
     "shaded": ("shaded", "shiny", "glossy"),
     "striped": ("striped", "striped", "stripy"),
-    "dotted": ("dotted", "spotted", "polka-dot"),
-    "checkered": ("checkered", "checkered", "checked"),
+    "dotted": ("dotted", "dotted", "spotted", "polka-dot"),
+    "checkered": ("checkered", "checkered", "checked", "chequered"),
 }
 PATTERN_TAILS = {
     "striped": ("with stripes", "with a striped pattern", "covered in stripes"),
@@ -44,25 +51,31 @@ PATTERN_TAILS = {
     "checkered": ("with a checkered pattern", "with a checkerboard pattern", "with checks"),
 }
 PLACE_PHRASES = {
-    "center": ("in the center", "in the middle", "at the center", "in the middle of the screen"),
-    "left": ("on the left", "on the left side", "at the left"),
-    "right": ("on the right", "on the right side", "at the right"),
-    "top": ("at the top", "near the top", "at the top of the screen"),
-    "bottom": ("at the bottom", "near the bottom", "at the bottom of the screen"),
+    "center": ("in the center", "in the middle", "at the center", "in the middle of the screen", "in the centre"),
+    "left": ("on the left", "on the left side", "at the left", "at the left edge", "on the left-hand side"),
+    "right": ("on the right", "on the right side", "at the right", "at the right edge", "on the right-hand side"),
+    "top": ("at the top", "near the top", "at the top of the screen", "at the top of the frame"),
+    "bottom": ("at the bottom", "near the bottom", "at the bottom of the screen", "at the bottom of the frame"),
 }
-VERBS = ("move", "move", "move", "slide", "glide", "drift", "travel", "go", "float", "fly", "shift", "head")
-UP_VERBS, DOWN_VERBS = ("rise", "climb", "ascend", "float up"), ("fall", "fall", "drop", "sink", "descend", "fall down")
+VERBS = (
+    "move", "move", "move", "move", "slide", "slide", "glide", "drift", "travel", "go", "go", "float", "fly", "shift",
+    "head", "sail", "run", "scroll", "crawl", "race", "pass",
+)  # fmt: skip
+UP_VERBS = ("rise", "rise", "climb", "ascend", "float up", "go up", "soar")
+DOWN_VERBS = ("fall", "fall", "drop", "sink", "descend", "fall down", "go down", "come down", "plunge")
 SIDE_PATHS = (
     "to the {to}", "to the {to}", "{to}", "{to}wards", "{to}ward", "from {of} to {to}", "from {of} to {to}",
     "from the {of} to the {to}", "from the {of} side to the {to} side", "towards the {to}", "toward the {to}",
     "to {to}", "towards {to}", "toward the {to} side", "across the screen to the {to}", "{of} to {to}",
     "across the frame from {of} to {to}", "horizontally to the {to}", "horizontally from {of} to {to}",
-    "to the {to} side of the screen", "from the {of} edge to the {to} edge",
+    "to the {to} side of the screen", "from the {of} edge to the {to} edge", "over to the {to}", "across to the {to}",
+    "in from the {of} and out to the {to}", "sideways to the {to}", "starting on the {of} and ending on the {to}",
 )  # fmt: skip
 VERTICAL_PATHS = (
     "{v}", "{v}", "{v}wards", "{v}ward", "straight {v}", "vertically {v}wards", "{v} the screen", "to the {to}",
     "from {of} to {to}", "from {of} to {to}", "from the {of} to the {to}", "towards the {to}", "toward the {to}",
-    "to the {to} of the frame", "from the {of} {v}", "{of} to {to}", "towards the {to} edge",
+    "to the {to} of the frame", "from the {of} {v}", "{of} to {to}", "towards the {to} edge", "{v} the frame",
+    "from the {of} edge to the {to} edge", "starting at the {of} and ending at the {to}", "all the way {v}",
 )  # fmt: skip
 DIAGONAL_PATHS = (
     "diagonally {v} and to the {h}", "diagonally {v} and to the {h}", "{v} and to the {h}", "{v} and {h}",
@@ -71,30 +84,42 @@ DIAGONAL_PATHS = (
     "diagonally {v}wards to the {h}", "from the {of} {other} to the {to} {h}", "from {of} {other} to {to} {h}",
     "from the {far} {other} to the {near} {h}", "from the {of} {other} corner to the {to} {h} corner",
     "diagonally from {of} {other} to {to} {h}", "diagonally towards the {to} {h}", "diagonally {v} {h}",
-    "diagonally from the {far} {other} corner to the {near} {h} corner",
+    "diagonally from the {far} {other} corner to the {near} {h} corner", "{v}wards and {h}wards", "{v}ward and {h}ward",
+    "{v}-{h}", "at an angle {v} and to the {h}", "{v} and over to the {h}", "into the {to} {h} corner",
 )  # fmt: skip
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top", "upper": "lower", "lower": "upper"}
 STILL_ACTIONS = (
     "stay still", "stay still", "stand still", "remain still", "stay in place", "sit still", "rest", "not move",
     "not move", "be motionless", "be stationary", "remain motionless", "stay in one place", "hold still",
+    "stay put", "be at rest", "be static", "stay motionless", "hover in place", "be still", "not move at all",
+    "keep still", "be fixed in place",
 )  # fmt: skip
-SPIN_VERBS = ("spin", "spin", "rotate", "rotate", "turn", "spin around", "rotate around its center")
+SPIN_VERBS = (
+    "spin", "spin", "rotate", "rotate", "turn", "spin around", "rotate around its center",
+    "turn around its center", "revolve", "twirl", "whirl", "pivot", "spin on its axis",
+)  # fmt: skip
 SPIN_WORDS = {
     "clockwise": ("clockwise", "clockwise", "in a clockwise direction"),
-    "counterclockwise": ("counterclockwise", "counterclockwise", "counter-clockwise", "anticlockwise"),
+    "counterclockwise": (
+        "counterclockwise",
+        "counterclockwise",
+        "counter-clockwise",
+        "anticlockwise",
+        "anti-clockwise",
+    ),
 }
 GROWTH_ACTIONS = {
     "grows": (
         "grow", "grow", "get bigger", "get larger", "become bigger", "become larger", "expand", "grow larger",
-        "increase in size", "grow from small to large", "grow in size",
+        "increase in size", "grow from small to large", "grow in size", "swell", "enlarge", "inflate", "scale up",
     ),
     "shrinks": (
         "shrink", "shrink", "get smaller", "become smaller", "decrease in size", "shrink from large to small",
-        "shrink in size",
+        "shrink in size", "contract", "scale down", "get tinier",
     ),
 }  # fmt: skip
 ADVERBS = ("slowly", "smoothly", "steadily", "gently")
-DOUBLED = ("spin", "drop", "sit", "get")
+DOUBLED = ("spin", "drop", "sit", "get", "run")
 TEXTURE_WORDS = {
     "gradient": ("gradient",),
     "striped": ("striped", "stripy"),
@@ -146,8 +171,8 @@ def noun_phrase(rng: np.random.Generator, shape: Shape, adjective: str = "", det
             tails.append(one_of(rng, PATTERN_TAILS[shape.shading]))
         else:
             shading = one_of(rng, SHADING_WORDS[shape.shading])
-    if colour and chance(rng, 0.03):
-        tails.append(f"{one_of(rng, ('in', 'colored'))} {colour}")
+    if colour and chance(rng, 0.07):
+        tails.append(one_of(rng, COLOUR_TAILS).format(colour))
         colour = ""
     elif colour and chance(rng, 0.03):
         colour += " colored"
@@ -210,7 +235,7 @@ def background_phrase(rng: np.random.Generator, background: Background, determin
     if not background.said:
         return ""
     colour = colour_word(rng, background.colour) if "colour" in background.said else ""
-    place = one_of(rng, ("background",) * 8 + ("backdrop", "backdrop", "screen", "canvas"))
+    place = one_of(rng, ("background",) * 8 + ("backdrop", "backdrop", "screen", "canvas", "surface"))
     if background.texture == "plain":
         words = f"{one_of(rng, ('plain', 'solid', 'simple'))} {colour}" if chance(rng, 0.15) else colour
         phrase = f"{words} {place}"

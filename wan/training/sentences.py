@@ -1,0 +1,94 @@
+"""Sentences and what they say: captions of the data set for training, sentences of people from a file for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from nabla import InputError
+from wan.text import clean_prompt
+from wan.training.attributes import ATTRIBUTES, attributes, numbers
+from wan.training.roughen import roughened, unrelated
+from wan.training.scenes import chance
+from wan.training.shapes import Shapes
+
+# More than any run takes.
+ENDLESS = 2**62
+ROUGH_SHARE, UNRELATED_SHARE = 0.6, 0.02
+
+
+class Batch(NamedTuple):
+    """Token ids and mask, (B, L) int64 each, and classes of all attributes, (B, len(ATTRIBUTES)) int64."""
+
+    ids: Tensor
+    mask: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(part.to(device) for part in self))
+
+
+class Sentences(Dataset):
+    """Item `step` is the batch of that step: a pure function of it and the seed."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int):
+        self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
+        self.shapes = Shapes(seed, ENDLESS)
+
+    def __getitem__(self, step: int) -> Batch:
+        first = step * self.batch_size
+        texts, targets = zip(*(self.described(first + place) for place in range(self.batch_size)))
+        return encoded(self.tokenizer, texts, torch.stack(targets))
+
+    def described(self, index: int) -> tuple[str, Tensor]:
+        """A caption, often rougher than the data set has it, and its classes; now and then a text without any."""
+        rng = np.random.default_rng((self.seed, index))
+        if chance(rng, UNRELATED_SHARE):
+            return unrelated(rng), torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
+        scene, text = self.shapes.described(index)
+        return roughened(text, rng) if chance(rng, ROUGH_SHARE) else text, attributes(scene)
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...] | list[str], targets: Tensor) -> Batch:
+    """A batch whose rows are as long as the longest of its sentences."""
+    tokens: BatchEncoding = tokenizer(
+        [clean_prompt(text) for text in texts], padding=True, truncation=True, return_tensors="pt"
+    )
+    return Batch(tokens.input_ids, tokens.attention_mask, targets)
+
+
+def held_out(seed: int, count: int) -> tuple[list[str], Tensor]:
+    """Captions of scenes that training never sees, and their classes."""
+    shapes = Shapes(seed, count, split="held_out")
+    scenes, texts = zip(*map(shapes.described, range(count)))
+    return list(texts), torch.stack([attributes(scene) for scene in scenes])
+
+
+def read_sentences(path: Path) -> tuple[list[str], Tensor]:
+    """Sentences and their classes from a YAML list of mappings, such as tests/data/shapes_sentences.yaml.
+
+    Each has `text`, `shapes` (a list of mappings from attributes of a shape to classes), and, where the text says so,
+    `background` (the same for the background) and `relation`. Raises `InputError` for what is not of this form.
+    """
+    try:
+        items = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return [item["text"] for item in items], torch.stack([numbers(_named(item)) for item in items])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise InputError(f"sentences {path} cannot be read ({reason}); see tests/data/shapes_sentences.yaml") from None
+
+
+def _named(item: Mapping[str, Any]) -> dict[str, str]:
+    named = {"shapes": str(len(item["shapes"]))} if item["shapes"] else {}
+    for slot, shape in enumerate(item["shapes"], start=1):
+        named |= {f"shape {slot} {name}": value for name, value in shape.items()}
+    named |= {f"background {name}": value for name, value in item.get("background", {}).items()}
+    return named | ({"relation": item["relation"]} if "relation" in item else {})
