@@ -11,6 +11,7 @@ from wan.training.config import PrepareSettings, TrainingSettings
 from wan.training.models import new_transformer
 from wan.training.objective import sigmas_of
 from wan.training.schema import with_overrides
+from wan.training.text import TextSettings
 from wan.training.vae_settings import VaeSettings
 
 
@@ -73,7 +74,7 @@ def test_overrides_of_a_command_line():
 
 def test_every_config_of_training_is_right():
     files = sorted((CONFIG_FOLDER / "training").glob("*.yaml"))
-    kinds = {"shapes_vae": VaeSettings}
+    kinds = {"shapes_vae": VaeSettings, "shapes_text": TextSettings}
     assert files
     for file in files:
         kind = PrepareSettings if file.name.startswith("prepare") else kinds.get(file.stem, TrainingSettings)

@@ -19,9 +19,9 @@ from transformers import UMT5EncoderModel
 from nabla import InputError
 from wan import parts, published
 from wan.checkpoint import DEFAULTS_FILE, OWN_KEYS, TEXT_LENGTH, TOKENIZER_FOLDER, Checkpoint
+from wan.files import whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, TIED, VAE_FILE
 from wan.saving import save_json, save_pickle, save_shards
-from wan.training.files import whole
 from wan.weights import CheckpointError, Part, read_json
 
 LAYOUTS = ("published", "diffusers")

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.training.files import PARTIAL, remove, whole
+from wan.files import PARTIAL, remove, whole
 
 STATE = "state"
 LATEST = "latest"

@@ -21,9 +21,9 @@ from wan import parts
 from wan.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.config import attention_to_dict
 from wan.convert import write_part
+from wan.files import whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_STEM
 from wan.training.config import TrainingSettings
-from wan.training.files import whole
 from wan.training.schema import overlaid, plain
 
 PARTS = ("vae", "text_encoder", "tokenizer")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from wan.files import whole
 from wan.memory import GIB
-from wan.training.files import whole
 
 METRICS_FILE = "metrics.jsonl"
 

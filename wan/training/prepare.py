@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from nabla import InputError
 from wan import parts
 from wan.checkpoint import Checkpoint
+from wan.files import whole
 from wan.latents import encode
 from wan.text import tokenize
 from wan.training.config import PrepareSettings
-from wan.training.files import whole
 from wan.training.sources import Checked, InOrder, Sample
 from wan.weights import CheckpointError, read_json
 

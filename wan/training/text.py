@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from wan.checkpoint import TEXT_LENGTH
 from wan.config import read_settings
+from wan.files import remove, whole
 from wan.training.attributes import ATTRIBUTES
-from wan.training.files import remove, whole
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
 from wan.training.schema import build, check_choice, check_counts, check_numbers, check_texts, plain

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.config import PATCH, read_settings
+from wan.files import whole
 from wan.parallel import is_sharded
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
@@ -30,7 +31,6 @@ from wan.training.config import TrainingSettings
 from wan.training.data import Batch, Batches, Clips, seed_of
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
-from wan.training.files import whole
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
 from wan.training.objective import errors, noisy, velocity

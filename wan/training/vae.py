@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.config import read_settings
+from wan.files import whole
 from wan.training.evaluation import averaged
-from wan.training.files import whole
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizer
 from wan.training.stopping import Diverged, Stopped, StopSignal

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan import latents
-from wan.training.files import remove, whole
+from wan.files import remove, whole
 from wan.training.vae_data import as_input
 from wan.training.vae_model import posterior, psnr
 from wan.video import to_frames, write_image
