@@ -22,8 +22,8 @@ data() {  # size, clips to train on, clips to validate on
 
 for stage in $stages; do
     case $stage in
-        text) "$python" scripts/train_text.py ;;
-        vae) "$python" scripts/train_vae.py ;;
+        text) "$python" scripts/train_text.py --config training/shapes_text.yaml ;;
+        vae) "$python" scripts/train_vae.py --config training/shapes_vae.yaml ;;
         128) parts; data 128 60000 256; "$python" scripts/train.py --config training/shapes_128.yaml ;;
         256) parts; data 256 20000 128; "$python" scripts/train.py --config training/shapes_256.yaml ;;
         512) parts; data 512 4000 64; "$python" scripts/train.py --config training/shapes_512.yaml ;;
