@@ -54,6 +54,8 @@ def roughened(sentence: str, rng: np.random.Generator) -> str:
     if chance(rng, 0.12):
         text = f"{text.removesuffix('.')}{one_of(rng, (' ', ', ', '. '))}{one_of(rng, CLOSERS)}"
     if chance(rng, 0.1):
+        text = text.replace("-", " ")
+    if chance(rng, 0.1):
         text = re.sub(r"[.,;:]", "", text)
     elif chance(rng, 0.1):
         text = text.removesuffix(".") + one_of(rng, ("!", "...", "?", " .", "!!"))
