@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import nabla
 from nabla import InputError, NablaConfig, Plan
 from nabla.attention import KeptBlocks
-from nabla.rotary import Rotary, rotate
-from wan.parallel import Exchange, Sequence, exchange_of_diffusers
+from nabla.rotary import Rotary
+from wan.parallel import Sequence, attend_together, exchange_of_diffusers
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
@@ -275,38 +275,11 @@ class NablaProcessor(WanAttnProcessor):
         if exchange is None:
             out = nabla.attend(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share)
         else:
-            out = _attend_together(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share, exchange)
+            out = attend_together(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share, exchange)
         out = out.flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out
-
-
-def _attend_together(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    rotary: Rotary,
-    kept: KeptBlocks | None,
-    share: Tensor | None,
-    exchange: Exchange,
-) -> Tensor:
-    """`nabla.attend` where each process has some of the tokens (B, own tokens, heads, D), and attends to some heads."""
-    shape, heads = q.shape, q.shape[2]
-    if exchange.rotates_first:
-        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
-    groups = exchange.own_groups(heads)
-    # All are sent before the first is waited for.
-    sent = [[exchange.send_heads(x, plan.tokens, g) for x in (q, k, v)] for g in range(len(groups))]
-    results = []
-    for group, (of, parts) in enumerate(zip(groups, sent)):
-        own = [exchange.receive_heads(part, shape, plan.tokens) for part in parts]
-        own_kept = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
-        own_share = None if share is None else share[of]
-        out = nabla.attend(*own, plan, rotary, own_kept, own_share)
-        results.append(exchange.send_tokens(out, heads, group))
-    return exchange.receive_tokens(results, shape)
 
 
 def _check(transformer: nn.Module, config: NablaConfig) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from nabla import InputError
+import nabla
+from nabla import InputError, Plan
+from nabla.attention import KeptBlocks
+from nabla.rotary import Rotary, rotate
 
 # More hide more of what is sent behind attention, in smaller and so slower pieces of both.
 GROUPS = 4
@@ -107,6 +110,33 @@ class Exchange(NamedTuple):
         there, back = ([unit * one * other for other in each] for one, each in ((kept, sent), (own, got)))
         # The public function waits at once in compiled code.
         return torch.ops._c10d_functional.all_to_all_single(x, back, there, self.name)
+
+
+def attend_together(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    rotary: Rotary,
+    kept: KeptBlocks | None,
+    share: Tensor | None,
+    exchange: Exchange,
+) -> Tensor:
+    """`nabla.attend` where each process has some of the tokens (B, own tokens, heads, D), and attends to some heads."""
+    shape, heads = q.shape, q.shape[2]
+    if exchange.rotates_first:
+        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
+    groups = exchange.own_groups(heads)
+    # All are sent before the first is waited for.
+    sent = [[exchange.send_heads(x, plan.tokens, g) for x in (q, k, v)] for g in range(len(groups))]
+    results = []
+    for group, (of, parts) in enumerate(zip(groups, sent)):
+        own = [exchange.receive_heads(part, shape, plan.tokens) for part in parts]
+        own_kept = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
+        own_share = None if share is None else share[of]
+        out = nabla.attend(*own, plan, rotary, own_kept, own_share)
+        results.append(exchange.send_tokens(out, heads, group))
+    return exchange.receive_tokens(results, shape)
 
 
 def exchange_of_diffusers(parallel_config: Any) -> Exchange:
