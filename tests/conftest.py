@@ -28,6 +28,15 @@ def many_compiles():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums in one order, and no waiting for the threads of tiny problems."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def nano() -> Path:
     """A tiny checkpoint in the published layout. It has no tokenizer."""
