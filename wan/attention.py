@@ -22,7 +22,7 @@ many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumul
 COMPILE_OPTIONS = {
     # Measured on Hopper: takes seconds, and norms and float8 conversions are else at a fraction of the bandwidth.
     "coordinate_descent_tuning": True,
-    # What processes exchange is to be sent as soon as it is there. The order that saves memory would wait for it at
+    # What processes exchange is to be sent as soon as it is there. The order that saves memory may wait for it at
     # once, and copies that have no more in common than a list of indices would wait for each other.
     "reorder_for_peak_memory": False,
     "score_fusion_memory_threshold": 2**22,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nabla import InputError, NablaConfig
@@ -236,13 +236,6 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to equal settings."""
         return plain(asdict(self) | {"attention": attention_to_dict(self.attention)})
-
-    def check_continues(self, earlier: TrainingSettings) -> None:
-        """Raise `InputError` where these settings cannot continue a run that began with others."""
-        for name in (item.name for item in fields(self)):
-            before, now = getattr(earlier, name), getattr(self, name)
-            if before != now and name not in CHANGEABLE:
-                raise InputError(f"{self.out} holds a run with {name} {before!r}, not {now!r}; choose another out")
 
 
 @dataclass(frozen=True)

@@ -116,3 +116,11 @@ def check_numbers(
         fits = is_number(value) and (above is None or value > above)
         if not fits or (least is not None and value < least) or (most is not None and value > most):
             raise InputError(f"{name} {value!r} is not a number{' ' + wanted if wanted else ''}")
+
+
+def check_continues(settings: Any, earlier: Any, changeable: Iterable[str]) -> None:
+    """Raise `InputError` where settings, other than `changeable` ones, cannot continue a run that began with others."""
+    for name in (item.name for item in fields(settings)):
+        before, now = getattr(earlier, name), getattr(settings, name)
+        if before != now and name not in changeable:
+            raise InputError(f"{settings.out} holds a run with {name} {before!r}, not {now!r}; choose another out")

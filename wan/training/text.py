@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from wan.files import remove, whole
 from wan.training.attributes import ATTRIBUTES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
-from wan.training.schema import build, check_choice, check_counts, check_numbers, check_texts, plain
+from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
 from wan.training.sentences import Batch, Sentences, encoded, held_out, read_sentences
 from wan.training.shapes import Shapes
 from wan.training.stopping import Diverged, Stopped, StopSignal
@@ -88,13 +88,6 @@ class TextSettings:
         """Settings from the content of a YAML file; raises `InputError` for unknown or missing keys and bad values."""
         return build(cls, settings, "the settings of train_text", {"encoder": EncoderSettings})
 
-    def check_continues(self, earlier: TextSettings) -> None:
-        """Raise `InputError` where these settings cannot continue a run that began with others."""
-        for name in (item.name for item in fields(self) if item.name not in CHANGEABLE):
-            before, now = getattr(earlier, name), getattr(self, name)
-            if before != now:
-                raise InputError(f"{self.out} holds a run with {name} {before!r}, not {now!r}; choose another out")
-
 
 class TextTrainer:
     """One run, on a GPU if there is one. It goes on from the state in the folder `settings.out`, if there is one.
@@ -133,7 +126,8 @@ class TextTrainer:
         """The folder with its settings and tokenizer, or, if these are there already, a check that they fit."""
         settings, path = self.settings, self.folder / SETTINGS_FILE
         if path.is_file():
-            settings.check_continues(TextSettings.from_dict(read_settings(path)))
+            earlier = TextSettings.from_dict(read_settings(path))
+            check_continues(settings, earlier, CHANGEABLE)
         try:
             if not (self.folder / TOKENIZER).is_dir():
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)

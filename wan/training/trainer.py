@@ -27,7 +27,7 @@ from wan.files import whole
 from wan.parallel import is_sharded
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
-from wan.training.config import TrainingSettings
+from wan.training.config import CHANGEABLE, TrainingSettings
 from wan.training.data import Batch, Batches, Clips, seed_of
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
@@ -35,6 +35,7 @@ from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
+from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
 
 log = logging.getLogger("wan")
@@ -83,7 +84,8 @@ class Trainer:
             clips.check_fit(self.transformer.config)
         last = self.checkpoints.last()
         if last is not None:
-            settings.check_continues(TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
+            earlier = TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
+            check_continues(settings, earlier, CHANGEABLE)
             self.state.load(last)
             log.info("going on from %s", last)
         self.sampler = self._make_sampler()

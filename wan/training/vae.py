@@ -20,11 +20,12 @@ from wan.files import whole
 from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizer
+from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.vae_data import Batch, Batches, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
 from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips
-from wan.training.vae_settings import VaeSettings
+from wan.training.vae_settings import CHANGEABLE, VaeSettings
 
 log = logging.getLogger("wan")
 
@@ -51,7 +52,8 @@ class VaeTrainer:
         self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.step = 0
         if (self.folder / STATE_FILE).is_file():
-            settings.check_continues(VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE)))
+            earlier = VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
+            check_continues(settings, earlier, CHANGEABLE)
             self._load()
             log.info("going on after step %d", self.step)
         self.signal = StopSignal()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nabla import InputError
@@ -131,13 +131,6 @@ class VaeSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to equal settings."""
         return plain(asdict(self))
-
-    def check_continues(self, earlier: VaeSettings) -> None:
-        """Raise `InputError` where these settings cannot continue a run that began with others."""
-        for name in (item.name for item in fields(self)):
-            before, now = getattr(earlier, name), getattr(self, name)
-            if before != now and name not in CHANGEABLE:
-                raise InputError(f"{self.out} holds a run with {name} {before!r}, not {now!r}; choose another out")
 
 
 def _cut(content: object) -> CutSettings:
