@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 import wan
 from nabla import InputError, NablaConfig
 from wan.attention import compile_blocks
-from wan.fast_vae import decoder_dtype, speed_up_decoder
+from wan.fast_vae import decoder_dtype, speed_up_decoder, speed_up_encoder
 from wan.fp8 import apply_fp8, check_fp8, linear_layers
 from wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.latents import decode, encode
@@ -35,6 +35,16 @@ def test_the_fast_decoder_is_the_published_one(vae):
     torch.testing.assert_close(decode(fast, latents), exact, rtol=0, atol=1e-5)
     convolutions = [module for module in fast.decoder.modules() if isinstance(module, WanCausalConv3d)]
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last_3d) for conv in convolutions)
+
+
+def test_the_fast_encoder_is_the_published_one(vae):
+    video = torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact, fast = encode(vae, video), copy.deepcopy(vae)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
+        speed_up_encoder(fast, dtype)
+        latents = encode(fast, video)
+        assert latents.dtype == torch.float32
+        assert (latents - exact).abs().max() < tolerance * exact.abs().max()
 
 
 def test_half_precision_is_close_and_the_encoder_stays_exact(vae):

@@ -54,6 +54,13 @@ def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
     assert torch.allclose(clips.dropped, pipe.encode_text(*pipe.tokenize(""))[0, : len(clips.dropped)], atol=1e-5)
 
 
+def test_an_encoder_that_overflows_says_so(random_nano):
+    half = Encoder(open_parts(random_nano), torch.device("cpu"), torch.float16)
+    half.vae.encoder.conv_in.weight.data *= 1e6
+    with pytest.raises(InputError, match="not finite; prepare with vae_dtype float32"):
+        half.latents(Colours(1)[0][0][None].copy())
+
+
 def test_a_second_start_makes_only_what_is_missing(encoder, tmp_path, caplog):
     whole = tmp_path / "whole"
     assert prepare(Colours(8, bad=(1, 7)), settings_for(whole), encoder) == (6, 2)

@@ -17,7 +17,7 @@ log = logging.getLogger("wan")
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
+    """Float32 latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
 
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
@@ -27,7 +27,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
             f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
         )
-    moments = vae.encode(video.to(vae.encoder.conv_in.weight.dtype)).latent_dist.mode()
+    moments = vae.encode(video.to(vae.encoder.conv_in.weight.dtype)).latent_dist.mode().float()
     mean, deviation = _statistics(vae, moments)
     return (moments - mean) / deviation
 

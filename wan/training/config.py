@@ -25,6 +25,7 @@ MODES = ("pretrain", "finetune", "distill")
 TIMESTEPS = ("logit_normal", "uniform")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
+DTYPES = ("float32", "float16", "bfloat16")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -245,6 +246,7 @@ class PrepareSettings:
     checkpoint: whose VAE, text encoder and tokenizer to use; it needs no transformer
     dataset: a name in `wan.training.sources.DATASETS`; options: what that one takes
     dropped_text: what a clip without its text says; batch: clips encoded at once; workers: reading processes
+    dtype: of what is stored; vae_dtype: of the VAE's encoder, much faster on a GPU in float16, which may overflow
     """
 
     checkpoint: str
@@ -255,6 +257,7 @@ class PrepareSettings:
     batch: int = 1
     workers: int = 0
     dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
     dropped_text: str = ""
 
     def __post_init__(self) -> None:
@@ -262,6 +265,7 @@ class PrepareSettings:
         check_counts(self, "clips_per_shard", "batch")
         check_counts(self, "workers", least=0)
         check_choice(self, "dtype", PRECISIONS)
+        check_choice(self, "vae_dtype", DTYPES)
         check_mapping("options", self.options)
         check_text("dropped_text", self.dropped_text)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from nabla import InputError
 from wan import parts
 from wan.checkpoint import Checkpoint
+from wan.fast_vae import speed_up_encoder
 from wan.files import whole
 from wan.latents import encode
 from wan.text import tokenize
@@ -39,21 +40,25 @@ SHARDS = "shard-*.safetensors"
 
 
 class Encoder:
-    """The VAE, text encoder and tokenizer of a checkpoint, which needs no transformer."""
+    """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer of a checkpoint, which needs no transformer."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, vae_dtype: torch.dtype = torch.float32):
         checkpoint.require_tokenizer()
         self.device, self.length = device, checkpoint.text_length
         self.vae = parts.vae_part(checkpoint).load(torch.float32, device)
+        speed_up_encoder(self.vae, vae_dtype)
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.text_encoder = parts.text_encoder_part(checkpoint, text_dtype).load(text_dtype, device)
         self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
 
     @torch.no_grad()
     def latents(self, videos: np.ndarray) -> Tensor:
-        """(B, C, T, h, w) of uint8 videos (B, frames, H, W, 3)."""
+        """(B, C, T, h, w) float32 of uint8 videos (B, frames, H, W, 3); raises `InputError` if they overflow."""
         pixels = torch.from_numpy(videos).to(self.device).permute(0, 4, 1, 2, 3)
-        return encode(self.vae, pixels.float() / 127.5 - 1)
+        latents = encode(self.vae, pixels.float() / 127.5 - 1)
+        if not latents.isfinite().all():
+            raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
+        return latents
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> list[Tensor]:

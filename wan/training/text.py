@@ -22,6 +22,7 @@ from wan.checkpoint import TEXT_LENGTH
 from wan.config import read_settings
 from wan.files import remove, whole
 from wan.training.attributes import ATTRIBUTES
+from wan.training.config import DTYPES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
 from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
@@ -34,7 +35,6 @@ log = logging.getLogger("wan")
 
 SETTINGS_FILE, STATE_FILE = "settings.yaml", "state.pt"
 TOKENIZER, TEXT_ENCODER = "tokenizer", "text_encoder"
-DTYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("bfloat16", "float32")
 BETAS = (0.9, 0.98)
 # How much faster the biases of attention by distance learn.
