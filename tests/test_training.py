@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -112,12 +114,15 @@ def test_a_killed_run_goes_on_exactly(pretrained, step, tmp_path):
 
 def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(pretrained, random_nano, prepared, tmp_path, monkeypatch):
     content, rows = pretrained
-    content = content | {"out": str(tmp_path / "run"), "every": {"checkpoint": 100, "validation": 3}}
+    content = content | {"out": str(tmp_path / "run"), "every": {"checkpoint": 100, "validation": 3}, "workers": 1}
     write = Metrics.write
 
     def write_and_ask(metrics: Metrics, row: dict) -> None:
         write(metrics, row)
         if row["step"] == 1:
+            # As torchrun and Slurm do, to all processes.
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="after step 2;"):

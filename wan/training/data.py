@@ -20,6 +20,7 @@ from wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
 from wan.training.prepare import DROPPED_FILE, Clip, list_clips
+from wan.training.stopping import leave_signal_to_parent
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
@@ -158,7 +159,15 @@ class Batches(Dataset):
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
         numbers = range(first_step * self.parts, last_step * self.parts)
         has_gpu = torch.cuda.is_available()
-        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=has_gpu))
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=has_gpu,
+            worker_init_fn=leave_signal_to_parent,
+        )
+        return iter(loader)
 
     def _choose_buckets(self, steps: int) -> None:
         if len(self.chosen) < steps:

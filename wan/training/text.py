@@ -28,7 +28,7 @@ from wan.training.reader import EncoderSettings, Reader
 from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
 from wan.training.sentences import Batch, Sentences, encoded, held_out, read_sentences
 from wan.training.shapes import Shapes
-from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.stopping import Diverged, Stopped, StopSignal, leave_signal_to_parent
 from wan.training.tokenizer import train_tokenizer
 
 log = logging.getLogger("wan")
@@ -177,6 +177,7 @@ class TextTrainer:
             sampler=range(self.step, self.settings.steps),
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=leave_signal_to_parent,
         )
 
     def _step(self, batch: Batch) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wan.training.shapes import Shapes
+from wan.training.stopping import leave_signal_to_parent
 from wan.training.vae_settings import CutSettings, VaeSettings
 
 # Apart from those that train: seeds of videos for validation and for statistics.
@@ -98,4 +99,12 @@ def _channels_second(videos: Tensor) -> Tensor:
 
 def _load(dataset: Dataset, numbers: Iterable[int], workers: int) -> Iterator:
     has_gpu = torch.cuda.is_available()
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=has_gpu))
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=has_gpu,
+        worker_init_fn=leave_signal_to_parent,
+    )
+    return iter(loader)
