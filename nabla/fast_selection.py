@@ -1,4 +1,4 @@
-"""Kept blocks as lists on a GPU: the rule of `nabla.selection` without sorting, in one pass over the block map.
+"""Blocks chosen on a GPU: the rule of `nabla.selection` without sorting, in one pass over the block map.
 
 Each program of the kernel holds one row of the map in registers. The least kept weight is found by bisecting on the
 bits of non-negative floats, whose order is that of their values, so that the search is exact.
@@ -11,14 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nabla.block_lists import BlockLists, to_lists
+from nabla.block_lists import BlockLists
+from nabla.fast_lists import ENTRIES_A_WARP, MAX_BLOCKS, empty_lists, lists_of_blocks, parts_of
 from nabla.fast_map import block_scores
 from nabla.gpu import can_run, tl, triton
 from nabla.selection import MAP_ENTRIES, Selection
 
-# The row of a map has to fit into the registers of a program.
-MAX_BLOCKS = 8192
-ENTRIES_A_WARP = 512
 # Keeps eight rows at once on a multiprocessor, without spilling.
 REGISTERS = 64
 
@@ -38,14 +36,7 @@ def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False
     full = selection.layout.full if split else None
     if not applies(q, selection):
         return lists_of_blocks(selection.blocks(q, k), full)
-    return _parts(_select_lists(q, k, full, selection.cut, selection.count, selection.window))
-
-
-def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLists]:
-    """Lists of the True entries of (B, heads, N, N) bool; of full key tiles and the others where `full` is given."""
-    if can_run(blocks) and blocks.shape[-1] <= MAX_BLOCKS:
-        return _parts(_lists_of_blocks(blocks, full))
-    return [to_lists(blocks)] if full is None else [to_lists(blocks & full), to_lists(blocks & ~full)]
+    return parts_of(_select_lists(q, k, full, selection.cut, selection.count, selection.window))
 
 
 @torch.library.custom_op("nabla::select_lists", mutates_args=())
@@ -58,7 +49,7 @@ def _select_lists(
     window: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Counts (1 or 2, B, heads, N) and indices (1 or 2, B, heads, N, N), int32, of full tiles and of partial ones."""
-    counts, indices = _empty_lists(q, full)
+    counts, indices = empty_lists(q, full)
     batch, heads, blocks, _ = q.shape
     group = max(1, MAP_ENTRIES // (batch * blocks**2))
     with torch.cuda.device(q.device):
@@ -71,33 +62,7 @@ def _select_lists(
 
 @_select_lists.register_fake
 def _(q, k, full, cut, count, window):
-    return _empty_lists(q, full)
-
-
-@torch.library.custom_op("nabla::lists_of_blocks", mutates_args=())
-def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    counts, indices = _empty_lists(kept, full)
-    batch, heads, blocks, _ = kept.shape
-    width = triton.next_power_of_2(blocks)
-    with torch.cuda.device(kept.device):
-        _list_row[(blocks, heads, batch)](
-            kept,
-            full,
-            counts,
-            indices,
-            *kept.stride()[:3],
-            *counts.stride()[:2],
-            *indices.stride()[:2],
-            blocks,
-            WIDTH=width,
-            num_warps=max(1, width // ENTRIES_A_WARP),
-        )
-    return counts, indices
-
-
-@_lists_of_blocks.register_fake
-def _(kept, full):
-    return _empty_lists(kept, full)
+    return empty_lists(q, full)
 
 
 def lists_of_map(
@@ -133,17 +98,9 @@ def lists_of_map(
     )
 
 
-def _parts(lists: tuple[Tensor, Tensor]) -> list[BlockLists]:
-    """Counts and indices of one or two parts, stacked, to the lists of each."""
-    return [BlockLists(*pair) for pair in zip(*(x.unbind() for x in lists))]
-
-
-def _empty_lists(like: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = 1 if full is None else 2, *like.shape[:3]
-    return like.new_empty(shape, dtype=torch.int32), like.new_empty((*shape, shape[-1]), dtype=torch.int32)
-
-
 if triton is not None:
+    from nabla.fast_lists import append, close, lists_at
+
     GREATEST = tl.constexpr(1065353216)  # the bits of 1.0, a row's greatest weight
     OUTSIDE = tl.constexpr(2147483647)
 
@@ -247,72 +204,13 @@ if triton is not None:
             window += query * blocks
             kept = kept | (tl.load(window + column, mask=column < blocks, other=0) != 0)
             tail_kept = tail_kept | (tl.load(window + tail_column, mask=tail_column < blocks, other=0) != 0)
-        counts, indices = _lists_at(counts, indices, counts_batch, indices_batch, blocks)
-        stored = _append(kept, column, 0, blocks, full, indices, indices_part)
-        stored = _append(tail_kept, tail_column, stored, blocks, full, indices, indices_part)
-        _close(stored, full, counts, indices, counts_part, indices_part)
+        counts, indices = lists_at(counts, indices, counts_batch, indices_batch, blocks)
+        stored = append(kept, column, 0, blocks, full, indices, indices_part)
+        stored = append(tail_kept, tail_column, stored, blocks, full, indices, indices_part)
+        close(stored, full, counts, indices, counts_part, indices_part)
 
     @triton.jit
     def _is_kept(tied, rank, ties, low, missing, BY_COUNT: tl.constexpr):
         """Which of the entries that tie at the least kept weight are kept, by their rank among them."""
         last = (low == GREATEST) & (rank == ties)
         return (tied == 0) | last | (rank * _measure(low, BY_COUNT) >= missing)
-
-    @triton.jit
-    def _list_row(
-        blocks_kept,
-        full,
-        counts,
-        indices,
-        kept_batch,
-        kept_head,
-        kept_row,
-        counts_part,
-        counts_batch,
-        indices_part,
-        indices_batch,
-        blocks,
-        WIDTH: tl.constexpr,
-    ):
-        query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        column = tl.arange(0, WIDTH)
-        start = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head + query * kept_row
-        kept = tl.load(blocks_kept + start + column, mask=column < blocks, other=0) != 0
-        counts, indices = _lists_at(counts, indices, counts_batch, indices_batch, blocks)
-        stored = _append(kept, column, 0, blocks, full, indices, indices_part)
-        _close(stored, full, counts, indices, counts_part, indices_part)
-
-    @triton.jit
-    def _lists_at(counts, indices, counts_batch, indices_batch, blocks):
-        """Where the lists of the row are that this program does, of a grid of (blocks, heads, batch)."""
-        row = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0)
-        batch = tl.program_id(2).to(tl.int64)
-        return counts + batch * counts_batch + row, indices + batch * indices_batch + row * blocks
-
-    @triton.jit
-    def _append(kept, column, stored, blocks, full, indices, indices_part):
-        """Store the blocks kept of some columns behind those stored, and return how many are stored then.
-
-        One number counts the blocks of both lists, shorter than 2**16: whole tiles, and 65,536 for a partial one.
-        """
-        if full is None:
-            one = kept.to(tl.int32)
-            rank = stored + tl.cumsum(one, axis=0)
-            tl.store(indices + rank - 1, column, mask=kept)
-        else:
-            whole = tl.load(full + column, mask=column < blocks, other=0) != 0
-            one = tl.where(kept, tl.where(whole, 1, 65536), 0)
-            rank = stored + tl.cumsum(one, axis=0)
-            tl.store(indices + (rank & 65535) - 1, column, mask=kept & whole)
-            tl.store(indices + indices_part + (rank >> 16) - 1, column, mask=kept & (whole == 0))
-        return stored + tl.sum(one, axis=0)
-
-    @triton.jit
-    def _close(stored, full, counts, indices, counts_part, indices_part):
-        """Store the lengths of a row's lists."""
-        # Kernels may look at a list's first entry before they look at its length.
-        tl.store(counts, stored & 65535)
-        tl.store(indices, 0, mask=(stored & 65535) == 0)
-        if full is not None:
-            tl.store(counts + counts_part, stored >> 16)
-            tl.store(indices + indices_part, 0, mask=(stored >> 16) == 0)

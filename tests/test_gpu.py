@@ -18,7 +18,8 @@ from nabla import NablaConfig, backends
 from nabla.backends import cudnn, flex_options, reference
 from nabla.block_lists import BlockLists, from_lists, to_lists
 from nabla.fast_gather import tiles_and_means
-from nabla.fast_selection import choose_lists, lists_of_blocks, lists_of_map
+from nabla.fast_lists import lists_of_blocks
+from nabla.fast_selection import choose_lists, lists_of_map
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, keep_count, keep_mass
 from nabla.tiling import TileLayout

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nabla.block_lists import BlockLists
-from nabla.fast_selection import choose_lists, lists_of_blocks
+from nabla.fast_lists import lists_of_blocks
+from nabla.fast_selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 

@@ -17,7 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_ma
 from nabla.backends import flex_options
 from nabla.backends.flex_options import Options
 from nabla.block_lists import BlockLists, from_lists
-from nabla.fast_selection import choose_lists, lists_of_blocks
+from nabla.fast_lists import lists_of_blocks
+from nabla.fast_selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
