@@ -21,7 +21,8 @@ from wan.training.drawing import render
 from wan.training.measure import background_colour, measured, score
 from wan.training.scenes import KINDS, MOTIONS, Background, Scene, Shape, is_held_out, sample_scene
 from wan.training.shapes import Shapes
-from wan.training.wording import COLOUR_WORDS, NOUNS
+from wan.training.variants import variant
+from wan.training.words import COLOUR_WORDS, NOUNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WHITE = Background("white", "plain", 0.0, 0, frozenset(("colour", "texture")))
@@ -130,14 +131,16 @@ def test_captions_are_varied_within_a_small_vocabulary():
     assert caption(one, np.random.default_rng(7)) == caption(one, np.random.default_rng(7))
 
 
-def test_captions_say_what_they_claim_to_say_and_nothing_else():
+@pytest.mark.parametrize("as_told", [lambda scene, _: scene, variant], ids=["drawn", "variants"])
+def test_captions_say_what_they_claim_to_say_and_nothing_else(as_told):
     spellings = {word: colour for colour in COLOURS for word in COLOUR_WORDS.get(colour, (colour,))}
     for i, scene in enumerate(scenes(400)):
+        scene = as_told(scene, np.random.default_rng((i, 1)))
         text = caption(scene, np.random.default_rng(i)).lower()
         words, named = re.findall(r"[a-z-]+", text), said(scene)
         colours = {spellings[word] for word in words if word in spellings}
         assert colours == {value for name, value in named.items() if name.endswith("colour")}, text
-        kinds = {kind for kind, nouns in NOUNS.items() if re.search(rf"\b({'|'.join(nouns)})\b(?! the)", text)}
+        kinds = {kind for kind, nouns in NOUNS.items() if re.search(rf"\b({'|'.join(nouns)})(es|s)?\b(?! the)", text)}
         kinds |= {"circle"} if "dot" in words else set()
         told = {value for name, value in named.items() if name.endswith("kind")}
         assert kinds == told, text
@@ -153,6 +156,43 @@ def test_captions_say_what_they_claim_to_say_and_nothing_else():
             "shrinks" in named.values()
         ), text
         assert ("behind" in words or "in front of" in text) or "relation" not in named, text
+
+
+def test_captions_take_the_forms_of_everyday_english():
+    drawn = [variant(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes(4000))]
+    texts = [caption(scene, np.random.default_rng(i)).lower() for i, scene in enumerate(drawn)]
+    for form in (
+        r"\b(while|as|when) an? [^,]*, (an?|the|one) ",
+        r"\bboth an? ",
+        r"\bboth (of them )?[a-z]+",
+        r"\b(two|2) [a-z ]+s[,:] .* one and .* one\b",
+        r"\bto (the )?(left|right) [a-z]+s an? ",
+        r"\bthe colou?r of the back\w+ (is|should be) [a-z]+",
+        r"(background|backdrop|screen|canvas|surface) (that|which) is ",
+        r"\b(enters|comes in) .* and (exits|leaves|goes out) ",
+        r", (going|passing) (in front of|behind) ",
+        r"\b(two|2) (shapes|objects|things|figures): ",
+        r"\bone is .*, (and )?the other (one )?is ",
+        r"\bthe \w+ is \w+ and the \w+ is \w+",
+        r"\bthe \w+ [a-z]+s [^.]* the \w+ (to|from|up|down|left|right)\b",
+        r"\bcolour",
+        r"\bcolor",
+        r"\bcentre\b",
+        r"\bgrey\b",
+    ):
+        assert any(re.search(form, text) for text in texts), form
+    assert not any(re.search(r",[,.;:]| ,|&|\ba one\b", text) for text in texts)
+
+
+def test_variants_show_shapes_alike_and_say_less():
+    told = [variant(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes(1500))]
+    texts = [caption(scene, np.random.default_rng(i)).lower() for i, scene in enumerate(told)]
+    short = [text for text in texts if re.fullmatch(r"(an? )?[a-z]+ [a-z]+\.?", text)]
+    pairs = [text for text in texts if re.search(r"\b(two|pair of|2) (red|blue|green|white|black|\w+) \w+s\b", text)]
+    assert len(short) > 5 and len(pairs) > 5
+    for scene in told:
+        assert len(scene.shapes) == int(said(scene)["shapes"])
+        assert all(one.said & {"kind", "colour"} for one in scene.shapes)
 
 
 @pytest.mark.parametrize("motion", ["left", "right"])

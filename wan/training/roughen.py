@@ -46,8 +46,9 @@ def roughened(sentence: str, rng: np.random.Generator) -> str:
         for _ in range(rng.integers(1, 4)):
             extra = one_of(rng, EXTRAS) if chance(rng, 0.6) else made_up(rng)
             words.insert(int(rng.integers(len(words) + 1)), extra)
-    if chance(rng, 0.3):
-        words = [misspelt(word, rng) if chance(rng, 0.15) else word for word in words]
+    if chance(rng, 0.4):
+        share = one_of(rng, (0.15, 0.15, 0.5))
+        words = [misspelt(word, rng) if chance(rng, share) else word for word in words]
     if chance(rng, 0.12):
         words.insert(0, one_of(rng, OPENERS))
     text = " ".join(words)
@@ -73,9 +74,11 @@ def misspelt(word: str, rng: np.random.Generator) -> str:
         return word
     at = int(rng.integers(1, len(word) - 1))
     head, here, after, tail = word[:at], word[at], word[at + 1], word[at + 2 :]
-    slips = [head + after + here + tail, head + after + tail, head + here + here + after + tail]
+    slips = [head + after + here + tail] * 2 + [head + after + tail, head + here + tail]
+    slips.append(head + here + here + after + tail)
     if len(word) > SHORTEST_MISSPELT:
         slips.append(head + one_of(rng, string.ascii_lowercase) + after + tail)
+        slips.append(head + here + one_of(rng, "aeiou") + after + tail)
     return one_of(rng, slips)
 
 

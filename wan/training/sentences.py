@@ -16,9 +16,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from nabla import InputError
 from wan.text import clean_prompt
 from wan.training.attributes import ATTRIBUTES, attributes, numbers
+from wan.training.captions import caption
 from wan.training.roughen import roughened, unrelated
 from wan.training.scenes import chance
 from wan.training.shapes import Shapes
+from wan.training.variants import variant
 
 # More than any run takes.
 ENDLESS = 2**62
@@ -53,7 +55,8 @@ class Sentences(Dataset):
         rng = np.random.default_rng((self.seed, index))
         if chance(rng, UNRELATED_SHARE):
             return unrelated(rng), torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
-        scene, text = self.shapes.described(index)
+        scene = variant(self.shapes.described(index)[0], rng)
+        text = caption(scene, rng)
         return roughened(text, rng) if chance(rng, ROUGH_SHARE) else text, attributes(scene)
 
 
