@@ -41,8 +41,8 @@ MODES = {
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         videos = [VideoSettings(size, frames) for size, frames in itertools.product(args.size, args.frame_num)]
@@ -62,7 +62,7 @@ def main() -> int:
     return 0
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if on_gpu else "float32")
     add("--repeats", type=int, default=7, help="timed runs, of which the median is shown")
     add("--quick", action="store_true", help="two repeats and the first share only")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.repeats, args.keep = 2, args.keep[:1]
     return args

@@ -28,13 +28,13 @@ def many_compiles():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Sums in one order, and no waiting for the threads of tiny problems."""
-    before = torch.get_num_threads()
+    """Sums in one order, and no threads that wait for each other over tiny problems; in programs of tests too."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import wan
+from scripts import benchmark
 from wan.random_checkpoint import random_transformer
 
-SCRIPT = Path(wan.__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPT = Path(benchmark.__file__)
 
 
 @pytest.mark.parametrize(
@@ -27,9 +29,10 @@ SCRIPT = Path(wan.__file__).parents[1] / "scripts" / "benchmark.py"
     ),
 )
 def test_modes(mode, first):
-    command = [sys.executable, str(SCRIPT), mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
-    command += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    flags = [mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
+    flags += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
+    # In a process of its own: compiles are counted, and kernels that were tried would be chosen in other tests.
+    run = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *table, record = run.stdout.splitlines()
     record = json.loads(record)
@@ -46,22 +49,23 @@ def test_modes(mode, first):
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
 
 
-def test_several_processes_against_one():
+def test_several_processes_against_one(capsys):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = "parallel --quick --size 64*48 --frame_num 5 --device cpu --layers 1 --steps 2".split()
-    run = subprocess.run([*torchrun, str(SCRIPT), *flags], capture_output=True, text=True)
+    # A dozen compiles for each process: that compiled blocks of several processes are right is tested with the layouts.
+    env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    run = subprocess.run([*torchrun, str(SCRIPT), *flags], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout.splitlines()[-1])["rows"]
     found = {row["what"].removeprefix("64x48x5: "): row for row in rows}
     assert found["2 guided steps, keep-0.1, one GPU and ulysses"]["psnr"] > 100
     assert all(found[f"forward, uneven heads, dealt {how}"]["speedup"] > 0 for how in ("in turn", "by what they kept"))
-    alone = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
-    assert alone.returncode == 2 and "start it with torchrun" in alone.stderr
+    assert benchmark.main(flags) == 2 and "start it with torchrun" in capsys.readouterr().err
 
 
-def test_float8_needs_a_gpu():
-    run = subprocess.run([sys.executable, str(SCRIPT), "forward", "--fp8", "--device", "cpu"], capture_output=True)
-    assert run.returncode == 2 and b"error: fp8 works in bfloat16 only" in run.stderr
+def test_float8_needs_a_gpu(capsys):
+    flags = ["forward", "--fp8", "--device", "cpu", "--dtype", "float32"]
+    assert benchmark.main(flags) == 2 and "error: fp8 works in bfloat16 only" in capsys.readouterr().err
 
 
 def test_bad_sizes_are_one_line():

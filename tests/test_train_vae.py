@@ -33,15 +33,6 @@ CPU = torch.device("cpu")
 EXACT = ("step", "loss", "kl", "lr", "grad_norm", "psnr")
 
 
-@pytest.fixture(autouse=True)
-def same_rounding():
-    """Sums over threads may be divided in other ways from call to call."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def content(out: Path, **changes: Any) -> dict[str, Any]:
     """A run of six small steps, as the content of a YAML file."""
     base = {
@@ -73,7 +64,6 @@ def exact_rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "run"
-    torch.set_num_threads(1)
     assert train(content(folder))
     return folder
 

@@ -39,9 +39,6 @@ SAMPLES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def pretrained(random_nano, prepared, tmp_path_factory) -> tuple[dict, list[dict]]:
     """Settings and metrics of a run from a new transformer, not interrupted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -25,9 +24,6 @@ PROGRAM = Path(__file__).parent / "programs" / "train_runs.py"
 def write_config(content: dict, path: Path) -> Path:
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +65,7 @@ def test_a_run_killed_outright_goes_on_exactly(alone, tmp_path):
     content, rows = alone
     content = content | {"out": str(tmp_path / "run")}
     command = [sys.executable, SCRIPT, "--config", write_config(content, tmp_path / "config.yaml")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "latest").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

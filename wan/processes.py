@@ -155,7 +155,7 @@ class Processes:
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             # What is sent starts as soon as a multiprocessor is free, not after all of a kernel that is under way.
-            options.is_high_priority_stream = True
+            options.is_high_priority_stream, options._timeout = True, TIMEOUT
         own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=TIMEOUT, pg_options=options)
         return DeviceMesh.from_group(own, self.device.type)
 

@@ -1,6 +1,8 @@
-"""Under torchrun: sparse attention under diffusers' own context parallelism; prints the error against one process."""
+"""Sparse attention under diffusers' own context parallelism, against one process."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from diffusers import ContextParallelConfig, WanTransformer3DModel
@@ -12,25 +14,24 @@ from nabla import NablaConfig
 from wan.processes import Processes
 
 
-def main() -> None:
-    with Processes.together("cpu") as processes, torch.no_grad():
-        for applied_first in (True, False):
-            torch.manual_seed(0)
-            transformer = WanTransformer3DModel(
-                num_attention_heads=4, attention_head_dim=24, text_dim=16, ffn_dim=64, num_layers=2
-            ).eval()
-            inputs = torch.randn(1, 16, 4, 32, 32), torch.tensor([500]), torch.randn(1, 5, 16)
-            config = NablaConfig(threshold=0.4)
+@torch.no_grad()
+def errors(processes: Processes) -> Iterator[float]:
+    """The greatest error of an output, with sparse attention applied before parallelism and after it."""
+    for applied_first in (True, False):
+        torch.manual_seed(0)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=4, attention_head_dim=24, text_dim=16, ffn_dim=64, num_layers=2
+        ).eval()
+        inputs = torch.randn(1, 16, 4, 32, 32), torch.tensor([500]), torch.randn(1, 5, 16)
+        config = NablaConfig(threshold=0.4)
+        wan.apply_attention(transformer, config)
+        exact = transformer(*inputs, return_dict=False)[0]
+        if not applied_first:
+            wan.remove_attention(transformer)
+        enable(transformer, processes)
+        if not applied_first:
             wan.apply_attention(transformer, config)
-            exact = transformer(*inputs, return_dict=False)[0]
-            if not applied_first:
-                wan.remove_attention(transformer)
-            enable(transformer, processes)
-            if not applied_first:
-                wan.apply_attention(transformer, config)
-            error = (transformer(*inputs, return_dict=False)[0] - exact).abs().max().item()
-            if processes.rank == 0:
-                print(error, flush=True)
+        yield (transformer(*inputs, return_dict=False)[0] - exact).abs().max().item()
 
 
 def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:
@@ -42,7 +43,3 @@ def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:
     for block in transformer.blocks:
         block.attn1.processor._parallel_config = parallel
     apply_context_parallel(transformer, config, transformer._cp_plan)
-
-
-if __name__ == "__main__":
-    main()

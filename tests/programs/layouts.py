@@ -1,7 +1,12 @@
-"""Under torchrun: the latents of every layout against one process's, a JSON line a case."""
+"""Under torchrun: the latents of checkpoints in every layout against one process's, a JSON line a case.
+
+With two processes on a CPU also those of compiled blocks, and outputs under diffusers' own context parallelism: in the
+same run, since each start takes long.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -10,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from diffusers_parallel import errors
 
 from nabla import NablaConfig
-from wan import WanT2V
+from wan import Checkpoint, WanT2V
 from wan.processes import Layout, Processes
 
 SIZES = {"full tiles": (3, 16, 16), "partial tiles": (2, 18, 22)}
@@ -27,32 +33,62 @@ CONFIGS = {
 LAYOUTS = {2: (Layout(cfg=2), Layout(ulysses=2)), 4: (Layout(cfg=2, ulysses=2),)}
 
 
-def main(checkpoint: Path, heads: int, device: str) -> None:
+def main(device: str, checkpoints: list[Path]) -> None:
     with Processes.together(device) as processes:
-        for layout, sharded, attention, size in cases(processes.count, heads, compiles=device == "cuda"):
-            processes.lay_out(layout)
-            shards = {"dit_fsdp": sharded, "t5_fsdp": sharded}
-            common = checkpoint, CONFIGS[attention], processes.device
-            alone = WanT2V.from_pretrained(*common)
-            shared = WanT2V.from_pretrained(*common, processes=processes, **shards)
-            exact, latents = (sample(pipe, SIZES[size]) for pipe in (alone, shared))
-            result = {
-                "case": [asdict(layout), sharded, attention, size],
-                "error": ((latents - exact).abs().max() / exact.abs().max()).item(),
-                "held": own_bytes(shared.transformer) / own_bytes(alone.transformer),
-            }
-            if processes.rank == 0:
-                print(json.dumps(result), flush=True)
+        for checkpoint in checkpoints:
+            heads = Checkpoint.open(checkpoint).heads
+            for case in cases(processes.count, heads, compiles=device == "cuda"):
+                say(
+                    processes,
+                    heads=heads,
+                    layout=asdict(case[0]),
+                    sharded=case[1],
+                    case=case[2:],
+                    **compare(processes, checkpoint, *case),
+                )
+        if processes.count == 2 and device == "cpu":
+            case = Layout(ulysses=2), False, "nabla", "partial tiles"
+            say(processes, what="compiled", **compare(processes, checkpoints[0], *case, compiles=True))
+            for error in errors(processes):
+                say(processes, what="diffusers", error=error)
+
+
+def compare(
+    processes: Processes,
+    checkpoint: Path,
+    layout: Layout,
+    sharded: bool,
+    attention: str,
+    size: str,
+    compiles: bool | None = None,
+) -> dict[str, float]:
+    """On the first process, the error of latents, and the share of the transformer's parameters that it holds."""
+    processes.lay_out(layout)
+    form = {"dit_fsdp": sharded, "t5_fsdp": sharded, "compile": compiles}
+    pipe = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], processes.device, processes=processes, **form)
+    latents = sample(pipe, SIZES[size])
+    if processes.rank > 0:
+        return {}
+    exact, whole = alone(checkpoint, attention, size, processes.device)
+    error = (latents - exact).abs().max() / exact.abs().max()
+    return {"error": error.item(), "held": own_bytes(pipe.transformer) / whole}
 
 
 def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[Layout, bool, str, str]]:
     """All, but few of them with sharded weights, with heads that do not divide, or where each takes a compile."""
     for layout, sharded in itertools.product(LAYOUTS[count], (False, True)):
-        few = compiles or sharded or heads % layout.ulysses > 0
+        few = compiles or sharded or heads % 2 > 0
         for attention in ["nabla"] if compiles else list(CONFIGS)[: 2 if few else None]:
             if layout.cfg == 1 or CONFIGS[attention].mask_refresh == 1:
                 for size in list(SIZES)[1 if few else 0 :]:
                     yield layout, sharded, attention, size
+
+
+@functools.cache
+def alone(checkpoint: Path, attention: str, size: str, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The latents of one process, and what its parameters take."""
+    pipe = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], device)
+    return sample(pipe, SIZES[size]), own_bytes(pipe.transformer)
 
 
 def own_bytes(model: torch.nn.Module) -> int:
@@ -69,5 +105,10 @@ def sample(pipe: WanT2V, size: tuple[int, int, int]) -> torch.Tensor:
     return pipe.sample(*texts, noise=noise, steps=3)
 
 
+def say(processes: Processes, **result: object) -> None:
+    if processes.rank == 0:
+        print(json.dumps(result), flush=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], [Path(name) for name in sys.argv[2:]])
