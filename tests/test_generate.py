@@ -199,6 +199,18 @@ def test_a_file_that_is_not_a_record_is_not_overwritten(run, tmp_path):
     assert (code, files) == (2, ["out.json"]) and "out.json exists and is not the record of a video" in said
 
 
+def test_without_ffmpeg_nothing_is_begun(run, monkeypatch):
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    code, said, files = run()
+    assert (code, files) == (
+        2,
+        [],
+    ) and said == "error: videos need ffmpeg, and there is none; pip install imageio-ffmpeg\n"
+
+
 def test_a_prompt_that_is_not_unicode(run):
     code, said, files = run(prompt="a \udcff cat")
     assert (code, files) == (2, []) and "prompt is not valid Unicode" in said

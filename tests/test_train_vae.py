@@ -176,6 +176,12 @@ def test_the_result_loads_in_diffusers_and_here(whole_run):
     assert (whole_run / "reconstructions.png").stat().st_size > 1000
 
 
+def test_a_run_may_start_from_the_weights_of_another(whole_run, tmp_path):
+    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run", start=str(whole_run / "vae"))), CPU)
+    written = AutoencoderKLWan.from_pretrained(whole_run / "vae").state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in trainer.vae.state_dict().items())
+
+
 def test_statistics_normalise_latents(whole_run):
     settings = VaeSettings.from_dict(read_settings(whole_run / "settings.yaml"))
     vae = AutoencoderKLWan.from_pretrained(whole_run / "vae")
@@ -206,6 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"vae": {"base_dim": 4, "patch_size": 2}}, "strides"),
         ({"precision": "float8"}, "float8"),
         ({"checkpoint": "x"}, "unknown key"),
+        ({"start": "nowhere"}, "start nowhere is not the folder of a VAE"),
     ),
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, message, capsys):

@@ -158,7 +158,8 @@ def test_gradients_do_not_depend_on_accumulation(random_nano, prepared, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(random_nano, prepared, tmp_path, capsys):
-    content = settings_dict(random_nano, prepared, tmp_path / "run", optimizer={"lr": 1e30, "warmup": 1}, samples=None)
+    changes = {"optimizer": {"lr": 1e30, "warmup": 1}, "samples": None, "workers": 1}
+    content = settings_dict(random_nano, prepared, tmp_path / "run", **changes)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     assert train_script.main(["--config", str(path)]) == 1
@@ -167,8 +168,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(random_nano, pre
     assert re.search(r"error: step \d: the loss is not finite: " + where, said), said
     kept = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert [folder.name for folder in kept] == ["step-00000002"]
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged) as failed:
         train(content)
+    # Though the traceback holds on to the run, or a process would wait for them at its end.
+    assert failed.tb is not None and not multiprocessing.active_children()
 
 
 def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepared, tmp_path):

@@ -19,7 +19,7 @@ from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
 from wan.making import Options, Video, make_all
 from wan.processes import Processes, choose_layout, pick_device, started_by_torchrun
-from wan.video import check_writable, make_folder
+from wan.video import check_encoder, check_writable, make_folder
 from wan.weights import CheckpointError
 
 log = logging.getLogger("wan")
@@ -166,6 +166,8 @@ def check_output(path: Path, settings: Settings | None = None) -> None:
     if path.suffix not in (".mp4", ".png") or (path.suffix == ".png" and many):
         kind = f".mp4 for {settings.video.frame_num} frames" if many else ".mp4, or in .png for one frame"
         raise InputError(f"save_file {path} must end in {kind}")
+    if path.suffix == ".mp4":
+        check_encoder()
     record = path.with_suffix(".json")
     check_writable(path)
     check_writable(record)

@@ -43,6 +43,16 @@ def check_writable(path: Path) -> None:
         raise _refusal(path, error) from None
 
 
+def check_encoder() -> None:
+    """Raise `InputError` unless there is an ffmpeg to write videos with, since to find out at the end costs the run."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise InputError("videos need ffmpeg, and there is none; pip install imageio-ffmpeg") from None
+
+
 def write_video(path: Path, video: np.ndarray, fps: int) -> None:
     """Write (frames, height, width, 3) uint8 as H.264 mp4."""
     with _whole(path) as partial:

@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nabla import InputError
 from wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
 from wan.training.prepare import DROPPED_FILE, Clip, list_clips
-from wan.training.stopping import leave_signal_to_parent
+from wan.training.reading import read
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
@@ -158,16 +158,7 @@ class Batches(Dataset):
     def load(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
         numbers = range(first_step * self.parts, last_step * self.parts)
-        has_gpu = torch.cuda.is_available()
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            pin_memory=has_gpu,
-            worker_init_fn=leave_signal_to_parent,
-        )
-        return iter(loader)
+        return read(self, numbers, workers)
 
     def _choose_buckets(self, steps: int) -> None:
         if len(self.chosen) < steps:

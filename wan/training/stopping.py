@@ -29,8 +29,3 @@ class StopSignal:
 
     def _ask(self, *_: object) -> None:
         self.asked = True
-
-
-def leave_signal_to_parent(_: int) -> None:
-    """For workers of a `DataLoader`: SIGTERM often goes to all processes of a run, whose last step needs their data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 import yaml
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
@@ -25,10 +25,11 @@ from wan.training.attributes import ATTRIBUTES
 from wan.training.config import DTYPES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
+from wan.training.reading import read
 from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
 from wan.training.sentences import Batch, Sentences, encoded, held_out, read_sentences
 from wan.training.shapes import Shapes
-from wan.training.stopping import Diverged, Stopped, StopSignal, leave_signal_to_parent
+from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.tokenizer import train_tokenizer
 
 log = logging.getLogger("wan")
@@ -149,8 +150,8 @@ class TextTrainer:
             raise InputError(f"minutes {minutes} is no length of time; give 0 or more")
         settings, end = self.settings, time.monotonic() + 60 * minutes
         metrics = Metrics(self.folder, self.step)
-        with self.signal:
-            for batch in self._batches():
+        with self.signal, contextlib.closing(self._batches()) as batches:
+            for batch in batches:
                 row = self._step(batch.to(self.device))
                 stops = self.signal.asked
                 ends = stops or self.step == settings.steps or time.monotonic() > end
@@ -168,17 +169,9 @@ class TextTrainer:
         self._export()
         return self.step == settings.steps
 
-    def _batches(self) -> DataLoader:
+    def _batches(self) -> Iterator[Batch]:
         data = Sentences(self.tokenizer, self.settings.seed, self.settings.batch_size)
-        workers = self.settings.workers
-        return DataLoader(
-            data,
-            batch_size=None,
-            sampler=range(self.step, self.settings.steps),
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=leave_signal_to_parent,
-        )
+        return read(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One step of the optimizer, and its row of metrics."""

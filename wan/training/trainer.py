@@ -37,6 +37,7 @@ from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.video import check_encoder
 
 log = logging.getLogger("wan")
 
@@ -111,6 +112,8 @@ class Trainer:
         samples = self.settings.samples
         if samples is None or not samples.prompts:
             return None
+        if samples.video.frame_num > 1:
+            check_encoder()
         encoder = Encoder(self.base, self.device)
         pad = self.clips.padded
         (negative,) = encoder.text([samples.sampling.negative_prompt])
@@ -129,7 +132,7 @@ class Trainer:
             provide_parts(self.base, self.folder / "parts")
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
-        with self.signal, many_compiles():
+        with self.signal, many_compiles(), contextlib.closing(batches):
             if state.step == 0 and self.validation is not None:
                 self._write({"step": 0} | self._validate())
             while state.step < settings.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -24,7 +25,7 @@ from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.vae_data import Batch, Batches, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
-from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips
+from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips, trained_vae
 from wan.training.vae_settings import CHANGEABLE, VaeSettings
 
 log = logging.getLogger("wan")
@@ -45,7 +46,12 @@ class VaeTrainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
-        self.vae = new_vae(settings.vae, settings.seed).to(device)
+        vae = (
+            new_vae(settings.vae, settings.seed)
+            if settings.start is None
+            else trained_vae(settings.start, settings.vae)
+        )
+        self.vae = vae.to(device)
         take_whole_clips(self.vae)
         self.weights = list(self.vae.parameters())
         self.optimizer, self.schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
@@ -71,8 +77,8 @@ class VaeTrainer:
             partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
         self.metrics = Metrics(self.folder, self.step)
         self.held_out = validation_videos(self.settings)
-        with self.signal:
-            self._train(ends)
+        with self.signal, contextlib.closing(Batches(self.settings).load(self.step)) as batches:
+            self._train(ends, batches)
         if self.signal.asked:
             raise Stopped(f"stopped after step {self.step}; start again in the same way to go on")
         if self.step < self.settings.steps:
@@ -81,10 +87,9 @@ class VaeTrainer:
         self._finish()
         return True
 
-    def _train(self, ends: float) -> None:
+    def _train(self, ends: float, batches: Iterator[Batch]) -> None:
         """Steps until the last, the end of the time or a signal, with states on the way and after."""
         settings = self.settings
-        batches = Batches(settings).load(self.step)
         first_step, saved = self.step, time.monotonic()
         while self.step < settings.steps and time.monotonic() < ends and not self.signal.asked:
             row = self._step(batches)

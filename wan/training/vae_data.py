@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from wan.training.reading import read
 from wan.training.shapes import Shapes
-from wan.training.stopping import leave_signal_to_parent
 from wan.training.vae_settings import CutSettings, VaeSettings
 
 # Apart from those that train: seeds of videos for validation and for statistics.
@@ -49,7 +49,7 @@ class Batches(Dataset):
 
     def load(self, first_step: int) -> Iterator[Batch]:
         """The batches from `first_step` on, in order."""
-        return _load(self, range(first_step, self.settings.steps), self.settings.workers)
+        return read(self, range(first_step, self.settings.steps), self.settings.workers)
 
 
 class Videos(Dataset):
@@ -69,7 +69,7 @@ def validation_videos(settings: VaeSettings) -> dict[str, list[Tensor]]:
     for size in own.sizes:
         shapes = Shapes(VALIDATION_SEED, own.clips, size, settings.video_frames, split="held_out")
         name = "*".join(map(str, size))
-        videos[name] = list(_load(Videos(shapes), range(own.clips), min(settings.workers, own.clips)))
+        videos[name] = list(read(Videos(shapes), range(own.clips), min(settings.workers, own.clips)))
     return videos
 
 
@@ -77,7 +77,7 @@ def statistics_videos(settings: VaeSettings) -> Iterator[Tensor]:
     """Training videos that steps do not see."""
     count = settings.statistics_clips
     shapes = Shapes(STATISTICS_SEED, count, settings.validation.sizes[0], settings.video_frames)
-    return _load(Videos(shapes), range(count), settings.workers)
+    return read(Videos(shapes), range(count), settings.workers)
 
 
 def as_input(videos: Tensor, device: torch.device) -> Tensor:
@@ -95,16 +95,3 @@ def _cut(video: Tensor, cut: CutSettings, rng: np.random.Generator) -> Tensor:
 def _channels_second(videos: Tensor) -> Tensor:
     """(B, frames, height, width, 3) -> (B, 3, frames, height, width), a view in the order of channels_last_3d."""
     return videos.movedim(-1, 1)
-
-
-def _load(dataset: Dataset, numbers: Iterable[int], workers: int) -> Iterator:
-    has_gpu = torch.cuda.is_available()
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=has_gpu,
-        worker_init_fn=leave_signal_to_parent,
-    )
-    return iter(loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from wan.training.vae_settings import LossSettings
 # At first: of the logarithm of the latents' variance, since nothing is learned through noise as strong as the latents;
 # and the gain of residual branches.
 FIRST_LOG_VARIANCE, FIRST_GAIN = -6.0, 0.1
+STATISTICS = ("latents_mean", "latents_std")
 
 
 def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
@@ -54,6 +56,18 @@ def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
             if isinstance(module, WanResidualBlock):
                 module.conv2.weight.mul_(FIRST_GAIN)
         vae.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
+    return vae
+
+
+def trained_vae(folder: str, sizes: Mapping[str, Any]) -> AutoencoderKLWan:
+    """A VAE from a folder in diffusers' layout, in float32. Raises `InputError` if it is not one, or of other sizes."""
+    if not (Path(folder).expanduser() / "config.json").is_file():
+        raise InputError(f"start {folder} is not the folder of a VAE; it would hold a config.json")
+    vae = AutoencoderKLWan.from_pretrained(Path(folder).expanduser(), torch_dtype=torch.float32)
+    for name, value in sizes.items():
+        # Statistics are those of the weights, and found anew at the end.
+        if name not in STATISTICS and vae.config.get(name) != value:
+            raise InputError(f"start {folder}: its {name} is {vae.config.get(name)!r}, but {value!r} is asked for")
     return vae
 
 

@@ -80,6 +80,7 @@ class VaeSettings:
     out: folder of the run
     cuts: the batches that steps are made of
     vae: sizes of the model, keys of diffusers' `AutoencoderKLWan`
+    start: folder of a VAE of these sizes to go on from, such as the result of another run; None is a new one
     video_frames: of the videos that clips are cut from and that validation sees whole
     statistics_clips: how many training videos of the first validation size give the latents' mean and deviation
     dtype: of the weights that are written at the end
@@ -91,6 +92,7 @@ class VaeSettings:
     steps: int
     cuts: tuple[CutSettings, ...]
     vae: dict[str, Any] = field(default_factory=lambda: {"base_dim": 16})
+    start: str | None = None
     video_frames: int = 33
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -105,7 +107,7 @@ class VaeSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        check_texts(self, "out")
+        check_texts(self, "out", *(["start"] if self.start is not None else []))
         check_counts(self, "steps", "video_frames", "statistics_clips", "log_steps")
         check_counts(self, "seed", "workers", least=0)
         check_numbers(self, "ema", above=0, most=1)

@@ -1,0 +1,32 @@
+"""Items of datasets, read by worker processes that end with the run and not before."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def read(dataset: Dataset, numbers: Sequence[int], workers: int, context: str | None = None) -> Iterator[Any]:
+    """The items of these numbers, in order, in pinned memory if there is a GPU. To be closed if it is left before.
+
+    context: how workers start, see `multiprocessing.get_context`
+    """
+    # By `yield from`, so that closing ends the workers at once: at exit Python would wait for them.
+    yield from DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=context if workers else None,
+        worker_init_fn=_leave_signal_to_parent,
+    )
+
+
+def _leave_signal_to_parent(_: int) -> None:
+    """SIGTERM often goes to all processes of a run, whose last step still needs its data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
