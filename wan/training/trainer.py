@@ -105,7 +105,7 @@ class Trainer:
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
         optimizer, schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
-        ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema)
+        ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.state = State(self.transformer, optimizer, schedule, ema)
 
     def _make_sampler(self) -> Sampler | None:
