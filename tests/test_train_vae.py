@@ -182,6 +182,16 @@ def test_a_run_may_start_from_the_weights_of_another(whole_run, tmp_path):
     assert all(torch.equal(tensor, written[name]) for name, tensor in trainer.vae.state_dict().items())
 
 
+def test_a_decoder_alone_learns_for_the_latents_that_there_are(whole_run, tmp_path):
+    run = tmp_path / "run"
+    train(content(run, start=str(whole_run / "vae"), decoder_only=True))
+    before, after = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (whole_run, run))
+    changed = {n.split(".")[0] for n, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[n])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert after.config.latents_mean == pytest.approx(before.config.latents_mean)
+    assert after.config.latents_std == pytest.approx(before.config.latents_std)
+
+
 def test_statistics_normalise_latents(whole_run):
     settings = VaeSettings.from_dict(read_settings(whole_run / "settings.yaml"))
     vae = AutoencoderKLWan.from_pretrained(whole_run / "vae")
@@ -213,6 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"precision": "float8"}, "float8"),
         ({"checkpoint": "x"}, "unknown key"),
         ({"start": "nowhere"}, "start nowhere is not the folder of a VAE"),
+        ({"decoder_only": True}, "decoder_only True must be true or false, and true beside a start alone"),
     ),
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, message, capsys):

@@ -53,7 +53,10 @@ class VaeTrainer:
         )
         self.vae = vae.to(device)
         take_whole_clips(self.vae)
-        self.weights = list(self.vae.parameters())
+        if settings.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.weights = [weight for weight in self.vae.parameters() if weight.requires_grad]
         self.optimizer, self.schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
         self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.step = 0
@@ -159,14 +162,19 @@ class VaeTrainer:
     @torch.no_grad()
     def _finish(self) -> None:
         """Write the averaged weights with the latents' statistics, and say how good what was written is."""
-        videos = (as_input(video, self.device) for video in statistics_videos(self.settings))
         folder = self.folder / RESULT_FOLDER
         with averaged(self.weights, self.ema):
-            mean, deviation = latent_statistics(self.vae, videos)
-            export(self.vae, mean, deviation, getattr(torch, self.settings.dtype), folder)
+            export(self.vae, *self._statistics(), getattr(torch, self.settings.dtype), folder)
         result = quality(folder, self.held_out, self.device)
         log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))
         self.metrics.write({"step": self.step} | result)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels; of an encoder that stayed, those that it had."""
+        if self.settings.decoder_only:
+            own = self.vae.config
+            return torch.tensor(own.latents_mean), torch.tensor(own.latents_std)
+        return latent_statistics(self.vae, (as_input(video, self.device) for video in statistics_videos(self.settings)))
 
     def _save(self) -> None:
         with whole(self.folder / STATE_FILE) as partial:

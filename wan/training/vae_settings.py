@@ -81,6 +81,7 @@ class VaeSettings:
     cuts: the batches that steps are made of
     vae: sizes of the model, keys of diffusers' `AutoencoderKLWan`
     start: folder of a VAE of these sizes to go on from, such as the result of another run; None is a new one
+    decoder_only: leave the encoder of `start` as it is, so that what learned from its latents goes on to fit
     video_frames: of the videos that clips are cut from and that validation sees whole
     statistics_clips: how many training videos of the first validation size give the latents' mean and deviation
     dtype: of the weights that are written at the end
@@ -93,6 +94,7 @@ class VaeSettings:
     cuts: tuple[CutSettings, ...]
     vae: dict[str, Any] = field(default_factory=lambda: {"base_dim": 16})
     start: str | None = None
+    decoder_only: bool = False
     video_frames: int = 33
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -108,6 +110,8 @@ class VaeSettings:
 
     def __post_init__(self) -> None:
         check_texts(self, "out", *(["start"] if self.start is not None else []))
+        if self.decoder_only is not False and (self.decoder_only is not True or self.start is None):
+            raise InputError(f"decoder_only {self.decoder_only!r} must be true or false, and true beside a start alone")
         check_counts(self, "steps", "video_frames", "statistics_clips", "log_steps")
         check_counts(self, "seed", "workers", least=0)
         check_numbers(self, "ema", above=0, most=1)
