@@ -40,6 +40,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="t2v makes a video, t2i one picture; picks the checkpoint if nothing else names one",
     )
     add("--ckpt_dir", help="checkpoint: a directory or a hub id")
+    add("--transformer", metavar="FILE", help="weights in place of the checkpoint's transformer: .safetensors or .gguf")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA to merge into the transformer, .safetensors; may be given several times (default scale: 1)",
+    )
     add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
     add("--negative_prompt", help="what the video should not show")
     add("--size", help="width*height in pixels, such as 1280*720; multiples of 16")
@@ -94,6 +101,8 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given(
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
+        transformer=args.transformer,
+        lora=args.lora,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
         fp8=args.fp8 or None,

@@ -271,18 +271,29 @@ def test_a_checkpoint_that_cannot_be_had(monkeypatch):
 def test_a_hub_id_is_downloaded_configuration_first(monkeypatch, random_nano):
     asked = []
 
-    def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns, ignore_patterns))
         return str(random_nano)
 
     monkeypatch.setattr("wan.checkpoint.snapshot_download", download)
     checkpoint = Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B")
     assert checkpoint.name == "Wan-AI/Wan2.1-T2V-1.3B" and checkpoint.folder == random_nano
-    assert [name for name, _ in asked] == ["Wan-AI/Wan2.1-T2V-1.3B"] * 2
+    assert [name for name, *_ in asked] == ["Wan-AI/Wan2.1-T2V-1.3B"] * 2
     assert not any(pattern.endswith((".pth", ".safetensors")) for pattern in asked[0][1])
     for file in random_nano.rglob("*.*"):
         relative = file.relative_to(random_nano).as_posix()
         assert file.is_dir() or any(fnmatch.fnmatch(relative, pattern) for pattern in asked[1][1]), relative
+    assert asked[1][2] is None
+    Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B", with_transformer=False)
+    left_out = [f"transformer/{SINGLE}", SINGLE, SHARD, f"vae/{SINGLE}", f"text_encoder/{SINGLE}", VAE_FILE]
+    assert [any(fnmatch.fnmatch(file, pattern) for pattern in asked[3][2]) for file in left_out] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_seeds_and_strings_of_the_pipeline(random_nano):

@@ -10,11 +10,14 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+import weight_files
+from safetensors.torch import load_file
 
 import generate
 from wan import WanT2V, video
 from wan.checkpoint import TOKENIZER_FOLDER
 from wan.parts import VAE_FILE
+from wan.random_checkpoint import random_transformer
 
 ROOT = Path(generate.__file__).parent
 
@@ -75,6 +78,36 @@ def test_a_record_keeps_the_dtype_and_finds_the_checkpoint_from_elsewhere(run, r
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--config", "out.json", "--save_file", "again.mp4", "--device", "cpu"]) == 0
     assert (iio.imread("again.mp4") == iio.imread("out.mp4")).all()
+
+
+def test_lora_and_transformer_change_the_video_and_stand_in_its_record(run, random_nano, tmp_path, monkeypatch):
+    model = random_transformer("nano", torch.float32, torch.device("cpu"))
+    factors = weight_files.draw_factors(model)
+    for naming in ("wan", "comfyui", "diffusers"):
+        weight_files.write_lora(tmp_path / f"{naming}.safetensors", factors, naming)
+    state = load_file(next(random_nano.glob("*.safetensors")))
+    weight_files.write_float8(tmp_path / "float8.safetensors", state)
+    run()
+    plain, made = iio.imread("out.mp4"), {}
+    for naming in ("wan", "comfyui", "diffusers"):
+        code, said, _ = run("--lora", f"{naming}.safetensors:0.8")
+        assert code == 0 and f"lora: {tmp_path}/{naming}.safetensors at 0.8, 20 layers, merged into the weights" in said
+        made[naming] = iio.imread("out.mp4")
+    assert (made["wan"] == made["comfyui"]).all() and (made["wan"] == made["diffusers"]).all()
+    assert (made["wan"] != plain).any()
+    flags = ("--lora", "wan.safetensors:0.5", "--lora", "comfyui.safetensors", "--transformer", "float8.safetensors")
+    code, said, _ = run(*flags, "--config", "turbo.yaml")
+    assert code == 0 and f"transformer: {tmp_path}/float8.safetensors" in said
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert [(Path(one["file"]).name, one["scale"]) for one in settings["lora"]] == [
+        ("wan.safetensors", 0.5),
+        ("comfyui.safetensors", 1.0),
+    ]
+    frames = iio.imread("out.mp4")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert generate.main(["--config", "../out.json", "--save_file", "again.mp4", "--device", "cpu"]) == 0
+    assert (iio.imread("again.mp4") == frames).all()
 
 
 def test_t2i_writes_one_picture(run):
@@ -179,6 +212,10 @@ def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, dam
         ("--mask_refresh 3", "mask_refresh 3 has no use for dense"),
         ("--ulysses_size 2", "ulysses_size 2 needs several processes; start with torchrun"),
         ("--dit_fsdp", "dit_fsdp True needs several processes"),
+        ("--lora none.safetensors:0.5 --ckpt_dir nobody/none", "none.safetensors is not a file; check the path"),
+        ("--lora style.pt", "style.pt must end in .safetensors; other formats can hold code and are not read"),
+        ("--lora style.safetensors:inf", "lora scale inf is not a number; 1.0 is usual"),
+        ("--transformer w.pth --ckpt_dir nobody/none", "w.pth must end in .safetensors or .gguf; other formats can"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
     ),
 )

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import weight_files
 from conftest import relative_error
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 
 import nabla
 import wan
@@ -26,6 +28,7 @@ from nabla.tiling import TileLayout
 from wan.fast_vae import decoder_dtype, speed_up_decoder
 from wan.fused_gelu import linear_gelu
 from wan.latents import decode
+from wan.random_checkpoint import random_transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -269,6 +272,34 @@ def test_float8_layers_follow_bf16(random_nano):
     pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, fp8=True)
     assert abs(pipe.generate("a cat", **settings).astype(float) - plain.generate("a cat", **settings)).mean() < 12
     assert "Float8" in type(pipe.transformer.blocks[0].ffn.net[2].weight).__name__
+
+
+def test_a_lora_under_float8_and_compiled_blocks_is_the_lora_merged(random_nano, tmp_path):
+    pytest.importorskip("torchao")
+    model = random_transformer("nano", torch.float32, torch.device("cpu"))
+    lora = [str(weight_files.write_lora(tmp_path / "style.safetensors", weight_files.draw_factors(model)))]
+    settings = dict(size=(256, 208), frame_num=9, seed=1, steps=2)
+    plain = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, lora=lora)
+    pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, fp8=True, lora=lora)
+    assert abs(pipe.generate("a cat", **settings).astype(float) - plain.generate("a cat", **settings)).mean() < 12
+    assert "Float8" in type(pipe.transformer.blocks[0].ffn.net[2].weight).__name__
+
+
+@pytest.mark.parametrize("offload", (False, True))
+def test_gguf_with_a_lora_follows_its_weights_unpacked(random_nano, tmp_path, offload):
+    pytest.importorskip("gguf")
+    model = random_transformer("nano", torch.float32, torch.device("cpu"))
+    lora = [str(weight_files.write_lora(tmp_path / "style.safetensors", weight_files.draw_factors(model)))]
+    state = load_file(next(random_nano.glob("*.safetensors")))
+    save_file(weight_files.write_gguf(tmp_path / "a.gguf", state), tmp_path / "exact.safetensors")
+    settings = dict(size=(256, 208), frame_num=9, seed=1, steps=2)
+    videos = []
+    for name in ("a.gguf", "exact.safetensors"):
+        pipe = wan.WanT2V.from_pretrained(
+            random_nano, AUTO, "cuda", torch.bfloat16, offload, transformer=tmp_path / name, lora=lora
+        )
+        videos.append(pipe.generate("a cat", **settings).astype(float))
+    assert abs(videos[0] - videos[1]).mean() < 12
 
 
 def test_the_fast_decoder_is_the_published_one_within_45_db():

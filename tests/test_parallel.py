@@ -15,6 +15,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+import weight_files
 
 import generate
 from nabla import InputError
@@ -126,7 +127,11 @@ def test_under_diffusers_own_context_parallelism(results_of):
 
 
 def test_the_same_video_from_one_process_and_from_several(random_nano, tmp_path):
-    flags = ["--prompt", "A red circle", "--ckpt_dir", str(random_nano), *SMALL, "--save_file"]
+    factors = weight_files.draw_factors(
+        random_checkpoint.random_transformer("nano", torch.float32, torch.device("cpu"))
+    )
+    lora = weight_files.write_lora(tmp_path / "style.safetensors", factors)
+    flags = ["--prompt", "A red circle", "--ckpt_dir", str(random_nano), "--lora", str(lora), *SMALL, "--save_file"]
     assert generate.main([*flags, str(tmp_path / "one.mp4")]) == 0
     for name, count, extra in (("two", 2, ("--dit_fsdp", "--t5_fsdp")), ("four", 4, ())):
         code, _, said = finish(start(count, ROOT / "generate.py", *flags, f"{name}.mp4", *extra, cwd=tmp_path))

@@ -23,6 +23,7 @@ ROTARY_POSITIONS = 1024
 OWN_KEYS = ("sparse_algo", "text_len")
 CONFIGURATIONS = ["config.json", "model_index.json", "transformer/config.json"]
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", DEFAULTS_FILE]
+TRANSFORMER_WEIGHTS = ["diffusion_pytorch_model*", "transformer/*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Checkpoint:
     config: dict[str, Any]
 
     @classmethod
-    def open(cls, name: str | Path) -> Checkpoint:
+    def open(cls, name: str | Path, with_transformer: bool = True) -> Checkpoint:
         """Find a checkpoint by directory or hub id (which is downloaded unless cached) and read its configuration.
 
+        with_transformer: the transformer's weights are needed, and worth their download
         Raises `CheckpointError` if it cannot be had, or is not a Wan2.1 text-to-video checkpoint.
         """
         folder = _directory(name)
@@ -49,7 +51,8 @@ class Checkpoint:
             return cls(str(folder), folder, *_read_configuration(folder))
         # The configuration first: a model of another kind should not cost its whole download.
         _read_configuration(_download(str(name), CONFIGURATIONS))
-        folder = _download(str(name), CONFIGURATIONS + WEIGHT_PATTERNS)
+        left_out = None if with_transformer else TRANSFORMER_WEIGHTS
+        folder = _download(str(name), CONFIGURATIONS + WEIGHT_PATTERNS, left_out)
         return cls(str(name), folder, *_read_configuration(folder))
 
     @property
@@ -156,12 +159,12 @@ def _check_text_length(file: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: text_len is {length!r}, not a positive integer")
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: list[str], left_out: list[str] | None = None) -> Path:
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..") or name.startswith("~"):
         raise CheckpointError(f"checkpoint {name!r} is neither a directory nor a hub id of the form owner/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -82,11 +83,43 @@ class VideoSettings:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA and the scale of what it adds to the weights. The path is made absolute."""
+
+    file: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", _absolute("lora file", self.file))
+        if not is_number(self.scale):
+            raise InputError(f"lora scale {self.scale!r} is not a number; 1.0 is usual")
+
+    @classmethod
+    def parse(cls, given: object) -> LoraFile:
+        """From `file`, `file:scale`, or a mapping of both."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            check_keys("lora", given, {"file", "scale"})
+            return cls(**{"file": None, **given})
+        if not isinstance(given, str):
+            raise InputError(f"lora {given!r} is neither a file, nor file:scale, nor a mapping of file and scale")
+        file, _, scale = given.rpartition(":")
+        try:
+            number = float(scale)
+        except ValueError:
+            return cls(given)
+        return cls(file, number)
+
+
+@dataclass(frozen=True)
 class Settings:
-    """Everything that decides a video. `checkpoint` is a directory or a hub id; the device decides on a dtype None."""
+    """All that decides a video. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
 
     checkpoint: str
     prompt: str
+    transformer: str | None = None
+    lora: tuple[LoraFile, ...] = ()
     dtype: str | None = None
     vae_dtype: str | None = None
     fp8: bool = False
@@ -98,6 +131,11 @@ class Settings:
         if not isinstance(self.checkpoint, str) or not self.checkpoint:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
         check_prompt(self.prompt)
+        if self.transformer is not None:
+            object.__setattr__(self, "transformer", _absolute("transformer", self.transformer))
+        if not isinstance(self.lora, (list, tuple)):
+            raise InputError(f"lora {self.lora!r} is not a list; write one file or more in brackets")
+        object.__setattr__(self, "lora", tuple(map(LoraFile.parse, self.lora)))
         for name in ("dtype", "vae_dtype"):
             if getattr(self, name) not in (None, *DTYPES):
                 raise InputError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(DTYPES)}")
@@ -228,6 +266,12 @@ def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) ->
         raise InputError(
             f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual"
         )
+
+
+def _absolute(name: str, file: object) -> str:
+    if not isinstance(file, str) or not file:
+        raise InputError(f"{name} {file!r} is not the path of a file")
+    return os.path.abspath(os.path.expanduser(file))
 
 
 def check_text(name: str, text: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,11 +14,14 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from wan import memory, parts
 from wan.checkpoint import Checkpoint
+from wan.config import LoraFile
 from wan.fast_vae import speed_up_decoder
 from wan.fp8 import apply_fp8, check_fp8
 from wan.fused_gelu import fuse_gelu
+from wan.lora import read_lora
 from wan.parallel import apply_fsdp
 from wan.processes import Processes
+from wan.single_file import GgufFile
 
 log = logging.getLogger("wan")
 
@@ -42,6 +47,8 @@ def load_models(
     processes: Processes | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
+    transformer_file: str | Path | None = None,
+    lora: Sequence[LoraFile] = (),
 ) -> Models:
     """Load the models of a checkpoint; see `WanT2V.from_pretrained` for the arguments.
 
@@ -53,7 +60,11 @@ def load_models(
         check_fp8(device, dtype)
     cpu = torch.device("cpu")
     vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
-    transformer_part = parts.transformer_part(checkpoint)
+    transformer_part = parts.transformer_part(checkpoint, transformer_file)
+    packed = isinstance(transformer_part.weights, GgufFile)
+    if packed and (fp8 or dit_fsdp):
+        raise InputError("weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out")
+    adapters = [read_lora(file, transformer_part.model) for file in lora]
     leads = processes is None or processes.leads
     if offload is None:
         sharing = processes.layout.sharing if processes else 1
@@ -78,10 +89,12 @@ def load_models(
         text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
     if dit_fsdp:
         transformer = parts.load_transformer(
-            transformer_part, dtype, device, lambda model: apply_fsdp(model, model.blocks, processes.sharing)
+            transformer_part, dtype, device, lambda model: apply_fsdp(model, model.blocks, processes.sharing), adapters
         )
     else:
-        transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home)
+        transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home, adapters=adapters)
+    for adapter in adapters:
+        log.info("lora: %s, %s the weights", adapter.describe(), "beside" if packed else "merged into")
     fuse_gelu(transformer)
     if fp8:
         log.info("transformer: %s", apply_fp8(transformer).describe())

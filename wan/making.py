@@ -28,7 +28,7 @@ from wan.video import write_image, write_json, write_video
 log = logging.getLogger("wan")
 
 Video = tuple[Settings, Path]
-VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao")
+VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao", "peft", "gguf")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,15 @@ def make_all(
             processes,
             options.dit_fsdp,
             options.t5_fsdp,
+            settings.transformer,
+            settings.lora,
         )
     loading = time.perf_counter() - start
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
+    if settings.transformer is not None:
+        log.info("transformer: %s", settings.transformer)
     if pipe.leads:
         log.setLevel(logging.INFO)
     for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from nabla.config import is_number
 from wan import published
 from wan.checkpoint import OWN_KEYS, Checkpoint
 from wan.config import PATCH, VAE_STRIDE
+from wan.lora import Adapter, attach, merging
+from wan.single_file import FIRST, GgufFile, load_gguf, open_transformer
 from wan.weights import CheckpointError, Part, WeightFiles, read_json
 
 MODEL_STEM = "diffusion_pytorch_model"
@@ -27,10 +30,13 @@ PAD_TOKEN = "<pad>"
 TIED = "encoder.embed_tokens.weight"
 
 
-def transformer_part(checkpoint: Checkpoint) -> Part:
-    """The transformer; diffusers keeps its norms, modulations and time embedding in float32."""
+def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> Part:
+    """The transformer; diffusers keeps its norms, modulations and time embedding in float32.
+
+    file: holds its weights in place of the checkpoint's, see `wan.single_file`; it must be of the same sizes
+    """
     folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
-    weights = WeightFiles.find(folder, MODEL_STEM)
+    weights = WeightFiles.find(folder, MODEL_STEM) if file is None else open_transformer(file)
     if checkpoint.published:
         with _fits(WanTransformer3DModel, weights):
             model = published.transformer(checkpoint.config, weights.shapes)
@@ -38,14 +44,27 @@ def transformer_part(checkpoint: Checkpoint) -> Part:
         model = _model(WanTransformer3DModel, checkpoint.config, weights)
     if tuple(model.config.patch_size) != PATCH:
         raise CheckpointError(f"{folder} is not a transformer of Wan2.1: its patch must be {PATCH}")
-    return _part(model, weights, checkpoint.published)
+    if file is not None:
+        _check_size(model, weights, checkpoint)
+    return _part(model, weights, checkpoint.published or file is not None)
 
 
 def load_transformer(
-    part: Part, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], None] | None = None
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: Callable[[nn.Module], None] | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> WanTransformer3DModel:
-    """The weights of `transformer_part`, and what is not saved with them; see `Part.load`."""
-    model = part.load(dtype, device, shard)
+    """The weights of `transformer_part`, and what is not saved with them; see `Part.load`.
+
+    adapters: LoRA that is merged into the weights in float32, or that stays beside them if they are packed
+    """
+    if isinstance(part.weights, GgufFile):
+        model = load_gguf(part, dtype, device)
+        attach(model, adapters, dtype)
+    else:
+        model = part.load(dtype, device, shard, merging(adapters, device) if adapters else None)
     finish_transformer(model, device)
     return model
 
@@ -126,13 +145,24 @@ def _part(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_floa
     return Part(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
 
+def _check_size(model: WanTransformer3DModel, weights: WeightFiles, checkpoint: Checkpoint) -> None:
+    own, shapes = model.config, weights.shapes
+    there = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}), shapes[FIRST][0]
+    here = own.num_layers, own.num_attention_heads * own.attention_head_dim
+    if there != here:
+        raise CheckpointError(
+            f"{weights.where} has {there[0]} blocks of width {there[1]}, but checkpoint {checkpoint.name} is of "
+            f"{here[0]} blocks of width {here[1]}; name its own base checkpoint with --ckpt_dir"
+        )
+
+
 @contextmanager
 def _fits(kind: type[nn.Module], weights: WeightFiles) -> Iterator[None]:
     """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
     try:
         yield
     except Exception as error:
-        where, reason = weights.files[0].parent, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        where, reason = weights.where, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{where}: its configuration does not fit {kind.__name__}: {reason}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from nabla import InputError, NablaConfig
 from wan import memory
 from wan.attention import apply_attention, compile_blocks, many_compiles
 from wan.checkpoint import Checkpoint
-from wan.config import SamplingSettings, VideoSettings, check_positions, check_prompt
+from wan.config import LoraFile, SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
 from wan.loading import load_models
 from wan.parallel import apply_sequence, gather_guidance
@@ -88,6 +88,8 @@ class WanT2V:
         processes: Processes | None = None,
         dit_fsdp: bool = False,
         t5_fsdp: bool = False,
+        transformer: str | Path | None = None,
+        lora: Sequence[str | LoraFile] = (),
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -100,9 +102,11 @@ class WanT2V:
         vae_dtype: of the VAE's decoder; None means float16 on a GPU beside a half-precision transformer, else float32
         processes: share the work as they are laid out
         dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
+        transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
+        lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
-        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
         device = torch.device(device)
         if isinstance(attention, str):
             attention = NablaConfig.parse(attention)
@@ -111,7 +115,20 @@ class WanT2V:
         if attention is None:
             attention = defaults.attention
             log.info("attention of the checkpoint: %s", attention.algorithm)
-        models = load_models(checkpoint, device, dtype, vae_dtype, fp8, offload, t5_cpu, processes, dit_fsdp, t5_fsdp)
+        models = load_models(
+            checkpoint,
+            device,
+            dtype,
+            vae_dtype,
+            fp8,
+            offload,
+            t5_cpu,
+            processes,
+            dit_fsdp,
+            t5_fsdp,
+            transformer,
+            [LoraFile.parse(file) for file in lora],
+        )
         pipe = cls(
             **models._asdict(),
             device=device,

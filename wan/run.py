@@ -19,8 +19,9 @@ from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
 from wan.making import Options, Video, make_all
 from wan.processes import Processes, choose_layout, pick_device, started_by_torchrun
+from wan.single_file import open_transformer
 from wan.video import check_encoder, check_writable, make_folder
-from wan.weights import CheckpointError
+from wan.weights import SAFETENSORS, CheckpointError, weight_file
 
 log = logging.getLogger("wan")
 
@@ -103,7 +104,11 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
     if settings.fp8:
         check_fp8(device, getattr(torch, settings.dtype or own_dtype))
-    checkpoint = Checkpoint.open(settings.checkpoint)
+    if settings.transformer is not None:
+        open_transformer(settings.transformer)
+    for lora in settings.lora:
+        weight_file("lora", lora.file, (SAFETENSORS,))
+    checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
     checkpoint.require_tokenizer()
     videos = []
     for layer, name in jobs:

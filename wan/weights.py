@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from nabla import InputError
 
+SAFETENSORS = ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,13 +39,17 @@ def read_json(path: Path) -> dict:
 
 
 class WeightFiles:
-    """The tensors of a part's files, by name; shapes are known without reading data, data is read one at a time."""
+    """The tensors of a part's files, by name; shapes are known without reading data, data is read one at a time.
+
+    where: what a message says that they are in
+    """
 
     def __init__(self, files: list[Path]):
         self.files = files
+        self.where = files[0].parent
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            with _open(file) as (shapes, _):
+            with open_tensors(file) as (shapes, _):
                 if twice := sorted(shapes.keys() & self.shapes.keys()):
                     raise CheckpointError(f"{file} holds tensor {twice[0]!r}, which another of the files holds too")
                 self.shapes |= shapes
@@ -70,9 +75,13 @@ class WeightFiles:
                 raise CheckpointError(f"{folder / name} is missing; download the checkpoint again")
         return cls([folder / name for name in names])
 
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Memory that they take in a dtype."""
+        return sum(map(math.prod, self.shapes.values())) * dtype.itemsize
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for file in self.files:
-            with _open(file) as (shapes, read):
+            with open_tensors(file) as (shapes, read):
                 for name in shapes:
                     yield name, read(name)
 
@@ -97,7 +106,7 @@ class Part:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Memory that the weights take in a dtype."""
-        return sum(map(math.prod, self.weights.shapes.values())) * dtype.itemsize
+        return self.weights.bytes(dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors as they are stored, by their names in the model, one at a time."""
@@ -107,11 +116,16 @@ class Part:
             yield self.names[name], tensor
 
     def load(
-        self, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], None] | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        shard: Callable[[nn.Module], None] | None = None,
+        change: Callable[[str, Tensor], Tensor] | None = None,
     ) -> nn.Module:
         """Read the weights into the model; needs no more memory than the result and one tensor.
 
         shard: spreads the parameters of the model, on the meta device still, over processes; each reads its own parts
+        change: from a tensor as it is stored, and its name in the model, to the one to use
         """
         if shard is not None:
             for name, parameter in self.model.requires_grad_(False).named_parameters():
@@ -120,6 +134,7 @@ class Part:
         sharded = dict(self.model.named_parameters())
         state = {}
         for own, tensor in self.tensors():
+            tensor = tensor if change is None else change(own, tensor)
             whole = sharded.get(own)
             if isinstance(whole, DTensor):
                 tensor = _own_rows(tensor, whole)
@@ -148,7 +163,7 @@ def _own_rows(tensor: Tensor, whole: DTensor) -> Tensor:
 
 def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `CheckpointError` unless the files hold exactly the expected tensors."""
-    where = weights.files[0].parent
+    where = weights.where
     missing, extra = sorted(expected.keys() - weights.shapes.keys()), sorted(weights.shapes.keys() - expected.keys())
     if missing:
         raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing{_more(missing)}; download it again")
@@ -163,25 +178,37 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+def weight_file(name: str, file: str | Path, endings: tuple[str, ...]) -> Path:
+    """The path of a file of weights; raises `InputError` unless it is there and ends as it must, so in no pickle."""
+    path = Path(file)
+    if path.suffix not in endings:
+        raise InputError(
+            f"{name} {file} must end in {' or '.join(endings)}; other formats can hold code and are not read"
+        )
+    if not path.is_file():
+        raise InputError(f"{name} {file} is not a file; check the path")
+    return path
+
+
 @contextmanager
-def _open(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
     """Shapes of a file's tensors and a function that reads one."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; download the checkpoint again")
-    if file.suffix != ".safetensors":
-        with _damage(file):
+    if file.suffix != SAFETENSORS:
+        with damage(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         yield shapes, tensors.__getitem__
         return
-    with _damage(file):
+    with damage(file):
         opened = safe_open(file, framework="pt")
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     yield shapes, opened.get_tensor
 
 
 @contextmanager
-def _damage(file: Path) -> Iterator[None]:
+def damage(file: Path) -> Iterator[None]:
     """Turn whatever a library raises for a damaged file, and a pickle raises nearly anything, into one clear line."""
     try:
         yield
