@@ -29,7 +29,7 @@ def main() -> int:
     try:
         shapes = Shapes(args.seed, args.count, parse_size(args.size), frames=FRAMES, split=args.split)
         draw(shapes, args.columns).save(args.out)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}")

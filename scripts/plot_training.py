@@ -26,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("error: matplotlib is not there; install it with pip install matplotlib", file=sys.stderr)
         return 2
-    draw_metrics(rows, args.out)
+    try:
+        draw_metrics(rows, args.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {args.out} cannot be written ({error}); give a .png in a folder that is there", file=sys.stderr)
+        return 2
     print(f"wrote {args.out}")
     return 0
 

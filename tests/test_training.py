@@ -63,7 +63,8 @@ def test_pretraining_lowers_the_loss_and_keeps_the_last_checkpoints(pretrained):
     videos = sorted(run.glob("samples/*/*.mp4"))
     assert [video.name for video in videos] == ["00-A-red-cat.mp4"] and iio.imread(videos[0]).shape == (5, 32, 48, 3)
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert min(row[key] for key in ("seconds", "clips_per_s", "tokens_per_s", "memory_gib")) > 0
+    assert min(row[key] for key in ("waited", "clips_per_s", "tokens_per_s", "memory_gib")) > 0
+    assert row["waited"] < row["seconds"]
 
 
 @pytest.mark.parametrize("which", ("model", "ema"))
@@ -99,7 +100,7 @@ def cut_after(run: Path, step: int, into: Path) -> None:
     (into / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[-1][:20])
 
 
-@pytest.mark.parametrize("step", (2, 4))
+@pytest.mark.parametrize("step", (0, 2, 4))
 def test_a_killed_run_goes_on_exactly(pretrained, step, tmp_path):
     content, rows = pretrained
     cut_after(Path(content["out"]), step, tmp_path / "run")
@@ -130,17 +131,21 @@ def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(pretrained, random_n
 
 
 def test_metrics_are_drawn(pretrained, tmp_path, capsys):
-    assert plot_training.main([pretrained[0]["out"], "--out", str(tmp_path / "run.png")]) == 0
-    assert iio.imread(tmp_path / "run.png").shape[0] > 500
-    assert plot_training.main([str(tmp_path), "--out", "run.png"]) == 2
-    assert "metrics.jsonl is not there or has no rows" in capsys.readouterr().err
+    run, picture = pretrained[0]["out"], tmp_path / "run.png"
+    assert plot_training.main([run, "--out", str(picture)]) == 0 and iio.imread(picture).shape[0] > 500
+    for folder, out, reason in ((tmp_path, "run.png", "has no rows"), (run, "/no/run.png", "cannot be written")):
+        assert plot_training.main([str(folder), "--out", out]) == 2 and reason in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(pretrained, tmp_path):
     content, rows = pretrained
     shutil.copytree(content["out"], tmp_path / "run", symlinks=True)
     content = content | {"out": str(tmp_path / "run")}
-    assert train(content) == rows
+    latest = tmp_path / "run" / "latest"
+    # As if it had been killed between the last checkpoint and its link.
+    latest.unlink()
+    latest.symlink_to("checkpoints/step-00000004")
+    assert train(content) == rows and latest.resolve().name == "step-00000006"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1; choose another out"):
         train(content | {"seed": 1})
     longer = train(content | {"steps": 7, "micro_batch": 4})
@@ -174,6 +179,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(random_nano, pre
     assert failed.tb is not None and not multiprocessing.active_children()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(random_nano, prepared, tmp_path):
+    trainer = Trainer(TrainingSettings.from_dict(settings_dict(random_nano, prepared, tmp_path / "run")))
+    trainer.weights[0].register_hook(lambda gradient: gradient / 0 if trainer.state.step == 2 else None)
+    with pytest.raises(Diverged, match=r"step 3: the gradient's norm is nan, though the loss is \d"):
+        trainer.run()
+    assert (tmp_path / "run" / "latest").resolve().name == "step-00000002"
+
+
 def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepared, tmp_path):
     attention = {"algorithm": "nabla-0.2", "tile": TILE}
     content = settings_dict(
@@ -203,6 +216,18 @@ def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepa
         return total
 
     assert distance(tmp_path / "run" / "latest" / "model") < 0.9 * distance(random_nano)
+
+
+def test_a_teacher_computes_what_its_student_starts_from(random_nano, prepared, tmp_path):
+    attention = {"algorithm": "nabla-0.2", "tile": TILE}
+    changes = {"mode": "distill", "attention": attention, "precision": "bfloat16"}
+    trainer = Trainer(TrainingSettings.from_dict(settings_dict(random_nano, prepared, tmp_path / "run", **changes)))
+    trainer.transformer.nabla.switched_off, batch = True, trainer.batches[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, teachers = (
+            velocity(model, batch.noise, batch.sigmas, batch.text) for model in (trainer.model, trainer.teacher)
+        )
+    assert torch.equal(ours, teachers)
 
 
 def load_transformer(folder: Path) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file
 from training_runs import Colours
 
@@ -155,6 +157,15 @@ def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos):
         VideoFolder(str(videos), sizes=["64*48"])[0]
     with pytest.raises(InputError, match="good.mp4: its 5 frames are fewer than 9"):
         VideoFolder(str(videos), frame_nums=[9])[0]
+
+
+def test_a_video_that_is_turned_for_showing_is_taken_as_it_is_shown(tmp_path):
+    noise_video(tmp_path / "lying.mp4", (64, 32), 5)
+    turn = [get_ffmpeg_exe(), "-display_rotation", "90", "-i", tmp_path / "lying.mp4", "-c", "copy"]
+    subprocess.run([*turn, tmp_path / "upright.mp4"], check=True, capture_output=True)
+    (tmp_path / "captions.jsonl").write_text('{"file": "upright.mp4", "caption": "upright"}')
+    assert VideoFolder(str(tmp_path))[0][0].shape == (5, 64, 32, 3)
+    assert VideoFolder(str(tmp_path), sizes=["64*32", "32*64"])[0][0].shape == (5, 64, 32, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -178,9 +179,8 @@ class AppliedAttention:
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else latents.dtype
         is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
-        trains = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (*args, *kwargs.values(), *transformer.parameters()) if isinstance(x, Tensor)
-        )
+        given = chain(args, kwargs.values(), transformer.parameters())
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in given if isinstance(x, Tensor))
         plan = self.plan(latents.shape[2:], device, dtype, trains=trains) if is_sparse else None
         self._set_exchanges(device)
         for module in self.modules if self.sequence else ():

@@ -37,6 +37,7 @@ class Checkpoints:
                 raise InputError(f"out {run} cannot be written ({error.strerror}); choose another") from None
             for left in self.folder.glob(f"{PARTIAL}*"):
                 remove(left)
+            self._link()
         accelerator.wait_for_everyone()
 
     def last(self) -> Path | None:
@@ -56,13 +57,19 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             os.replace(partial, path)
-            with whole(self.run / LATEST) as link:
-                link.symlink_to(path.relative_to(self.run))
+            self._link()
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 # Under its own name it would look whole if this were cut.
                 os.replace(old, old.with_name(PARTIAL + old.name))
                 remove(old.with_name(PARTIAL + old.name))
         self.accelerator.wait_for_everyone()
+
+    def _link(self) -> None:
+        """Let `latest` lead to the last checkpoint, after a cut between the two as well."""
+        last = self.last()
+        if last is not None:
+            with whole(self.run / LATEST) as link:
+                link.symlink_to(last.relative_to(self.run))
 
 
 class State:

@@ -24,7 +24,8 @@ from wan.training.reading import read
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
-OPEN_SHARDS = 64
+# To open a shard takes as long as to read many small clips; an open one is a mapping of the file and no file handle.
+OPEN_SHARDS = 1024
 
 
 class Batch(NamedTuple):

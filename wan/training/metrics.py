@@ -18,11 +18,15 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The rows of a run's `metrics.jsonl`, in order of their `step`; those after `last_step` are dropped."""
+    """The rows of a run's `metrics.jsonl`, in order of their `step`; those after `last_step` are dropped.
+
+    last_step: that of the state that a run goes on from; 0 for one that begins, of which no earlier rows are kept
+    """
 
     def __init__(self, run: Path, last_step: int):
         self.path = run / METRICS_FILE
-        kept = [row for row in read_metrics(self.path) if row["step"] <= last_step] if self.path.is_file() else []
+        earlier = read_metrics(self.path) if last_step and self.path.is_file() else []
+        kept = [row for row in earlier if row["step"] <= last_step]
         with whole(self.path) as partial:
             partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
@@ -62,6 +66,11 @@ def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
         if len(keys) > 1:
             axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def speed(clips: int, tokens: int, seconds: float) -> dict[str, float]:
+    """What a row says of the speed of a step of so many clips, of so many tokens each."""
+    return {"seconds": seconds, "clips_per_s": clips / seconds, "tokens_per_s": clips * tokens / seconds}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -79,9 +79,7 @@ def build_student(
         shard = _sharding(mesh) if settings.lora is None else None
         transformer = parts.load_transformer(parts.transformer_part(base), dtype, device, shard)
     transformer.train().requires_grad_(settings.lora is None)
-    # Inference has it in float32 too.
-    embedder = transformer.condition_embedder.time_embedder
-    embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
+    _embed_time_in_float32(transformer)
     if settings.lora is not None:
         add_lora(transformer, settings.lora)
     if mesh is not None and not is_sharded(transformer):
@@ -103,9 +101,16 @@ def build_teacher(
     """The dense transformer of `distill`, frozen, in the run's precision; sharded over a mesh, if there is one."""
     part, dtype = parts.transformer_part(base), getattr(torch, settings.precision)
     teacher = parts.load_transformer(part, dtype, device, _sharding(mesh))
+    _embed_time_in_float32(teacher)
     if settings.compile:
         compile_blocks(teacher)
     return teacher
+
+
+def _embed_time_in_float32(transformer: WanTransformer3DModel) -> None:
+    """As inference has it, whatever autocast would do."""
+    embedder = transformer.condition_embedder.time_embedder
+    embedder.forward = torch.autocast(transformer.device.type, enabled=False)(embedder.forward)
 
 
 def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:

@@ -104,7 +104,8 @@ def read_frames(
     """
     try:
         with imageio.get_reader(path, "ffmpeg") as reader:
-            own = reader.get_meta_data()["source_size"]
+            # As it is shown, which for a telephone's upright video is not as it is stored.
+            own = reader.get_meta_data()["size"]
         size = choose_size(own)
         filters = [] if fps is None else [f"fps={fps}"]
         if size is not None:

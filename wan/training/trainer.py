@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,10 +28,10 @@ from wan.parallel import is_sharded
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import CHANGEABLE, TrainingSettings
-from wan.training.data import Batch, Batches, Clips, seed_of
+from wan.training.data import Batch, Batches, Clips
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
-from wan.training.metrics import Metrics, peak_memory
+from wan.training.metrics import Metrics, peak_memory, speed
 from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
@@ -57,7 +57,11 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no",
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            # DDP sends gradients from where they are, rather than from a copy.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
         self.device, self.settings = self.accelerator.device, settings
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
@@ -151,36 +155,30 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One step of the optimizer, and its row of metrics."""
         start, state, settings = time.perf_counter(), self.state, self.settings
-        # For what draws from the global generators, if anything does.
-        torch.manual_seed(seed_of(settings.seed, state.step, self.accelerator.process_index))
-        losses = []
+        losses, waited = [], 0.0
         for part in range(self.batches.parts):
+            before = time.perf_counter()
             batch = next(batches).to(self.device)
+            waited += time.perf_counter() - before
             with contextlib.ExitStack() as stack:
                 if part < self.batches.parts - 1:
                     stack.enter_context(self._without_exchange())
                 losses.append(self._losses(batch))
                 (losses[-1].mean() / self.batches.parts).backward()
-        loss, kept = self._gather(torch.cat(losses).detach())
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not math.isfinite(norm):
-            raise Diverged(
-                f"step {state.step + 1}: the gradient is not finite (norm {norm}), though the loss is {loss:.4g}"
-            )
-        row = {"step": state.step + 1, "loss": loss, "lr": state.schedule.get_last_lr()[0], "grad_norm": norm}
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        lr = state.schedule.get_last_lr()[0]
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad()
         if state.ema is not None:
             state.ema.step(self.weights)
+        # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
+        row = {"step": state.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
         state.step += 1
-        if kept is not None:
-            row["kept"] = kept
-        seconds = time.perf_counter() - start
-        tokens = settings.batch_size * math.prod(n // p for n, p in zip(batch.latents.shape[2:], PATCH))
-        row |= {"seconds": seconds, "clips_per_s": settings.batch_size / seconds, "tokens_per_s": tokens / seconds}
-        return row | {"memory_gib": peak_memory(self.device)}
+        tokens = math.prod(n // p for n, p in zip(batch.latents.shape[2:], PATCH))
+        row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
+        return row | {"waited": waited, "memory_gib": peak_memory(self.device)}
 
     def _losses(self, batch: Batch) -> Tensor:
         """The loss of each clip of a micro-batch."""
@@ -193,21 +191,25 @@ class Trainer:
                     target = velocity(self.teacher, *inputs)
             return errors(velocity(self.model, *inputs), target)
 
-    def _gather(self, losses: Tensor) -> tuple[float, float | None]:
-        """The mean loss of the whole batch and the share of blocks kept, None if dense; raises `Diverged`.
+    def _gather(self, losses: Tensor, norm: Tensor) -> dict[str, float]:
+        """The mean loss of the whole batch, the gradient's norm, and unless dense the share of blocks kept.
 
-        A wish to stop is told to all processes on the way.
+        Raises `Diverged`. A wish to stop is told to all processes on the way.
         """
         shares = [module.nabla_share for module in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
-        said = torch.stack((kept, losses.new_tensor(float(self.signal.asked))))
+        said = torch.stack((norm, kept, losses.new_full((), self.signal.asked)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
         self.stops = bool(gathered[:, -1].any())
         parts, processes = self.batches.parts, self.accelerator.num_processes
-        in_order = gathered[:, :-2].view(processes, parts, -1).transpose(0, 1).flatten()
+        in_order = gathered[:, :-3].view(processes, parts, -1).transpose(0, 1).flatten()
         if not in_order.isfinite().all():
             raise Diverged(self._where(in_order))
-        return in_order.mean().item(), gathered[:, -2].mean().item() if shares else None
+        loss, norm = in_order.mean().item(), gathered[0, -3].item()
+        if not math.isfinite(norm):
+            raise Diverged(f"step {self.state.step + 1}: the gradient's norm is {norm}, though the loss is {loss:.4g}")
+        row = {"loss": loss, "grad_norm": norm}
+        return row | {"kept": gathered[:, -2].mean().item()} if shares else row
 
     def _where(self, losses: Tensor) -> str:
         step = self.state.step
