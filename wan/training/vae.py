@@ -174,7 +174,8 @@ class VaeTrainer:
         if self.settings.decoder_only:
             own = self.vae.config
             return torch.tensor(own.latents_mean), torch.tensor(own.latents_std)
-        return latent_statistics(self.vae, (as_input(video, self.device) for video in statistics_videos(self.settings)))
+        with contextlib.closing(statistics_videos(self.settings)) as videos:
+            return latent_statistics(self.vae, (as_input(video, self.device) for video in videos))
 
     def _save(self) -> None:
         with whole(self.folder / STATE_FILE) as partial:
