@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train the checkpoint wan-shapes from nothing, on one GPU. Cut at any moment, it goes on where it stopped. Words after the
-# script's name choose stages: text, vae, 128, 256, 512, ship.
+# Train the checkpoint wan-shapes from nothing, on one GPU, into runs/wan-shapes. Cut at any moment, it goes on where it
+# stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, ship.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -28,7 +28,7 @@ for stage in $stages; do
         256) parts; data 256 20000 128; "$python" scripts/train.py --config training/shapes_256.yaml ;;
         512) parts; data 512 4000 64; "$python" scripts/train.py --config training/shapes_512.yaml ;;
         ship) "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_512/run/latest/ema --layout diffusers \
-            --out checkpoints/wan-shapes --dtype float16 ;;
+            --out runs/wan-shapes --dtype float16 ;;
         *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, ship" >&2; exit 2 ;;
     esac
 done

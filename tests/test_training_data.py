@@ -60,7 +60,7 @@ def test_an_encoder_that_overflows_says_so(random_nano):
     half = Encoder(open_parts(random_nano), torch.device("cpu"), torch.float16)
     half.vae.encoder.conv_in.weight.data *= 1e6
     with pytest.raises(InputError, match="not finite; prepare with vae_dtype float32"):
-        half.latents(Colours(1)[0][0][None].copy())
+        half.latents(torch.from_numpy(Colours(1)[0][0].copy())[None])
 
 
 def test_a_second_start_makes_only_what_is_missing(encoder, tmp_path, caplog):

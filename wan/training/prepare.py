@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -11,12 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from nabla import InputError
 from wan import parts
@@ -26,6 +25,7 @@ from wan.files import whole
 from wan.latents import encode
 from wan.text import tokenize
 from wan.training.config import PrepareSettings
+from wan.training.reading import read
 from wan.training.sources import Checked, InOrder, Sample
 from wan.weights import CheckpointError, read_json
 
@@ -52,9 +52,9 @@ class Encoder:
         self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
 
     @torch.no_grad()
-    def latents(self, videos: np.ndarray) -> Tensor:
+    def latents(self, videos: Tensor) -> Tensor:
         """(B, C, T, h, w) float32 of uint8 videos (B, frames, H, W, 3); raises `InputError` if they overflow."""
-        pixels = torch.from_numpy(videos).to(self.device).permute(0, 4, 1, 2, 3)
+        pixels = videos.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
         latents = encode(self.vae, pixels.float() / 127.5 - 1)
         if not latents.isfinite().all():
             raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
@@ -62,9 +62,9 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> list[Tensor]:
-        """The states of each caption, (L, C), without the rows past its end."""
-        ids, mask = (x.to(self.device) for x in tokenize(self.tokenizer, captions, self.length))
-        states = self.text_encoder(ids, mask).last_hidden_state
+        """The states of each caption, (L, C) on the CPU, without the rows past its end."""
+        ids, mask = tokenize(self.tokenizer, captions, self.length)
+        states = self.text_encoder(ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
         return [state[: row.sum()] for state, row in zip(states, mask)]
 
 
@@ -94,12 +94,10 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
     missing = (shard for shard in own if not (out / SHARD_NAME.format(shard)).is_file())
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
-    loader = DataLoader(
-        Checked(source), batch_size=None, sampler=indices, num_workers=settings.workers, collate_fn=_as_it_is
-    )
-    samples = itertools.takewhile(lambda sample: sample is not None, loader)
-    for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
-        _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
+    with contextlib.closing(read(Checked(source), indices, settings.workers)) as read_samples:
+        samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
+        for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
+            _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
     counts = [_read_record(path) for number, path in _shards(out) if number % processes == rank]
     return Prepared(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
 
@@ -121,11 +119,7 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
     if not (out / DROPPED_FILE).is_file():
         with whole(out / DROPPED_FILE) as partial:
             (text,) = encoder.text([settings.dropped_text])
-            save_file({"text": text.cpu().to(getattr(torch, settings.dtype)).contiguous()}, partial)
-
-
-def _as_it_is(sample: Any) -> Any:
-    return sample
+            save_file({"text": text.to(getattr(torch, settings.dtype)).contiguous()}, partial)
 
 
 def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settings: PrepareSettings) -> None:
@@ -136,11 +130,11 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     dtype = getattr(torch, settings.dtype)
 
     def encode_all(group: list[Sample]) -> None:
-        latents = encoder.latents(np.stack([sample.video for sample in group]))
+        latents = encoder.latents(torch.stack([sample.video for sample in group])).to(dtype).cpu()
         texts = encoder.text([sample.caption for sample in group])
         for sample, clip, text in zip(group, latents, texts):
-            tensors[f"{sample.index}.latents"] = clip.cpu().to(dtype).contiguous()
-            tensors[f"{sample.index}.text"] = text.cpu().to(dtype).contiguous()
+            tensors[f"{sample.index}.latents"] = clip.contiguous()
+            tensors[f"{sample.index}.text"] = text.to(dtype).contiguous()
 
     for sample in samples:
         if sample.reason:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 
-def read(dataset: Dataset, numbers: Sequence[int], workers: int, context: str | None = None) -> Iterator[Any]:
-    """The items of these numbers, in order, in pinned memory if there is a GPU. To be closed if it is left before.
+def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:
+    """The items of these numbers, in order, arrays as tensors, pinned if there is a GPU. To be closed if left before.
 
     context: how workers start, see `multiprocessing.get_context`
     """

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import imageio.v2 as imageio
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
@@ -170,7 +172,7 @@ class Sample(NamedTuple):
     """One sample of a dataset as it is: `reason` says why it cannot be used, or is empty."""
 
     index: int
-    video: np.ndarray | None = None
+    video: Tensor | None = None
     caption: str = ""
     reason: str = ""
 
@@ -194,7 +196,8 @@ class Checked(Dataset):
             if hasattr(self.source, "__len__"):
                 raise
             return None
-        return Sample(index, video, caption)
+        # Copied if it may not be written, of which torch warns.
+        return Sample(index, torch.from_numpy(np.require(video, requirements="W")), caption)
 
 
 def _check(video: np.ndarray, caption: object) -> None:
