@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -118,32 +119,45 @@ class VaeTrainer:
             made = reconstruction(self.vae, latents.sample(generator))
         losses = loss(made, video, latents, settings.loss)
         losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip).item()
-        self._check(losses.detach(), norm, clips)
-        row = {
-            "step": self.step + 1,
-            "loss": losses.mean().item(),
-            "train_psnr": psnr(made.detach(), video).mean().item(),
-        }
-        row |= {"kl": latents.kl().sum().item() / latents.mean.numel(), "noise": latents.std.mean().item()}
-        row |= {"lr": self.schedule.get_last_lr()[0], "grad_norm": norm}
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
+        lr = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.ema.step(self.weights)
+        # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
+        row = {"step": self.step + 1} | self._seen(losses.detach(), norm, made.detach(), video, latents, clips)
         self.step += 1
         seconds = time.perf_counter() - start
-        row |= {"seconds": seconds, "waited": waited, "clips_per_s": len(video) / seconds}
+        row |= {"lr": lr, "seconds": seconds, "waited": waited, "clips_per_s": len(video) / seconds}
         return row | {"pixels_per_s": video[:, 0].numel() / seconds, "memory_gib": peak_memory(self.device)}
 
-    def _check(self, losses: Tensor, norm: float, clips: Batch) -> None:
-        if math.isfinite(norm) and losses.isfinite().all():
-            return
-        bad = [f"{value} at item {number}" for value, number in zip(losses.tolist(), clips.numbers)]
-        raise Diverged(
-            f"step {self.step + 1}: the loss or its gradient (norm {norm}) is not finite: {', '.join(bad)} of "
-            f"Shapes with seed {self.settings.seed}; the last state in {self.folder} is from before"
-        )
+    @torch.no_grad()
+    def _seen(
+        self,
+        losses: Tensor,
+        norm: Tensor,
+        made: Tensor,
+        video: Tensor,
+        latents: DiagonalGaussianDistribution,
+        clips: Batch,
+    ) -> dict[str, float]:
+        """What a row says of a step's losses and latents; raises `Diverged`."""
+        seen = {
+            "loss": losses.mean(),
+            "train_psnr": psnr(made, video).mean(),
+            "kl": latents.kl().sum() / latents.mean.numel(),
+            "noise": latents.std.mean(),
+            "grad_norm": norm,
+        }
+        row = dict(zip(seen, torch.stack(list(seen.values())).tolist()))
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            bad = ", ".join(f"{value} at item {number}" for value, number in zip(losses.tolist(), clips.numbers))
+            raise Diverged(
+                f"step {self.step + 1}: the loss or its gradient (norm {row['grad_norm']}) is not finite: {bad} of "
+                f"Shapes with seed {self.settings.seed}; the last state in {self.folder} is from before"
+            )
+        return row
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
