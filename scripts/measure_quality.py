@@ -23,7 +23,7 @@ from wan import WanT2V, apply_attention
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
 from wan.training.accuracy import make_videos, sentences, shares, shown
-from wan.video import make_folder, write_json, write_video
+from wan.video import check_encoder, make_folder, write_json, write_video
 
 
 def main() -> int:
@@ -59,12 +59,16 @@ def measure(args: argparse.Namespace) -> list[dict]:
     if min(args.count, args.batch) < 1:
         raise InputError(f"count {args.count} and batch {args.batch} must be 1 or more")
     algorithms = {name: NablaConfig.parse(name) for name in args.sparse_algo}
+    if args.save_dir:
+        make_folder(args.save_dir)
+        check_encoder()
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = WanT2V.from_pretrained(args.ckpt_dir, NablaConfig(), device, dtype, compile=False)
     video = {"size": args.size, "frame_num": args.frame_num}
-    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value})
-    pipe.sampling = replace(pipe.sampling, steps=args.steps or pipe.sampling.steps)
+    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
+    if args.steps is not None:
+        pipe.sampling = replace(pipe.sampling, steps=args.steps)
     scenes, prompts = zip(*sentences(args.count, args.seed, args.split))
     first, rows = None, []
     for name, config in algorithms.items():
