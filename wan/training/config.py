@@ -8,7 +8,15 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
-from wan.config import SamplingSettings, VideoSettings, attention_config, attention_to_dict, check_prompt, check_text
+from wan.config import (
+    DTYPES,
+    SamplingSettings,
+    VideoSettings,
+    attention_config,
+    attention_to_dict,
+    check_prompt,
+    check_text,
+)
 from wan.training.schema import (
     build,
     check_choice,
@@ -25,7 +33,6 @@ MODES = ("pretrain", "finetune", "distill")
 TIMESTEPS = ("logit_normal", "uniform")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
-DTYPES = ("float32", "float16", "bfloat16")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
 from wan.checkpoint import TEXT_LENGTH
-from wan.config import read_settings
+from wan.config import DTYPES, read_settings
 from wan.files import remove, whole
 from wan.training.attributes import ATTRIBUTES
-from wan.training.config import DTYPES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
 from wan.training.reading import read

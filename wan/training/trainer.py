@@ -67,6 +67,9 @@ class Trainer:
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
+        samples = settings.samples
+        if samples is not None and samples.prompts and samples.video.frame_num > 1:
+            check_encoder()
         self.folder = Path(settings.out).expanduser().resolve()
         self.base = open_parts(settings.checkpoint, settings.transformer)
         if self.accelerator.is_main_process:
@@ -116,8 +119,6 @@ class Trainer:
         samples = self.settings.samples
         if samples is None or not samples.prompts:
             return None
-        if samples.video.frame_num > 1:
-            check_encoder()
         encoder = Encoder(self.base, self.device)
         pad = self.clips.padded
         (negative,) = encoder.text([samples.sampling.negative_prompt])
