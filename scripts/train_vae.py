@@ -1,5 +1,6 @@
 """Train a small VAE on the data set `shapes`: python scripts/train_vae.py [--minutes M] [key=value ...]
 
+By several processes under torchrun or accelerate launch.
 A second start goes on from the last state. Of the result, in OUT/vae, it prints the quality.
 """
 
@@ -38,10 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         settings = VaeSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Batches are of a few sizes, so the search for the fastest convolutions pays.
         torch.backends.cudnn.benchmark = True
-        VaeTrainer(settings, device).run(args.minutes)
+        VaeTrainer(settings).run(args.minutes)
     except (InputError, Diverged, Stopped) as error:
         print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
         return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)

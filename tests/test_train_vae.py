@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from wan.parts import vae_part
 from wan.training import vae as vae_training
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_parts
+from wan.training.muon import Muon, orthogonal
 from wan.training.schema import overlaid, with_overrides
 from wan.training.stopping import Diverged, Stopped
 from wan.training.vae import VaeTrainer
-from wan.training.vae_data import ALL, Batches
+from wan.training.vae_data import Pools
 from wan.training.vae_model import loss, posterior, reconstruction, take_whole_clips
 from wan.training.vae_settings import LossSettings, VaeSettings
 
@@ -40,11 +42,12 @@ def content(out: Path, **changes: Any) -> dict[str, Any]:
         "steps": 6,
         "vae": {"base_dim": 4, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
         "cuts": [
-            {"batch": 2, "size": "32*32", "frames": 5},
-            {"batch": 3, "size": "16*32", "frames": 1, "drawn": "48*40"},
+            {"batch": 2, "size": "32*32", "frames": 5, "clips": 9},
+            {"batch": 3, "size": "16*32", "frames": 1, "drawn": "48*40", "clips": 5},
         ],
         "video_frames": 5,
         "optimizer": {"lr": 0.003, "warmup": 2, "schedule": "cosine"},
+        "matrix_lr": 0.01,
         "validation": {"every": 3, "clips": 2, "sizes": ["32*32", "16*16"]},
         "precision": "float32",
         "statistics_clips": 12,
@@ -54,7 +57,7 @@ def content(out: Path, **changes: Any) -> dict[str, Any]:
 
 
 def train(settings: dict[str, Any], **limits: float) -> bool:
-    return VaeTrainer(VaeSettings.from_dict(settings), CPU).run(**limits)
+    return VaeTrainer(VaeSettings.from_dict(settings)).run(**limits)
 
 
 def exact_rows(run: Path) -> list[dict[str, Any]]:
@@ -116,23 +119,66 @@ def test_loss_sees_blurred_edges_and_each_clip_alone():
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
     settings = VaeSettings.from_dict(content(tmp_path))
-    batches, again = Batches(settings), Batches(settings)
-    kinds = {batches[step].videos.shape for step in range(8)}
-    assert kinds == {(2, 3, 5, 32, 32), (3, 3, 1, 32, 16)}
+    pools, again = Pools(settings, CPU), Pools(replace(settings, workers=2), CPU)
+    assert {pools.batch(step).videos.shape for step in range(8)} == {(2, 3, 5, 32, 32), (3, 3, 1, 32, 16)}
     for step in (3, 1):
-        one, other = batches[step], again[step]
+        one, other = pools.batch(step), again.batch(step)
         assert torch.equal(one.videos, other.videos) and one[1:] == other[1:]
-    numbers = [number for step in range(8) for number in batches[step].numbers]
-    assert len(set(numbers)) == len(numbers) and max(numbers) < ALL
-    other_seed = Batches(VaeSettings.from_dict(content(tmp_path, seed=1)))
-    assert any(batches[s].videos.shape != other_seed[s].videos.shape for s in range(8)) or not torch.equal(
-        batches[0].videos, other_seed[0].videos
+    numbers = {number for step in range(40) for number in pools.batch(step).numbers}
+    assert numbers == set(range(9))
+    other_seed = Pools(VaeSettings.from_dict(content(tmp_path, seed=1)), CPU)
+    assert any(
+        pools.batch(s).videos.shape != other_seed.batch(s).videos.shape
+        or not torch.equal(pools.batch(s).videos, other_seed.batch(s).videos)
+        for s in range(8)
     )
+
+
+def test_processes_share_a_batch(tmp_path):
+    cuts = [{"batch": 4, "size": "16*16", "frames": 1, "drawn": "32*32", "clips": 3}]
+    settings = VaeSettings.from_dict(content(tmp_path, cuts=cuts))
+    whole = Pools(settings, CPU).batch(0)
+    own = [Pools(settings, CPU, rank, 2).batch(0) for rank in range(2)]
+    assert torch.equal(torch.stack([own[0].videos, own[1].videos], 1).flatten(0, 1), whole.videos)
+    assert own[0].numbers == own[1].numbers == [whole.numbers[n] for n in (0, 2, 1, 3)]
+    assert own[0].noise != own[1].noise
+    with pytest.raises(InputError, match="a batch of 4 cannot be shared by 3 processes"):
+        Pools(settings, CPU, 0, 3)
+
+
+def test_muon_takes_the_steps_of_torch():
+    torch.manual_seed(0)
+    shapes = (8, 4, 3, 3), (8, 36), (8, 4, 3, 3), (20, 5, 1, 1)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
+    own = Muon(weights, lr=0.1, momentum=0.9)
+    others = torch.optim.Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.0)
+    for _ in range(3):
+        for weight, matrix in zip(weights, matrices):
+            weight.grad = torch.randn(weight.shape)
+            matrix.grad = weight.grad.flatten(1).clone()
+        own.step(), others.step()
+        for weight, matrix in zip(weights, matrices):
+            torch.testing.assert_close(weight.flatten(1), matrix, atol=0.02, rtol=0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 16, 40)).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_is_the_same(tmp_path):
+    cuts = [{"batch": 2, "size": "16*16", "frames": 5, "clips": 2}]
+    runs = [tmp_path / "eager", tmp_path / "compiled"]
+    for run in runs:
+        small = {"cuts": cuts, "steps": 2, "statistics_clips": 1, "validation": {"every": 2, "clips": 1}}
+        train(content(run, compile=run.name == "compiled", **small))
+    eager, compiled = (exact_rows(run) for run in runs)
+    for one, other in zip(eager, compiled):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
 def test_steps_lower_the_loss(tmp_path):
     small = {
-        "cuts": [{"batch": 4, "size": "16*16", "frames": 5}],
+        "cuts": [{"batch": 4, "size": "16*16", "frames": 5, "clips": 40}],
         "video_frames": 5,
         "statistics_clips": 2,
         "precision": "bfloat16",
@@ -148,13 +194,12 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
     assert exact_rows(run) == []
 
     class Asked(vae_training.VaeTrainer):
-        def _step(self, batches):
-            row = super()._step(batches)
-            self.signal.asked = self.step == 2
-            return row
+        def _step(self, clips, ends):
+            self.signal.asked = self.step == 1
+            return super()._step(clips, ends)
 
     with pytest.raises(Stopped, match="step 2"):
-        Asked(VaeSettings.from_dict(content(run)), CPU).run()
+        Asked(VaeSettings.from_dict(content(run))).run()
     # What was logged after the last state, before the run was killed, is done again.
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
@@ -177,7 +222,7 @@ def test_the_result_loads_in_diffusers_and_here(whole_run):
 
 
 def test_a_run_may_start_from_the_weights_of_another(whole_run, tmp_path):
-    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run", start=str(whole_run / "vae"))), CPU)
+    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run", start=str(whole_run / "vae"))))
     written = AutoencoderKLWan.from_pretrained(whole_run / "vae").state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in trainer.vae.state_dict().items())
 
@@ -205,10 +250,10 @@ def test_statistics_normalise_latents(whole_run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run")), CPU)
+    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run")))
     with torch.no_grad():
         trainer.weights[0].fill_(math.nan)
-    with pytest.raises(Diverged, match=r"step 1: .* at item 0"):
+    with pytest.raises(Diverged, match=r"step 1: .* at item \d"):
         trainer.run()
 
 
@@ -218,6 +263,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"cuts": []}, "not a list"),
         ({"cuts": [{"batch": 1, "size": "32*32", "frames": 9}]}, "do not fit in videos of 5"),
         ({"cuts": [{"batch": 1, "size": "32*32", "frames": 5, "drawn": "16*16"}]}, "smaller"),
+        ({"cuts": [{"batch": 1, "size": "32*32", "frames": 5, "clips": 0}]}, "clips"),
+        ({"matrix_lr": 0}, "matrix_lr"),
+        ({"compile": "yes"}, "compile 'yes' is neither true nor false"),
         ({"vae": {"base_size": 4}}, "AutoencoderKLWan"),
         ({"vae": {"base_dim": 4, "patch_size": 2}}, "strides"),
         ({"precision": "float8"}, "float8"),

@@ -13,11 +13,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_parallel import finish, start
+from test_train_vae import content as vae_content
 from training_runs import exact_rows, settings_dict, train
 
 import generate
+from wan.training.metrics import METRICS_FILE, read_metrics
 
-SCRIPT = Path(generate.__file__).parent / "scripts" / "train.py"
+ROOT = Path(generate.__file__).parent
+SCRIPT = ROOT / "scripts" / "train.py"
 PROGRAM = Path(__file__).parent / "programs" / "train_runs.py"
 
 
@@ -74,3 +77,13 @@ def test_a_run_killed_outright_goes_on_exactly(alone, tmp_path):
     assert process.returncode == -signal.SIGKILL, said
     assert len(exact_rows(tmp_path / "run")) < len(rows)
     assert train(content) == rows
+
+
+def test_two_processes_train_a_vae(tmp_path):
+    content = vae_content(tmp_path / "run", cuts=[{"batch": 2, "size": "16*16", "frames": 5, "clips": 4}], steps=3)
+    path = write_config(content, tmp_path / "config.yaml")
+    code, _, said = finish(start(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
+    assert code == 0, said
+    rows = read_metrics(tmp_path / "run" / METRICS_FILE)
+    assert [row["step"] for row in rows] == [1, 2, 3, 3] and rows[-1]["psnr_32*32"] > 0
+    assert (tmp_path / "run" / "vae" / "config.json").is_file()

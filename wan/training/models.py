@@ -117,11 +117,14 @@ def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
     return None if mesh is None else lambda model: apply_fsdp(model, model.blocks, mesh)
 
 
-def build_optimizer(own: OptimizerSettings, steps: int, weights: list[nn.Parameter]) -> tuple[AdamW, LRScheduler]:
-    """AdamW, and the schedule of its learning rate."""
-    optimizer = AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=weights[0].device.type == "cuda")
+def build_optimizer(own: OptimizerSettings, weights: list[nn.Parameter]) -> AdamW:
+    return AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=weights[0].device.type == "cuda")
+
+
+def build_schedule(own: OptimizerSettings, steps: int, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """How an optimizer's learning rate goes over so many steps."""
     name = "constant_with_warmup" if own.schedule == "constant" else own.schedule
-    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=steps)
 
 
 def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:

@@ -32,7 +32,14 @@ from wan.training.data import Batch, Batches, Clips
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
 from wan.training.metrics import Metrics, peak_memory, speed
-from wan.training.models import build_optimizer, build_student, build_teacher, open_parts, warn_of_another_attention
+from wan.training.models import (
+    build_optimizer,
+    build_schedule,
+    build_student,
+    build_teacher,
+    open_parts,
+    warn_of_another_attention,
+)
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.schema import check_continues
@@ -111,7 +118,8 @@ class Trainer:
             self.teacher = build_teacher(settings, self.base, self.device, mesh)
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
-        optimizer, schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
+        optimizer = build_optimizer(settings.optimizer, self.weights)
+        schedule = build_schedule(settings.optimizer, settings.steps, optimizer)
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.state = State(self.transformer, optimizer, schedule, ema)
 

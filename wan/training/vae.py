@@ -6,12 +6,13 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -21,12 +22,22 @@ from wan.config import read_settings
 from wan.files import whole
 from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
-from wan.training.models import build_optimizer
+from wan.training.models import build_optimizer, build_schedule
+from wan.training.muon import Muon
 from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
-from wan.training.vae_data import Batch, Batches, as_input, statistics_videos, validation_videos
+from wan.training.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
-from wan.training.vae_model import loss, new_vae, posterior, psnr, reconstruction, take_whole_clips, trained_vae
+from wan.training.vae_model import (
+    Autoencoder,
+    loss,
+    new_vae,
+    posterior,
+    psnr,
+    reconstruction,
+    take_whole_clips,
+    trained_vae,
+)
 from wan.training.vae_settings import CHANGEABLE, VaeSettings
 
 log = logging.getLogger("wan")
@@ -35,31 +46,23 @@ SETTINGS_FILE, STATE_FILE, PICTURE_FILE, RESULT_FOLDER = "settings.yaml", "state
 
 
 class VaeTrainer:
-    """One run in the folder `settings.out`, from its last state if it has one.
+    """One run in the folder `settings.out`, from its last state if it has one, by one process or several.
 
     Raises `InputError` for settings that cannot continue what is there.
     """
 
-    def __init__(self, settings: VaeSettings, device: torch.device):
-        self.settings, self.device = settings, device
+    def __init__(self, settings: VaeSettings):
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+        self.settings, self.device = settings, self.accelerator.device
+        self.leads = self.accelerator.is_main_process
+        log.setLevel(logging.INFO if self.leads else logging.WARNING)
         self.folder = Path(settings.out).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
-        vae = (
-            new_vae(settings.vae, settings.seed)
-            if settings.start is None
-            else trained_vae(settings.start, settings.vae)
-        )
-        self.vae = vae.to(device)
-        take_whole_clips(self.vae)
-        if settings.decoder_only:
-            self.vae.encoder.requires_grad_(False)
-            self.vae.quant_conv.requires_grad_(False)
-        self.weights = [weight for weight in self.vae.parameters() if weight.requires_grad]
-        self.optimizer, self.schedule = build_optimizer(settings.optimizer, settings.steps, self.weights)
-        self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
+        self._build()
         self.step = 0
         if (self.folder / STATE_FILE).is_file():
             earlier = VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
@@ -67,7 +70,39 @@ class VaeTrainer:
             self._load()
             log.info("going on after step %d", self.step)
         self.signal = StopSignal()
+        # Agreed upon by all processes: whether one was asked to stop, or its time is up.
+        self.stops = False
+        self.metrics: Metrics | None = None
         self.held_out: dict[str, list[Tensor]] = {}
+
+    def _build(self) -> None:
+        settings = self.settings
+        vae = (
+            new_vae(settings.vae, settings.seed)
+            if settings.start is None
+            else trained_vae(settings.start, settings.vae)
+        )
+        self.vae = vae.to(self.device)
+        take_whole_clips(self.vae)
+        if settings.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.weights = [weight for weight in self.vae.parameters() if weight.requires_grad]
+        self.autoencoder = Autoencoder(self.vae)
+        if settings.compile:
+            self.autoencoder.forward = torch.compile(self.autoencoder.forward, dynamic=False)
+        self.model = self.accelerator.prepare_model(self.autoencoder)
+        self._build_optimizers()
+        self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
+
+    def _build_optimizers(self) -> None:
+        """One of AdamW, and unless that has all weights one of Muon for the convolutions; each with its schedule."""
+        settings, others, self.optimizers = self.settings, self.weights, []
+        if settings.matrix_lr is not None:
+            others = [weight for weight in self.weights if not is_convolution(weight)]
+            self.optimizers.append(Muon(filter(is_convolution, self.weights), settings.matrix_lr))
+        self.optimizers.append(build_optimizer(settings.optimizer, others))
+        self.schedules = [build_schedule(settings.optimizer, settings.steps, each) for each in self.optimizers]
 
     def run(self, minutes: float = math.inf) -> bool:
         """Train for so long at most, and write the result after the last step; whether that was reached.
@@ -77,26 +112,33 @@ class VaeTrainer:
         if not minutes >= 0:
             raise InputError(f"minutes {minutes} is not a number of at least 0")
         ends = time.monotonic() + 60 * minutes
-        with whole(self.folder / SETTINGS_FILE) as partial:
-            partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
-        self.metrics = Metrics(self.folder, self.step)
-        self.held_out = validation_videos(self.settings)
-        with self.signal, contextlib.closing(Batches(self.settings).load(self.step)) as batches:
-            self._train(ends, batches)
+        if self.leads:
+            with whole(self.folder / SETTINGS_FILE) as partial:
+                partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
+            self.metrics = Metrics(self.folder, self.step)
+            self.held_out = validation_videos(self.settings)
+        with self.signal:
+            self._train(ends)
         if self.signal.asked:
             raise Stopped(f"stopped after step {self.step}; start again in the same way to go on")
         if self.step < self.settings.steps:
             log.info("time is up after step %d of %d; start again to go on", self.step, self.settings.steps)
             return False
-        self._finish()
+        if self.leads:
+            self._finish()
         return True
 
-    def _train(self, ends: float, batches: Iterator[Batch]) -> None:
+    def _train(self, ends: float) -> None:
         """Steps until the last, the end of the time or a signal, with states on the way and after."""
         settings = self.settings
+        self.stops = time.monotonic() >= ends
+        if self.step < settings.steps and not self.stops:
+            pools = Pools(settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         first_step, saved = self.step, time.monotonic()
-        while self.step < settings.steps and time.monotonic() < ends and not self.signal.asked:
-            row = self._step(batches)
+        while self.step < settings.steps and not self.stops:
+            row = self._step(pools.batch(self.step), ends)
+            if not self.leads:
+                continue
             if self.step % settings.validation.every == 0:
                 row |= self._validate()
             self.metrics.write(row)
@@ -105,32 +147,33 @@ class VaeTrainer:
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 self._save()
                 saved = time.monotonic()
-        self._save()
+        if self.leads:
+            self._save()
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _step(self, clips: Batch, ends: float) -> dict[str, float]:
+        """One step of the optimizers, and its row of metrics."""
         start, settings = time.perf_counter(), self.settings
-        clips = next(batches)
-        waited = time.perf_counter() - start
         video = as_input(clips.videos, self.device)
-        generator = torch.Generator(self.device).manual_seed(clips.noise)
         dtype = getattr(torch, settings.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            latents = posterior(self.vae, video)
-            made = reconstruction(self.vae, latents.sample(generator))
+            made, parameters = self.model(video, self.autoencoder.noise_for(video, clips.noise))
+        latents = DiagonalGaussianDistribution(parameters)
         losses = loss(made, video, latents, settings.loss)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
-        lr = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+        lr = self.schedules[-1].get_last_lr()[0]
+        for part in (*self.optimizers, *self.schedules):
+            part.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.ema.step(self.weights)
-        # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
-        row = {"step": self.step + 1} | self._seen(losses.detach(), norm, made.detach(), video, latents, clips)
+        stops = self.signal.asked or time.monotonic() > ends
+        seen = self._seen(losses.detach(), norm, made.detach(), video, latents, stops, clips.numbers)
         self.step += 1
         seconds = time.perf_counter() - start
-        row |= {"lr": lr, "seconds": seconds, "waited": waited, "clips_per_s": len(video) / seconds}
-        return row | {"pixels_per_s": video[:, 0].numel() / seconds, "memory_gib": peak_memory(self.device)}
+        row = {"step": self.step} | seen | {"lr": lr, "seconds": seconds, "clips_per_s": len(clips.numbers) / seconds}
+        pixels = len(clips.numbers) * video[0, 0].numel()
+        return row | {"pixels_per_s": pixels / seconds, "memory_gib": peak_memory(self.device)}
 
     @torch.no_grad()
     def _seen(
@@ -140,19 +183,22 @@ class VaeTrainer:
         made: Tensor,
         video: Tensor,
         latents: DiagonalGaussianDistribution,
-        clips: Batch,
+        stops: bool,
+        numbers: list[int],
     ) -> dict[str, float]:
-        """What a row says of a step's losses and latents; raises `Diverged`."""
-        seen = {
-            "loss": losses.mean(),
-            "train_psnr": psnr(made, video).mean(),
-            "kl": latents.kl().sum() / latents.mean.numel(),
-            "noise": latents.std.mean(),
-            "grad_norm": norm,
-        }
-        row = dict(zip(seen, torch.stack(list(seen.values())).tolist()))
+        """What a row says of a step's losses and latents, over all processes; raises `Diverged`.
+
+        The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
+        """
+        names = ("train_psnr", "kl", "noise", "grad_norm")
+        values = psnr(made, video).mean(), latents.kl().sum() / latents.mean.numel(), latents.std.mean(), norm
+        own = torch.cat((losses, torch.stack((*values, losses.new_full((), stops)))))
+        every = self.accelerator.gather(own[None])
+        losses, means = every[:, : len(losses)].flatten(), every[:, len(losses) :].mean(0).tolist()
+        self.stops = means.pop() > 0
+        row = {"loss": losses.mean().item()} | dict(zip(names, means))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            bad = ", ".join(f"{value} at item {number}" for value, number in zip(losses.tolist(), clips.numbers))
+            bad = ", ".join(f"{value} at item {number}" for value, number in zip(losses.tolist(), numbers))
             raise Diverged(
                 f"step {self.step + 1}: the loss or its gradient (norm {row['grad_norm']}) is not finite: {bad} of "
                 f"Shapes with seed {self.settings.seed}; the last state in {self.folder} is from before"
@@ -196,13 +242,19 @@ class VaeTrainer:
             torch.save(self._state(), partial)
 
     def _state(self) -> dict[str, Any]:
-        stateful = {"vae": self.vae, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
-        return {name: part.state_dict() for name, part in stateful.items()} | {"step": self.step}
+        stateful = {"vae": self.vae, "ema": self.ema}
+        state = {name: part.state_dict() for name, part in stateful.items()} | {"step": self.step}
+        return state | {"optimizers": [part.state_dict() for part in (*self.optimizers, *self.schedules)]}
 
     def _load(self) -> None:
         state = torch.load(self.folder / STATE_FILE, map_location=self.device, weights_only=True)
         self.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.ema.load_state_dict(state["ema"])
+        for part, own in zip((*self.optimizers, *self.schedules), state["optimizers"]):
+            part.load_state_dict(own)
         self.step = state["step"]
+
+
+def is_convolution(weight: Tensor) -> bool:
+    """Whether a parameter is the weight of a convolution, rather than a bias or the gain of a norm."""
+    return weight.ndim > 3 and weight[0].numel() > 1

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nabla import InputError
 from wan.training.reading import read
 from wan.training.shapes import Shapes
 from wan.training.vae_settings import CutSettings, VaeSettings
 
 # Apart from those that train: seeds of videos for validation and for statistics.
 VALIDATION_SEED, STATISTICS_SEED = 2**31, 2**31 + 1
-ALL = 2**62
 
 
 class Batch(NamedTuple):
     """videos: (B, 3, frames, height, width) uint8, rows last in memory as convolutions like them
-    numbers: of the items of `Shapes`; noise: the seed of what is drawn about their latents
+    numbers: of the items of `Shapes` in the batches of all processes
+    noise: the seed of what is drawn about their latents
     """
 
     videos: Tensor
@@ -29,27 +30,43 @@ class Batch(NamedTuple):
     noise: int
 
 
-class Batches(Dataset):
-    """The batches of a run, by step."""
+class Pools:
+    """The videos that clips are cut from, drawn once and kept where the training is, and the batches of its steps.
 
-    def __init__(self, settings: VaeSettings):
-        self.settings = settings
+    Of a batch each of several processes cuts its own part. Raises `InputError` for batches that cannot be shared so.
+    """
+
+    def __init__(self, settings: VaeSettings, device: torch.device, rank: int = 0, processes: int = 1):
+        self.settings, self.rank, self.processes = settings, rank, processes
         shares = np.array([cut.share for cut in settings.cuts])
         self.shares = shares / shares.sum()
-        self.most = max(cut.batch for cut in settings.cuts)
+        counts: dict[tuple[int, int], int] = {}
+        for cut in settings.cuts:
+            if cut.batch % processes:
+                raise InputError(
+                    f"a batch of {cut.batch} cannot be shared by {processes} processes; make it a multiple"
+                )
+            counts[cut.drawn] = max(cut.clips, counts.get(cut.drawn, 0))
+        self.pools = {size: self._drawn(size, count, device) for size, count in counts.items()}
 
-    def __getitem__(self, step: int) -> Batch:
-        settings = self.settings
-        rng = np.random.default_rng((settings.seed, step))
-        cut = settings.cuts[rng.choice(len(self.shares), p=self.shares)]
-        shapes = Shapes(settings.seed, ALL, cut.drawn, settings.video_frames)
-        numbers = [step * self.most + place for place in range(cut.batch)]
-        videos = torch.stack([_cut(shapes[number][0], cut, rng) for number in numbers])
-        return Batch(_channels_second(videos), numbers, int(rng.integers(2**62)))
+    def _drawn(self, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
+        """(count, frames, height, width, 3) uint8."""
+        shapes = Shapes(self.settings.seed, count, size, self.settings.video_frames)
+        pool = torch.empty(count, shapes.frames, *size[::-1], 3, dtype=torch.uint8, device=device)
+        for place, video in zip(pool, read(Videos(shapes), range(count), self.settings.workers)):
+            place.copy_(video[0].movedim(0, -1), non_blocking=True)
+        return pool
 
-    def load(self, first_step: int) -> Iterator[Batch]:
-        """The batches from `first_step` on, in order."""
-        return read(self, range(first_step, self.settings.steps), self.settings.workers)
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.settings.seed, step))
+        cut = self.settings.cuts[rng.choice(len(self.shares), p=self.shares)]
+        pool = self.pools[cut.drawn]
+        numbers = rng.integers(cut.clips, size=cut.batch).tolist()
+        places = [_place(pool[0], cut, rng) for _ in numbers]
+        own = range(self.rank, cut.batch, self.processes)
+        videos = torch.stack([pool[numbers[n]][places[n]] for n in own])
+        in_order = [numbers[n] for rank in range(self.processes) for n in range(rank, cut.batch, self.processes)]
+        return Batch(_channels_second(videos), in_order, int(rng.integers(2**62)) + self.rank)
 
 
 class Videos(Dataset):
@@ -85,11 +102,11 @@ def as_input(videos: Tensor, device: torch.device) -> Tensor:
     return videos.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-def _cut(video: Tensor, cut: CutSettings, rng: np.random.Generator) -> Tensor:
-    """(frames, height, width, 3) of a whole video, at a random place and time."""
+def _place(video: Tensor, cut: CutSettings, rng: np.random.Generator) -> tuple[slice, ...]:
+    """A random place and time of a cut in (frames, height, width, 3) of a whole video."""
     parts = (cut.frames, *cut.size[::-1])
-    firsts = (int(rng.integers(whole - part + 1)) for whole, part in zip(video.shape, parts))
-    return video[tuple(slice(first, first + part) for first, part in zip(firsts, parts))]
+    firsts = [int(rng.integers(whole - part + 1)) for whole, part in zip(video.shape, parts)]
+    return tuple(slice(first, first + part) for first, part in zip(firsts, parts))
 
 
 def _channels_second(videos: Tensor) -> Tensor:

@@ -94,6 +94,28 @@ def take_whole_clips(vae: AutoencoderKLWan) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
+class Autoencoder(nn.Module):
+    """What a step of training computes, as one module, which can be compiled and spread over processes."""
+
+    def __init__(self, vae: AutoencoderKLWan):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A video (B, 3, frames, height, width) from latents drawn about its own, and their distribution's parameters.
+
+        noise: normally distributed, of the shape of the latents
+        """
+        latents = posterior(self.vae, video)
+        return reconstruction(self.vae, latents.mean + latents.std * noise), latents.parameters
+
+    def noise_for(self, video: Tensor, seed: int) -> Tensor:
+        frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], VAE_STRIDE))
+        generator = torch.Generator(video.device).manual_seed(seed)
+        shape = len(video), self.vae.config.z_dim, frames, height, width
+        return torch.randn(shape, generator=generator, device=video.device)
+
+
 def posterior(vae: AutoencoderKLWan, video: Tensor) -> DiagonalGaussianDistribution:
     """The distribution of latents (B, C, T, h, w) of a video (B, 3, 4 T - 3, height, width) in [-1, 1], in float32."""
     return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(video)).float())

@@ -12,15 +12,26 @@ from wan.training.config import PRECISIONS, OptimizerSettings
 from wan.training.schema import build, check_choice, check_counts, check_mapping, check_numbers, check_texts, plain
 
 # What may change between a run and its continuation: it changes no loss, or only those of steps to come.
-CHANGEABLE = ("out", "steps", "validation", "statistics_clips", "dtype", "checkpoint_seconds", "log_steps", "workers")
+CHANGEABLE = (
+    "out",
+    "steps",
+    "validation",
+    "compile",
+    "statistics_clips",
+    "dtype",
+    "checkpoint_seconds",
+    "log_steps",
+    "workers",
+)
 
 
 @dataclass(frozen=True)
 class CutSettings:
     """Batches of one size, cut at random places from longer or larger videos.
 
-    batch: how many clips; size: (width, height) of each in pixels; frames: of each
+    batch: how many clips, over all processes; size: (width, height) of each in pixels; frames: of each
     drawn: (width, height) of the videos that they are cut from; None is `size`
+    clips: how many such videos there are, all in memory where the training is
     share: how often such a batch comes, beside the shares of the others
     """
 
@@ -28,10 +39,11 @@ class CutSettings:
     size: tuple[int, int]
     frames: int
     drawn: tuple[int, int] | None = None
+    clips: int = 1000
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch")
+        check_counts(self, "batch", "clips")
         check_numbers(self, "share", above=0)
         for name in ("size", "drawn"):
             given = getattr(self, name)
@@ -83,6 +95,8 @@ class VaeSettings:
     start: folder of a VAE of these sizes to go on from, such as the result of another run; None is a new one
     decoder_only: leave the encoder of `start` as it is, so that what learned from its latents goes on to fit
     video_frames: of the videos that clips are cut from and that validation sees whole
+    matrix_lr: the learning rate of convolutions by Muon, beside that of `optimizer` for all else; None: all by AdamW
+    compile: what a step computes, anew for every shape of its batches
     statistics_clips: how many training videos of the first validation size give the latents' mean and deviation
     dtype: of the weights that are written at the end
     checkpoint_seconds: between two checkpoints; log_steps: steps between two lines of the log
@@ -98,10 +112,12 @@ class VaeSettings:
     video_frames: int = 33
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    matrix_lr: float | None = None
     validation: ValidationSettings = ValidationSettings()
     ema: float = 0.999
     seed: int = 0
     precision: str = "bfloat16"
+    compile: bool = False
     statistics_clips: int = 2048
     dtype: str = "float16"
     checkpoint_seconds: float = 60.0
@@ -115,7 +131,9 @@ class VaeSettings:
         check_counts(self, "steps", "video_frames", "statistics_clips", "log_steps")
         check_counts(self, "seed", "workers", least=0)
         check_numbers(self, "ema", above=0, most=1)
-        check_numbers(self, "checkpoint_seconds", above=0)
+        check_numbers(self, "checkpoint_seconds", *(["matrix_lr"] if self.matrix_lr is not None else []), above=0)
+        if not isinstance(self.compile, bool):
+            raise InputError(f"compile {self.compile!r} is neither true nor false")
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "dtype", ("float16", "float32"))
         check_mapping("vae", self.vae)
