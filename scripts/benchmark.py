@@ -21,7 +21,7 @@ import torch
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.benchmark.attention import attention_mode, mask_mode
-from wan.benchmark.parallel import parallel_mode
+from wan.benchmark.parallel import ROWS, parallel_mode
 from wan.benchmark.timing import Row
 from wan.benchmark.training import training_mode
 from wan.benchmark.transformer import forward_mode, pipeline_mode
@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add("--steps", type=int, default=3, help="pipeline: sampling steps, of which the first warms up")
     add("--no_dense", action="store_true", help="leave out the dense baselines")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="parallel: what to compare")
     add("--gradient_checkpointing", action="store_true", help="training: keep inputs of blocks alone")
     add("--fp8", action="store_true", help="forward, pipeline: again with float8 linear layers, beside dense ones")
     add("--backend", default="auto")

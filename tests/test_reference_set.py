@@ -91,7 +91,8 @@ def test_solvers(expected, solver, steps, shift):
     x = expected["solver.noise"]
     for timestep in made.timesteps:
         x = made.step(torch.sin(3 * x) + timestep / 1000, timestep, x, return_dict=False)[0]
-    torch.testing.assert_close(x, expected[f"{prefix}.final"], atol=1e-6, rtol=0)
+    # To the bit on the kind of processor that computed it; on others the steps carry on a sine's last bit.
+    torch.testing.assert_close(x, expected[f"{prefix}.final"], atol=1e-5, rtol=0)
 
 
 def test_text_encoder(pipe, expected):

@@ -148,7 +148,7 @@ def test_processes_share_a_batch(tmp_path):
 
 def test_muon_takes_the_steps_of_torch():
     torch.manual_seed(0)
-    shapes = (8, 4, 3, 3), (8, 36), (8, 4, 3, 3), (20, 5, 1, 1)
+    shapes = (8, 4, 3, 3), (8, 20), (8, 4, 3, 3), (20, 8, 1, 1)
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
     own = Muon(weights, lr=0.1, momentum=0.9)
@@ -160,7 +160,7 @@ def test_muon_takes_the_steps_of_torch():
         own.step(), others.step()
         for weight, matrix in zip(weights, matrices):
             torch.testing.assert_close(weight.flatten(1), matrix, atol=0.02, rtol=0)
-    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 16, 40)).float())
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 40, 16)).float())
     assert 0.6 < values.min() and values.max() < 1.3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
@@ -182,7 +183,7 @@ class AppliedAttention:
         given = chain(args, kwargs.values(), transformer.parameters())
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in given if isinstance(x, Tensor))
         plan = self.plan(latents.shape[2:], device, dtype, trains=trains) if is_sparse else None
-        self._set_exchanges(device)
+        self._set_exchanges(latents, dtype)
         for module in self.modules if self.sequence else ():
             module.nabla_plan = self.plan(latents.shape[2:], device, dtype, dense=True)
         for module in self.sparse if is_sparse or not self.sequence else ():
@@ -194,9 +195,10 @@ class AppliedAttention:
         if is_sparse and self.sequence and not (keeps and self.sparse[0].nabla_kept.reuse):
             self._balance(device)
 
-    def _set_exchanges(self, device: torch.device) -> None:
+    def _set_exchanges(self, latents: Tensor, dtype: torch.dtype) -> None:
         if self.sequence:
-            exchanges = self.sequence.exchanges(device)
+            tokens = math.prod(n // p for n, p in zip(latents.shape[2:], self.patch))
+            exchanges = self.sequence.exchanges(len(latents), tokens, dtype, latents.device)
         else:
             config = self.processor._parallel_config
             exchanges = [None if config is None else exchange_of_diffusers(config)] * len(self.modules)

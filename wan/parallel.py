@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,8 @@ import nabla
 from nabla import InputError, Plan
 from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary, rotate
+from wan.peers import Peers, are_peers, make_peers
 
-# More hide more of what is sent behind attention, in smaller and so slower pieces of both.
-GROUPS = 4
 # Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
 EVEN_ENOUGH = 1.01
 
@@ -33,77 +31,52 @@ def shares(count: int, parts: int) -> list[int]:
 class Exchange(NamedTuple):
     """How processes that share a video swap tokens for heads around an attention (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-    A process's heads are swapped and attended to in groups: while it attends to one, others are on their way.
-
     name: of the process group; rank, size: of this process in it, and how many there are
-    groups: how many groups each process does its heads in
-    order: the heads group by group, and in each process by process, (H,) int64; None: as they come, in one group
+    order: the heads, process by process, (H,) int64; None: as they come
+    peers: memory that the others write into, where there is such; else all goes by collectives
     rotates_first: whether rotary angles come for the process's own tokens, rather than for all
     """
 
     name: str
     rank: int
     size: int
-    groups: int = 1
     order: Tensor | None = None
+    peers: Peers | None = None
     rotates_first: bool = False
 
     def own_heads(self, heads: int) -> int:
         return shares(heads, self.size)[self.rank]
 
-    def counts(self, heads: int) -> list[list[int]]:
-        """How many heads of each group each process gets."""
-        return [list(counts) for counts in zip(*(shares(own, self.groups) for own in shares(heads, self.size)))]
+    def for_heads(self, qkv: list[Tensor], tokens: int) -> list[Tensor]:
+        """q, k and v (B, own tokens, H, D) -> (B, tokens, own heads, D)."""
+        if self.peers is not None:
+            return self.peers.swap_for_heads(qkv, self.order)
+        # All are sent before the first is waited for.
+        sent = [self._send_heads(x, tokens) for x in qkv]
+        batch, _, _, width = qkv[0].shape
+        return [collectives.wait_tensor(x).view(tokens, batch, -1, width).transpose(0, 1) for x in sent]
 
-    def own_groups(self, heads: int) -> list[slice]:
-        """Which of the process's own heads belong to each group."""
-        ends = list(itertools.accumulate(shares(self.own_heads(heads), self.groups)))
-        return [slice(start, end) for start, end in zip([0, *ends], ends)]
-
-    def send_heads(self, x: Tensor, tokens: int, group: int) -> Tensor:
-        """Begin to swap a group of the heads of (B, own tokens, H, D); what it returns is for `receive_heads`."""
-        batch, _, heads, width = x.shape
-        x, counts = x.transpose(0, 1), self.counts(heads)[group]
-        if self.order is not None:
-            x = x.index_select(2, self.order[self._of(group, heads)])
-        if len(set(counts)) > 1:
-            sent = torch.cat([part.flatten() for part in x.split(counts, dim=2)])
-        else:
-            sent = x.unflatten(2, (self.size, -1)).movedim(2, 0).flatten()
+    def for_tokens(self, out: Tensor, heads: int) -> Tensor:
+        """The way back: (B, tokens, own heads, D) -> (B, own tokens, H, D)."""
+        if self.peers is not None:
+            return self.peers.swap_for_tokens(out, self.order)
+        (batch, tokens, own, width), counts = out.shape, shares(heads, self.size)
         of_tokens = shares(tokens, self.size)
-        return self._send(sent, batch * width, of_tokens[self.rank], counts, counts[self.rank], of_tokens)
-
-    def receive_heads(self, sent: Tensor, shape: torch.Size, tokens: int) -> Tensor:
-        """What `send_heads` began for a tensor of a shape: (B, tokens, own heads of the group, D)."""
-        batch, _, _, width = shape
-        return collectives.wait_tensor(sent).view(tokens, batch, -1, width).transpose(0, 1)
-
-    def send_tokens(self, x: Tensor, heads: int, group: int) -> Tensor:
-        """Begin to swap a group back, (B, tokens, own heads of it, D); what it returns is for `receive_tokens`."""
-        batch, tokens, own, width = x.shape
-        of_tokens, counts = shares(tokens, self.size), self.counts(heads)[group]
-        sent = x.transpose(0, 1).flatten()
-        return self._send(sent, batch * width, own, of_tokens, of_tokens[self.rank], counts)
-
-    def receive_tokens(self, sent: list[Tensor], shape: torch.Size) -> Tensor:
-        """What `send_tokens` began for all groups: (B, own tokens, H, D), of that shape."""
-        batch, own, heads, width = shape
-        x = sent[0].new_empty(own, batch, heads, width)
-        for group, (part, counts) in enumerate(zip(sent, self.counts(heads))):
-            got = collectives.wait_tensor(part)
-            if len(set(counts)) > 1:
-                parts = got.split([own * batch * count * width for count in counts])
-                got = torch.cat([part.view(own, batch, -1, width) for part in parts], dim=2)
-            else:
-                got = got.view(self.size, own, batch, -1, width).movedim(0, 2).flatten(2, 3)
-            # Into its place at once, since to put groups together and in order would be a pass for each.
-            x = got if self.order is None else x.index_copy(2, self.order[self._of(group, heads)], got)
+        sent = self._send(out.transpose(0, 1).flatten(), batch * width, own, of_tokens, of_tokens[self.rank], counts)
+        parts = collectives.wait_tensor(sent).split([of_tokens[self.rank] * batch * n * width for n in counts])
+        x = torch.cat([part.view(of_tokens[self.rank], batch, -1, width) for part in parts], dim=2)
+        x = x if self.order is None else torch.empty_like(x).index_copy(2, self.order, x)
         return x.transpose(0, 1)
 
-    def _of(self, group: int, heads: int) -> slice:
-        """Where a group is in `order`."""
-        before = sum(sum(counts) for counts in self.counts(heads)[:group])
-        return slice(before, before + sum(self.counts(heads)[group]))
+    def _send_heads(self, x: Tensor, tokens: int) -> Tensor:
+        """Begin to swap (B, own tokens, H, D), to be waited for."""
+        batch, _, heads, width = x.shape
+        x, counts = x.transpose(0, 1), shares(heads, self.size)
+        if self.order is not None:
+            x = x.index_select(2, self.order)
+        sent = torch.cat([part.flatten() for part in x.split(counts, dim=2)])
+        of_tokens = shares(tokens, self.size)
+        return self._send(sent, batch * width, of_tokens[self.rank], counts, counts[self.rank], of_tokens)
 
     def _send(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
         """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units; to be waited for."""
@@ -123,20 +96,11 @@ def attend_together(
     exchange: Exchange,
 ) -> Tensor:
     """`nabla.attend` where each process has some of the tokens (B, own tokens, heads, D), and attends to some heads."""
-    shape, heads = q.shape, q.shape[2]
+    heads = q.shape[2]
     if exchange.rotates_first:
         q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
-    groups = exchange.own_groups(heads)
-    # All are sent before the first is waited for.
-    sent = [[exchange.send_heads(x, plan.tokens, g) for x in (q, k, v)] for g in range(len(groups))]
-    results = []
-    for group, (of, parts) in enumerate(zip(groups, sent)):
-        own = [exchange.receive_heads(part, shape, plan.tokens) for part in parts]
-        own_kept = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
-        own_share = None if share is None else share[of]
-        out = nabla.attend(*own, plan, rotary, own_kept, own_share)
-        results.append(exchange.send_tokens(out, heads, group))
-    return exchange.receive_tokens(results, shape)
+    out = nabla.attend(*exchange.for_heads([q, k, v], plan.tokens), plan, rotary, kept, share)
+    return exchange.for_tokens(out, heads)
 
 
 def exchange_of_diffusers(parallel_config: Any) -> Exchange:
@@ -177,25 +141,30 @@ class Sequence:
         self.heads, layers = transformer.config.num_attention_heads, len(transformer.blocks)
         if self.size > self.heads:
             raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
-        self.groups = min(GROUPS, self.heads // self.size) if self.size > 1 else 1
         self.order = interleaved(self.heads, self.size).repeat(layers, 1)
         self.on_device: Tensor | None = None
+        # Whether processes write into each other's memory, found out at first use, and that memory.
+        self.by_peers: bool | None = None
+        self.head_size, self.peers, self.made_for = transformer.config.attention_head_dim, None, None
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
-    def exchanges(self, device: torch.device) -> list[Exchange]:
-        """The exchange of each layer, its order where the hidden states are."""
-        if self.on_device is None or self.on_device.device != device:
-            with torch.inference_mode(False):
-                self.on_device = self._orders().to(device)
-        return [Exchange(self.group.group_name, self.rank, self.size, self.groups, each) for each in self.on_device]
-
-    def _orders(self) -> Tensor:
-        """`Exchange.order` of all layers."""
-        of_rank = self.order.split(shares(self.heads, self.size), dim=1)
-        of_group = zip(*(heads.tensor_split(self.groups, dim=1) for heads in of_rank))
-        return torch.cat([heads for group in of_group for heads in group], dim=1)
+    def exchanges(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Exchange]:
+        """The exchange of each layer for sequences of a size; all processes have to ask at once."""
+        with torch.inference_mode(False):
+            if self.on_device is None or self.on_device.device != device:
+                self.on_device = self.order.to(device)
+                if self.by_peers is None:
+                    self.by_peers = are_peers(self.group, device)
+            if self.by_peers and self.made_for != (batch, tokens, dtype, device):
+                counts = shares(tokens, self.size), shares(self.heads, self.size)
+                self.peers = None
+                like = torch.empty(0, dtype=dtype, device=device)
+                self.peers = make_peers(self.group, *counts, batch, self.head_size, like)
+                self.made_for = batch, tokens, dtype, device
+        peers = self.peers if self.by_peers else None
+        return [Exchange(self.group.group_name, self.rank, self.size, each, peers) for each in self.on_device]
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
@@ -206,7 +175,7 @@ class Sequence:
             return
         by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
         self.order = dealt(torch.empty_like(by_place).scatter(1, self.order, by_place), own)
-        self.on_device.copy_(self._orders())
+        self.on_device.copy_(self.order)
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]

@@ -35,14 +35,14 @@ MOST_SHARPENED, CALIBRATION_ROUNDS = 6.0, 8
 
 @torch.no_grad()
 def parallel_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
-    """Forwards and guided steps on one GPU and on all; then with uneven heads, and with sharded weights."""
+    """Forwards and guided steps on one GPU and on all, as `args.rows` says."""
     if not started_by_torchrun():
         raise InputError("mode parallel compares several processes; start it with torchrun")
     with Processes.together(None if device.type == "cuda" else args.device) as processes:
         args.device = str(processes.device)
-        for rows in (even_rows, uneven_rows, guidance_rows, same_video_rows, sharded_rows):
+        for name in args.rows:
             for video in videos:
-                yield from rows(args, processes, video)
+                yield from ROWS[name](args, processes, video)
                 # A model and its hooks hold each other, and two do not fit.
                 torch._dynamo.reset()
                 gc.collect()
@@ -85,7 +85,11 @@ def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettin
     for config in every:
         apply_attention(transformer, config)
         what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
-        yield compare(args, what, forward, alone[config])
+        yield compare(args, what, forward, alone[config]) | {"by_peers": transformer.sequence.by_peers}
+        if transformer.sequence.by_peers:
+            transformer.sequence.by_peers = False
+            yield compare(args, f"{what}, by collectives", forward, alone[config])
+            transformer.sequence.by_peers = True
 
 
 def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
@@ -188,3 +192,12 @@ def sharded_rows(args: argparse.Namespace, processes: Processes, video: VideoSet
     yield whole
     apply_fsdp(transformer, transformer.blocks, mesh)
     yield compare(args, f"{what}, sharded weights", forward, whole)
+
+
+ROWS = {
+    "even": even_rows,
+    "uneven": uneven_rows,
+    "guidance": guidance_rows,
+    "video": same_video_rows,
+    "sharded": sharded_rows,
+}

@@ -16,7 +16,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal (https://kellerjordan.github.io/posts/muon), without weight decay.
 
     Each weight (out, ...) counts as a matrix (out, rest). As `torch.optim.Muon`, which takes nothing but matrices and
-    one after the other; here those of a shape are done at once, in a tenth of the kernels.
+    one after the other; here those with equal shorter sides are done at once, in a tenth of the kernels.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -25,35 +25,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            by_side: dict[int, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape[weight.shape[0], weight[0].numel()].append(weight)
-            for (rows, columns), weights in by_shape.items():
-                steps = orthogonal(self._with_momentum(weights, group["momentum"]))
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, step in zip(weights, steps):
-                    weight.add_(step.view(weight.shape), alpha=-rate)
+                    by_side[min(weight.shape[0], weight[0].numel())].append(weight)
+            for weights in by_side.values():
+                self._update(weights, **{key: group[key] for key in ("lr", "momentum")})
 
-    def _with_momentum(self, weights: list[nn.Parameter], momentum: float) -> Tensor:
-        """Gradients with Nesterov's momentum, (weights, rows, columns)."""
+    def _update(self, weights: list[nn.Parameter], lr: float, momentum: float) -> None:
+        """A step of weights whose matrices have equal shorter sides."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         gradients, averages = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, averages, momentum)
-        return torch.stack([each.flatten(1) for each in ahead])
+        ahead = [step.flatten(1) for step in torch._foreach_lerp(gradients, averages, momentum)]
+        tall = [step if len(step) > step.shape[1] else step.T for step in ahead]
+        # Rows of zeros change nothing.
+        steps = orthogonal(nn.utils.rnn.pad_sequence(tall, batch_first=True))
+        for weight, (rows, columns), step in zip(weights, (matrix.shape for matrix in ahead), steps):
+            step = step[: max(rows, columns)]
+            step = (step if rows > columns else step.T).reshape(weight.shape)
+            weight.add_(step, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal matrices nearest to each of (..., rows, columns), by Newton and Schulz, in bfloat16."""
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    """The nearly orthogonal matrices nearest to tall ones (B, rows, columns), by Newton and Schulz, in bfloat16."""
     x = matrices.bfloat16()
-    x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+        gram = x.mT @ x
+        x = a * x + x @ (b * gram + c * gram @ gram)
+    return x

@@ -1,0 +1,174 @@
+"""GPUs that reach each other's memory swap tokens for heads by writing each row where another process reads it.
+
+NCCL's all-to-all packs rows into buffers, sends them at two thirds of what NVLink carries, and unpacks them. Here one
+kernel reads each row once and writes it, over NVLink, to its place on the GPU that needs it.
+"""
+
+from __future__ import annotations
+
+import socket
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
+
+from nabla.gpu import tl, triton
+
+# Tokens that a program copies, of one head.
+TOKENS = 16
+# What a row of a `Buffer.table` says of a process: see `_copy_rows`.
+COLUMNS = 8
+
+
+def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the processes of a group have each a GPU of one machine, all of which reach each other's memory.
+
+    All of them have to ask at once.
+    """
+    if device.type != "cuda" or triton is None or torch.version.hip is not None:
+        return False
+    places: list[tuple[str, int]] = [None] * group.size()
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group)
+    hosts, gpus = zip(*places)
+    others = [index for index in gpus if index != device.index]
+    own = len(set(hosts)) == 1 and len(set(gpus)) == len(gpus) and len(others) < torch.cuda.device_count()
+    own = own and all(torch.cuda.can_device_access_peer(device, index) for index in others)
+    answers = [None] * group.size()
+    dist.all_gather_object(answers, own, group)
+    return all(answers)
+
+
+class Buffer(NamedTuple):
+    """Memory of this process that the others write into.
+
+    rows: (tensors, B, tokens, heads, D), what is written
+    table: (processes, COLUMNS) int64, which rows go where
+    key: of the memory's handle, which is told to the operator so, since that takes nothing but tensors and values
+    """
+
+    rows: Tensor
+    table: Tensor
+    key: str
+
+
+class Peers(NamedTuple):
+    """Where q, k and v of a process's own heads arrive, and where the output of its own tokens does.
+
+    Both are written in turn, layer by layer. Who writes one has waited until all had filled the other, which they do
+    after reading what it held before, so nothing is overwritten that is still to be read.
+    """
+
+    heads: Buffer
+    tokens: Buffer
+
+    def swap_for_heads(self, qkv: list[Tensor], order: Tensor) -> list[Tensor]:
+        """q, k and v (B, own tokens, H, D) -> (B, tokens, own heads, D); `order` is that of `Exchange`."""
+        _write_rows(qkv, self.heads.rows, self.heads.table, order, True, self.heads.key)
+        return list(self.heads.rows.unbind())
+
+    def swap_for_tokens(self, out: Tensor, order: Tensor) -> Tensor:
+        """(B, tokens, own heads, D) -> (B, own tokens, H, D), which stands until the next layer's is written."""
+        _write_rows([out], self.tokens.rows, self.tokens.table, order, False, self.tokens.key)
+        return self.tokens.rows[0]
+
+
+def make_peers(
+    group: dist.ProcessGroup, tokens: list[int], heads: list[int], batch: int, width: int, like: Tensor
+) -> Peers:
+    """The memory for sequences of one size; all processes of the group have to make it at once.
+
+    tokens, heads: how many each process has; width: D; like: a tensor of the dtype and device
+    """
+    rank, every = group.rank(), range(group.size())
+    starts = [(sum(tokens[:n]), sum(heads[:n])) for n in every]
+    arrive = (3, batch, sum(tokens), heads[rank], width), 3 * batch * sum(tokens) * max(heads) * width
+    leave = (1, batch, tokens[rank], sum(heads), width), batch * max(tokens) * sum(heads) * width
+    # First token here, how many; first token there, tokens there; heads to write, heads there; their place in order.
+    to_heads = [[0, tokens[rank], starts[rank][0], sum(tokens), heads[n], heads[n], starts[n][1]] for n in every]
+    to_tokens = [[starts[n][0], tokens[n], 0, tokens[n], heads[rank], sum(heads), starts[rank][1]] for n in every]
+    return Peers(_buffer(group, *arrive, to_heads, like), _buffer(group, *leave, to_tokens, like))
+
+
+_HANDLES: dict[str, object] = {}
+
+
+def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: list[list[int]], like: Tensor) -> Buffer:
+    """most: elements of the largest of all processes' shapes, since they are given out alike."""
+    memory = symmetric_memory.empty(most, dtype=like.dtype, device=like.device)
+    handle = symmetric_memory.rendezvous(memory, group)
+    addresses = [handle.get_buffer(rank, (most,), like.dtype).data_ptr() for rank in range(group.size())]
+    table = [[address, *row] for address, row in zip(addresses, rows)]
+    written, key = memory[: torch.Size(shape).numel()].view(shape), str(memory.data_ptr())
+    _HANDLES[key] = handle
+    weakref.finalize(written, _HANDLES.pop, key, None)
+    return Buffer(written, torch.tensor(table, device=like.device), key)
+
+
+@torch.library.custom_op("wan::write_rows", mutates_args=("written",))
+def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tensor, to_heads: bool, key: str) -> None:
+    """Copy rows to where `table` says, and wait until all processes have filled `written`."""
+    if str(written.data_ptr()) != key:
+        raise RuntimeError("the memory that other GPUs write into was copied, and what they write would be lost")
+    batch, tokens, heads, width = rows[0].shape
+    if rows[0].dtype != written.dtype or len(rows) != len(written) or batch != written.shape[1]:
+        own, wanted = (f"{len(x)} of {tuple(x[0].shape)} {x[0].dtype}" for x in (rows, written))
+        raise RuntimeError(f"rows to swap are {own}, but there is memory for {wanted}")
+    with torch.cuda.device(written.device):
+        for number, x in enumerate(rows):
+            x = x if x.stride(3) == 1 else x.contiguous()
+            _copy_rows[(triton.cdiv(tokens, TOKENS), heads, len(table) * batch)](
+                x,
+                table,
+                order,
+                number,
+                batch,
+                *x.stride()[:3],
+                width,
+                TO_HEADS=to_heads,
+                COLUMNS=COLUMNS,
+                TOKENS=TOKENS,
+                WIDTH=triton.next_power_of_2(width),
+            )
+        _HANDLES[key].barrier(channel=0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _copy_rows(
+        x,
+        table,
+        order,
+        number,
+        batch,
+        of_batch,
+        of_token,
+        of_head,
+        width,
+        TO_HEADS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        TOKENS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        """Rows of a head and some tokens, of the number-th tensor, to one process."""
+        row = table + tl.program_id(2) // batch * COLUMNS
+        sample = (tl.program_id(2) % batch).to(tl.int64)
+        first, count = tl.load(row + 1), tl.load(row + 2)
+        there, tokens_there = tl.load(row + 3), tl.load(row + 4)
+        heads, heads_there, place = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        head, token = tl.program_id(1), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        if head < heads:
+            column = tl.arange(0, WIDTH)
+            inside = (token < count)[:, None] & (column < width)[None, :]
+            other = tl.load(order + place + head)
+            if TO_HEADS:
+                here, head_there = other, head.to(tl.int64)
+            else:
+                here, head_there = head.to(tl.int64), other
+            source = x + sample * of_batch + (first + token)[:, None] * of_token + here * of_head + column[None, :]
+            to = ((number * batch + sample) * tokens_there + there + token) * heads_there + head_there
+            target = tl.load(row).to(tl.pointer_type(x.dtype.element_ty)) + to[:, None] * width + column[None, :]
+            tl.store(target, tl.load(source, mask=inside), mask=inside)
