@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
 # Train the checkpoint wan-shapes from nothing, on one GPU, into runs/wan-shapes. Cut at any moment, it goes on where it
-# stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, ship.
+# stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, ship. Without the first two the
+# transformer is trained beside the text encoder and the VAE of checkpoints/wan-shapes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 stages=${*:-text vae 128 256 512 ship}
 
+part() {  # name, folder of the run that makes it
+    local made="$PWD/$2/$1"
+    [ -d "$made" ] || made="$PWD/checkpoints/wan-shapes/$1"
+    ln -sfn "$made" "runs/shapes_parts/$1"
+}
+
 parts() {  # what the transformer is trained beside, in one folder
     mkdir -p runs/shapes_parts
-    ln -sfn "$PWD/runs/shapes_vae/vae" runs/shapes_parts/vae
-    ln -sfn "$PWD/runs/shapes_text/text_encoder" runs/shapes_parts/text_encoder
-    ln -sfn "$PWD/runs/shapes_text/tokenizer" runs/shapes_parts/tokenizer
+    part vae runs/shapes_vae
+    part text_encoder runs/shapes_text
+    part tokenizer runs/shapes_text
 }
 
 data() {  # size, clips to train on, clips to validate on

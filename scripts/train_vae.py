@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = VaeSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         # Batches are of a few sizes, so the search for the fastest convolutions pays.
         torch.backends.cudnn.benchmark = True
-        VaeTrainer(settings).run(args.minutes)
+        trainer = VaeTrainer(settings)
+        trainer.run(args.minutes)
+        trainer.accelerator.end_training()
     except (InputError, Diverged, Stopped) as error:
         print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
         return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)

@@ -131,7 +131,7 @@ class VaeTrainer:
     def _train(self, ends: float) -> None:
         """Steps until the last, the end of the time or a signal, with states on the way and after."""
         settings = self.settings
-        self.stops = time.monotonic() >= ends
+        self.stops = self._agree(time.monotonic() >= ends)
         if self.step < settings.steps and not self.stops:
             pools = Pools(settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         first_step, saved = self.step, time.monotonic()
@@ -149,6 +149,10 @@ class VaeTrainer:
                 saved = time.monotonic()
         if self.leads:
             self._save()
+
+    def _agree(self, stops: bool) -> bool:
+        """Whether any of the processes wants to stop."""
+        return self.accelerator.gather(torch.tensor([float(stops)], device=self.device)).any().item()
 
     def _step(self, clips: Batch, ends: float) -> dict[str, float]:
         """One step of the optimizers, and its row of metrics."""
