@@ -242,11 +242,8 @@ class AppliedAttention:
         # Only a forward that came to its end, through all layers, has chosen for all, and measured what they keep.
         if choosing is None and self.sequence is None or ran_in_full(transformer):
             self.chosen = choosing or self.chosen
-            return
-        # As shares of blocks they would belong to the last order of heads; equal ones say nothing.
-        for module in self.modules:
-            if module.nabla_share is not None:
-                module.nabla_share.fill_(1)
+        elif self.sequence:
+            self.sequence.is_outdated = True
 
 
 class NablaProcessor(WanAttnProcessor):

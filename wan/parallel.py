@@ -180,6 +180,8 @@ class Sequence:
         self.groups = min(GROUPS, self.heads // self.size) if self.size > 1 else 1
         self.order = interleaved(self.heads, self.size).repeat(layers, 1)
         self.on_device: Tensor | None = None
+        # Whether the shares last measured are those of an order before this one, since a cache left blocks out since.
+        self.is_outdated = False
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
@@ -199,6 +201,9 @@ class Sequence:
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
+        if self.is_outdated:
+            self.is_outdated = False
+            return
         own = shares(self.heads, self.size)
         by_rank = all_gather(F.pad(kept, (0, own[0] - kept.shape[1])), self.group).cpu()
         loads = by_rank.sum(2)
