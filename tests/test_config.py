@@ -212,5 +212,5 @@ def test_files_that_are_no_settings(tmp_path, content):
     path.write_text(content)
     with pytest.raises(InputError, match="bad.yaml"):
         read_settings(str(path))
-    with pytest.raises(InputError, match="neither a file nor one of full.yaml"):
+    with pytest.raises(InputError, match="neither a file nor one of fast.yaml, full.yaml"):
         read_settings("none.yaml")
