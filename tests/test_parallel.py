@@ -135,6 +135,11 @@ def test_under_diffusers_own_context_parallelism(results_of):
     assert len(errors) == 2 and max(errors) < 1e-5
 
 
+def test_the_pipeline_of_diffusers_split_offloaded_and_with_a_lora(results_of):
+    (result,) = (one for one in results_of(2, "cpu", *HEADS[2]) if one.get("what") == "pipeline of diffusers")
+    assert result["error"] < 1e-4
+
+
 def test_the_same_video_from_one_process_and_from_several(random_nano, tmp_path):
     factors = weight_files.draw_factors(
         random_checkpoint.random_transformer("nano", torch.float32, torch.device("cpu"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cached
 import torch
-from diffusers_parallel import errors
+from diffusers_parallel import error_of_pipeline, errors
 
 from nabla import NablaConfig
 from wan import Checkpoint, WanT2V
@@ -54,6 +54,7 @@ def main(device: str, checkpoints: list[Path]) -> None:
                 say(processes, what="cached", **result)
             for error in errors(processes):
                 say(processes, what="diffusers", error=error)
+            say(processes, what="pipeline of diffusers", error=error_of_pipeline(processes, checkpoints[0]))
 
 
 def compare(
