@@ -80,6 +80,7 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, monkeypa
     assert [row["psnr"] for row in exact] == [100, 100] and loose["psnr"] < 100 and loose["speedup"] > 0
     # The first step warms up, three are reused, and one is computed.
     assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]
+    assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "none"]) == 2 and "the first row is without" in capsys.readouterr().err
 
 

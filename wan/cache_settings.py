@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,11 @@ class CacheSettings:
             )
 
     @classmethod
-    def parse(cls, given: object) -> CacheSettings | None:
-        """From `none`, `kind`, `kind:threshold`, `mag:threshold:ratios.json`, or a mapping; None where it is off."""
+    def parse(cls, given: object, ratios: Sequence[float] | None = None) -> CacheSettings | None:
+        """From `none`, `kind`, `kind:threshold`, `mag:threshold:ratios.json`, or a mapping; None where it is off.
+
+        ratios: for a string that names no file of them
+        """
         if given in OFF or isinstance(given, cls):
             return given if isinstance(given, cls) else None
         if isinstance(given, Mapping):
@@ -75,7 +78,7 @@ class CacheSettings:
             number = float(threshold) if threshold else None
         except ValueError:
             raise InputError(f"cache {given!r}: {threshold!r} is not a number; write kind:threshold[:file]") from None
-        return cls(kind, number, ratios=file or None)
+        return cls(kind, number, ratios=file or ratios)
 
     def describe(self) -> str:
         return f"{self.kind}, threshold {self.threshold}"

@@ -85,8 +85,11 @@ def step_of(
 def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Sampling of whole videos without a cache, then with each, in the checkpoint's own settings where none are given.
 
-    MagCache's ratios are measured first, on other sentences and seeds, unless a cache names a file of them.
+    MagCache's ratios are measured first, on other sentences and seeds, unless a cache names a file of them. A cache of
+    threshold 0 shows what it changes that guidance branches run apart, which on a GPU may else be one batch.
     """
+    # Wrong ones are found before anything is loaded.
+    list(asked(args.cache, [1.0]))
     pipe = WanT2V.from_pretrained(
         args.ckpt_dir, args.sparse_algo, device, getattr(torch, args.dtype), compile=args.compile, fp8=args.fp8
     )
@@ -95,9 +98,11 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     pipe.sampling = replace(pipe.sampling, steps=args.steps or pipe.sampling.steps)
     prompts = args.prompt or [sentence for _, sentence in sentences(args.count, SEED)]
     with calibrated(pipe.transformer) as calibration:
-        # Warms up, too.
-        sampled(pipe, [sentence for _, sentence in sentences(2, SEED - 2)], SEED - 2)
+        others = [sentence for _, sentence in sentences(2, SEED - 2)]
+        sampled(pipe, others, SEED - 2)
         ratios = calibration.ratios()
+    # Both ways of guidance are warm then.
+    sampled(pipe, others[:1], SEED - 2)
     what = f"{label(pipe.video)}: {pipe.sampling.steps} steps, {pipe.transformer.nabla.config.algorithm}"
     exact, times = sampled(pipe, prompts, SEED)
     plain = row_of(what, times)
@@ -106,6 +111,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
+        # The count is that of the last video.
         row = row_of(f"{what}, {settings.kind}:{settings.threshold:g}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
@@ -116,9 +122,9 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
     """What `--cache` names, `mag` with the ratios measured unless it names a file of its own."""
     for given in caches:
-        kind, _, threshold = given.partition(":")
-        measured = {"kind": kind, "threshold": float(threshold or THRESHOLDS["mag"]), "ratios": ratios}
-        settings = CacheSettings.parse(measured if kind == "mag" and ":" not in threshold else given)
+        kind, *others = given.split(":")
+        own = {} if kind != "mag" or len(others) > 1 else {"ratios": ratios}
+        settings = CacheSettings.parse(given, **own)
         if settings is None:
             raise InputError(f"cache {given}: the first row is without one already; leave it out")
         yield settings
