@@ -74,6 +74,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=("bfloat16", "float16", "float32"),
         help="of the VAE's decoder; default: on a GPU float16, unless --dtype is float32",
     )
+    add(
+        "--cache",
+        metavar="KIND[:THRESHOLD[:RATIOS]]",
+        help="reuse what blocks computed in earlier steps: first_block, mag, none; such as first_block:0.05",
+    )
     add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
     add("--cfg_size", type=int, help="under torchrun: 2 runs the guidance branches side by side (default: chosen)")
     add("--ulysses_size", type=int, help="under torchrun: GPUs that share a sequence of tokens (default: chosen)")
@@ -106,6 +111,7 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
         fp8=args.fp8 or None,
+        cache=args.cache,
         attention=given(algorithm=args.sparse_algo, mask_refresh=args.mask_refresh),
         sampling=given(
             solver=args.sample_solver,

@@ -8,9 +8,12 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import diffusers_pipeline
 import numpy as np
 import pytest
 import torch
+import weight_files
+from conftest import relative_error
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -127,6 +130,26 @@ def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     oracle = run(pipe, **inputs)
     assert np.abs(sparse - oracle).max() < 1e-4
     assert np.abs(sparse - dense).max() > 1e-3
+
+
+def test_the_pipeline_of_diffusers_with_a_lora_and_offloaded_blocks_equals_ours(nano, tmp_path):
+    factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(nano, "dense").transformer)
+    lora = weight_files.write_lora(tmp_path / "style.safetensors", factors, "diffusers")
+    offloaded = []
+
+    def prepare(transformer):
+        diffusers_pipeline.offload_blocks(transformer)
+        offloaded.extend(list(block._diffusers_hook.hooks) for block in transformer.blocks)
+
+    exact = diffusers_pipeline.own_latents(nano, lora)
+    none = weight_files.write_lora(tmp_path / "none.safetensors", {k: (a, 0 * b) for k, (a, b) in factors.items()})
+    assert relative_error(diffusers_pipeline.own_latents(nano, none), exact) > 0.1
+    for latents in (
+        diffusers_pipeline.latents_of_diffusers(nano, lora),
+        diffusers_pipeline.latents_of_diffusers(nano, lora, prepare),
+    ):
+        assert relative_error(latents, exact) < 1e-5
+    assert offloaded and all("group_offloading" in hooks for hooks in offloaded)
 
 
 def forward(transformer, timestep=500.0, seed=0):

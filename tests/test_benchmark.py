@@ -63,6 +63,27 @@ def test_several_processes_against_one(capsys):
     assert benchmark.main(flags) == 2 and "start it with torchrun" in capsys.readouterr().err
 
 
+def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, monkeypatch, capsys):
+    flags = "cache --quick --size 64*48 --frame_num 5 --device cpu".split()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    run = subprocess.run([sys.executable, str(SCRIPT), *flags, "--no_dense"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    name = "64x48x5: a step, keep-0.1"
+    ends = ["", *(f", {kind}, {what}" for kind in ("first_block", "mag") for what in ("nothing reused", "reused"))]
+    assert [row["what"] for row in rows] == [name + end for end in ends]
+    assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2
+    flags += ["--ckpt_dir", str(random_nano), "--steps", "5", "--count", "2", "--sparse_algo", "keep-0.5"]
+    assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9"]) == 0
+    plain, *exact, loose = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert plain["what"] == "64x48x5: 5 steps, keep-0.5" and loose["what"].endswith(", mag:1e+09")
+    assert [row["psnr"] for row in exact] == [100, 100] and loose["psnr"] < 100 and loose["speedup"] > 0
+    # The first step warms up, three are reused, and one is computed.
+    assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]
+    assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--cache", "none"]) == 2 and "the first row is without" in capsys.readouterr().err
+
+
 def test_float8_needs_a_gpu(capsys):
     flags = ["forward", "--fp8", "--device", "cpu", "--dtype", "float32"]
     assert benchmark.main(flags) == 2 and "error: fp8 works in bfloat16 only" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from nabla import InputError, NablaConfig
+from wan.cache_settings import CacheSettings
 from wan.config import CONFIG_FOLDER, STA_DENSE_STEPS, Settings, read_settings, resolve
 from wan.sampling import make_solver
 
@@ -130,7 +131,7 @@ def test_bad_settings(layer, message):
 
 
 def test_every_config_file_loads_and_runs_what_its_name_says():
-    files = [file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if not file.stem.startswith("turbo")]
+    files = [file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if not file.stem.startswith(("turbo", "fast"))]
     assert len(files) >= 7
     for file in files:
         settings = resolve(read_settings(file.name), {"prompt": "a cat"})
@@ -143,6 +144,14 @@ def test_every_config_file_loads_and_runs_what_its_name_says():
             assert tuned.lower().replace("-sta-", "_sta-") == settings.attention.algorithm
         else:
             assert settings.checkpoint == "Wan-AI/Wan2.1-T2V-14B"
+
+
+def test_the_preset_that_stacks_keeps_fifty_guided_steps():
+    settings = resolve(read_settings("fast.yaml"), {"prompt": "a cat"})
+    assert settings.attention.algorithm == "nabla-0.7" and settings.checkpoint.endswith("NABLA-0.7")
+    assert settings.fp8 and settings.cache == CacheSettings("first_block", 0.05)
+    assert settings.sampling == resolve(ROOM).sampling
+    assert resolve({"cache": "none"}, read_settings("fast.yaml"), {"prompt": "a cat"}).cache is None
 
 
 def test_presets_for_distilled_weights_take_few_steps_without_guidance():
@@ -203,5 +212,5 @@ def test_files_that_are_no_settings(tmp_path, content):
     path.write_text(content)
     with pytest.raises(InputError, match="bad.yaml"):
         read_settings(str(path))
-    with pytest.raises(InputError, match="neither a file nor one of full.yaml"):
+    with pytest.raises(InputError, match="neither a file nor one of fast.yaml, full.yaml"):
         read_settings("none.yaml")

@@ -193,7 +193,7 @@ def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, dam
         ("--sample_guide_scale inf", "guide_scale inf is not a number"),
         ("--sample_guide_scale 0", "guide_scale 0.0 is not a number of at least 1"),
         ("--base_seed -7", "seed -7 is not a whole number"),
-        ("--config none.yaml", "config 'none.yaml' is neither a file nor one of full.yaml"),
+        ("--config none.yaml", "config 'none.yaml' is neither a file nor one of fast.yaml, full.yaml"),
         ("--task t2v-70B", "argument --task: invalid choice: 't2v-70B'"),
         ("--task t2i-14B --save_file out.png", "frame_num 5: task t2i-14B makes one picture"),
         ("--task t2i-14B --frame_num 1", "task t2i-14B makes a picture; end it in .png"),

@@ -121,9 +121,23 @@ def test_two_gpus_give_the_latents_of_one(heads, results_of):
     assert len(results) == 4 and max(result["error"] for result in results) < 1e-3, results
 
 
+def test_step_caches_decide_alike_and_give_the_latents_of_one_process(results_of):
+    results = [result for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "cached"]
+    assert len(results) == 10
+    for result in results:
+        # Where branches run apart, each process counts the forwards of its own.
+        assert [result["cfg"] * result[name] for name in ("reused", "forwards")] == result["alone"], result
+        assert result["error"] < 5e-5 and result["reused"] > 0, result
+
+
 def test_under_diffusers_own_context_parallelism(results_of):
     errors = [result["error"] for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "diffusers"]
     assert len(errors) == 2 and max(errors) < 1e-5
+
+
+def test_the_pipeline_of_diffusers_split_offloaded_and_with_a_lora(results_of):
+    (result,) = (one for one in results_of(2, "cpu", *HEADS[2]) if one.get("what") == "pipeline of diffusers")
+    assert result["error"] < 1e-4
 
 
 def test_the_same_video_from_one_process_and_from_several(random_nano, tmp_path):

@@ -18,6 +18,7 @@ from nabla import InputError, NablaConfig, Plan
 from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary
 from wan.parallel import Sequence, attend_together, exchange_of_diffusers
+from wan.step_cache import ran_in_full
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
@@ -238,10 +239,13 @@ class AppliedAttention:
             module.nabla_kept = KeptBlocks(blocks, reuse=False)
 
     @torch.compiler.disable
-    def _after_forward(self, *_: Any) -> None:
-        # Only a forward that came to its end has chosen for all layers.
-        if self.choosing is not None:
-            self.chosen, self.choosing = self.choosing, None
+    def _after_forward(self, transformer: nn.Module, *_: Any) -> None:
+        choosing, self.choosing = self.choosing, None
+        # Only a forward that came to its end, through all layers, has chosen for all, and measured what they keep.
+        if choosing is None and self.sequence is None or ran_in_full(transformer):
+            self.chosen = choosing or self.chosen
+        elif self.sequence:
+            self.sequence.is_outdated = True
 
 
 class NablaProcessor(WanAttnProcessor):

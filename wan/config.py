@@ -14,6 +14,7 @@ import yaml
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
+from wan.cache_settings import CacheSettings
 from wan.text import clean_prompt
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -123,6 +124,7 @@ class Settings:
     dtype: str | None = None
     vae_dtype: str | None = None
     fp8: bool = False
+    cache: CacheSettings | None = None
     attention: NablaConfig = NablaConfig()
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     video: VideoSettings = field(default_factory=VideoSettings)
@@ -141,6 +143,7 @@ class Settings:
                 raise InputError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(DTYPES)}")
         if not isinstance(self.fp8, bool):
             raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
+        object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""

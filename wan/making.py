@@ -75,6 +75,7 @@ def make_all(
             t5_fsdp=options.t5_fsdp,
             transformer=settings.transformer,
             lora=settings.lora,
+            cache=settings.cache,
         )
     loading = time.perf_counter() - start
     place = settings.checkpoint, device, settings.dtype
@@ -109,6 +110,9 @@ def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading
     seconds = {"loading": loading} | pipe.seconds
     made_with = _made_with(pipe.device, seconds)
     made_with |= {"offload": pipe.offload, "t5_cpu": options.t5_cpu, "compile": options.compile}
+    if pipe.cache is not None:
+        log.info("cache: %s", pipe.cache.describe())
+        made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
     if pipe.processes is not None:
         made_with["layout"] = asdict(pipe.processes.layout)
     # A record beside a video says that it is whole and made so.

@@ -146,6 +146,8 @@ class Sequence:
         # Whether processes write into each other's memory, found out at first use, and that memory.
         self.by_peers: bool | None = None
         self.head_size, self.peers, self.made_for = transformer.config.attention_head_dim, None, None
+        # Whether the shares last measured are those of an order before this one, since a cache left blocks out since.
+        self.is_outdated = False
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
@@ -168,8 +170,11 @@ class Sequence:
 
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
+        if self.is_outdated:
+            self.is_outdated = False
+            return
         own = shares(self.heads, self.size)
-        by_rank = _all_gather(F.pad(kept, (0, own[0] - kept.shape[1])), self.group).cpu()
+        by_rank = all_gather(F.pad(kept, (0, own[0] - kept.shape[1])), self.group).cpu()
         loads = by_rank.sum(2)
         if loads.amax(0).sum() <= EVEN_ENOUGH * loads.mean(0).sum():
             return
@@ -195,7 +200,7 @@ class Sequence:
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
         counts = shares(self.tokens, self.size)
         padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
-        parts = _all_gather(padded, self.group)
+        parts = all_gather(padded, self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)]).transpose(0, 1)
 
 
@@ -222,10 +227,10 @@ def dealt(load: Tensor, counts: list[int]) -> Tensor:
 
 def gather_guidance(prediction: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """The predictions of both guidance branches, each process having made its own; the same on both."""
-    return _all_gather(prediction, mesh.get_group()).unbind()
+    return all_gather(prediction, mesh.get_group()).unbind()
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all processes of a group, stacked."""
     gathered = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(gathered), x.contiguous(), group)

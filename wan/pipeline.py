@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nabla import InputError, NablaConfig
 from wan import memory
 from wan.attention import apply_attention, compile_blocks, many_compiles
+from wan.cache_settings import CacheSettings
 from wan.checkpoint import Checkpoint
 from wan.config import LoraFile, SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
@@ -26,6 +27,7 @@ from wan.loading import load_models
 from wan.parallel import apply_sequence, gather_guidance
 from wan.processes import Layout, Processes
 from wan.sampling import denoise, make_solver
+from wan.step_cache import StepCache, apply_cache
 from wan.text import pad_rows, pad_text, tokenize
 from wan.video import to_frames
 from wan.weights import CheckpointError
@@ -90,6 +92,7 @@ class WanT2V:
         t5_fsdp: bool = False,
         transformer: str | Path | None = None,
         lora: Sequence[str | LoraFile] = (),
+        cache: CacheSettings | str | None = None,
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -104,6 +107,7 @@ class WanT2V:
         dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
         transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
         lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`
+        cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.cache_settings`
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
@@ -140,6 +144,8 @@ class WanT2V:
         )
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(pipe.transformer)
+        if (cache := CacheSettings.parse(cache)) is not None:
+            apply_cache(pipe.transformer, cache)
         if processes is not None and processes.layout.ulysses > 1:
             apply_sequence(pipe.transformer, processes.sequence)
         apply_attention(pipe.transformer, attention)
@@ -188,6 +194,7 @@ class WanT2V:
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
         applied = getattr(self.transformer, "nabla", None)
         counter = applied.steps if applied else None
+        cache = self.cache
         # As one batch each guidance branch would keep blocks of its own.
         shares = applied is not None and applied.config.mask_refresh > 1
         layout, gather = self.processes.layout if self.processes else Layout(), None
@@ -196,8 +203,10 @@ class WanT2V:
                 raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
             branches = self.processes.branches
             texts, gather = [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
-        takes_batch = layout.sharing == 1 and not shares
+        takes_batch = layout.sharing == 1 and not shares and cache is None
         try:
+            if cache is not None:
+                cache.begin(sampling.steps, applied.config.dense_steps if applied else 0)
             with memory.placed(self.transformer, self.device, self.offload) as transformer, many_compiles():
                 latents = denoise(
                     transformer,
@@ -209,8 +218,11 @@ class WanT2V:
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
                     gather=gather,
+                    **({} if cache is None else {"in_branch": cache.branch}),
                 )
         finally:
+            if cache is not None:
+                cache.end()
             if applied:
                 counter.tell(None)
                 applied.forget_blocks()
@@ -291,6 +303,11 @@ class WanT2V:
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = self.transformer.config.in_channels, *video.latents_size
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
+
+    @property
+    def cache(self) -> StepCache | None:
+        """What `wan.step_cache.apply_cache` left on the transformer."""
+        return getattr(self.transformer, "step_cache", None)
 
     @property
     def leads(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ def denoise(
     progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     at_step: Callable[[int], None] = lambda step: None,
     gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    in_branch: Callable[[str, int], AbstractContextManager] = lambda name, step: nullcontext(),
 ) -> Tensor:
     """Walk latents (B, C, T, h, w), float32 noise, down the solver's sigmas to clean latents.
 
@@ -61,15 +63,17 @@ def denoise(
     progress: wraps the timesteps, as tqdm does
     at_step: is told each step, from 0, before its forwards
     gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
+    in_branch: what each forward runs in, given a name of its guidance branch and the step
     """
     dtype = transformer.dtype
     guided = guide_scale != 1
     both = torch.cat((context, negative_context)) if guided and batch_guidance else None
 
-    def velocity(text: Tensor, timestep: Tensor) -> Tensor:
+    def velocity(text: Tensor, timestep: Tensor, branch: str = "prompt") -> Tensor:
         copies = len(text) // len(latents)
         model_input = latents.to(dtype).repeat(copies, 1, 1, 1, 1)
-        return transformer(model_input, timestep.expand(len(text)), text, return_dict=False)[0].float()
+        with in_branch(branch, step):
+            return transformer(model_input, timestep.expand(len(text)), text, return_dict=False)[0].float()
 
     for step, timestep in enumerate(progress(solver.timesteps)):
         at_step(step)
@@ -79,7 +83,7 @@ def denoise(
             prediction, negative = velocity(both, timestep).chunk(2)
         else:
             prediction = velocity(context, timestep)
-            negative = velocity(negative_context, timestep) if guided else None
+            negative = velocity(negative_context, timestep, "negative") if guided else None
         if guided:
             prediction = negative + guide_scale * (prediction - negative)
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]

@@ -1,10 +1,17 @@
-"""Sparse attention under diffusers' own context parallelism, against one process."""
+"""Sparse attention under diffusers' own context parallelism, alone and in its whole pipeline, against one process."""
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import diffusers_pipeline
 import torch
+import weight_files
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.hooks import apply_context_parallel
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +39,21 @@ def errors(processes: Processes) -> Iterator[float]:
         if not applied_first:
             wan.apply_attention(transformer, config)
         yield (transformer(*inputs, return_dict=False)[0] - exact).abs().max().item()
+
+
+def error_of_pipeline(processes: Processes, checkpoint: Path) -> float:
+    """Of the latents of diffusers' pipeline with a LoRA, split over processes and its blocks offloaded."""
+
+    def split_and_offload(transformer: WanTransformer3DModel) -> None:
+        enable(transformer, processes)
+        diffusers_pipeline.offload_blocks(transformer)
+
+    with tempfile.TemporaryDirectory() as folder:
+        factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(checkpoint, "dense").transformer)
+        lora = weight_files.write_lora(Path(folder) / "style.safetensors", factors, "diffusers")
+        exact = diffusers_pipeline.own_latents(checkpoint, lora)
+        latents = diffusers_pipeline.latents_of_diffusers(checkpoint, lora, split_and_offload)
+    return ((latents - exact).norm() / exact.norm()).item()
 
 
 def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:

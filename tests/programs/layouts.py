@@ -1,7 +1,7 @@
 """Under torchrun: the latents of checkpoints in every layout against one process's, a JSON line a case.
 
-With two processes on a CPU also those of compiled blocks, and outputs under diffusers' own context parallelism: in the
-same run, since each start takes long.
+With two processes on a CPU also those of compiled blocks, those with step caches, and outputs under diffusers' own
+context parallelism: in the same run, since each start takes long.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import cached
 import torch
-from diffusers_parallel import errors
+from diffusers_parallel import error_of_pipeline, errors
 
 from nabla import NablaConfig
 from wan import Checkpoint, WanT2V
@@ -49,8 +50,11 @@ def main(device: str, checkpoints: list[Path]) -> None:
         if processes.count == 2 and device == "cpu":
             case = Layout(ulysses=2), False, "nabla", "partial tiles"
             say(processes, what="compiled", **compare(processes, checkpoints[0], *case, compiles=True))
+            for result in cached.cases(processes, checkpoints[0]):
+                say(processes, what="cached", **result)
             for error in errors(processes):
                 say(processes, what="diffusers", error=error)
+            say(processes, what="pipeline of diffusers", error=error_of_pipeline(processes, checkpoints[0]))
 
 
 def compare(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -130,8 +131,9 @@ def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
 
 
 def step_row(
-    args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings
+    args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings, **loop: Any
 ) -> tuple[Row, Tensor]:
+    """Guided steps after the first, in a loop with what else `denoise` takes."""
     latents, _, context = random_inputs(transformer, video, 1)
     solver, starts = make_solver("unipc", args.steps, 5.0, args.device), []
     steps = transformer.nabla.steps
@@ -141,7 +143,7 @@ def step_row(
         starts.append(time.perf_counter())
         steps.tell(step)
 
-    latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step)
+    latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step, **loop)
     at_step(args.steps)
     seconds = [after - before for before, after in itertools.pairwise(starts)]
     later = [1000 * taken for taken in seconds[1:] or seconds]

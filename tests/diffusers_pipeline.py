@@ -1,0 +1,65 @@
+"""diffusers' own WanPipeline with NABLA, on the walk that ours takes, so that their latents compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor
+
+import wan
+from nabla import NablaConfig
+from wan.sampling import make_solver
+from wan.text import pad_rows
+
+CONFIG = NablaConfig(threshold=0.4, dense_steps=1)
+STEPS, SHIFT, GUIDANCE = 3, 5.0, 5.0
+CPU = torch.device("cpu")
+
+
+def inputs(pipe: wan.WanT2V) -> tuple[Tensor, list[Tensor]]:
+    """Noise, and text states of both guidance branches."""
+    generator, own = torch.Generator().manual_seed(0), pipe.transformer.config
+    noise = torch.randn(1, own.in_channels, 2, 18, 22, generator=generator)
+    texts = torch.randn(2, 7, own.text_dim, generator=generator)
+    return noise, list(pad_rows(texts, pipe.text_length).split(1))
+
+
+def own_latents(checkpoint: Path, lora: Path) -> Tensor:
+    pipe = wan.WanT2V.from_pretrained(checkpoint, CONFIG, lora=[str(lora)])
+    noise, texts = inputs(pipe)
+    return pipe.sample(*texts, noise=noise, steps=STEPS, shift=SHIFT, guide_scale=GUIDANCE)
+
+
+def latents_of_diffusers(
+    checkpoint: Path, lora: Path, prepare: Callable[[WanTransformer3DModel], None] = lambda transformer: None
+) -> Tensor:
+    """As its users would: LoRA by its loader, NABLA, then what `prepare` does, such as offloading."""
+    ours = wan.WanT2V.from_pretrained(checkpoint, "dense")
+    noise, (prompt, negative) = inputs(ours)
+    wan.remove_attention(ours.transformer)
+    solver = make_solver("unipc", STEPS, SHIFT)
+    pipe = WanPipeline(None, None, ours.vae, solver, transformer=ours.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    # The pipeline would put diffusers' own sigmas in place of the published ones.
+    solver.set_timesteps = lambda *_, **__: None
+    pipe.load_lora_weights(str(lora))
+    wan.apply_attention(pipe.transformer, CONFIG)
+    prepare(pipe.transformer)
+    return pipe(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
+        latents=noise,
+        height=8 * noise.shape[3],
+        width=8 * noise.shape[4],
+        num_frames=4 * noise.shape[2] - 3,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        output_type="latent",
+    ).frames
+
+
+def offload_blocks(transformer: WanTransformer3DModel) -> None:
+    transformer.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)

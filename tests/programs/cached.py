@@ -1,0 +1,76 @@
+"""What step caches make of the latents of two processes, against one process with the same cache; see layouts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import wan.step_cache
+from nabla import NablaConfig
+from wan import WanT2V
+from wan.cache_settings import CacheSettings
+from wan.processes import Layout, Processes
+from wan.step_cache import SharedDecision, apply_cache
+
+ATTENTION = NablaConfig(threshold=0.4, dense_steps=1)
+STEPS = 6
+FIRST = CacheSettings("first_block", 1e6, warmup=0, max_skips=2)
+MAG = CacheSettings("mag", 1e6, warmup=0, max_skips=2, ratios=(1.0, 1.1, 0.9, 1.1, 0.9, 1.1))
+
+
+def cases(processes: Processes, checkpoint: Path) -> Iterator[dict[str, object]]:
+    """For each, on the first process the error of latents, and on all how many forwards reused."""
+    for layout in (Layout(ulysses=2), Layout(cfg=2)):
+        for sharded in (False, True):
+            processes.lay_out(layout)
+            form = {"dit_fsdp": sharded, "t5_fsdp": sharded}
+            pipe = WanT2V.from_pretrained(checkpoint, ATTENTION, processes=processes, **form)
+            for settings in (FIRST, MAG):
+                yield compare(processes, pipe, checkpoint, settings) | {"sharded": sharded}
+            if layout.ulysses == 2:
+                yield compare(processes, pipe, checkpoint, between(pipe)) | {"disagree": True}
+
+
+def compare(processes: Processes, pipe: WanT2V, checkpoint: Path, settings: CacheSettings) -> dict[str, object]:
+    cache = apply_cache(pipe.transformer, settings)
+    latents = [sample(pipe) for _ in range(2)][1]
+    found = {"kind": settings.kind, "cfg": processes.layout.cfg, "reused": cache.reused, "forwards": cache.forwards}
+    if processes.rank > 0:
+        return found
+    alone = WanT2V.from_pretrained(checkpoint, ATTENTION, cache=settings)
+    exact = sample(alone)
+    error = (latents - exact).abs().max() / exact.abs().max()
+    return found | {"error": error.item(), "alone": [alone.cache.reused, alone.cache.forwards]}
+
+
+def between(pipe: WanT2V) -> CacheSettings:
+    """A threshold between what each process sees of the first change by itself, so that alone they would disagree."""
+    seen = []
+
+    def watched(sums: torch.Tensor, group: object) -> torch.Tensor:
+        gathered = original(sums, group)
+        seen.append((gathered[:, 0] / gathered[:, 1]).tolist())
+        return gathered
+
+    cache = apply_cache(pipe.transformer, CacheSettings("first_block", 0, warmup=0))
+    assert isinstance(cache.leader, SharedDecision)
+    original, wan.step_cache.all_gather = wan.step_cache.all_gather, watched
+    try:
+        sample(pipe)
+    finally:
+        wan.step_cache.all_gather = original
+    low, high = sorted(seen[0])
+    assert low < high
+    return CacheSettings("first_block", low + 0.3 * (high - low), warmup=0)
+
+
+def sample(pipe: WanT2V) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    own = pipe.transformer.config
+    # Less noise in the lower half, whose tokens are the second process's, so that both see other changes.
+    noise = torch.randn(1, own.in_channels, 2, 18, 22, generator=generator)
+    noise[:, :, 1] *= 0.5
+    texts = torch.randn(2, 7, own.text_dim, generator=generator).split(1)
+    return pipe.sample(*texts, noise=noise, steps=STEPS)
