@@ -21,6 +21,7 @@ import torch
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.benchmark.attention import attention_mode, mask_mode
+from wan.benchmark.memory import memory_mode
 from wan.benchmark.parallel import parallel_mode
 from wan.benchmark.timing import Row
 from wan.benchmark.training import training_mode
@@ -37,6 +38,7 @@ MODES = {
     "pipeline": pipeline_mode,
     "training": training_mode,
     "parallel": parallel_mode,
+    "memory": memory_mode,
 }
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
 
@@ -75,6 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, nargs="*", default=[], help="thresholds besides")
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add("--steps", type=int, default=3, help="pipeline: sampling steps, of which the first warms up")
+    add("--budget", type=float, nargs="*", default=[48, 24, 16, 12], help="memory: GB of the GPU to stay under")
     add("--no_dense", action="store_true", help="leave out the dense baselines")
     add("--gradient_checkpointing", action="store_true", help="training: keep inputs of blocks alone")
     add("--fp8", action="store_true", help="forward, pipeline: again with float8 linear layers, beside dense ones")

@@ -153,6 +153,8 @@ class BlockStream:
 
     @torch.compiler.disable
     def _after(self, number: int, *_: object) -> None:
+        if number not in self.holds:
+            return
         slot = self.holds.index(number)
         if self.copying is not None:
             self.used[slot] = torch.cuda.current_stream(self.device).record_event()

@@ -138,14 +138,15 @@ def _clear_about_memory(settings: Settings, options: Options) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(_out_of_memory("GPU", settings, options.offload, options.t5_cpu)) from error
+        offload = bool(options.offload or options.memory)
+        raise InputError(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
         raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
 
 
-def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: bool) -> str:
+def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -> str:
     width, height = settings.video.size
     hints = [f"a smaller --size than {width}*{height}", f"fewer than {settings.video.frame_num} frames (--frame_num)"]
     hints += [] if offload else ["--offload_model true"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from nabla import InputError
 from wan import names, published
 from wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
-from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE, finish_transformer
+from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, TIED, VAE_FILE, finish_transformer
 from wan.saving import save_json, save_pickle, save_shards
 
 FREQ_DIM = 256
@@ -121,6 +121,17 @@ def text_encoder_shapes(sizes: Sizes) -> Shapes:
     state = meta_text_encoder(sizes).state_dict()
     state.pop("encoder.embed_tokens.weight", None)
     return {names.published(name, names.TEXT_ENCODER): tuple(t.shape) for name, t in state.items()}
+
+
+def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> UMT5EncoderModel:
+    """The text encoder of `model` with random weights, drawn on a device, in host memory."""
+    encoder = meta_text_encoder(MODELS[model])
+    draw = functools.partial(random_tensor, dtype=dtype, generator=torch.Generator(device).manual_seed(seed))
+    named = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items() if name != TIED}
+    state = {name: draw(names.published(name, names.TEXT_ENCODER), shape).cpu() for name, shape in named.items()}
+    encoder.load_state_dict(state, strict=False, assign=True)
+    encoder.tie_weights()
+    return encoder.requires_grad_(False).eval()
 
 
 def vae_shapes(sizes: Sizes) -> Shapes:
