@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nabla import InputError
-from wan.estimates import ALIGNMENT, pinned_chunks
+from wan.estimates import ALIGNMENT, GIB, pinned_chunks
 
 
 class Leaf(NamedTuple):
@@ -116,10 +116,8 @@ class BlockStream:
             try:
                 chunk = torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as error:
-                kind = "pinned " if pinned else ""
-                raise InputError(
-                    f"the machine has no {count * size / 2**30:.1f} GiB more of {kind}host memory for weights ({error})"
-                ) from error
+                amount = f"{count * size / GIB:.1f} GiB more of {'pinned ' if pinned else ''}host memory"
+                raise InputError(f"the machine has no {amount} for weights: {str(error).splitlines()[0]}") from error
             for number in range(first, first + count):
                 memory = chunk[(number - first) * size :][:size]
                 for leaf in self.leaves[number]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def plan_run(
         raise InputError("memory does not go with weights of GGUF, which are packed already; leave it out")
     text, vae = parts.text_encoder_part(checkpoint, dtype), parts.vae_part(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
-    budget = budget_of(device, memory)
+    budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
     works = [work_of(transformer.model, text.model, vae.model, one, dtype, vae_dtype, compiled) for one in several]
     plan = choose(
         weights_of(transformer, transformer.model.blocks, dtype),
@@ -83,10 +84,12 @@ def plan_run(
         max(works, key=lambda work: (work.tokens, math.prod(work.size))),
         budget,
         "fp8" if settings.fp8 else None,
-        can_pack=dtype == torch.bfloat16,
+        can_pack=dtype == torch.bfloat16 and has_torchao,
         text_cpu=t5_cpu,
     )
     log.info("memory: %s", plan.describe(budget, settings.dtype))
+    if not has_torchao:
+        log.info("memory: weights in int8 and int4 need torchao, which is not installed, so they were left out")
     limit(device, budget)
     return plan
 
