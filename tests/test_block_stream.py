@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
+import imageio.v3 as imageio
 import pytest
 import torch
 import weight_files
@@ -13,12 +15,14 @@ from diffusers.hooks import apply_group_offloading
 import generate
 import wan
 from nabla import InputError, NablaConfig
+from wan import budget, run
 from wan.attention import apply_attention, compile_blocks
 from wan.block_stream import stream_blocks
-from wan.budget import host_bytes
+from wan.budget import check_memory, host_bytes
+from wan.estimates import GIB
 from wan.memory import placed, split_picture
 from wan.packing import Packer
-from wan.planner import Plan
+from wan.planner import Budget, Plan
 from wan.random_checkpoint import random_transformer, random_vae
 
 CPU = torch.device("cpu")
@@ -160,9 +164,29 @@ def test_wrong_memory_is_one_line(random_nano, capsys, flags, reason):
     assert reason in said and said.count("\n") == 1
 
 
-def test_memory_does_not_go_with_several_processes_or_a_forced_offload():
-    from wan.budget import check_memory
+def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
+    random_nano, tmp_path, monkeypatch, capsys
+):
+    """The run of a GPU with little memory, on a CPU in its place."""
+    gpu = 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "check_memory", lambda *_: None)
+    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
+    flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
+    assert generate.main([*flags, "--memory", "24"]) == 2
+    said = capsys.readouterr().err
+    assert "error: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU with 8.0 GiB" in said
+    gpu = int(float(said.split("free; ")[1].split(" GB")[0]) * 1e9)
+    assert generate.main([*flags, "--memory", "24"]) == 0
+    assert "memory: transformer float32, " in capsys.readouterr().err
+    planned = imageio.imread("out.mp4")
+    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["memory"] == 24
+    assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
 
+
+def test_memory_does_not_go_with_several_processes_or_a_forced_offload():
     gpu = torch.device("cuda", 0)
     check_memory(None, CPU, object(), True)
     check_memory(24, gpu, None, None)
