@@ -143,7 +143,7 @@ def work_of(
 def budget_of(device: torch.device, memory: str | float) -> Budget:
     """Free bytes of a GPU and of the host; a number of GB is for all of the process, CUDA's own memory included."""
     free = free_bytes(device)
-    gpu = free if memory == AUTO else min(free, int(memory * GB) - CONTEXT)
+    gpu = free if memory == AUTO else min(free, max(0, int(memory * GB) - CONTEXT))
     return Budget(gpu, *host_bytes())
 
 
@@ -175,4 +175,4 @@ def _cached(limit: Path) -> int:
 def limit(device: torch.device, budget: Budget) -> None:
     """Keep torch from taking more of a GPU than a budget, in this process from now on."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget.gpu / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget.gpu / total), device.index)

@@ -46,7 +46,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process can still get on a CUDA device, its own unused cache included, under its limit."""
     allocated = torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
     return min(free + torch.cuda.memory_reserved(device) - allocated, limit - allocated)
 
 

@@ -70,8 +70,11 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
                         # Else models that stay would count too, and each stage is measured alone.
                         row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
                     row["budget_gib"] = round(budget.gpu / GIB, 2)
-                    free.setdefault(stage, row["ms"])
-                    yield row | {"times_no_limit": round(row["ms"] / free[stage], 3)}
+                    if given is None:
+                        free[stage] = row["ms"]
+                    if stage in free:
+                        row["times_no_limit"] = round(row["ms"] / free[stage], 3)
+                    yield row
 
 
 @contextlib.contextmanager
@@ -86,7 +89,7 @@ def _limited(args: argparse.Namespace, device: torch.device, given: float | None
     try:
         yield budget
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 def _plan(args: argparse.Namespace, video: VideoSettings, budget: Budget, device: torch.device) -> Plan:
