@@ -57,6 +57,8 @@ def test_weights_and_peaks_are_those_that_were_measured(weights):
         expected = (transformer.bytes(packing) + forward_bytes(work_for("t2v-14B", size, frames))) / GIB
         assert measured <= expected < 1.1 * measured
     work = work_for("t2v-14B", (1280, 720), 81)
+    masks = forward_bytes(replace(work, mask_layers=40)) - forward_bytes(work)
+    assert masks / GIB == pytest.approx(2.4, abs=0.1)
     for itemsize, measured in ((2, 9.7), (4, 20.7)):
         expected = (decode_bytes(replace(work, vae_itemsize=itemsize)) + VAE_BYTES) / GIB
         assert measured <= expected < 1.15 * measured

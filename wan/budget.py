@@ -137,6 +137,7 @@ def work_of(
         vae_itemsize=vae_dtype.itemsize,
         vae_width=vae.config.base_dim,
         compiled=compiled is not False,
+        mask_layers=own.num_layers if settings.attention.mask_refresh > 1 else 0,
     )
 
 

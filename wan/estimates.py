@@ -53,6 +53,7 @@ class Work:
 
     tokens: of the transformer; size: (width, height) in pixels
     itemsize, vae_itemsize: bytes of a number of the transformer's activations, and of the decoder's
+    mask_layers: layers that keep their choice of blocks for later steps
     """
 
     tokens: int
@@ -66,6 +67,7 @@ class Work:
     vae_itemsize: int = 2
     vae_width: int = DECODE_WIDTH
     compiled: bool = True
+    mask_layers: int = 0
 
 
 def forward_bytes(work: Work) -> int:
@@ -73,8 +75,8 @@ def forward_bytes(work: Work) -> int:
     hidden = work.tokens * work.dim * work.itemsize
     # The residual, the normalised input, and the wide states with the result; or q, k, v and the result, as tiles.
     copies = max(3 + work.ffn_dim / work.dim, 2 + 4 * PADDING) + (0 if work.compiled else EAGER_COPIES)
-    lists = min(LIST_BYTES, 8 * work.heads * math.ceil(work.tokens / BLOCK_TOKENS * PADDING) ** 2)
-    return math.ceil(copies * hidden) + lists
+    pairs = work.heads * math.ceil(work.tokens / BLOCK_TOKENS * PADDING) ** 2
+    return math.ceil(copies * hidden) + min(LIST_BYTES, 8 * pairs) + work.mask_layers * pairs
 
 
 def text_bytes(work: Work, rows: int = 512, prompts: int = 2) -> int:

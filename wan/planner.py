@@ -7,10 +7,10 @@ large. Of what fits, the plan that costs least is taken: a slowdown counts as it
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, product
 
 from nabla import InputError
 from wan.estimates import (
@@ -131,72 +131,83 @@ def choose(
     text_cpu: the text encoder has to run on the CPU
     Raises `InputError` if none fits, with what would.
     """
+    case = _Case(transformer, text, vae_bytes, work, budget, text_cpu)
     packings = [packing] if packing or not can_pack else [None, "int8", "int4"]
-    candidates = [
-        plan
-        for chosen, text_packing in itertools.product(packings, [None, "int8"] if can_pack else [None])
-        for plan in _plans(transformer, text, vae_bytes, work, budget, chosen, text_packing, text_cpu)
-    ]
+    of_text = [None, "int8"] if can_pack else [None]
+    candidates = list(chain.from_iterable(case.plans(*both) for both in product(packings, of_text)))
     fitting = [plan for plan in candidates if _fits(plan, budget)]
     if not fitting:
         raise InputError(_refusal(candidates, work, budget))
     return min(fitting, key=lambda plan: plan.cost)
 
 
-def _plans(
-    transformer: Weights,
-    text: Weights,
-    vae_bytes: int,
-    work: Work,
-    budget: Budget,
-    packing: str | None,
-    text_packing: str | None,
-    text_cpu: bool,
-) -> Iterator[Plan]:
-    """All plans of a precision, those in which the models stay on the GPU first."""
-    usable = budget.gpu / (1 + FRAGMENTS)
-    forward = forward_bytes(work) + UNPACKING_BYTES.get(packing, 0) * transformer.largest
-    encoding = text_bytes(work) + UNPACKING_BYTES.get(text_packing, 0) * text.largest
-    weights, text_weights = transformer.bytes(packing), text.bytes(text_packing)
-    block = transformer.block(packing)
-    pinned = pinned_bytes(block, transformer.blocks) <= PINNED_SHARE * budget.host_total
-    kept = kept_blocks(transformer, packing, work, usable - forward, pinned)
-    on_host = PROCESS + (text_weights if text_cpu else 0)
-    waiting = (
-        pinned_bytes(block, transformer.blocks) + transformer.rest + min(CHUNK, weights) + text_weights + vae_bytes
-    )
-    packing_bytes = max(
-        PACKING_BYTES.get(packing, 0) * transformer.largest, PACKING_BYTES.get(text_packing, 0) * text.largest
-    )
-    for in_turns, tiles in itertools.product((False, True), range(1, MOST_TILES + 1)):
-        streams_text = in_turns and not text_cpu and text_weights + encoding > usable
-        text_place = "cpu" if text_cpu else "stream" if streams_text else "gpu"
-        for_text = {"gpu": text_weights, "stream": text.streamed(text_packing), "cpu": 0}[text_place]
-        for_text += 0 if text_cpu else encoding
-        for_transformer = transformer.streamed(packing, kept) if in_turns else weights
-        decoding = decode_bytes(work, tiles)
-        # Of models that stay, all count in each stage.
-        others = (vae_bytes + weights, vae_bytes + for_text, weights + for_text) if not in_turns else (0, 0, 0)
-        stages = {
-            "text": for_text + others[0],
-            "sampling": for_transformer + forward + others[1],
-            "decoding": vae_bytes + decoding + others[2],
-        }
-        if packing_bytes:
-            stages = {"loading": packing_bytes + (0 if in_turns else weights + text_weights + vae_bytes)} | stages
-        yield Plan(
-            packing=packing,
-            text_packing=text_packing,
-            in_turns=in_turns,
-            kept=kept if in_turns else transformer.blocks,
-            blocks=transformer.blocks,
-            text=text_place,
-            tiles=tiles,
-            pinned=pinned,
-            stages=stages,
-            host=on_host if not in_turns else PROCESS + waiting,
-            slowdown=COST_OF_TURNS * slowdown(transformer, packing, work, kept, pinned) if in_turns else 1.0,
-        )
+@dataclass(frozen=True)
+class _Case:
+    """What `choose` is given."""
+
+    transformer: Weights
+    text: Weights
+    vae_bytes: int
+    work: Work
+    budget: Budget
+    text_cpu: bool
+
+    def plans(self, packing: str | None, text_packing: str | None) -> Iterator[Plan]:
+        """All plans of a precision, those in which the models stay on the GPU first, in ever more columns."""
+        transformer = self.transformer
+        usable = self.budget.gpu / (1 + FRAGMENTS)
+        forward = forward_bytes(self.work) + UNPACKING_BYTES.get(packing, 0) * transformer.largest
+        encoding = text_bytes(self.work) + UNPACKING_BYTES.get(text_packing, 0) * self.text.largest
+        waiting = pinned_bytes(transformer.block(packing), transformer.blocks)
+        pinned = waiting <= PINNED_SHARE * self.budget.host_total
+        kept = kept_blocks(transformer, packing, self.work, usable - forward, pinned)
+        slower = COST_OF_TURNS * slowdown(transformer, packing, self.work, kept, pinned)
+        for in_turns, tiles in product((False, True), range(1, MOST_TILES + 1)):
+            whole_text = self.text.bytes(text_packing) + encoding
+            place = "cpu" if self.text_cpu else "stream" if in_turns and whole_text > usable else "gpu"
+            sizes = {
+                "text": {"gpu": self.text.bytes(text_packing), "stream": self.text.streamed(text_packing), "cpu": 0}[
+                    place
+                ],
+                "sampling": transformer.streamed(packing, kept) if in_turns else transformer.bytes(packing),
+                "decoding": self.vae_bytes,
+            }
+            needs = {
+                "text": 0 if self.text_cpu else encoding,
+                "sampling": forward,
+                "decoding": decode_bytes(self.work, tiles),
+            }
+            resident = 0 if in_turns else sum(sizes.values())
+            stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
+            if packing or text_packing:
+                stages = {"loading": self.packing_bytes(packing, text_packing) + resident} | stages
+            yield Plan(
+                packing=packing,
+                text_packing=text_packing,
+                in_turns=in_turns,
+                kept=kept if in_turns else transformer.blocks,
+                blocks=transformer.blocks,
+                text=place,
+                tiles=tiles,
+                pinned=pinned,
+                stages=stages,
+                host=self.host_bytes(packing, text_packing, in_turns),
+                slowdown=slower if in_turns else 1.0,
+            )
+
+    def packing_bytes(self, packing: str | None, text_packing: str | None) -> int:
+        """What packing the largest layer takes."""
+        both = (self.transformer, packing), (self.text, text_packing)
+        return max(PACKING_BYTES.get(kind, 0) * weights.largest for weights, kind in both)
+
+    def host_bytes(self, packing: str | None, text_packing: str | None, in_turns: bool) -> int:
+        """What waits in host memory, at the most."""
+        text = self.text.bytes(text_packing)
+        if not in_turns:
+            return PROCESS + (text if self.text_cpu else 0)
+        waiting = pinned_bytes(self.transformer.block(packing), self.transformer.blocks) + self.transformer.rest
+        # While weights are copied to pinned memory, a chunk of them is there twice.
+        return PROCESS + waiting + min(CHUNK, self.transformer.bytes(packing)) + text + self.vae_bytes
 
 
 def kept_blocks(transformer: Weights, packing: str | None, work: Work, room: float, pinned: bool) -> int:
