@@ -64,6 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)"
     )
+    add("--memory", help="auto, or GB of the GPU to stay under: chooses offloading, precision and tiles, and says so")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -131,9 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("wan").setLevel(logging.INFO)
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
     from nabla import InputError
+    from wan.budget import parse_memory
     from wan.making import Options
     from wan.run import Request, run
 
+    try:
+        memory = None if args.memory is None else parse_memory(args.memory)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     options = Options(
         device=args.device,
         offload=args.offload_model,
@@ -144,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         ulysses_size=args.ulysses_size,
         dit_fsdp=args.dit_fsdp,
         t5_fsdp=args.t5_fsdp,
+        memory=memory,
     )
     request = Request(
         flag_settings(args),

@@ -23,6 +23,7 @@ from nabla import InputError
 from wan.attention import many_compiles
 from wan.benchmark.attention import attention_mode, mask_mode
 from wan.benchmark.cache import cache_mode
+from wan.benchmark.memory import memory_mode
 from wan.benchmark.parallel import ROWS, parallel_mode
 from wan.benchmark.timing import Row
 from wan.benchmark.training import training_mode
@@ -41,6 +42,7 @@ MODES = {
     "training": training_mode,
     "parallel": parallel_mode,
     "cache": cache_mode,
+    "memory": memory_mode,
 }
 # On a CPU, and on a GPU.
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)
@@ -90,6 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=4, help="with it: how many sentences")
     add("--sparse_algo", help="with it: attention, the checkpoint's own by default")
     add("--compile", action=argparse.BooleanOptionalAction, help="with it: compile; None does so on a GPU")
+    add("--budget", type=float, nargs="*", default=[48, 24, 16, 12], help="memory: GB of the GPU to stay under")
     add("--no_dense", action="store_true", help="leave out the dense baselines")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="parallel: what to compare")
     add("--gradient_checkpointing", action="store_true", help="training: keep inputs of blocks alone")

@@ -49,6 +49,20 @@ def test_modes(mode, first):
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
 
 
+def test_runs_within_budgets_beside_the_one_without():
+    flags = "memory --quick --size 64*48 --frame_num 5 --device cpu --model nano --dtype float32 --budget 1 0.001"
+    env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    run = subprocess.run([sys.executable, str(SCRIPT), *flags.split()], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    *table, record = run.stdout.splitlines()
+    rows = json.loads(record)["rows"]
+    stages = ("text", "sampling", "decoding")
+    names = [f"64x48x5: {limit}, {stage}" for limit in ("no limit", "1 GB") for stage in stages]
+    assert [row["what"] for row in rows] == names and all(row["times_no_limit"] > 0 for row in rows)
+    assert table[0].startswith("64x48x5: no limit: transformer float32, on the GPU throughout")
+    assert table[-1].startswith("64x48x5: 0.001 GB: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU")
+
+
 def test_several_processes_against_one(capsys):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = "parallel --quick --size 64*48 --frame_num 5 --device cpu --layers 1 --steps 2".split()

@@ -15,6 +15,8 @@ from nabla.config import is_count, is_number
 # Thresholds that diffusers sets by default; not measured on Wan.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
 OFF = (None, False, "none")
+# Of the hidden states, that both guidance branches keep.
+COPIES = {"first_block": 6, "mag": 4}
 
 
 @dataclass(frozen=True)

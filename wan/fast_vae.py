@@ -45,6 +45,11 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
                 weight.data = weight.data.contiguous(memory_format=layout)
 
 
+def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """The decoder's type on a GPU, beside a transformer of `dtype`."""
+    return given or (torch.float32 if dtype == torch.float32 else torch.float16)
+
+
 def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
     return next(vae.decoder.parameters()).dtype
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -52,24 +52,18 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
     A scale a row for weights, stored, and for inputs, found at run time; products are summed in float32 and come out
     in the layer's dtype. The layers must be on the GPU that they run on. Raises `InputError` if none of them fits.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(),
-        # A row of zeros would have the scale zero, and become NaN.
-        activation_value_lb=SMALLEST_ROW,
-        # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
-        set_inductor_config=False,
-    )
+    config = float8_config()
     layers, errors = linear_layers(transformer), []
     if not layers:
         raise InputError(f"fp8 takes none of these linear layers: sizes must be multiples of {MULTIPLE}; leave fp8 out")
     total = sum(isinstance(module, nn.Linear) for module in transformer.blocks.modules())
     for layer in layers:
-        sample = _sample(layer)
-        exact = layer(sample)
+        inputs = sample(layer.weight)
+        exact = layer(inputs)
         quantize_(layer, config)
-        errors.append(((layer(sample) - exact).norm() / exact.norm()).item())
+        errors.append(((layer(inputs) - exact).norm() / exact.norm()).item())
     return Fp8Report(len(layers), total - len(layers), sum(errors) / len(errors), max(errors))
 
 
@@ -80,6 +74,20 @@ def linear_layers(transformer: WanTransformer3DModel) -> list[nn.Linear]:
     return [layer for layer in fit if layer.weight.any(dim=1).all()]
 
 
-def _sample(layer: nn.Linear) -> Tensor:
+def float8_config() -> Any:
+    """torchao's configuration: a scale a row, of weights and of inputs."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(),
+        # A row of zeros would have the scale zero, and become NaN.
+        activation_value_lb=SMALLEST_ROW,
+        # Else torchao sets options of torch.compile for the whole process: TF32 products, and minutes of tuning.
+        set_inductor_config=False,
+    )
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Inputs to try a layer of this weight (out, in) with."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(SAMPLE_ROWS, layer.in_features, generator=generator).to(layer.weight)
+    return torch.randn(SAMPLE_ROWS, weight.shape[1], generator=generator).to(weight)

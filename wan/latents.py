@@ -41,14 +41,14 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     latents = latents.float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
-    vae.use_tiling = memory.needs_tiling(latents)
+    memory.set_tiles(vae, latents)
     video = vae.decode(latents).sample.float()
     if latents.dtype == torch.float16 and not video.isfinite().all():
         log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
         del video
         speed_up_decoder(vae, torch.float32)
         latents = latents.float()
-        vae.use_tiling = memory.needs_tiling(latents)
+        memory.set_tiles(vae, latents)
         video = vae.decode(latents).sample
     return video
 

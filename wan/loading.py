@@ -13,13 +13,16 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
 from wan import memory, parts
+from wan.block_stream import stream_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import LoraFile
-from wan.fast_vae import speed_up_decoder
+from wan.fast_vae import speed_up_decoder, vae_dtype_of
 from wan.fp8 import apply_fp8, check_fp8
 from wan.fused_gelu import fuse_gelu
 from wan.lora import read_lora
+from wan.packing import check_packing, make_packer
 from wan.parallel import apply_fsdp
+from wan.planner import Plan
 from wan.processes import Processes
 from wan.single_file import GgufFile
 
@@ -49,6 +52,7 @@ def load_models(
     t5_fsdp: bool = False,
     transformer_file: str | Path | None = None,
     lora: Sequence[LoraFile] = (),
+    plan: Plan | None = None,
 ) -> Models:
     """Load the models of a checkpoint; see `WanT2V.from_pretrained` for the arguments.
 
@@ -56,6 +60,8 @@ def load_models(
     `InputError` for what does not go together.
     """
     _check_sharding(processes, dit_fsdp, t5_fsdp, fp8, t5_cpu)
+    if plan is not None:
+        return _load_planned(checkpoint, device, dtype, vae_dtype, transformer_file, lora, plan)
     if fp8:
         check_fp8(device, dtype)
     cpu = torch.device("cpu")
@@ -79,8 +85,7 @@ def load_models(
     if leads:
         vae = vae_part.load(torch.float32, home)
         if vae_dtype is not None or device.type == "cuda":
-            own = torch.float32 if dtype == torch.float32 else torch.float16
-            speed_up_decoder(vae, vae_dtype or own)
+            speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype))
     if t5_fsdp:
         text_encoder = text_part.load(
             dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.sharing)
@@ -101,6 +106,48 @@ def load_models(
         transformer.to(home)
     tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
     return Models(transformer, vae, text_encoder, tokenizer, offload)
+
+
+def _load_planned(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None,
+    transformer_file: str | Path | None,
+    lora: Sequence[LoraFile],
+    plan: Plan,
+) -> Models:
+    """The models where a plan of memory has them, their weights packed one at a time while they are read."""
+    for packing in (plan.packing, plan.text_packing):
+        check_packing(packing, device, dtype)
+    cpu = torch.device("cpu")
+    home = cpu if plan.in_turns else device
+    vae = parts.vae_part(checkpoint).load(torch.float32, home)
+    if vae_dtype is not None or device.type == "cuda":
+        speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype))
+    transformer_part = parts.transformer_part(checkpoint, transformer_file)
+    adapters = [read_lora(file, transformer_part.model) for file in lora]
+    packer = make_packer(transformer_part.model, transformer_part.model.blocks, plan.packing, device, home)
+    transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, pack=packer)
+    for adapter in adapters:
+        log.info("lora: %s, merged into the weights", adapter.describe())
+    fuse_gelu(transformer)
+    if packer is not None:
+        log.info("transformer: %s", packer.describe())
+    if plan.in_turns:
+        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned)
+    text_part = parts.text_encoder_part(checkpoint, dtype)
+    text_device = cpu if plan.text == "cpu" else device
+    text_home = cpu if plan.text == "cpu" else home
+    packer = make_packer(text_part.model, text_part.model.encoder.block, plan.text_packing, text_device, text_home)
+    text_encoder = text_part.load(dtype, text_home, pack=packer)
+    if packer is not None:
+        log.info("text encoder: %s", packer.describe())
+    if plan.text == "stream" or (plan.in_turns and packer is not None and plan.text != "cpu"):
+        kept = 0 if plan.text == "stream" else len(text_encoder.encoder.block)
+        stream_blocks(text_encoder, text_encoder.encoder.block, device, kept, plan.pinned)
+    tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
+    return Models(transformer, vae, text_encoder, tokenizer, plan.in_turns)
 
 
 def _check_sharding(processes: Processes | None, dit_fsdp: bool, t5_fsdp: bool, fp8: bool, t5_cpu: bool) -> None:

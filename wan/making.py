@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from nabla import InputError
-from wan import memory
+from wan.budget import plan_run
 from wan.checkpoint import Checkpoint
 from wan.config import Settings
+from wan.estimates import GIB
 from wan.fast_vae import decoder_dtype
 from wan.pipeline import WanT2V
 from wan.processes import Processes
@@ -44,6 +45,7 @@ class Options:
     ulysses_size: int | None = None
     dit_fsdp: bool = False
     t5_fsdp: bool = False
+    memory: str | float | None = None
 
 
 def make_all(
@@ -59,6 +61,10 @@ def make_all(
     """
     start = time.perf_counter()
     settings = videos[0][0]
+    plan = None
+    if options.memory is not None:
+        every = [one for one, _ in videos]
+        plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
     with _clear_about_memory(settings, options):
         pipe = WanT2V.from_pretrained(
             checkpoint,
@@ -76,6 +82,7 @@ def make_all(
             transformer=settings.transformer,
             lora=settings.lora,
             cache=settings.cache,
+            plan=plan,
         )
     loading = time.perf_counter() - start
     place = settings.checkpoint, device, settings.dtype
@@ -113,6 +120,7 @@ def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading
     if pipe.cache is not None:
         log.info("cache: %s", pipe.cache.describe())
         made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
+    made_with |= {} if options.memory is None else {"memory": options.memory}
     if pipe.processes is not None:
         made_with["layout"] = asdict(pipe.processes.layout)
     # A record beside a video says that it is whole and made so.
@@ -134,14 +142,15 @@ def _clear_about_memory(settings: Settings, options: Options) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(_out_of_memory("GPU", settings, options.offload, options.t5_cpu)) from error
+        offload = bool(options.offload or options.memory)
+        raise InputError(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
         raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
 
 
-def _out_of_memory(what: str, settings: Settings, offload: bool | None, t5_cpu: bool) -> str:
+def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -> str:
     width, height = settings.video.size
     hints = [f"a smaller --size than {width}*{height}", f"fewer than {settings.video.frame_num} frames (--frame_num)"]
     hints += [] if offload else ["--offload_model true"]
@@ -162,9 +171,9 @@ def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, 
     """Versions, hardware, times and peak memory of this process."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    peak = {"host": f"{host / memory.GIB:.1f} GiB"}
+    peak = {"host": f"{host / GIB:.1f} GiB"}
     if device.type == "cuda":
-        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
+        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
     return {
         "versions": installed_versions(VERSIONS_OF),
         "device": f"{device.type}, {name}",

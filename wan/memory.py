@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan.config import VAE_STRIDE
+from wan.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
 from wan.parallel import is_sharded
 
 log = logging.getLogger("wan")
 
-GIB = 2**30
-# Measured on the published VAE, 81 frames: 20.7 GiB for 1280x720 in float32.
-DECODE_BYTES_PER_PIXEL = 24_000
 # Part of a GPU that weights may fill when a 720p forward still has to fit beside them.
 WEIGHT_SHARE = 0.6
 # Float32 and working-precision copies of the hidden states that a block holds at once, besides its feed-forward.
@@ -28,8 +27,12 @@ HIDDEN_COPIES = 6
 def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
     """A model on the device it runs on, and back in host memory afterwards if idle ones are offloaded.
 
-    One whose weights are sharded stays where it is.
+    One whose weights are sharded stays where it is; of one whose blocks are streamed a few at a time are there.
     """
+    if hasattr(module, "block_stream"):
+        with module.block_stream.opened():
+            yield module
+        return
     if not offload or is_sharded(module):
         yield module
         return
@@ -40,9 +43,11 @@ def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[n
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still get on a CUDA device, its own unused cache included."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Memory that this process can still get on a CUDA device, its own unused cache included, under its limit."""
+    allocated = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
+    return min(free + torch.cuda.memory_reserved(device) - allocated, limit - allocated)
 
 
 def is_crowded(device: torch.device, weights: int) -> bool:
@@ -63,12 +68,23 @@ def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
     return need < free_bytes(latents.device) // 8
 
 
-def needs_tiling(latents: Tensor) -> bool:
-    """Whether a GPU has too little memory left to decode latents (B, C, T, h, w) at once; says so if that is so."""
+def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+    vae.use_tiling = False
     if latents.device.type != "cuda":
-        return False
-    pixels = latents[0, 0, 0].numel() * VAE_STRIDE[1] * VAE_STRIDE[2]
-    need, free = pixels * DECODE_BYTES_PER_PIXEL * latents.element_size() // 4, free_bytes(latents.device)
-    if need > free:
-        log.info("decoding in tiles: at once needs %.1f GiB, %.1f are free", need / GIB, free / GIB)
-    return need > free
+        return
+    (_, _, frames, rows, columns), (t, h, w) = latents.shape, VAE_STRIDE
+    size = columns * w, rows * h
+    width = vae.config.base_dim
+    work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)
+    free, needs = free_bytes(latents.device), [decode_bytes(work, n + 1) for n in range(MOST_TILES)]
+    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    if tiles > 1:
+        split_picture(vae, size, tiles)
+        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
+
+
+def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
+    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+    width, height = tile_width(size[0], tiles), size[1]
+    vae.enable_tiling(height, width, height, width - TILE_OVERLAP)

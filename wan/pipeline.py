@@ -25,6 +25,7 @@ from wan.config import LoraFile, SamplingSettings, VideoSettings, check_position
 from wan.latents import decode, encode
 from wan.loading import load_models
 from wan.parallel import apply_sequence, gather_guidance
+from wan.planner import Plan
 from wan.processes import Layout, Processes
 from wan.sampling import denoise, make_solver
 from wan.step_cache import StepCache, apply_cache
@@ -93,6 +94,7 @@ class WanT2V:
         transformer: str | Path | None = None,
         lora: Sequence[str | LoraFile] = (),
         cache: CacheSettings | str | None = None,
+        plan: Plan | None = None,
     ) -> WanT2V:
         """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -108,6 +110,8 @@ class WanT2V:
         transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
         lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`
         cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.cache_settings`
+        plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
+            `wan.budget.plan_run`
         Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
@@ -132,7 +136,9 @@ class WanT2V:
             t5_fsdp=t5_fsdp,
             transformer_file=transformer,
             lora=[LoraFile.parse(file) for file in lora],
+            plan=plan,
         )
+        t5_cpu = t5_cpu if plan is None else plan.text == "cpu"
         pipe = cls(
             **models._asdict(),
             device=device,

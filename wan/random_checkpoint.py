@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from nabla import InputError
 from wan import names, published
 from wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
-from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, VAE_FILE, finish_transformer
+from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, TIED, VAE_FILE, finish_transformer
 from wan.saving import save_json, save_pickle, save_shards
 
 FREQ_DIM = 256
@@ -51,30 +52,38 @@ Shapes = dict[str, tuple[int, ...]]
 
 def transformer_shapes(sizes: Sizes) -> Shapes:
     """Published names and shapes of the transformer's tensors."""
-    state = _meta_transformer(sizes).state_dict()
+    state = meta_transformer(sizes).state_dict()
     return {names.published(name, names.TRANSFORMER): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def random_transformer(
-    model: str, dtype: torch.dtype, device: torch.device, seed: int = 0, layers: int | None = None
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    layers: int | None = None,
+    place: Callable[[WanTransformer3DModel], Callable[[str, Tensor], Tensor]] | None = None,
 ) -> WanTransformer3DModel:
     """The transformer of the size of `model`, a key of `MODELS`, with random weights, without a checkpoint on disk.
 
     layers: how many instead of the model's own
+    place: from the model to what is done with each tensor by its name, as it is drawn on the device
     """
-    sizes = MODELS[model]
-    transformer = _meta_transformer(sizes if layers is None else replace(sizes, layers=layers))
+    transformer = meta_transformer(MODELS[model], layers)
+    placed = (lambda name, tensor: tensor) if place is None else place(transformer)
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, tensor in transformer.state_dict().items():
         kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
-        state[name] = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
+        drawn = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
+        state[name] = placed(name, drawn)
     transformer.load_state_dict(state, assign=True)
     finish_transformer(transformer, device)
     return transformer.requires_grad_(False).eval()
 
 
-def _meta_transformer(sizes: Sizes) -> WanTransformer3DModel:
+def meta_transformer(sizes: Sizes, layers: int | None = None) -> WanTransformer3DModel:
+    """The transformer on the meta device, with so many layers instead of its own."""
     with torch.device("meta"):
         return WanTransformer3DModel(
             num_attention_heads=sizes.heads,
@@ -82,7 +91,7 @@ def _meta_transformer(sizes: Sizes) -> WanTransformer3DModel:
             text_dim=sizes.text_dim,
             freq_dim=FREQ_DIM,
             ffn_dim=sizes.ffn_dim,
-            num_layers=sizes.layers,
+            num_layers=sizes.layers if layers is None else layers,
         )
 
 
@@ -93,8 +102,8 @@ def random_vae(model: str, device: torch.device, seed: int = 0) -> AutoencoderKL
         return AutoencoderKLWan(base_dim=MODELS[model].vae_dim).eval().requires_grad_(False)
 
 
-def text_encoder_shapes(sizes: Sizes) -> Shapes:
-    """Published names and shapes of the text encoder's tensors."""
+def meta_text_encoder(sizes: Sizes) -> UMT5EncoderModel:
+    """The text encoder on the meta device."""
     config = UMT5Config(
         vocab_size=sizes.vocabulary,
         d_model=sizes.text_dim,
@@ -104,9 +113,25 @@ def text_encoder_shapes(sizes: Sizes) -> Shapes:
         num_heads=sizes.text_heads,
     )
     with torch.device("meta"):
-        state = UMT5EncoderModel(config).state_dict()
+        return UMT5EncoderModel(config)
+
+
+def text_encoder_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the text encoder's tensors."""
+    state = meta_text_encoder(sizes).state_dict()
     state.pop("encoder.embed_tokens.weight", None)
     return {names.published(name, names.TEXT_ENCODER): tuple(t.shape) for name, t in state.items()}
+
+
+def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> UMT5EncoderModel:
+    """The text encoder of `model` with random weights, drawn on a device, in host memory."""
+    encoder = meta_text_encoder(MODELS[model])
+    draw = functools.partial(random_tensor, dtype=dtype, generator=torch.Generator(device).manual_seed(seed))
+    named = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items() if name != TIED}
+    state = {name: draw(names.published(name, names.TEXT_ENCODER), shape).cpu() for name, shape in named.items()}
+    encoder.load_state_dict(state, strict=False, assign=True)
+    encoder.tie_weights()
+    return encoder.requires_grad_(False).eval()
 
 
 def vae_shapes(sizes: Sizes) -> Shapes:
@@ -133,7 +158,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     ):
         save_pickle({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
     _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
-    config = published.transformer_config(_meta_transformer(sizes), TEXT_LENGTH)
+    config = published.transformer_config(meta_transformer(sizes), TEXT_LENGTH)
     if sparse_algorithm is not None:
         config["sparse_algo"] = sparse_algorithm
     save_json(config, folder / "config.json")

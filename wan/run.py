@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nabla import InputError
+from wan.budget import check_memory
 from wan.checkpoint import Checkpoint
 from wan.config import Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
@@ -60,6 +61,7 @@ def run(request: Request, options: Options) -> None:
 
 
 def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
+    check_memory(options.memory, device, processes, options.offload)
     checkpoint, videos = settle(request, device)
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")

@@ -1,0 +1,118 @@
+"""What a run takes of memory, in bytes, computed from shapes: weights, a forward, a decode. On the large side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+GIB = 2**30
+# Bytes that a number of a linear layer takes when packed, its scales included.
+PACKED = {"int8": 1.01, "fp8": 1.01, "int4": 0.53}
+CHUNK = 4 * GIB
+ALIGNMENT = 256
+# Measured on the published VAE, base width 96, in float32; and copies of the whole video while it is put together.
+DECODE_BYTES, DECODE_WIDTH, VIDEO_COPIES = 21_000, 96, 3
+TILE_OVERLAP = 64
+MOST_TILES = 8
+# A tile of attention, and what edge tiles that are partial add.
+BLOCK_TOKENS, PADDING = 64, 1.07
+# Of blocks that are not compiled, which normalise and modulate in float32: copies of the hidden states more.
+EAGER_COPIES = 6
+# Of the lists of kept blocks, which are made for as many heads at a time.
+LIST_BYTES = 2**28 * 8
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model weighs. One of its blocks: `packable` numbers in linear layers, and `other` bytes; the largest layer
+    has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not packed takes `itemsize` bytes."""
+
+    blocks: int
+    packable: int
+    largest: int
+    other: int
+    rest: int
+    itemsize: int
+
+    def block(self, packing: str | None) -> int:
+        """Bytes of a block."""
+        each = self.itemsize if packing is None else PACKED[packing]
+        return math.ceil(self.packable * each) + self.other
+
+    def bytes(self, packing: str | None) -> int:
+        return self.blocks * self.block(packing) + self.rest
+
+    def streamed(self, packing: str | None, kept: int = 0) -> int:
+        """Bytes on the GPU while all blocks but `kept` pass through two buffers."""
+        return self.rest + self.block(packing) * min(kept + 2, self.blocks)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A video, and the widths of the models that make it.
+
+    tokens: of the transformer; size: (width, height) in pixels
+    itemsize, vae_itemsize: bytes of a number of the transformer's activations, and of the decoder's
+    mask_layers: layers that keep their choice of blocks for later steps
+    cached: copies of the hidden states that a step cache keeps
+    """
+
+    tokens: int
+    dim: int
+    ffn_dim: int
+    heads: int
+    text_dim: int
+    size: tuple[int, int]
+    frames: int
+    itemsize: int = 2
+    vae_itemsize: int = 2
+    vae_width: int = DECODE_WIDTH
+    compiled: bool = True
+    mask_layers: int = 0
+    cached: int = 0
+
+
+def forward_bytes(work: Work) -> int:
+    """What a forward of a batch of one takes beside the weights."""
+    hidden = work.tokens * work.dim * work.itemsize
+    # The residual, the normalised input, and the wide states with the result; or q, k, v and the result, as tiles.
+    copies = max(3 + work.ffn_dim / work.dim, 2 + 4 * PADDING) + (0 if work.compiled else EAGER_COPIES)
+    pairs = work.heads * math.ceil(work.tokens / BLOCK_TOKENS * PADDING) ** 2
+    return math.ceil((copies + work.cached) * hidden) + min(LIST_BYTES, 8 * pairs) + work.mask_layers * pairs
+
+
+def text_bytes(work: Work, rows: int = 512, prompts: int = 2) -> int:
+    """What encoding takes beside the weights: scores of heads of 64 and wide states, in float32 for the softmax."""
+    heads = max(1, work.text_dim // 64)
+    return prompts * rows * (heads * rows * 4 * 3 + work.text_dim * 4 * 16)
+
+
+def decode_bytes(work: Work, tiles: int = 1) -> int:
+    """What decoding takes beside the weights, in columns that overlap."""
+    width, height = work.size
+    column = min(width, tile_width(width, tiles))
+    features = column * height * DECODE_BYTES * work.vae_itemsize / 4 * work.vae_width / DECODE_WIDTH
+    joined = VIDEO_COPIES if tiles == 1 else VIDEO_COPIES + tiles * column / width
+    video = work.frames * width * height * 3 * joined * work.vae_itemsize
+    return math.ceil(features + video)
+
+
+def tile_width(width: int, tiles: int) -> int:
+    """Width in pixels of the columns, a multiple of 16, that overlap by `TILE_OVERLAP` and cover a picture."""
+    return width if tiles == 1 else math.ceil(width / tiles / 16) * 16 + TILE_OVERLAP
+
+
+def pinned_chunks(block: int, blocks: int) -> list[int]:
+    """How many blocks lie in each chunk of pinned memory, which torch rounds up to powers of two."""
+    size, chunks = -(-block // ALIGNMENT) * ALIGNMENT, []
+    while blocks:
+        whole = 2 ** (min(blocks * size, CHUNK).bit_length() - 1)
+        chunks.append(max(1, min(blocks, whole // size)))
+        blocks -= chunks[-1]
+    return chunks
+
+
+def pinned_bytes(block: int, blocks: int) -> int:
+    """Host memory that so many blocks take as chunks."""
+    size = -(-block // ALIGNMENT) * ALIGNMENT
+    return sum(2 ** (count * size - 1).bit_length() for count in pinned_chunks(block, blocks))
