@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +39,11 @@ def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[n
         yield module.to(device)
     finally:
         module.to("cpu")
+
+
+def peak_host_bytes() -> int:
+    """The most host memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -191,6 +191,11 @@ class Sequence:
                 self.on_device = self._orders().to(device)
         return [Exchange(self.group.group_name, self.rank, self.size, self.groups, each) for each in self.on_device]
 
+    @property
+    def own_order(self) -> Tensor:
+        """The heads of this process, (layers, own heads), in the order in which it has them."""
+        return self.order.split(shares(self.heads, self.size), dim=1)[self.rank]
+
     def _orders(self) -> Tensor:
         """`Exchange.order` of all layers."""
         of_rank = self.order.split(shares(self.heads, self.size), dim=1)

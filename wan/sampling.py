@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -50,16 +50,15 @@ def denoise(
     solver: Solver,
     guide_scale: float,
     batch_guidance: bool = False,
-    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     at_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, Tensor], None] = lambda step, latents: None,
     gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """Walk latents (B, C, T, h, w), float32 noise, down the solver's sigmas to clean latents.
 
     context, negative_context: text states (B, L, C); the negative ones are not needed at guide_scale 1
     batch_guidance: run both guidance branches as one batch instead of one after the other
-    progress: wraps the timesteps, as tqdm does
-    at_step: is told each step, from 0, before its forwards
+    at_step: is told each step, from 0, before its forwards; after_step: also the latents after it
     gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
     """
     dtype = transformer.dtype
@@ -71,7 +70,7 @@ def denoise(
         model_input = latents.to(dtype).repeat(copies, 1, 1, 1, 1)
         return transformer(model_input, timestep.expand(len(text)), text, return_dict=False)[0].float()
 
-    for step, timestep in enumerate(progress(solver.timesteps)):
+    for step, timestep in enumerate(solver.timesteps):
         at_step(step)
         if gather is not None:
             prediction, negative = gather(velocity(context, timestep))
@@ -83,4 +82,5 @@ def denoise(
         if guided:
             prediction = negative + guide_scale * (prediction - negative)
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
+        after_step(step, latents)
     return latents
