@@ -4,7 +4,17 @@ import transformers  # noqa: F401, I001  before diffusers, which else prints abo
 
 from wan.attention import apply_attention, remove_attention
 from wan.checkpoint import Checkpoint
+from wan.observer import Observer
 from wan.pipeline import WanT2V
+from wan.recorder import Recorder
 from wan.weights import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "WanT2V", "apply_attention", "remove_attention"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Observer",
+    "Recorder",
+    "WanT2V",
+    "apply_attention",
+    "remove_attention",
+]

@@ -108,7 +108,7 @@ def examples_of(seen: Seen) -> list[Example]:
     for look in seen.looks:
         for index, share, blocks in zip(look.heads.tolist(), look.shares.tolist(), look.blocks.numpy()):
             head = look.before + index
-            number = head if look.own is None else int(look.own[head])
+            number = None if look.alike else head if look.own is None else int(look.own[head])
             found.setdefault(look.layer, []).append(Example(seen.step, look.layer, number, rounded(share), blocks))
     chosen = []
     for examples in found.values():

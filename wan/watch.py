@@ -63,11 +63,14 @@ class Span(NamedTuple):
 
 
 class Example(NamedTuple):
-    """The blocks that a head keeps, (N, N) bool, in the step and layer, and their share."""
+    """The blocks that a head keeps in a step's first forward, (N, N) bool, and their share.
+
+    head: None for all of them alike
+    """
 
     step: int
     layer: int
-    head: int
+    head: int | None
     share: float
     blocks: np.ndarray
 
@@ -76,7 +79,8 @@ class Look(NamedTuple):
     """Heads that were attended to together, of which these keep least and most blocks.
 
     before: how many of the layer's own heads came before them; own: the numbers of all own heads, None if they are all
-    heads; heads, shares: of the two, among those together; blocks: theirs, (2, N, N) bool
+    heads; heads, shares: of the two, among those together; blocks: theirs, (2, N, N) bool; alike: whether it is a
+    window alone, the same for all heads
     """
 
     layer: int
@@ -85,6 +89,7 @@ class Look(NamedTuple):
     heads: Tensor
     shares: Tensor
     blocks: Tensor
+    alike: bool
 
 
 @dataclass
@@ -187,7 +192,8 @@ class Watch(probe.Probe):
         there = [x.to("cpu", non_blocking=True) for x in (heads, by_head[heads] / count.shape[1], blocks(heads)[0])]
         sequence = self.applied.sequence
         own = None if sequence is None else sequence.own_order[self.layer]
-        self.seen.looks.append(Look(self.layer, self.head, own, *there))
+        alike = self.attentions[self.layer].nabla_plan.fixed is not None
+        self.seen.looks.append(Look(self.layer, self.head, own, *there, alike))
         self.head += len(by_head)
 
     def _before_block(self, layer: int, *_: Any) -> None:
