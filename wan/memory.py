@@ -65,9 +65,14 @@ def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
         return False
     config = transformer.config
     tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
-    hidden = config.num_attention_heads * config.attention_head_dim * HIDDEN_COPIES * 4
-    need = tokens * (hidden + config.ffn_dim * 2 * transformer.dtype.itemsize)
+    width = config.num_attention_heads * config.attention_head_dim
+    need = working_bytes(tokens, width, config.ffn_dim, transformer.dtype.itemsize)
     return need < free_bytes(latents.device) // 8
+
+
+def working_bytes(tokens: int, width: int, ffn_dim: int, itemsize: int) -> int:
+    """What a forward of so many tokens needs beside the weights."""
+    return tokens * (width * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
 
 
 def needs_tiling(latents: Tensor) -> bool:

@@ -39,7 +39,7 @@ STYLE = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
-WIDTH, TOP, MASKS = 12.0, 5.4, 3.0
+WIDTH, TOP, MASKS = 12.0, 5.4, 2.75
 # The heat map's colours span at least so much of the shares, so that noise does not look like a difference.
 LEAST_SPAN = 0.02
 
