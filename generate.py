@@ -86,6 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--replicas", type=int, help="under torchrun: videos of --prompt_file made side by side (default: chosen)")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over the GPUs that share a video")
     add("--dit_fsdp", action="store_true", help="shard the transformer over the GPUs that share a video")
+    add("--log", type=Path, help="what each layer keeps and takes in each step, a JSON object a line: .jsonl")
+    add("--report", type=Path, help="a picture of it, .png; needs matplotlib")
     args = parser.parse_args(argv)
     if args.task == "t2i-14B" and args.frame_num not in (None, 1):
         parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
@@ -152,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         dit_fsdp=args.dit_fsdp,
         t5_fsdp=args.t5_fsdp,
         memory=memory,
+        log=args.log,
+        report=args.report,
     )
     request = Request(
         flag_settings(args),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nabla import fast_gather, fast_selection
+from nabla import fast_gather, fast_selection, probe
 from nabla.backends import BACKENDS, choose, lack
 from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
@@ -128,11 +128,13 @@ def attend(
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of = slice(start, start + q.shape[1])
         group = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
-        prepared = plan.fixed or _prepare(plan.backend, plan.selection, q_means[:, of], k_means[:, of], group)
+        prepared = plan.fixed or probe.run(
+            probe.MASK, _prepare, plan.backend, plan.selection, q_means[:, of], k_means[:, of], group
+        )
         if share is not None:
             share[of].copy_(backend.kept_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
-        return backend.attend(q, k, layout.to_tiles(v), prepared)
+        return probe.run(probe.ATTENTION, backend.attend, q, k, layout.to_tiles(v), prepared)
 
     group = max(1, LIST_ENTRIES // (q.shape[0] * layout.blocks**2))
     # Not slices, of which each would have a gradient of the whole size.

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nabla import probe
 from nabla.block_lists import BlockLists, to_lists
 from nabla.gpu import can_run, tl, triton
 
@@ -25,6 +26,11 @@ def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLis
 @torch.library.custom_op("nabla::lists_of_blocks", mutates_args=())
 def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     counts, indices = empty_lists(kept, full)
+    probe.run(probe.MASK, _write_lists, kept, full, counts, indices)
+    return counts, indices
+
+
+def _write_lists(kept: Tensor, full: Tensor | None, counts: Tensor, indices: Tensor) -> None:
     batch, heads, blocks, _ = kept.shape
     width = triton.next_power_of_2(blocks)
     with torch.cuda.device(kept.device):
@@ -40,7 +46,6 @@ def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tens
             WIDTH=width,
             num_warps=max(1, width // ENTRIES_A_WARP),
         )
-    return counts, indices
 
 
 @_lists_of_blocks.register_fake

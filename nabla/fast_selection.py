@@ -11,6 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nabla import probe
 from nabla.block_lists import BlockLists
 from nabla.fast_lists import ENTRIES_A_WARP, MAX_BLOCKS, empty_lists, lists_of_blocks, parts_of
 from nabla.fast_map import block_scores
@@ -50,6 +51,20 @@ def _select_lists(
 ) -> tuple[Tensor, Tensor]:
     """Counts (1 or 2, B, heads, N) and indices (1 or 2, B, heads, N, N), int32, of full tiles and of partial ones."""
     counts, indices = empty_lists(q, full)
+    probe.run(probe.MASK, _write_lists, q, k, full, cut, count, window, counts, indices)
+    return counts, indices
+
+
+def _write_lists(
+    q: Tensor,
+    k: Tensor,
+    full: Tensor | None,
+    cut: Tensor | None,
+    count: Tensor | None,
+    window: Tensor | None,
+    counts: Tensor,
+    indices: Tensor,
+) -> None:
     batch, heads, blocks, _ = q.shape
     group = max(1, MAP_ENTRIES // (batch * blocks**2))
     with torch.cuda.device(q.device):
@@ -57,7 +72,6 @@ def _select_lists(
             of = slice(start, start + group)
             scores = block_scores(q[:, of], k[:, of])
             lists_of_map(scores, full, cut, count, window, counts[:, :, of], indices[:, :, of])
-    return counts, indices
 
 
 @_select_lists.register_fake

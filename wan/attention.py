@@ -118,7 +118,7 @@ class AppliedAttention:
         self.config = config
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
-        self.switched_off = False
+        self.switched_off = self.watched = False
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
         self.sequence: Sequence | None = getattr(transformer, "sequence", None)
@@ -161,6 +161,12 @@ class AppliedAttention:
             self.plans[key] = nabla.plan(key[0], config, device, dtype, self.head_size, trains)
         return self.plans[key]
 
+    def watch(self, watched: bool) -> None:
+        """Have sparse layers write the share of blocks that each head keeps to `nabla_share` from now on, or not."""
+        self.watched = watched
+        for module in () if watched or self.sequence else self.modules:
+            module.nabla_share = None
+
     def forget_blocks(self) -> None:
         """Free the blocks that `mask_refresh` keeps."""
         self.chosen = self.choosing = None
@@ -195,6 +201,8 @@ class AppliedAttention:
             self.forget_blocks()
         if is_sparse and self.sequence and not (keeps and self.sparse[0].nabla_kept.reuse):
             self._balance(device)
+        elif is_sparse and self.watched and self._shares_on(device) is None:
+            self._measure_shares(self.sparse, device)
 
     def _set_exchanges(self, latents: Tensor, dtype: torch.dtype) -> None:
         if self.sequence:
@@ -208,14 +216,22 @@ class AppliedAttention:
 
     def _balance(self, device: torch.device) -> None:
         """Deal heads out to processes by what they kept in the last forward that chose blocks, and watch this one."""
-        measured = [module.nabla_share for module in self.modules]
-        if measured[0] is not None and measured[0].device == device:
+        measured = self._shares_on(device)
+        if measured is None:
+            self._measure_shares(self.modules, device)
+        else:
             self.sequence.balance(torch.stack(measured))
-            return
-        own = self.modules[0].nabla_exchange.own_heads(self.modules[0].heads)
-        for module in self.modules:
+
+    def _shares_on(self, device: torch.device) -> list[Tensor] | None:
+        """Where the layers write the shares that their heads keep, if they do so on a device."""
+        shares = [module.nabla_share for module in self.modules]
+        return None if shares[0] is None or shares[0].device != device else shares
+
+    def _measure_shares(self, modules: list[WanAttention], device: torch.device) -> None:
+        exchange, heads = modules[0].nabla_exchange, modules[0].heads
+        for module in modules:
             with torch.inference_mode(False):
-                module.nabla_share = torch.ones(own, device=device)
+                module.nabla_share = torch.ones(exchange.own_heads(heads) if exchange else heads, device=device)
 
     def _keep_blocks(self, plan: Plan, step: int, batch: int) -> None:
         """Say whether a forward chooses its blocks or takes those of the forward that chose last."""

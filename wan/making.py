@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from nabla import InputError
 from wan.budget import plan_run
 from wan.checkpoint import Checkpoint
 from wan.config import Settings
-from wan.estimates import GIB
+from wan import memory
 from wan.fast_vae import decoder_dtype
 from wan.pipeline import WanT2V
 from wan.processes import Processes
+from wan.recorder import Recorder
+from wan.report import draw_report
 from wan.video import write_image, write_json, write_video
 
 log = logging.getLogger("wan")
@@ -34,7 +34,10 @@ VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "t
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, which does not change the video; see generate.py's flags. None: by default."""
+    """How to run, which does not change the video; see generate.py's flags. None: by default.
+
+    log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
+    """
 
     device: str | None = None
     offload: bool | None = None
@@ -46,6 +49,9 @@ class Options:
     dit_fsdp: bool = False
     t5_fsdp: bool = False
     memory: str | float | None = None
+    log: Path | None = None
+    report: Path | None = None
+    named_apart: bool = False
 
 
 def make_all(
@@ -95,7 +101,7 @@ def make_all(
     for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
         settings, path = videos[number]
         with _clear_about_memory(settings, options):
-            make(pipe, settings, path, options, loading)
+            make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
 
 
 def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading: float) -> None:
@@ -108,9 +114,10 @@ def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading
     size = "x".join(map(str, video.size))
     walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
     log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
-    shown = pipe.processes is None or pipe.processes.rank == 0
+    detailed = options.log is not None or options.report is not None
+    recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
     frames = pipe.generate(
-        settings.prompt, size=video.size, frame_num=video.frame_num, progress=shown, **asdict(sampling)
+        settings.prompt, size=video.size, frame_num=video.frame_num, observer=recorder, **asdict(sampling)
     )
     if frames is None:
         return
@@ -135,6 +142,18 @@ def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading
     peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
     log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
     log.info("wrote %s and %s", path, path.with_suffix(".json"))
+    if options.log is not None:
+        log.info("log: %s", options.log)
+    if options.report is not None:
+        draw_report(recorder.records, options.report, recorder.examples)
+        log.info("report: %s", options.report)
+
+
+def named_after(path: Path, options: Options) -> Options:
+    """The options for one of several videos, its log and report named after it too."""
+    files = {"log": options.log, "report": options.report}
+    own = {name: file.with_stem(f"{file.stem}-{path.stem}") for name, file in files.items() if file is not None}
+    return replace(options, **own)
 
 
 @contextmanager
@@ -169,11 +188,11 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Versions, hardware, times and peak memory of this process."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    host = memory.peak_host_bytes()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    peak = {"host": f"{host / GIB:.1f} GiB"}
+    peak = {"host": f"{host / memory.GIB:.1f} GiB"}
     if device.type == "cuda":
-        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
+        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
     return {
         "versions": installed_versions(VERSIONS_OF),
         "device": f"{device.type}, {name}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +44,11 @@ def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[n
         module.to("cpu")
 
 
+def peak_host_bytes() -> int:
+    """The most host memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this process can still get on a CUDA device, its own unused cache included, under its limit."""
     allocated = torch.cuda.memory_allocated(device)
@@ -63,9 +70,14 @@ def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
         return False
     config = transformer.config
     tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
-    hidden = config.num_attention_heads * config.attention_head_dim * HIDDEN_COPIES * 4
-    need = tokens * (hidden + config.ffn_dim * 2 * transformer.dtype.itemsize)
+    width = config.num_attention_heads * config.attention_head_dim
+    need = working_bytes(tokens, width, config.ffn_dim, transformer.dtype.itemsize)
     return need < free_bytes(latents.device) // 8
+
+
+def working_bytes(tokens: int, width: int, ffn_dim: int, itemsize: int) -> int:
+    """What a forward of so many tokens needs beside the weights."""
+    return tokens * (width * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
 
 
 def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:

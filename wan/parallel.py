@@ -168,6 +168,11 @@ class Sequence:
         peers = self.peers if self.by_peers else None
         return [Exchange(self.group.group_name, self.rank, self.size, each, peers) for each in self.on_device]
 
+    @property
+    def own_order(self) -> Tensor:
+        """The heads of this process, (layers, own heads), in the order in which it has them."""
+        return self.order.split(shares(self.heads, self.size), dim=1)[self.rank]
+
     def balance(self, kept: Tensor) -> None:
         """Deal the heads out anew by the shares that each layer's own heads kept: (layers, own heads)."""
         if self.is_outdated:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nabla import InputError, NablaConfig
 from wan import memory
@@ -24,9 +23,11 @@ from wan.checkpoint import Checkpoint
 from wan.config import LoraFile, SamplingSettings, VideoSettings, check_positions, check_prompt
 from wan.latents import decode, encode
 from wan.loading import load_models
+from wan.observer import Observer, Observers
 from wan.parallel import apply_sequence, gather_guidance
 from wan.planner import Plan
 from wan.processes import Layout, Processes
+from wan.recorder import Recorder
 from wan.sampling import denoise, make_solver
 from wan.step_cache import StepCache, apply_cache
 from wan.text import pad_rows, pad_text, tokenize
@@ -183,12 +184,14 @@ class WanT2V:
         guide_scale: float | None = None,
         solver: str | None = None,
         progress: bool = False,
+        observer: Observer | None = None,
     ) -> Tensor:
         """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
         What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
-        checkpoint says else. Processes that share a video must be given the same. Raises `InputError` for settings
+        checkpoint says else. Processes that share a video must be given the same. progress: show a line, on the first
+        process; observer: is told what happens, see `wan.observer`. Raises `InputError` for settings
         outside what is allowed, and for latents not finite.
         """
         sampling = _changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
@@ -201,6 +204,13 @@ class WanT2V:
         applied = getattr(self.transformer, "nabla", None)
         counter = applied.steps if applied else None
         cache = self.cache
+        observer = _observer(progress, observer)
+
+        def at_step(step: int) -> None:
+            if counter:
+                counter.tell(step)
+            observer.step_begins(step)
+
         # As one batch each guidance branch would keep blocks of its own.
         shares = applied is not None and applied.config.mask_refresh > 1
         layout, gather = self.processes.layout if self.processes else Layout(), None
@@ -213,7 +223,11 @@ class WanT2V:
         try:
             if cache is not None:
                 cache.begin(sampling.steps, applied.config.dense_steps if applied else 0)
-            with memory.placed(self.transformer, self.device, self.offload) as transformer, many_compiles():
+            with (
+                memory.placed(self.transformer, self.device, self.offload) as transformer,
+                many_compiles(),
+                observer.sampling(self, sampling, latents),
+            ):
                 latents = denoise(
                     transformer,
                     latents,
@@ -221,8 +235,8 @@ class WanT2V:
                     make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
                     sampling.guide_scale,
                     batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
-                    progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
-                    at_step=counter.tell if counter else lambda step: None,
+                    at_step=at_step,
+                    after_step=observer.step_ends,
                     gather=gather,
                     **({} if cache is None else {"in_branch": cache.branch}),
                 )
@@ -265,13 +279,15 @@ class WanT2V:
         guide_scale: float | None = None,
         solver: str | None = None,
         progress: bool = False,
+        observer: Observer | None = None,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
-        device, as the published program does; -1, or none anywhere, draws the seed too. Raises `InputError` for
-        settings outside what is allowed.
+        device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
+        first process; observer: is told what happens, see `wan.observer`. Raises `InputError` for settings outside what
+        is allowed.
         """
         check_prompt(prompt)
         video = _changed(self.video, size=size, frame_num=frame_num)
@@ -285,24 +301,25 @@ class WanT2V:
             solver=solver,
         ).with_seed()
         check_positions(video, self.transformer.config.rope_max_seq_len)
-        self.seconds = {}
-        with self._stage("text"):
-            prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
-            contexts = self._text_for_all(prompts).split(1)
-        with self._stage("sampling"):
-            latents = self.sample(
-                *contexts,
-                noise=self._from_leader(self.draw_noise(video, sampling.seed)),
-                steps=sampling.steps,
-                shift=sampling.shift,
-                guide_scale=sampling.guide_scale,
-                solver=sampling.solver,
-                progress=progress,
-            )
-        if not self.leads:
-            return None
-        with self._stage("decode"):
-            return to_frames(self.decode(latents)[0])
+        self.seconds, observer = {}, _observer(progress, observer)
+        with observer.video(self, prompt, video, sampling):
+            with self._stage("text", observer):
+                prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
+                contexts = self._text_for_all(prompts).split(1)
+            with self._stage("sampling", observer):
+                latents = self.sample(
+                    *contexts,
+                    noise=self._from_leader(self.draw_noise(video, sampling.seed)),
+                    steps=sampling.steps,
+                    shift=sampling.shift,
+                    guide_scale=sampling.guide_scale,
+                    solver=sampling.solver,
+                    observer=observer,
+                )
+            if not self.leads:
+                return None
+            with self._stage("decode", observer):
+                return to_frames(self.decode(latents)[0])
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
@@ -326,12 +343,14 @@ class WanT2V:
         return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str, observer: Observer) -> Iterator[None]:
+        observer.stage_begins(name)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = time.perf_counter() - start
+        observer.stage_ends(name, self.seconds[name])
 
     def _text_for_all(self, prompts: list[str]) -> Tensor:
         """Text states of prompts, on all processes that share a video."""
@@ -348,6 +367,13 @@ class WanT2V:
             return None
         text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
         return pad_rows(text, self.text_length)
+
+
+def _observer(progress: bool, observer: Observer | None) -> Observer:
+    if not progress:
+        return observer or Observer()
+    shown = Recorder(progress=True, timed=False)
+    return shown if observer is None else Observers(shown, observer)
 
 
 def _changed(settings: Any, **values: Any) -> Any:

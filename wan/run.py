@@ -20,6 +20,8 @@ from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
 from wan.making import Options, Video, make_all
 from wan.processes import Processes, choose_layout, pick_device, started_by_torchrun
+from wan.report import check_report
+from wan.run_log import check_log
 from wan.single_file import open_transformer
 from wan.video import check_encoder, check_writable, make_folder
 from wan.weights import SAFETENSORS, CheckpointError, weight_file
@@ -62,6 +64,8 @@ def run(request: Request, options: Options) -> None:
 
 def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
     check_memory(options.memory, device, processes, options.offload)
+    if processes is None or processes.rank == 0:
+        _check_files(request, options)
     checkpoint, videos = settle(request, device)
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
@@ -87,6 +91,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
         )
         log.info("layout: %s", layout.describe())
         processes.lay_out(layout)
+    options = replace(options, named_apart=request.prompt_file is not None)
     make_all(checkpoint, videos, device, options, processes)
 
 
@@ -122,6 +127,16 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
             path = (request.save_dir or Path()) / f"{name}{ending(settings)}"
         videos.append((settings, path))
     return checkpoint, videos
+
+
+def _check_files(request: Request, options: Options) -> None:
+    """Raise `InputError` unless a log and a report can be made, before anything is loaded."""
+    if options.log is not None:
+        check_log(options.log)
+    if options.report is not None:
+        check_report(options.report)
+        if request.save_file is not None and request.save_file.absolute() == options.report.absolute():
+            raise InputError(f"report {options.report} is the picture's own file; choose another --report")
 
 
 def _still_to_make(videos: list[Video], request: Request) -> list[Video]:

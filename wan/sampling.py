@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -51,8 +51,8 @@ def denoise(
     solver: Solver,
     guide_scale: float,
     batch_guidance: bool = False,
-    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     at_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, Tensor], None] = lambda step, latents: None,
     gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     in_branch: Callable[[str, int], AbstractContextManager] = lambda name, step: nullcontext(),
 ) -> Tensor:
@@ -60,8 +60,7 @@ def denoise(
 
     context, negative_context: text states (B, L, C); the negative ones are not needed at guide_scale 1
     batch_guidance: run both guidance branches as one batch instead of one after the other
-    progress: wraps the timesteps, as tqdm does
-    at_step: is told each step, from 0, before its forwards
+    at_step: is told each step, from 0, before its forwards; after_step: also the latents after it
     gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
     in_branch: what each forward runs in, given a name of its guidance branch and the step
     """
@@ -75,7 +74,7 @@ def denoise(
         with in_branch(branch, step):
             return transformer(model_input, timestep.expand(len(text)), text, return_dict=False)[0].float()
 
-    for step, timestep in enumerate(progress(solver.timesteps)):
+    for step, timestep in enumerate(solver.timesteps):
         at_step(step)
         if gather is not None:
             prediction, negative = gather(velocity(context, timestep))
@@ -87,4 +86,5 @@ def denoise(
         if guided:
             prediction = negative + guide_scale * (prediction - negative)
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
+        after_step(step, latents)
     return latents

@@ -30,8 +30,8 @@ def make_folder(path: Path) -> None:
         raise InputError(f"save_dir {path} cannot be made ({error.strerror or error}); choose another") from None
 
 
-def check_writable(path: Path) -> None:
-    """Raise `InputError` unless a file can be written at `path`."""
+def check_writable(path: Path, flag: str = "--save_file") -> None:
+    """Raise `InputError` unless a file can be written at `path`, which a flag names."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")
@@ -40,7 +40,7 @@ def check_writable(path: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise _refusal(path, error, flag) from None
 
 
 def check_encoder() -> None:
@@ -88,5 +88,5 @@ def _whole(path: Path) -> Iterator[Path]:
         raise _refusal(path, error) from error
 
 
-def _refusal(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written ({error.strerror or error}); choose another --save_file")
+def _refusal(path: Path, error: OSError, flag: str = "--save_file") -> InputError:
+    return InputError(f"{path} cannot be written ({error.strerror or error}); choose another {flag}")

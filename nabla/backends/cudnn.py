@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from nabla.block_lists import BlockLists
+from nabla import probe
+from nabla.block_lists import BlockLists, from_lists
 from nabla.fast_lists import lists_of_blocks
 from nabla.fast_selection import choose_lists
 from nabla.selection import Selection
@@ -72,7 +73,9 @@ def block_sparse(
     """The attention, and the logarithm (B, heads, N * block) float32 of each row's sum, which the backward reads."""
     from cudnn.block_sparse_attention import block_sparse_attention_forward
 
-    result = block_sparse_attention_forward(q, k, v, **_sparsity(q, counts, indices, sizes))
+    probe.see(lambda: counts, lambda heads: from_lists(BlockLists(counts[:, heads], indices[:, heads])))
+    lists = _sparsity(q, counts, indices, sizes)
+    result = probe.run(probe.ATTENTION, block_sparse_attention_forward, q, k, v, **lists)
     return result["o_tensor"], result["lse_tensor"]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
+from nabla import probe
 from nabla.backends import flex_options
 from nabla.backends.flex_options import Options
 from nabla.block_lists import BlockLists, from_lists
@@ -95,7 +96,14 @@ def block_sparse(
 ) -> Tensor:
     args = q, k, v, counts, indices, partial_counts, partial_indices, valid
     block = q.shape[2] // counts.shape[-1]
-    return _run(args, flex_options.for_forward(q.device, q.dtype, q.shape[-1], block, _forward_trial))
+    lists = [BlockLists(counts, indices)]
+    lists += [] if partial_counts is None else [BlockLists(partial_counts, partial_indices)]
+    probe.see(
+        lambda: sum(each.counts for each in lists),
+        lambda heads: from_lists(*(BlockLists(*(x[:, heads] for x in each)) for each in lists)),
+    )
+    options = flex_options.for_forward(q.device, q.dtype, q.shape[-1], block, _forward_trial)
+    return probe.run(probe.ATTENTION, _run, args, options)
 
 
 @block_sparse.register_fake

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nabla import probe
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
@@ -50,6 +51,7 @@ def kept_counts(blocks: Blocks) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
+    probe.see(lambda: kept_counts(blocks), lambda chosen: blocks.kept[:, chosen])
     batch, heads, length, _ = q.shape
     kept = blocks.kept.expand(batch, heads, -1, -1)
     block = length // kept.shape[-1]

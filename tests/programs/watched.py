@@ -1,0 +1,60 @@
+"""Under torchrun with two processes: the shares that a recorder has of all heads, against one process's; a JSON line a
+layout with the greatest difference."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import torch
+
+from nabla import NablaConfig
+from wan import Recorder, WanT2V, records
+from wan.processes import Layout, Processes
+
+
+class Keeping(Recorder):
+    """Keeps the shares of all heads of each step."""
+
+    def __init__(self) -> None:
+        super().__init__(examples=True)
+        self.shares: list[np.ndarray] = []
+
+    def step_ends(self, step: int, latents: torch.Tensor) -> None:
+        super().step_ends(step, latents)
+        self.shares.append(records.kept_shares(self.watch.seen))
+
+
+def main(checkpoint: str) -> None:
+    config = NablaConfig(threshold=0.4, window=(1, 1, 1), dense_steps=1, dense_layers=(1,))
+    with Processes.together("cpu") as processes:
+        alone = sampled(WanT2V.from_pretrained(checkpoint, config))
+        for layout in (Layout(cfg=2), Layout(ulysses=2)):
+            processes.lay_out(layout)
+            recorder = sampled(WanT2V.from_pretrained(checkpoint, config, processes=processes))
+            if processes.rank == 0:
+                differs = np.abs(np.stack(recorder.shares) - np.stack(alone.shares)).max()
+                heads = [[one.head, one.share - share_of(alone, one)] for one in recorder.examples]
+                layers = [record for record in recorder.records if record["kind"] == "layer"]
+                print(json.dumps({"differs": differs, "examples": heads, "layers": len(layers)}), flush=True)
+
+
+def share_of(recorder: Keeping, example: records.Example) -> float:
+    """What one process said of the same head, of the branch that the leader of two runs."""
+    return float(recorder.first[example.layer, example.head])
+
+
+def sampled(pipe: WanT2V) -> Keeping:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 16, 2, 18, 22, generator=generator)
+    texts = torch.randn(2, 7, pipe.transformer.config.text_dim, generator=generator).split(1)
+    recorder = Keeping()
+    pipe.sample(*texts, noise=noise, steps=3, observer=recorder)
+    seen = recorder.watch.seen
+    recorder.first = seen.forwards[0].numpy() if seen.kept is None else seen.kept[0].numpy()
+    return recorder
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

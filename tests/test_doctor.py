@@ -1,0 +1,225 @@
+"""python -m wan.doctor: what it finds, what it recommends for cards that are not here, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from nabla import backends
+from wan import memory
+from wan.doctor import __main__ as doctor
+from wan.doctor import advice, checkpoints, examine, machine, packages
+from wan.doctor.checkpoints import Found
+from wan.doctor.fits import fits
+from wan.doctor.kernels import Kernel, kernels
+from wan.doctor.machine import Card, Machine
+from wan.doctor.packages import Package
+
+ROOT = Path(generate.__file__).parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+H200, RTX4090, RTX3060 = (
+    Card("H200", 139.8, 139.0, (9, 0)),
+    Card("RTX 4090", 23.5, 23.0, (8, 9)),
+    Card("RTX 3060", 7.8, 7.5, (8, 6)),
+)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The doctor in this process, its kernels taken as checked: `run(*flags)` -> (exit code, output, errors)."""
+    monkeypatch.setattr(backends, "_fault", lambda *_: "")
+
+    def run(*flags):
+        monkeypatch.setattr(backends, "_verified", {})
+        try:
+            code = doctor.main(list(flags))
+        except SystemExit as left:
+            code = left.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def advised(cards=(H200,), device="cuda", lacks=(), cudnn=None, cached=(), unseen=""):
+    """The advice for a machine with these cards, whose optional packages are there but for some."""
+    here = Machine(device, tuple(cards), "580.1", unseen, 8, 64.0, 60.0, "3.12", "2.13", "13.0")
+    kinds = fits(GPU, here.card.free_gib, here.card.gib) if here.card else fits(CPU, here.free_host_gib)
+    found = [Package(name, "", False, "1", "", f"pip install {how}") for name, (_, how) in packages.OPTIONAL.items()]
+    found = [Package(one.name, "", False, None, "missing", one.install) if one.name in lacks else one for one in found]
+    known = Kernel("cudnn", cudnn is None, cudnn or "passes its check", True), Kernel("flex", True, "", False)
+    return advice.advise(here, known, tuple(found), kinds, tuple(Found(name, "", "") for name in cached))
+
+
+def test_as_a_program_it_says_all_for_people_and_for_programs(run):
+    code, said, errors = run("--device", "cpu")
+    assert code == 0 and errors.startswith("checking the kernels on cpu") and errors.count("\n") == 1
+    titles = [line for line in said.splitlines() if line and not line.startswith(" ")]
+    assert [title.split(",")[0] for title in titles] == [
+        "Machine",
+        "Attention kernels",
+        "81 frames in host memory",
+        "Checkpoints here",
+        "Packages that are needed",
+        "Optional packages",
+        "Run",
+        "Faster",
+        "Nothing that is needed is broken.",
+    ]
+    assert "passes its check, taken by default" in said and f"torch {torch.__version__}" in said
+    assert max(map(len, said.splitlines())) < 200
+    code, said, _ = run("--device", "cpu", "--json")
+    facts = json.loads(said)
+    assert code == 0 and facts["ok"] and facts["broken"] == []
+    assert {one["name"]: one["usable"] for one in facts["kernels"]} == {"cudnn": False, "flex": True, "reference": True}
+    assert [one["name"] for one in facts["kernels"] if one["chosen"]] == ["reference"]
+    assert facts["machine"]["torch"] == torch.__version__ and facts["advice"]["commands"]
+
+
+def test_a_kernel_that_fails_its_check_is_told_and_is_not_fatal(run, monkeypatch):
+    monkeypatch.setattr(backends, "_fault", lambda *_: "its result is off by 70%")
+    code, said, _ = run("--device", "cpu")
+    assert code == 0 and "fails its check: its result is off by 70%" in said
+
+
+def test_quick_checks_nothing(run, monkeypatch):
+    monkeypatch.setattr(backends, "_fault", lambda *_: pytest.fail("checked"))
+    code, said, errors = run("--quick")
+    assert code == 0 and errors == "" and "installed; not checked" in said
+
+
+def test_without_ffmpeg_it_is_broken(run, monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    code, said, _ = run("--quick")
+    assert code == 1 and "\nRun\n" not in said
+    assert said.endswith("Broken\n  - videos need ffmpeg, and there is none; pip install imageio-ffmpeg\n")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        ("--device tpu", "error: device 'tpu' cannot be used"),
+        ("--device meta", "error: device 'meta' cannot be used"),
+        ("--devise cpu", "error: unrecognized arguments: --devise cpu"),
+    ),
+)
+def test_wrong_flags_are_one_line(run, flags, message):
+    code, said, errors = run(*flags.split())
+    assert (code, said) == (2, "") and errors.startswith(message) and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "module, fault", (("ftfy", "ftfy: cannot be imported (cut off)"), ("diffusers", "diffusers: cannot be imported"))
+)
+def test_a_needed_package_that_is_broken_is_named(module, fault, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('cut off')")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "wan.doctor", "--quick"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "", done.stderr[-2000:]
+    assert fault in done.stdout and "\nBroken\n" in done.stdout and "pip install" in done.stdout
+    plain = [sys.executable, "-c", "import wan"]
+    assert b"cut off" in subprocess.run(plain, env=env, cwd=tmp_path, capture_output=True, timeout=120).stderr
+
+
+def test_packages_that_are_old_or_missing(monkeypatch):
+    versions = {"torch": "2.7.1+cu126", "tqdm": "4.100"}
+
+    def version(name):
+        if name == "peft":
+            raise packages.PackageNotFoundError(name)
+        return versions.get(name, "99.0")
+
+    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(packages, "_import_fault", lambda module: "")
+    found = packages.packages()
+    assert packages.needed_faults(found) == ['torch: 2.7.1+cu126 is older than 2.8; pip install "torch>=2.8"']
+    assert {one.name: one.problem for one in found if one.problem and not one.needed} == {"peft": "missing"}
+
+
+def test_what_fits_follows_the_memory():
+    def flags(free, gib):
+        return {(one.model, one.weights, one.size[1]): one.flags for one in fits(GPU, free, gib)}
+
+    assert set(flags(139, 140).values()) == {()}
+    on_24 = flags(23, 24)
+    assert on_24["14B", "bfloat16", 480] is None and on_24["1.3B", "bfloat16", 480] == ()
+    assert flags(7.5, 8)["1.3B", "bfloat16", 480] == ("--t5_cpu",)
+    # The card is large, but others use it.
+    assert flags(45, 140)["14B", "bfloat16", 720] == ("--offload_model true",)
+    for one in fits(GPU, 0.0, 140.0):
+        assert one.flags is None and one.gib > 0
+
+
+def test_estimates_are_above_what_was_measured():
+    """The 14B at 1280x720 on an H200: 31.1 GiB in bfloat16 and 18.1 in float8, both of the transformer alone."""
+    needs = {(one.weights, one.size): one.gib for one in fits(GPU, 45.0, 80.0) if one.model == "14B"}
+    assert 31.1 < needs["bfloat16", (1280, 720)] < 45
+    assert memory.working_bytes(75_600, 5120, 13824, 2) / memory.GIB > 31.1 - 26.7
+
+
+def test_what_is_recommended():
+    best = advised()
+    assert best.commands == ('python generate.py --prompt "Two cats box under a spotlight" --config nabla_0.7.yaml',)
+    assert "14B in bfloat16 at 1280x720" in best.why and "downloaded on first use" in best.why
+    assert "here already" in advised(cached=(advice.TUNED,)).why
+    assert advised((H200,) * 8).commands[0].startswith("torchrun --nproc_per_node=8 generate.py ")
+    assert advised((H200,) * 8, device="cuda:3").commands[0].endswith(" --config nabla_0.7.yaml --device cuda:3")
+    assert advised((RTX4090,)).commands[0].endswith('--task t2v-1.3B --size "832*480"')
+    assert advised((RTX3060,)).commands[0].endswith('--task t2v-1.3B --size "832*480" --t5_cpu')
+    for cards, device in (((), "cpu"), ((H200,), "cpu")):
+        made, run = advised(cards, device).commands
+        assert "make_random_checkpoint.py" in made and "--ckpt_dir checkpoints/random-nano" in run
+        assert run.endswith(" --device cpu") == bool(cards)
+
+
+def test_what_would_be_faster():
+    lacks = advised(
+        lacks=("torchao", "nvidia-cudnn-frontend"), cudnn="not installed, see requirements-cudnn.txt"
+    ).faster
+    assert "pip install -r requirements-cudnn.txt" in lacks[0] and "pip install -r requirements-fp8.txt" in lacks[1]
+    assert "requirements" not in " ".join(advised().faster) and advised().faster[0].startswith("--fp8: ")
+    assert "cudnn" not in " ".join(advised((RTX4090,), cudnn="needs more").faster)
+    assert advised((), "cpu").faster[0].startswith("a GPU: ")
+    assert advised((), "cpu", unseen="driver 580.1 is there, but").faster == ("driver 580.1 is there, but",)
+    assert "H200: --device cuda" in advised((H200,), "cpu").faster[0]
+
+
+def test_a_card_that_torch_does_not_see(monkeypatch):
+    monkeypatch.setattr(machine, "_driver", lambda: "580.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA; install one with it" in machine.machine(CPU).unseen
+
+
+def test_checkpoints_are_found_and_their_faults_named(random_nano, damaged, monkeypatch):
+    assert checkpoints._lack(random_nano) == ""
+    (damaged / "Wan2.1_VAE.pth").unlink()
+    assert checkpoints._lack(damaged) == "Wan2.1_VAE.pth is missing"
+    next(damaged.glob("*.safetensors")).unlink()
+    assert "the checkpoint is incomplete" in checkpoints._lack(damaged)
+    names = {one.name: one.problem for one in checkpoints.checkpoints()}
+    assert "cannot read prompts" in names["tests/data/wan-nano/checkpoint"]
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda name, **_: random_nano)
+    assert {"ai-forever/Wan2.1-T2V-14B-NABLA-0.7", "Wan-AI/Wan2.1-T2V-1.3B"} < {
+        one.name for one in checkpoints.checkpoints() if one.folder == str(random_nano) and not one.problem
+    }
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_kernel_that_is_installed_passes():
+    facts, broken = examine.examine(packages.packages(), None, check=True)
+    assert broken == [] and facts["machine"].driver and facts["machine"].card.gib > 1
+    for kernel in facts["kernels"]:
+        is_missing = backends.BACKENDS[kernel.name].missing(GPU, 64)
+        assert kernel.usable if not is_missing else kernel.note == is_missing
+    assert [one.name for one in kernels(GPU) if one.chosen] == [next(k.name for k in facts["kernels"] if k.usable)]

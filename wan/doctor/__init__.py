@@ -1,0 +1,1 @@
+"""What this machine can do, and what it would take to do it faster: python -m wan.doctor"""

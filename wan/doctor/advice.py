@@ -1,0 +1,118 @@
+"""What to run here, and what would make it faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wan.doctor.checkpoints import DEMO, Found
+from wan.doctor.fits import Fit
+from wan.doctor.kernels import Kernel
+from wan.doctor.machine import Machine
+from wan.doctor.packages import Package
+from wan.fp8 import ADA
+
+PROMPT = '--prompt "Two cats box under a spotlight"'
+CONFIG, TUNED = "nabla_0.7.yaml", "ai-forever/Wan2.1-T2V-14B-NABLA-0.7"
+SMALL_TASK, SMALL_NAME = "t2v-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"
+SMALL_VIDEO = '--size "192*192" --frame_num 17 --sample_steps 10'
+# The best first: the large model in full size, then in float8, then smaller videos, then the small model.
+PREFERENCE = (
+    ("14B", "bfloat16", (1280, 720)),
+    ("14B", "fp8", (1280, 720)),
+    ("14B", "bfloat16", (832, 480)),
+    ("14B", "fp8", (832, 480)),
+    ("1.3B", "bfloat16", (832, 480)),
+)
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """commands: to run one after the other; why: for these; faster: what would help, the most useful first"""
+
+    commands: tuple[str, ...]
+    why: str
+    faster: tuple[str, ...]
+
+
+def advise(
+    machine: Machine,
+    kernels: tuple[Kernel, ...],
+    packages: tuple[Package, ...],
+    fits: tuple[Fit, ...],
+    checkpoints: tuple[Found, ...],
+) -> Advice:
+    has_fp8 = _can_fp8(machine) and not _problem(packages, "torchao")
+    chosen = _choose(fits, has_fp8) if machine.card else None
+    if chosen is None:
+        commands, why = _small_commands(machine, checkpoints)
+    else:
+        commands, why = (_command(machine, chosen),), _why(chosen, checkpoints)
+    return Advice(commands, why, tuple(_faster(machine, kernels, packages, chosen)))
+
+
+def _choose(fits: tuple[Fit, ...], has_fp8: bool) -> Fit | None:
+    possible = {(fit.model, fit.weights, fit.size): fit for fit in fits if fit.flags is not None}
+    wanted = (key for key in PREFERENCE if key in possible and (has_fp8 or key[1] != "fp8"))
+    return next((possible[key] for key in wanted), None)
+
+
+def _command(machine: Machine, fit: Fit) -> str:
+    # One that is named by its number is to run alone.
+    count = 1 if ":" in machine.device else len(machine.cards)
+    start = "python" if count == 1 else f"torchrun --nproc_per_node={count}"
+    what = f"--config {CONFIG}" if fit.model == "14B" else f"--task {SMALL_TASK}"
+    size = "" if fit.size == (1280, 720) else f' --size "{fit.size[0]}*{fit.size[1]}"'
+    flags = "".join(f" {flag}" for flag in (*(("--fp8",) if fit.weights == "fp8" else ()), *fit.flags))
+    device = f" --device {machine.device}" if ":" in machine.device else ""
+    return f"{start} generate.py {PROMPT} {what}{size}{flags}{device}"
+
+
+def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
+    name = TUNED if fit.model == "14B" else SMALL_NAME
+    here = any(one.name == name and not one.problem for one in checkpoints)
+    source = "which is here already" if here else "which is downloaded on first use"
+    return f"the largest that fits: {fit.model} in {fit.weights} at {fit.size[0]}x{fit.size[1]}, of {name}, {source}"
+
+
+def _small_commands(machine: Machine, checkpoints: tuple[Found, ...]) -> tuple[tuple[str, ...], str]:
+    """A video of random weights, which any machine can make."""
+    there = any(one.name == str(DEMO) and not one.problem for one in checkpoints)
+    make = () if there else (f"python scripts/make_random_checkpoint.py --model nano --out {DEMO}",)
+    device = " --device cpu" if machine.cards and machine.device == "cpu" else ""
+    run = f"python generate.py {PROMPT} --config {CONFIG} --ckpt_dir {DEMO} {SMALL_VIDEO}{device}"
+    reason = "nothing larger fits on this card" if machine.card else "on a CPU"
+    return (*make, run), f"{reason}, this shows that everything runs, on random weights: coloured noise"
+
+
+def _faster(
+    machine: Machine, kernels: tuple[Kernel, ...], packages: tuple[Package, ...], chosen: Fit | None
+) -> list[str]:
+    if machine.card is None:
+        there = f"the GPU that is there, {machine.cards[0].name}: --device cuda" if machine.cards else machine.unseen
+        return [there or "a GPU: the models of Wan2.1 are too large for CPUs"]
+    found = []
+    cudnn = next(kernel for kernel in kernels if kernel.name == "cudnn")
+    if machine.card.capability >= HOPPER and cudnn.usable is False:
+        package = next(one for one in packages if one.name == "nvidia-cudnn-frontend")
+        found.append(f"the cudnn kernel ({cudnn.note}): {package.install}")
+    if next(kernel for kernel in kernels if kernel.name == "flex").usable is False:
+        found.append(
+            "the flex kernel, without which attention is as slow as its plain reference; see above for its fault"
+        )
+    if _can_fp8(machine) and _problem(packages, "torchao"):
+        install = next(one.install for one in packages if one.name == "torchao")
+        found.append(f"--fp8, linear layers in float8: {install}")
+    elif _can_fp8(machine) and chosen is not None and chosen.weights != "fp8":
+        found.append("--fp8: linear layers in float8, a forward a quarter faster, outputs off by some percent")
+    if len(machine.cards) == 1:
+        found.append("another GPU: torchrun runs the guidance branches side by side, nearly twice as fast")
+    return found
+
+
+def _can_fp8(machine: Machine) -> bool:
+    return machine.card is not None and machine.card.capability >= ADA
+
+
+def _problem(packages: tuple[Package, ...], name: str) -> str:
+    return next(one.problem for one in packages if one.name == name)

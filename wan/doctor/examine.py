@@ -1,0 +1,51 @@
+"""All that the doctor looks at, where the needed packages are there."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from nabla import InputError
+from wan.doctor.advice import advise
+from wan.doctor.checkpoints import checkpoints
+from wan.doctor.fits import fits
+from wan.doctor.kernels import kernels
+from wan.doctor.machine import Machine, machine
+from wan.doctor.packages import Package
+from wan.processes import pick_device
+from wan.video import check_encoder
+
+
+def examine(packages: tuple[Package, ...], device_name: str | None, check: bool) -> tuple[dict[str, Any], list[str]]:
+    """The facts by name, and a line for each thing that is needed and broken.
+
+    Raises `InputError` for a device that cannot be used.
+    """
+    device = pick_device(device_name)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device_name!r} is neither a CPU nor a CUDA GPU; use cuda or cpu")
+    here = machine(device)
+    if check:
+        print(f"checking the kernels on {device}, which may compile for a minute", file=sys.stderr)
+    facts: dict[str, Any] = {
+        "machine": here,
+        "kernels": kernels(device, check),
+        "packages": packages,
+        "fits": fits(device, *_room(device, here)),
+        "checkpoints": checkpoints(),
+    }
+    facts["advice"] = advise(here, facts["kernels"], packages, facts["fits"], facts["checkpoints"])
+    try:
+        check_encoder()
+    except InputError as error:
+        return facts, [str(error)]
+    return facts, []
+
+
+def _room(device: torch.device, here: Machine) -> tuple[float, float | None]:
+    """GiB that are free where models run, and of the card."""
+    if device.type == "cpu":
+        return here.free_host_gib, None
+    return here.card.free_gib, here.card.gib

@@ -1,0 +1,93 @@
+"""Packages that are needed and those that are optional: there, too old, broken or missing.
+
+Imports nothing that may be missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where the name to import is not that of the package.
+MODULES = {"PyYAML": "yaml", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
+# Of the optional ones: what for, and how to get it.
+OPTIONAL = {
+    "nvidia-cudnn-frontend": ("the fastest attention kernel, Hopper and newer", "-r requirements-cudnn.txt"),
+    "torchao": ("--fp8, Ada and newer", "-r requirements-fp8.txt"),
+    "gguf": ("--transformer FILE.gguf", "-r requirements-gguf.txt"),
+    "peft": ("--lora, and training", "peft"),
+    "matplotlib": ("--report", "matplotlib"),
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """version: None if it is missing; problem: what is wrong with it, or ""; install: what would mend that"""
+
+    name: str
+    purpose: str
+    needed: bool
+    version: str | None
+    problem: str
+    install: str
+
+
+def packages() -> tuple[Package, ...]:
+    """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py uses."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = dict(_split(line) for lines in project["optional-dependencies"].values() for line in lines)
+    needed = [_look(name, least, "", True, name) for name, least in map(_split, project["dependencies"])]
+    return *needed, *(_look(name, extras[name], purpose, False, how) for name, (purpose, how) in OPTIONAL.items())
+
+
+def needed_faults(found: tuple[Package, ...]) -> list[str]:
+    """One line for each needed package that cannot be used."""
+    return [f"{one.name}: {one.problem}; {one.install}" for one in found if one.needed and one.problem]
+
+
+def _split(requirement: str) -> tuple[str, str]:
+    """A package and its least version."""
+    name, _, least = requirement.partition(">=")
+    return name, least
+
+
+def _look(name: str, least: str, purpose: str, needed: bool, how: str) -> Package:
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = None
+    problem = "missing" if found is None else ""
+    if found is not None and _numbers(found) < _numbers(least):
+        problem = f"{found} is older than {least}"
+    if not problem:
+        problem = _import_fault(MODULES.get(name, name))
+    wanted = f'"{name}>={least}"' if how == name else how
+    return Package(name, purpose, needed, found, problem, f"pip install {wanted}")
+
+
+def _import_fault(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package that is broken may raise anything, and that is what is asked
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"cannot be imported ({lines[0][:160]})"
+    return ""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first numbers of a version, to compare."""
+    return tuple(_leading_numbers(text))
+
+
+def _leading_numbers(text: str) -> Iterator[int]:
+    for part in text.split("."):
+        match = re.match(r"\d+", part)
+        if not match:
+            return
+        yield int(match.group())
