@@ -23,6 +23,7 @@ from wan.config import Settings
 from wan.fast_vae import decoder_dtype
 from wan.pipeline import WanT2V
 from wan.processes import Processes
+from wan.sampling import OnStep
 from wan.video import write_image, write_json, write_video
 
 log = logging.getLogger("wan")
@@ -58,7 +59,21 @@ def make_all(
     Raises `InputError` with what to lower if a GPU or the machine runs out of memory.
     """
     start = time.perf_counter()
-    settings = videos[0][0]
+    pipe = load(checkpoint, videos[0][0], device, options, processes)
+    loading = time.perf_counter() - start
+    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
+        settings, path = videos[number]
+        make(pipe, settings, path, options, loading)
+
+
+def load(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: torch.device,
+    options: Options,
+    processes: Processes | None = None,
+) -> WanT2V:
+    """The pipeline that settings ask for. Raises `InputError` as `make_all` does."""
     with _clear_about_memory(settings, options):
         pipe = WanT2V.from_pretrained(
             checkpoint,
@@ -76,7 +91,6 @@ def make_all(
             transformer=settings.transformer,
             lora=settings.lora,
         )
-    loading = time.perf_counter() - start
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
@@ -84,26 +98,37 @@ def make_all(
         log.info("transformer: %s", settings.transformer)
     if pipe.leads:
         log.setLevel(logging.INFO)
-    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
-        settings, path = videos[number]
-        with _clear_about_memory(settings, options):
-            make(pipe, settings, path, options, loading)
+    return pipe
 
 
-def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading: float) -> None:
+def make(
+    pipe: WanT2V,
+    settings: Settings,
+    path: Path,
+    options: Options,
+    loading: float,
+    on_step: OnStep | None = None,
+) -> None:
     """Make the video that the settings describe and write it to `path`, its record beside it as JSON.
 
-    A path ending in .png takes one frame, any other is written as H.264 mp4.
+    A path ending in .png takes one frame, any other is written as H.264 mp4. For `on_step` see `WanT2V.sample`.
+    Raises `InputError` as `make_all` does.
     """
     video, sampling = settings.video, settings.sampling
-    log.info("attention: %s", pipe.describe_attention(video))
-    size = "x".join(map(str, video.size))
-    walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
-    log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
-    shown = pipe.processes is None or pipe.processes.rank == 0
-    frames = pipe.generate(
-        settings.prompt, size=video.size, frame_num=video.frame_num, progress=shown, **asdict(sampling)
-    )
+    with _clear_about_memory(settings, options):
+        log.info("attention: %s", pipe.describe_attention(video))
+        size = "x".join(map(str, video.size))
+        walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
+        log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
+        shown = pipe.processes is None or pipe.processes.rank == 0
+        frames = pipe.generate(
+            settings.prompt,
+            size=video.size,
+            frame_num=video.frame_num,
+            progress=shown,
+            on_step=on_step,
+            **asdict(sampling),
+        )
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds

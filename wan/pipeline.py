@@ -25,7 +25,7 @@ from wan.latents import decode, encode
 from wan.loading import load_models
 from wan.parallel import apply_sequence, gather_guidance
 from wan.processes import Layout, Processes
-from wan.sampling import denoise, make_solver
+from wan.sampling import OnStep, denoise, make_solver
 from wan.text import pad_rows, pad_text, tokenize
 from wan.video import to_frames
 from wan.weights import CheckpointError
@@ -171,13 +171,16 @@ class WanT2V:
         guide_scale: float | None = None,
         solver: str | None = None,
         progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
         What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
-        checkpoint says else. Processes that share a video must be given the same. Raises `InputError` for settings
-        outside what is allowed, and for latents not finite.
+        checkpoint says else. Processes that share a video must be given the same. `on_step` is told each step after it
+        and may raise, `Cancelled` or anything else, which leaves the pipeline ready for the next video; processes that
+        share one must raise together. Raises `InputError` for settings outside what is allowed, and for latents not
+        finite.
         """
         sampling = _changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
         if sampling.guide_scale != 1 and negative_context is None:
@@ -209,6 +212,7 @@ class WanT2V:
                     progress=partial(tqdm, desc="sampling", unit="step", disable=not progress),
                     at_step=counter.tell if counter else lambda step: None,
                     gather=gather,
+                    on_step=on_step,
                 )
         finally:
             if applied:
@@ -247,13 +251,14 @@ class WanT2V:
         guide_scale: float | None = None,
         solver: str | None = None,
         progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
-        device, as the published program does; -1, or none anywhere, draws the seed too. Raises `InputError` for
-        settings outside what is allowed.
+        device, as the published program does; -1, or none anywhere, draws the seed too. `on_step` sees each step and
+        may end it all by raising, see `sample`. Raises `InputError` for settings outside what is allowed.
         """
         check_prompt(prompt)
         video = _changed(self.video, size=size, frame_num=frame_num)
@@ -280,6 +285,7 @@ class WanT2V:
                 guide_scale=sampling.guide_scale,
                 solver=sampling.solver,
                 progress=progress,
+                on_step=on_step,
             )
         if not self.leads:
             return None

@@ -19,6 +19,12 @@ KINDS = {
 }
 
 Solver = UniPCMultistepScheduler | DPMSolverMultistepScheduler
+# (how many steps are done, of how many, the clean latents (B, C, T, h, w) that the last one predicts)
+OnStep = Callable[[int, int, Tensor], None]
+
+
+class Cancelled(Exception):
+    """Raised by an `OnStep` to end a video early, at the wish of who asked for it."""
 
 
 def make_solver(name: str, steps: int, shift: float, device: torch.device | str = "cpu") -> Solver:
@@ -53,6 +59,7 @@ def denoise(
     progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     at_step: Callable[[int], None] = lambda step: None,
     gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Walk latents (B, C, T, h, w), float32 noise, down the solver's sigmas to clean latents.
 
@@ -61,6 +68,7 @@ def denoise(
     progress: wraps the timesteps, as tqdm does
     at_step: is told each step, from 0, before its forwards
     gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
+    on_step: is told each step after it; what it raises ends the walk
     """
     dtype = transformer.dtype
     guided = guide_scale != 1
@@ -82,5 +90,8 @@ def denoise(
             negative = velocity(negative_context, timestep) if guided else None
         if guided:
             prediction = negative + guide_scale * (prediction - negative)
+        clean = None if on_step is None else latents - solver.sigmas[step] * prediction
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            on_step(step + 1, len(solver.timesteps), clean)
     return latents
