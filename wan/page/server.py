@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from wan.page.events import Events
 from wan.page.layout import lay_out
 from wan.page.sources import LoraLibrary, Presets
 from wan.page.studio import Studio
+
+log = logging.getLogger("wan")
 
 # The largest LoRA files there are.
 MAX_UPLOAD = "2gb"
@@ -45,13 +48,13 @@ def serve(page: gr.Blocks, studio: Studio, library: LoraLibrary, address: Addres
     other machines but the tunnel of `share`. Raises `InputError` for an address that cannot be used.
     """
     try:
-        _, url, _ = page.launch(
+        _, url, public = page.launch(
             server_name=address.host,
             server_port=address.port,
             share=address.share,
-            prevent_thread_lock=not wait,
+            prevent_thread_lock=True,
             inbrowser=False,
-            quiet=False,
+            quiet=True,
             allowed_paths=[str(studio.folder.resolve())],
             blocked_paths=[str(library.folder.resolve())],
             max_file_size=MAX_UPLOAD,
@@ -64,6 +67,10 @@ def serve(page: gr.Blocks, studio: Studio, library: LoraLibrary, address: Addres
             mcp_server=False,
             pwa=False,
         )
-    except OSError as error:
-        raise InputError(f"{address.host}, port {address.port}: cannot be served ({error}); choose another") from None
+    except OSError:
+        port = "any port from 7860" if address.port is None else f"port {address.port}"
+        raise InputError(f"{port} of {address.host} cannot be served, it may be taken; choose another") from None
+    log.info("page: %s", url if public is None else f"{url} and, for anyone, {public}")
+    if wait:
+        page.block_thread()
     return url
