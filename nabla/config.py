@@ -129,6 +129,8 @@ class NablaConfig:
         if unknown := sorted(map(str, settings.keys() - known)):
             raise InputError(f"attention has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
         algorithm = settings.pop("algorithm", None)
+        # Before the numbers that a string carries are there, there is nothing to refresh.
+        refresh = 1 if algorithm in (None, *KINDS) else settings.pop("mask_refresh", 1)
         given = cls(**settings)
         if algorithm is None or algorithm == given.kind:
             return given
@@ -142,7 +144,7 @@ class NablaConfig:
                 f"attention algorithm {algorithm!r} carries its numbers already; remove {_NUMBERS[given.kind]}, "
                 f"or name it by one of {', '.join(KINDS)}"
             )
-        return replace(given, threshold=named.threshold, keep=named.keep, window=named.window)
+        return replace(given, threshold=named.threshold, keep=named.keep, window=named.window, mask_refresh=refresh)
 
 
 _NUMBERS = {

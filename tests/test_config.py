@@ -199,6 +199,11 @@ def test_settings_survive_the_json_beside_a_video(tmp_path, algorithm):
     assert isinstance(again, Settings) and again == settings
 
 
+def test_masks_that_are_kept_for_steps_survive_the_json_beside_a_video():
+    settings = resolve(ROOM | {"attention": {"algorithm": "nabla-0.7", "mask_refresh": 2}})
+    assert settings.attention.mask_refresh == 2 and resolve(settings.to_dict()) == settings
+
+
 def test_config_files_are_found_from_anywhere_and_paths_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_settings("nabla_0.7.yaml")["attention"]["threshold"] == 0.7

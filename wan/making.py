@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from nabla import InputError
+from wan import memory
 from wan.budget import plan_run
 from wan.checkpoint import Checkpoint
 from wan.config import Settings
-from wan import memory
 from wan.fast_vae import decoder_dtype
+from wan.observer import Observer, Observers
 from wan.pipeline import WanT2V
 from wan.processes import Processes
 from wan.recorder import Recorder
@@ -66,10 +67,24 @@ def make_all(
     Raises `InputError` with what to lower if a GPU or the machine runs out of memory.
     """
     start = time.perf_counter()
-    settings = videos[0][0]
-    plan = None
+    every = [one for one, _ in videos]
+    pipe = load(checkpoint, every, device, options, processes)
+    loading = time.perf_counter() - start
+    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
+        settings, path = videos[number]
+        make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
+
+
+def load(
+    checkpoint: Checkpoint,
+    every: list[Settings],
+    device: torch.device,
+    options: Options,
+    processes: Processes | None = None,
+) -> WanT2V:
+    """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `make_all` does."""
+    settings, plan = every[0], None
     if options.memory is not None:
-        every = [one for one, _ in videos]
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
     with _clear_about_memory(settings, options):
         pipe = WanT2V.from_pretrained(
@@ -90,7 +105,6 @@ def make_all(
             cache=settings.cache,
             plan=plan,
         )
-    loading = time.perf_counter() - start
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
@@ -98,27 +112,37 @@ def make_all(
         log.info("transformer: %s", settings.transformer)
     if pipe.leads:
         log.setLevel(logging.INFO)
-    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
-        settings, path = videos[number]
-        with _clear_about_memory(settings, options):
-            make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
+    return pipe
 
 
-def make(pipe: WanT2V, settings: Settings, path: Path, options: Options, loading: float) -> None:
+def make(
+    pipe: WanT2V,
+    settings: Settings,
+    path: Path,
+    options: Options,
+    loading: float,
+    observer: Observer | None = None,
+) -> None:
     """Make the video that the settings describe and write it to `path`, its record beside it as JSON.
 
-    A path ending in .png takes one frame, any other is written as H.264 mp4.
+    A path ending in .png takes one frame, any other is written as H.264 mp4. `observer` is told what happens
+    besides. Raises `InputError` as `make_all` does.
     """
     video, sampling = settings.video, settings.sampling
-    log.info("attention: %s", pipe.describe_attention(video))
-    size = "x".join(map(str, video.size))
-    walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
-    log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
     detailed = options.log is not None or options.report is not None
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
-    frames = pipe.generate(
-        settings.prompt, size=video.size, frame_num=video.frame_num, observer=recorder, **asdict(sampling)
-    )
+    with _clear_about_memory(settings, options):
+        log.info("attention: %s", pipe.describe_attention(video))
+        size = "x".join(map(str, video.size))
+        walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
+        log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
+        frames = pipe.generate(
+            settings.prompt,
+            size=video.size,
+            frame_num=video.frame_num,
+            observer=recorder if observer is None else Observers(recorder, observer),
+            **asdict(sampling),
+        )
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Is told what happens, and does nothing; override what is of interest. What it raises ends the video.
+    """Is told what happens, and does nothing; override what is of interest.
 
+    What it raises, such as `wan.sampling.Cancelled`, ends the video and leaves the pipeline ready for the next one.
     Processes that share a video must all have an observer of the same kind, or none.
     """
 
@@ -38,8 +39,8 @@ class Observer:
     def step_begins(self, step: int) -> None:
         """A sampling step begins, from 0. A GPU may still be at an earlier one."""
 
-    def step_ends(self, step: int, latents: Tensor) -> None:
-        """A sampling step has been asked for, up to these latents (B, C, T, h, w)."""
+    def step_ends(self, step: int, clean: Tensor) -> None:
+        """A sampling step has been asked for; `clean` are the latents (B, C, T, h, w) at the end that it predicts."""
 
 
 class Observers(Observer):
@@ -74,6 +75,6 @@ class Observers(Observer):
         for one in self.observers:
             one.step_begins(step)
 
-    def step_ends(self, step: int, latents: Tensor) -> None:
+    def step_ends(self, step: int, clean: Tensor) -> None:
         for one in self.observers:
-            one.step_ends(step, latents)
+            one.step_ends(step, clean)

@@ -83,7 +83,7 @@ class Recorder(Observer):
     def step_begins(self, step: int) -> None:
         self.watch.begin(step)
 
-    def step_ends(self, step: int, latents: Tensor) -> None:
+    def step_ends(self, step: int, clean: Tensor) -> None:
         self.waiting.append(self.watch.end())
         self._settle(self.lag)
 

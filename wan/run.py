@@ -70,7 +70,8 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
     if processes is None or processes.rank == 0:
-        _warn_of_the_unexpected(checkpoint, videos[0][0])
+        for line in unexpected(checkpoint, videos[0][0]):
+            log.warning("warning: %s", line)
         videos = _still_to_make(videos, request)
     if processes is not None:
         videos = processes.from_first(videos)
@@ -158,19 +159,22 @@ def _check_task(task: str | None, config: str | None, named: object) -> None:
         raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")
 
 
-def _warn_of_the_unexpected(checkpoint: Checkpoint, settings: Settings) -> None:
-    chosen = settings.attention
+def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """What a user of a checkpoint may not have meant, though it can be done, a line each."""
+    chosen, lines = settings.attention, []
     try:
         own = checkpoint.own_attention()
     except CheckpointError as error:
-        log.warning("warning: %s; running %s as asked", error, chosen.algorithm)
+        lines.append(f"{error}; running {chosen.algorithm} as asked")
         own = None
     if own is not None and own.algorithm != chosen.algorithm:
-        line = "warning: checkpoint %s was made for %s; running %s as asked"
-        log.warning(line, checkpoint.name, own.algorithm, chosen.algorithm)
+        lines.append(f"checkpoint {checkpoint.name} was made for {own.algorithm}; running {chosen.algorithm} as asked")
     if not chosen.is_dense and chosen.dense_steps >= settings.sampling.steps:
-        line = "warning: the first %d steps run dense, so all %d steps do; lower dense_steps in a config"
-        log.warning(line, chosen.dense_steps, settings.sampling.steps)
+        lines.append(
+            f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
+            "lower dense_steps in a config"
+        )
+    return lines
 
 
 def default_path(settings: Settings) -> Path:

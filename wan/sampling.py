@@ -22,6 +22,10 @@ KINDS = {
 Solver = UniPCMultistepScheduler | DPMSolverMultistepScheduler
 
 
+class Cancelled(Exception):
+    """Raised by an `Observer` to end a video early, at the wish of who asked for it."""
+
+
 def make_solver(name: str, steps: int, shift: float, device: torch.device | str = "cpu") -> Solver:
     """A scheduler of diffusers on the published schedule.
 
@@ -52,7 +56,7 @@ def denoise(
     guide_scale: float,
     batch_guidance: bool = False,
     at_step: Callable[[int], None] = lambda step: None,
-    after_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+    after_step: Callable[[int, Tensor], None] = lambda step, clean: None,
     gather: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     in_branch: Callable[[str, int], AbstractContextManager] = lambda name, step: nullcontext(),
 ) -> Tensor:
@@ -60,7 +64,8 @@ def denoise(
 
     context, negative_context: text states (B, L, C); the negative ones are not needed at guide_scale 1
     batch_guidance: run both guidance branches as one batch instead of one after the other
-    at_step: is told each step, from 0, before its forwards; after_step: also the latents after it
+    at_step: is told each step, from 0, before its forwards; after_step: also the
+        clean latents that it predicts; what they raise ends the walk
     gather: gives the predictions of both branches for that of this process's own, whose text states `context` are then
     in_branch: what each forward runs in, given a name of its guidance branch and the step
     """
@@ -85,6 +90,7 @@ def denoise(
             negative = velocity(negative_context, timestep, "negative") if guided else None
         if guided:
             prediction = negative + guide_scale * (prediction - negative)
+        clean = latents - solver.sigmas[step] * prediction
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
-        after_step(step, latents)
+        after_step(step, clean)
     return latents

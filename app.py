@@ -1,0 +1,58 @@
+"""A web page that makes videos with Wan2.1 and NABLA attention: python app.py --ckpt_dir DIR"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+from generate import TASKS, Parser, boolean
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--ckpt_dir", help="checkpoint: a directory or a hub id, whatever a preset names")
+    add("--config", help="the preset to begin with: a YAML file, by path or by name in configs/")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory")
+    add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    add("--save_dir", type=Path, default=Path("outputs"), help="where videos are kept (default: outputs)")
+    add("--lora_dir", type=Path, help="LoRA files to offer, and where added ones are kept (default: SAVE_DIR/loras)")
+    add("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 for every machine that reaches this one")
+    add("--port", type=int, help="default: the first free one from 7860")
+    add("--share", action="store_true", help="serve through a public link of gradio's too, to anyone who has it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        print("error: the page needs gradio; pip install -r requirements-page.txt", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("wan").setLevel(logging.INFO)
+    from nabla import InputError
+    from wan.making import Options
+    from wan.page.server import Address, make_page, serve
+    from wan.page.sources import LoraLibrary, Presets
+    from wan.page.studio import Studio
+
+    flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
+    options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu)
+    try:
+        presets = Presets(flags, TASKS["t2v-14B"], args.config)
+        library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
+        with Studio(options, args.save_dir, TASKS["t2v-14B"]) as studio:
+            serve(make_page(studio, presets, library), studio, library, Address(args.host, args.port, args.share))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The web page of app.py, with gradio. Only `layout` needs gradio."""

@@ -1,0 +1,224 @@
+"""The page's one pipeline, and the videos that are asked of it, made in turn."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nabla import InputError
+from wan import parts
+from wan.attention import apply_attention
+from wan.checkpoint import Checkpoint
+from wan.config import Settings
+from wan.lora import read_lora
+from wan.making import Options, load, make
+from wan.observer import Observer
+from wan.page.preview import Preview
+from wan.pipeline import WanT2V
+from wan.processes import pick_device
+from wan.run import Request, check_output, settle, unexpected
+from wan.sampling import Cancelled
+from wan.video import make_folder
+
+log = logging.getLogger("wan")
+
+MAX_WAITING = 20
+# How often a job that waits is looked at, for its place in the line may change.
+LOOK_SECONDS = 0.5
+
+WAITING, LOADING, READING, SAMPLING, DECODING, STOPPING = (
+    "Waiting",
+    "Loading the model",
+    "Reading the prompt",
+    "Sampling",
+    "Decoding and writing",
+    "Stopping after this step",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is. ahead: videos before it; seconds_left: of sampling; notes: what its user should know."""
+
+    stage: str
+    ahead: int = 0
+    step: int = 0
+    steps: int = 0
+    seconds_left: float | None = None
+    preview: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video that is made: its file, whose record lies beside it, and the settings, with the seed that was drawn."""
+
+    path: Path
+    settings: Settings
+    seconds: float
+
+    @property
+    def record(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+class Job:
+    """One video that was asked for."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(WAITING)
+        self.future: Future[Made] | None = None
+        self._stopped = threading.Event()
+        self._changed = threading.Event()
+        self._lock = threading.Lock()
+
+    def cancel(self) -> None:
+        """End it: at once if it waits, else after the step that runs. Nothing happens to one that has ended."""
+        self._stopped.set()
+        self.future.cancel()
+        self.tell(stage=STOPPING)
+
+    def check(self) -> None:
+        """Raise `Cancelled` if that is wished."""
+        if self._stopped.is_set():
+            raise Cancelled
+
+    def tell(self, **progress: Any) -> None:
+        """Change what its progress says."""
+        with self._lock:
+            if self._stopped.is_set():
+                progress["stage"] = STOPPING
+            self.progress = replace(self.progress, **progress)
+        self._changed.set()
+
+    def changes(self) -> Iterator[Progress]:
+        """Its progress whenever that changed or some time has passed, until it has ended."""
+        while not self.future.done():
+            yield self.progress
+            self._changed.wait(LOOK_SECONDS)
+            self._changed.clear()
+
+    def result(self) -> Made:
+        """What it came to, once it has ended; raises what went wrong, or `Cancelled`."""
+        try:
+            return self.future.result()
+        except CancelledError:
+            raise Cancelled from None
+
+
+class Studio:
+    """Makes videos with one pipeline, one at a time; leave it as a context to end what runs.
+
+    folder: of videos and their records
+    """
+
+    def __init__(self, options: Options, folder: Path, default_checkpoint: str):
+        make_folder(folder)
+        self.options = options
+        self.device = pick_device(options.device)
+        self.folder = folder
+        self.default_checkpoint = default_checkpoint
+        self._pipe: WanT2V | None = None
+        self._weights: tuple = ()
+        self._jobs: list[Job] = []
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="studio")
+
+    def __enter__(self) -> Studio:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job in list(self._jobs):
+            job.cancel()
+        self._worker.shutdown()
+
+    def submit(self, layer: dict[str, Any]) -> Job:
+        """Ask for the video of settings in the schema of the YAML files; raises `InputError` if too many wait."""
+        with self._lock:
+            if len(self._jobs) > MAX_WAITING:
+                raise InputError(f"{MAX_WAITING} videos are waiting already; try again later")
+            job = Job()
+            self._jobs.append(job)
+            job.tell(ahead=len(self._jobs) - 1)
+            job.future = self._worker.submit(self._make, layer, job)
+        job.future.add_done_callback(lambda _: self._forget(job))
+        return job
+
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.remove(job)
+            for ahead, other in enumerate(self._jobs):
+                other.tell(ahead=ahead)
+
+    def _make(self, layer: dict[str, Any], job: Job) -> Made:
+        start = time.perf_counter()
+        job.tell(stage=LOADING)
+        request = Request(layer, config=None, task=None, default_checkpoint=self.default_checkpoint)
+        checkpoint, [(settings, name)] = settle(request, self.device)
+        settings = replace(settings, sampling=settings.sampling.with_seed())
+        path = self.folder / f"{name.stem}-{secrets.token_hex(3)}{name.suffix}"
+        check_output(path, settings)
+        notes = tuple(unexpected(checkpoint, settings))
+        for line in notes:
+            log.warning("warning: %s", line)
+        job.tell(notes=notes)
+        before = time.perf_counter()
+        pipe = self._ready(checkpoint, settings)
+        loading = time.perf_counter() - before
+        job.check()
+        job.tell(stage=READING, steps=settings.sampling.steps)
+        make(pipe, settings, path, self.options, loading, _Teller(job, Preview(pipe), settings.sampling.steps))
+        return Made(path, settings, time.perf_counter() - start)
+
+    def _ready(self, checkpoint: Checkpoint, settings: Settings) -> WanT2V:
+        """The pipeline for settings: as it is, with another attention, or loaded anew, as little as will do.
+
+        LoRA is merged into the weights while they are read, so that another one needs them read again.
+        """
+        weights = tuple(
+            value for name, value in vars(settings).items() if name not in ("prompt", "attention", "sampling", "video")
+        )
+        if self._pipe is None or weights != self._weights:
+            if settings.lora:
+                # A file that does not fit should not cost the models that are there.
+                model = parts.transformer_part(checkpoint, settings.transformer).model
+                for file in settings.lora:
+                    read_lora(file, model)
+            self._pipe = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._pipe = load(checkpoint, [settings], self.device, self.options)
+            self._weights = weights
+        elif settings.attention != self._pipe.transformer.nabla.config:
+            apply_attention(self._pipe.transformer, settings.attention)
+        return self._pipe
+
+
+class _Teller(Observer):
+    """Tells a job of each step, and ends it if that is wished."""
+
+    def __init__(self, job: Job, preview: Preview, steps: int):
+        self.job, self.preview, self.steps = job, preview, steps
+        self.first_at: float | None = None
+
+    def step_ends(self, step: int, clean: Tensor) -> None:
+        self.job.check()
+        now = time.perf_counter()
+        left = None if self.first_at is None else (now - self.first_at) / step * (self.steps - step - 1)
+        self.first_at = self.first_at or now
+        picture = self.preview.see(clean)
+        stage = SAMPLING if step + 1 < self.steps else DECODING
+        news = {} if picture is None else {"preview": picture}
+        self.job.tell(stage=stage, step=step + 1, seconds_left=left, **news)
