@@ -291,4 +291,4 @@ def test_without_gradio_the_program_says_how_to_get_it(monkeypatch, capsys):
 def test_a_wrong_start_is_one_line(tmp_path, capsys):
     pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
     assert app.main(["--config", "none.yaml", "--save_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: config 'none.yaml' is neither a file nor one of fast.yaml, full.yaml")
+    assert capsys.readouterr().err.startswith("error: config 'none.yaml' is neither a file nor one of fast.yaml, full")
