@@ -20,6 +20,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    add("--memory", help="auto, or GB of the GPU to stay under: chooses offloading, precision and tiles, and says so")
     add("--save_dir", type=Path, default=Path("outputs"), help="where videos are kept (default: outputs)")
     add("--lora_dir", type=Path, help="LoRA files to offer, and where added ones are kept (default: SAVE_DIR/loras)")
     add("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 for every machine that reaches this one")
@@ -36,14 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
     from nabla import InputError
+    from wan.budget import check_memory, parse_memory
     from wan.making import Options
     from wan.page.server import Address, make_page, serve
     from wan.page.sources import LoraLibrary, Presets
     from wan.page.studio import Studio
+    from wan.processes import pick_device
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
-    options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu)
     try:
+        memory = None if args.memory is None else parse_memory(args.memory)
+        options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
+        check_memory(memory, pick_device(args.device), None, args.offload_model)
         presets = Presets(flags, TASKS["t2v-14B"], args.config)
         library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
         with Studio(options, args.save_dir, TASKS["t2v-14B"]) as studio:

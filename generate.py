@@ -139,34 +139,29 @@ def main(argv: list[str] | None = None) -> int:
     from wan.run import Request, run
 
     try:
-        memory = None if args.memory is None else parse_memory(args.memory)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    options = Options(
-        device=args.device,
-        offload=args.offload_model,
-        t5_cpu=args.t5_cpu,
-        compile=args.compile,
-        replicas=args.replicas,
-        cfg_size=args.cfg_size,
-        ulysses_size=args.ulysses_size,
-        dit_fsdp=args.dit_fsdp,
-        t5_fsdp=args.t5_fsdp,
-        memory=memory,
-        log=args.log,
-        report=args.report,
-    )
-    request = Request(
-        flag_settings(args),
-        config=args.config,
-        task=args.task,
-        default_checkpoint=TASKS[args.task or "t2v-14B"],
-        save_file=args.save_file,
-        prompt_file=args.prompt_file,
-        save_dir=args.save_dir,
-    )
-    try:
+        options = Options(
+            device=args.device,
+            offload=args.offload_model,
+            t5_cpu=args.t5_cpu,
+            compile=args.compile,
+            replicas=args.replicas,
+            cfg_size=args.cfg_size,
+            ulysses_size=args.ulysses_size,
+            dit_fsdp=args.dit_fsdp,
+            t5_fsdp=args.t5_fsdp,
+            memory=None if args.memory is None else parse_memory(args.memory),
+            log=args.log,
+            report=args.report,
+        )
+        request = Request(
+            flag_settings(args),
+            config=args.config,
+            task=args.task,
+            default_checkpoint=TASKS[args.task or "t2v-14B"],
+            save_file=args.save_file,
+            prompt_file=args.prompt_file,
+            save_dir=args.save_dir,
+        )
         run(request, options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Train the checkpoint wan-shapes from nothing, on one GPU, into runs/wan-shapes. Cut at any moment, it goes on where it
+# Train the checkpoint wan-shapes from nothing, on all GPUs, into runs/wan-shapes. Cut at any moment, it goes on where it
 # stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, ship. Without the first two the
 # transformer is trained beside the text encoder and the VAE of checkpoints/wan-shapes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+gpus=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 stages=${*:-text vae 128 256 512 ship}
+
+spread() {  # a program of training, and its arguments
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$@"
+}
 
 part() {  # name, folder of the run that makes it
     local made="$PWD/$2/$1"
@@ -22,18 +27,22 @@ parts() {  # what the transformer is trained beside, in one folder
 
 data() {  # size, clips to train on, clips to validate on
     local common=(--config training/prepare_shapes.yaml "options.size=$1*$1")
-    "$python" scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/train" "options.count=$2"
-    "$python" scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/held_out" "options.count=$3" \
+    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/train" "options.count=$2"
+    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/held_out" "options.count=$3" \
         options.split=held_out
+}
+
+train() {  # size, clips in a batch
+    spread scripts/train.py --config "training/shapes_$1.yaml" "micro_batch=$(($2 / gpus))"
 }
 
 for stage in $stages; do
     case $stage in
         text) "$python" scripts/train_text.py --config training/shapes_text.yaml ;;
-        vae) "$python" scripts/train_vae.py --config training/shapes_vae.yaml ;;
-        128) parts; data 128 60000 256; "$python" scripts/train.py --config training/shapes_128.yaml ;;
-        256) parts; data 256 20000 128; "$python" scripts/train.py --config training/shapes_256.yaml ;;
-        512) parts; data 512 4000 64; "$python" scripts/train.py --config training/shapes_512.yaml ;;
+        vae) spread scripts/train_vae.py --config training/shapes_vae.yaml ;;
+        128) parts; data 128 60000 256; train 128 256 ;;
+        256) parts; data 256 20000 128; train 256 64 ;;
+        512) parts; data 512 4000 64; train 512 16 ;;
         ship) "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_512/run/latest/ema --layout diffusers \
             --out runs/wan-shapes --dtype float16 ;;
         *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, ship" >&2; exit 2 ;;

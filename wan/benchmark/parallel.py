@@ -68,6 +68,10 @@ def compare(args: argparse.Namespace, what: str, function: Callable[[], object],
     dist.barrier()
     reset_peak(args)
     row = timed(what, function, args, warm=False) | peak(args)
+    # Those that share work take as long as the slowest GPU, and GPUs of a kind differ.
+    every = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, row["ms"])
+    row |= {"ms_of_each": [round(ms, 1) for ms in every]}
     return row if alone is None else row | {"speedup": round(alone["ms"] / row["ms"], 3)}
 
 
