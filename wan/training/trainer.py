@@ -238,8 +238,10 @@ class Trainer:
         if self.validation is None:
             return {}
         with self._inference():
-            count, objective = self.settings.data.clips, self.settings.objective
-            losses = validation_losses(self.transformer, self.validation, count, objective, self.accelerator)
+            own = self.settings
+            losses = validation_losses(
+                self.transformer, self.validation, own.data.clips, own.micro_batch, own.objective, self.accelerator
+            )
         if not all(map(math.isfinite, losses.values())):
             raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
         return {f"validation_{name}": loss for name, loss in losses.items()}
