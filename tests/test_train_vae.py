@@ -21,7 +21,6 @@ from wan.parts import vae_part
 from wan.training import vae as vae_training
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_parts
-from wan.training.muon import Muon, orthogonal
 from wan.training.schema import overlaid, with_overrides
 from wan.training.stopping import Diverged, Stopped
 from wan.training.vae import VaeTrainer
@@ -144,24 +143,6 @@ def test_processes_share_a_batch(tmp_path):
     assert own[0].noise != own[1].noise
     with pytest.raises(InputError, match="a batch of 4 cannot be shared by 3 processes"):
         Pools(settings, CPU, 0, 3)
-
-
-def test_muon_takes_the_steps_of_torch():
-    torch.manual_seed(0)
-    shapes = (8, 4, 3, 3), (8, 20), (8, 4, 3, 3), (20, 8, 1, 1)
-    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
-    own = Muon(weights, lr=0.1, momentum=0.9)
-    others = torch.optim.Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.0)
-    for _ in range(3):
-        for weight, matrix in zip(weights, matrices):
-            weight.grad = torch.randn(weight.shape)
-            matrix.grad = weight.grad.flatten(1).clone()
-        own.step(), others.step()
-        for weight, matrix in zip(weights, matrices):
-            torch.testing.assert_close(weight.flatten(1), matrix, atol=0.02, rtol=0)
-    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 40, 16)).float())
-    assert 0.6 < values.min() and values.max() < 1.3
 
 
 @pytest.mark.gpu

@@ -15,8 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import relative_error
-from safetensors.torch import load_file
-from training_runs import TILE, settings_dict, train
+from training_runs import TILE, cut_after, settings_dict, train, weights
 
 import generate
 import wan
@@ -44,10 +43,6 @@ def pretrained(random_nano, prepared, tmp_path_factory) -> tuple[dict, list[dict
     """Settings and metrics of a run from a new transformer, not interrupted."""
     content = settings_dict(random_nano, prepared, tmp_path_factory.mktemp("run") / "run", samples=SAMPLES)
     return content, train(content)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_pretraining_lowers_the_loss_and_keeps_the_last_checkpoints(pretrained):
@@ -87,17 +82,6 @@ def test_moving_averages_lie_between_the_weights_of_the_steps(pretrained):
     assert last.keys() == averages.keys()
     name = "blocks.0.ffn.net.2.weight"
     assert 0 < relative_error(averages[name], last[name]) < 0.1
-
-
-def cut_after(run: Path, step: int, into: Path) -> None:
-    """A copy of a run as if it had been killed between two checkpoints, while it wrote the next."""
-    shutil.copytree(run, into, symlinks=True)
-    for path in (into / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            path.rename(path.with_name(f".partial-{path.name}"))
-            shutil.rmtree(path.with_name(f".partial-{path.name}") / "model")
-    lines = (into / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (into / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[-1][:20])
 
 
 @pytest.mark.parametrize("step", (0, 2, 4))

@@ -46,6 +46,9 @@ def minimal(**changes) -> dict:
         ({"attention": {"algorithm": "nabla-0.7", "dense_steps": 2}}, "dense_steps and mask_refresh"),
         ({"samples": {"prompts": "A cat"}}, "prompts 'A cat' are not a list"),
         ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
+        ({"matrix_lr": 0}, "matrix_lr 0 is not a number above 0"),
+        ({"matrix_lr": 0.02, "shard": True}, "matrix_lr does not go with shard: "),
+        ({"matrix_lr": 0.02, "lora": {"rank": 2}}, "matrix_lr does not go with lora: "),
         ({"micro_batch": 0}, "micro_batch 0 is not a whole number of at least 1"),
     ),
 )

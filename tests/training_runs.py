@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from wan.training.config import TrainingSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
@@ -72,3 +75,18 @@ def train(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def exact_rows(run: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in EXACT if key in row} for row in read_metrics(run / METRICS_FILE)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def cut_after(run: Path, step: int, into: Path) -> None:
+    """A copy of a run as if it had been killed between two checkpoints, while it wrote the next."""
+    shutil.copytree(run, into, symlinks=True)
+    for path in (into / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            path.rename(path.with_name(f".partial-{path.name}"))
+            shutil.rmtree(path.with_name(f".partial-{path.name}") / "model")
+    lines = (into / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (into / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[-1][:20])

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +23,8 @@ from wan.files import PARTIAL, remove, whole
 
 STATE = "state"
 LATEST = "latest"
+# In states, that of AdamW last.
+SCHEDULES = ("matrix_schedule", "schedule")
 
 
 class Checkpoints:
@@ -73,16 +76,20 @@ class Checkpoints:
 
 
 class State:
-    """What changes over a run, and can be saved and read back by any number of processes: see torch's `Stateful`."""
+    """What changes over a run, and can be saved and read back by any number of processes: see torch's `Stateful`.
+
+    optimizers, schedules: AdamW and its own last, one of the blocks' matrices before it or none
+    """
 
     def __init__(
         self,
         transformer: WanTransformer3DModel,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
+        optimizers: list[Optimizer],
+        schedules: list[LRScheduler],
         ema: EMAModel | None,
     ):
-        self.transformer, self.optimizer, self.schedule, self.ema = transformer, optimizer, schedule, ema
+        self.transformer, self.optimizers, self.ema = transformer, optimizers, ema
+        self.schedules = dict(zip(SCHEDULES[-len(schedules) :], schedules, strict=True))
         self.step = 0
         trained = {name: weight.requires_grad for name, weight in transformer.named_parameters()}
         self.trained = [name for name, is_trained in trained.items() if is_trained]
@@ -91,9 +98,21 @@ class State:
             ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=all(trained.values())
         )
 
+    def update(self, weights: list[nn.Parameter]) -> float:
+        """A step of the optimizers and of the moving averages of the weights; returns the rate of AdamW in it."""
+        lr = self.schedules[SCHEDULES[-1]].get_last_lr()[0]
+        for part in (*self.optimizers, *self.schedules.values()):
+            part.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(weights)
+        return lr
+
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.transformer, self.optimizer, options=self.options)
-        state = {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step}
+        model, optimizer = get_state_dict(self.transformer, self.optimizers, options=self.options)
+        state = {"model": model, "optimizer": optimizer, "step": self.step}
+        state |= {name: schedule.state_dict() for name, schedule in self.schedules.items()}
         if self.ema is not None:
             state["ema"] = dict(zip(self.trained, self.ema.shadow_params))
             state["ema_steps"] = self.ema.optimization_step
@@ -102,12 +121,13 @@ class State:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(
             self.transformer,
-            self.optimizer,
+            self.optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=self.options,
         )
-        self.schedule.load_state_dict(state["schedule"])
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(state[name])
         self.step = state["step"]
         if self.ema is not None:
             # Its tensors were read in place.

@@ -168,6 +168,8 @@ class TrainingSettings:
     transformer: for `pretrain`, the sizes of a new transformer (keys of diffusers' class); without it, training goes on
         from the checkpoint's weights
     attention: of what is trained; the teacher of `distill` is dense
+    matrix_lr: the learning rate of the blocks' matrices by Muon, beside that of `optimizer` for all else; None: all by
+        AdamW
     batch_size: clips a step over all processes; micro_batch: clips that a process takes at once
     ema: decay of the moving average of the weights, or None for none
     shard: spread weights, gradients and optimizer over the processes (FSDP2), rather than repeat them (DDP)
@@ -185,6 +187,7 @@ class TrainingSettings:
     lora: LoraSettings | None = None
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    matrix_lr: float | None = None
     batch_size: int = 8
     micro_batch: int = 1
     seed: int = 0
@@ -213,6 +216,13 @@ class TrainingSettings:
             raise InputError("transformer is a mapping of sizes for a new one, in mode pretrain; leave it out")
         if self.lora is not None and self.mode == "pretrain":
             raise InputError("lora adapts weights that are there already; use mode finetune or distill")
+        if self.matrix_lr is not None:
+            check_numbers(self, "matrix_lr", above=0)
+            if self.shard or self.lora is not None:
+                other = "shard" if self.shard else "lora"
+                raise InputError(
+                    f"matrix_lr does not go with {other}: Muon takes whole matrices; leave one of them out"
+                )
         if self.mode == "distill" and self.attention.is_dense:
             raise InputError("distill teaches sparse attention; set attention, such as {algorithm: nabla-0.7}")
         if self.attention.dense_steps or self.attention.mask_refresh > 1:

@@ -16,34 +16,53 @@ from wan.jobs import words_of
 from wan.latents import decode
 from wan.sampling import denoise, make_solver
 from wan.training.config import ObjectiveSettings, SampleSettings
-from wan.training.data import Clips, fixed_batch
+from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
 from wan.video import make_folder, to_frames, write_image, write_video
 
 
 def validation_losses(
-    transformer: WanTransformer3DModel, clips: Clips, count: int, objective: ObjectiveSettings, accelerator: Accelerator
+    transformer: WanTransformer3DModel,
+    clips: Clips,
+    count: int,
+    micro_batch: int,
+    objective: ObjectiveSettings,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """The flow-matching loss over `count` clips, each with its own fixed noise and noise level.
+    """The flow-matching loss over the first `count` clips, each with its own fixed noise and noise level.
 
-    With attention "dense", and also "sparse" where the transformer's is.
+    With attention "dense", and also "sparse" where the transformer's is. Clips of one size are taken together, at most
+    `micro_batch` by a process.
     """
     applied = transformer.nabla
     variants = {"dense": True} | ({"sparse": False} if applied.sparse else {})
     count = min(count, len(clips))
     sums = torch.zeros(len(variants), device=accelerator.device)
-    # Sharded weights need as many forwards of every process.
-    for first in range(0, count, accelerator.num_processes):
-        number = first + accelerator.process_index
-        batch = fixed_batch(clips, objective, min(number, count - 1), count).to(accelerator.device)
-        latents = noisy(batch.latents, batch.noise, batch.sigmas)
-        for n, switched_off in enumerate(variants.values()):
-            applied.switched_off = switched_off
-            prediction = velocity(transformer, latents, batch.sigmas, batch.text)
-            sums[n] += errors(prediction, batch.noise - batch.latents)[0] * (number < count)
+    alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
+    for numbers in filter(None, alike):
+        for own, counted in shared_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
+            singles = (fixed_batch(clips, objective, number, count) for number in own)
+            batch = Batch(*map(torch.cat, zip(*singles))).to(accelerator.device)
+            latents = noisy(batch.latents, batch.noise, batch.sigmas)
+            for n, switched_off in enumerate(variants.values()):
+                applied.switched_off = switched_off
+                prediction = velocity(transformer, latents, batch.sigmas, batch.text)
+                sums[n] += errors(prediction, batch.noise - batch.latents)[:counted].sum()
     applied.switched_off = False
     means = accelerator.reduce(sums) / count
     return dict(zip(variants, means.tolist()))
+
+
+def shared_batches(numbers: list[int], most: int, rank: int, processes: int) -> list[tuple[list[int], int]]:
+    """Batches that the process `rank` takes of numbers that all share: at most `most` in each, and how many count.
+
+    All are equally large, as compiled blocks need, and every process has as many, as sharded weights need; so the last
+    number is repeated where there are too few, uncounted.
+    """
+    rounds = -(-len(numbers) // (most * processes))
+    size = -(-len(numbers) // (rounds * processes))
+    parts = [numbers[first : first + size] for first in range(rank * size, rounds * processes * size, processes * size)]
+    return [(part + numbers[-1:] * (size - len(part)), len(part)) for part in parts]
 
 
 class Sampler:

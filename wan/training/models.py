@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
@@ -26,6 +28,7 @@ from wan.checkpoint import Checkpoint
 from wan.config import PATCH
 from wan.parallel import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
+from wan.training.muon import Muon
 
 log = logging.getLogger("wan")
 
@@ -117,14 +120,44 @@ def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
     return None if mesh is None else lambda model: apply_fsdp(model, model.blocks, mesh)
 
 
-def build_optimizer(own: OptimizerSettings, weights: list[nn.Parameter]) -> AdamW:
-    return AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=weights[0].device.type == "cuda")
+@contextmanager
+def without_exchange(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Backward without telling other processes the gradients: more will be added to them."""
+    if not is_sharded(model):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
-def build_schedule(own: OptimizerSettings, steps: int, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """How an optimizer's learning rate goes over so many steps."""
+def matrices_of(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
+    """The weights of the blocks' linear layers: attention and feed-forward, without embeddings and modulation."""
+    return [module.weight for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
+
+
+def build_optimizers(
+    own: OptimizerSettings,
+    steps: int,
+    weights: list[nn.Parameter],
+    matrices: list[nn.Parameter],
+    matrix_lr: float | None,
+) -> tuple[list[Optimizer], list[LRScheduler]]:
+    """AdamW, and before it, unless `matrix_lr` is None, Muon for the matrices among the weights; each with a schedule.
+
+    Both have the weight decay, the warmup and the course of the learning rate that the settings say.
+    """
+    optimizers: list[Optimizer] = []
+    if matrix_lr is not None:
+        optimizers.append(Muon(matrices, matrix_lr, weight_decay=own.weight_decay))
+        apart = set(map(id, matrices))
+        weights = [weight for weight in weights if id(weight) not in apart]
+    fused = weights[0].device.type == "cuda"
+    optimizers.append(AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=fused))
     name = "constant_with_warmup" if own.schedule == "constant" else own.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=own.warmup, num_training_steps=steps)
+    lengths = {"num_warmup_steps": own.warmup, "num_training_steps": steps}
+    return optimizers, [get_scheduler(name, optimizer, **lengths) for optimizer in optimizers]
 
 
 def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransformer3DModel:

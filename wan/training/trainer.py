@@ -24,7 +24,6 @@ from nabla import InputError
 from wan.attention import many_compiles
 from wan.config import PATCH, read_settings
 from wan.files import whole
-from wan.parallel import is_sharded
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import CHANGEABLE, TrainingSettings
@@ -33,12 +32,13 @@ from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
 from wan.training.metrics import Metrics, peak_memory, speed
 from wan.training.models import (
-    build_optimizer,
-    build_schedule,
+    build_optimizers,
     build_student,
     build_teacher,
+    matrices_of,
     open_parts,
     warn_of_another_attention,
+    without_exchange,
 )
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
@@ -118,10 +118,11 @@ class Trainer:
             self.teacher = build_teacher(settings, self.base, self.device, mesh)
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
-        optimizer = build_optimizer(settings.optimizer, self.weights)
-        schedule = build_schedule(settings.optimizer, settings.steps, optimizer)
+        optimizers, schedules = build_optimizers(
+            settings.optimizer, settings.steps, self.weights, matrices_of(self.transformer), settings.matrix_lr
+        )
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema, foreach=True)
-        self.state = State(self.transformer, optimizer, schedule, ema)
+        self.state = State(self.transformer, optimizers, schedules, ema)
 
     def _make_sampler(self) -> Sampler | None:
         samples = self.settings.samples
@@ -171,17 +172,12 @@ class Trainer:
             waited += time.perf_counter() - before
             with contextlib.ExitStack() as stack:
                 if part < self.batches.parts - 1:
-                    stack.enter_context(self._without_exchange())
+                    stack.enter_context(without_exchange(self.model, self.accelerator))
                 losses.append(self._losses(batch))
                 (losses[-1].mean() / self.batches.parts).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        lr = state.schedule.get_last_lr()[0]
-        state.optimizer.step()
-        state.schedule.step()
-        state.optimizer.zero_grad()
-        if state.ema is not None:
-            state.ema.step(self.weights)
+        lr = state.update(self.weights)
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
         row = {"step": state.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
         state.step += 1
@@ -242,8 +238,10 @@ class Trainer:
         if self.validation is None:
             return {}
         with self._inference():
-            count, objective = self.settings.data.clips, self.settings.objective
-            losses = validation_losses(self.transformer, self.validation, count, objective, self.accelerator)
+            own = self.settings
+            losses = validation_losses(
+                self.transformer, self.validation, own.data.clips, own.micro_batch, own.objective, self.accelerator
+            )
         if not all(map(math.isfinite, losses.values())):
             raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
         return {f"validation_{name}": loss for name, loss in losses.items()}
@@ -295,14 +293,3 @@ class Trainer:
         # Without its cache, which would hold a copy of all weights.
         dtype = getattr(torch, self.settings.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-    @contextlib.contextmanager
-    def _without_exchange(self) -> Iterator[None]:
-        """Backward without telling other processes the gradients: more will be added to them."""
-        if not is_sharded(self.model):
-            with self.accelerator.no_sync(self.model):
-                yield
-            return
-        self.model.set_requires_gradient_sync(False)
-        yield
-        self.model.set_requires_gradient_sync(True)

@@ -22,8 +22,7 @@ from wan.config import read_settings
 from wan.files import whole
 from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
-from wan.training.models import build_optimizer, build_schedule
-from wan.training.muon import Muon
+from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
@@ -92,17 +91,11 @@ class VaeTrainer:
         if settings.compile:
             self.autoencoder.forward = torch.compile(self.autoencoder.forward, dynamic=False)
         self.model = self.accelerator.prepare_model(self.autoencoder)
-        self._build_optimizers()
+        convolutions = [weight for weight in self.weights if is_convolution(weight)]
+        self.optimizers, self.schedules = build_optimizers(
+            settings.optimizer, settings.steps, self.weights, convolutions, settings.matrix_lr
+        )
         self.ema = EMAModel(self.weights, decay=settings.ema, foreach=True)
-
-    def _build_optimizers(self) -> None:
-        """One of AdamW, and unless that has all weights one of Muon for the convolutions; each with its schedule."""
-        settings, others, self.optimizers = self.settings, self.weights, []
-        if settings.matrix_lr is not None:
-            others = [weight for weight in self.weights if not is_convolution(weight)]
-            self.optimizers.append(Muon(filter(is_convolution, self.weights), settings.matrix_lr))
-        self.optimizers.append(build_optimizer(settings.optimizer, others))
-        self.schedules = [build_schedule(settings.optimizer, settings.steps, each) for each in self.optimizers]
 
     def run(self, minutes: float = math.inf) -> bool:
         """Train for so long at most, and write the result after the last step; whether that was reached.
