@@ -77,8 +77,11 @@ def _longer_side(weight: Tensor) -> int:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal matrices nearest to tall ones (B, rows, columns), by Newton and Schulz, in bfloat16."""
-    x = matrices.bfloat16()
+    """The nearly orthogonal matrices nearest to tall ones (B, rows, columns), by Newton and Schulz.
+
+    In bfloat16 on a GPU, as is usual; CPUs are a hundred times slower at that than in float32.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
