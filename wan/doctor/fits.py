@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +55,10 @@ def _fit(model: str, weights: str, video: VideoSettings, free_gib: float, card_g
 def _needs(sizes: Sizes, weights: str, video: VideoSettings, card_gib: float | None) -> dict[tuple[str, ...], float]:
     """GiB by the flags of a way, the fastest first. What is decided by itself needs no flag."""
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    transformer, text = _elements(transformer_shapes(sizes)), _elements(text_encoder_shapes(sizes))
+    transformer, text, vae = map(_elements, (transformer_shapes, text_encoder_shapes, vae_shapes), [sizes] * 3)
     loaded = sum(transformer.values()) * dtype.itemsize
     kept = sum(n * (1 if weights == "fp8" and one else dtype.itemsize) for one, n in transformer.items())
-    text_bytes, vae = sum(text.values()) * dtype.itemsize, sum(_elements(vae_shapes(sizes)).values()) * 4
+    text_bytes, vae = sum(text.values()) * dtype.itemsize, sum(vae.values()) * 4
     work = memory.working_bytes(math.prod(video.token_grid), sizes.dim, sizes.ffn_dim, dtype.itemsize)
     resident = max(kept + text_bytes + vae + work, loaded + text_bytes + vae) / GIB
     if card_gib is None:
@@ -69,9 +71,10 @@ def _needs(sizes: Sizes, weights: str, video: VideoSettings, card_gib: float | N
     return {RESIDENT: resident, OFFLOADED: offloaded, TEXT_ON_CPU: on_cpu}
 
 
-def _elements(shapes: dict[str, tuple[int, ...]]) -> dict[bool, int]:
+@functools.cache
+def _elements(shapes: Callable[[Sizes], dict[str, tuple[int, ...]]], sizes: Sizes) -> dict[bool, int]:
     """How many numbers are in weights of the blocks' linear layers, and how many elsewhere."""
     count = {True: 0, False: 0}
-    for name, shape in shapes.items():
+    for name, shape in shapes(sizes).items():
         count[name.startswith("blocks.") and len(shape) == 2 and name.endswith(".weight")] += math.prod(shape)
     return count
