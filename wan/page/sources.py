@@ -161,8 +161,6 @@ def from_record(
             notes.append(f"LoRA {name} is not here; add the file")
     values = made.to_dict()
     taken = {key: values[key] for key in FROM_RECORD}
-    # Without one the page's own would be taken.
-    taken["cache"] = taken["cache"] or "none"
     settings = resolve({"lora": lora}, flags, taken, {"checkpoint": checkpoint}, own.to_dict())
     for key in flags.keys() & {"dtype"}:
         if values[key] not in (None, flags[key]):
