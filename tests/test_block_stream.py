@@ -182,7 +182,8 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     assert generate.main([*flags, "--memory", "24"]) == 0
     assert "memory: transformer float32, " in capsys.readouterr().err
     planned = imageio.imread("out.mp4")
-    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["memory"] == 24
+    made_with = json.loads((tmp_path / "out.json").read_text())["made_with"]
+    assert made_with["memory"] == 24 and made_with["plan"]["packing"] is None and made_with["plan"]["stages"]
     assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
 
 

@@ -202,6 +202,8 @@ def test_settings_survive_the_json_beside_a_video(tmp_path, algorithm):
 def test_masks_that_are_kept_for_steps_survive_the_json_beside_a_video():
     settings = resolve(ROOM | {"attention": {"algorithm": "nabla-0.7", "mask_refresh": 2}})
     assert settings.attention.mask_refresh == 2 and resolve(settings.to_dict()) == settings
+    # No cache is none, whatever a checkpoint says.
+    assert resolve(settings.to_dict(), {"cache": "first_block"}).cache is None
 
 
 def test_config_files_are_found_from_anywhere_and_paths_work(tmp_path, monkeypatch):

@@ -118,10 +118,16 @@ def test_wrong_flags_are_one_line(run, flags, message):
 
 
 @pytest.mark.parametrize(
-    "module, fault", (("ftfy", "ftfy: cannot be imported (cut off)"), ("diffusers", "diffusers: cannot be imported"))
+    "module, error, fault",
+    (
+        ("ftfy", ImportError, "ftfy: cannot be imported (cut off)"),
+        ("diffusers", ImportError, "diffusers: cannot be imported"),
+        # As a build of it does whose libraries are not there.
+        ("torch", OSError, "torch: cannot be imported (cut off)"),
+    ),
 )
-def test_a_needed_package_that_is_broken_is_named(module, fault, tmp_path):
-    (tmp_path / f"{module}.py").write_text("raise ImportError('cut off')")
+def test_a_needed_package_that_is_broken_is_named(module, error, fault, tmp_path):
+    (tmp_path / f"{module}.py").write_text(f"raise {error.__name__}('cut off')")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "wan.doctor", "--quick"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)

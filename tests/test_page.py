@@ -16,6 +16,7 @@ from nabla import InputError, NablaConfig
 from wan.config import CONFIG_FOLDER, LoraFile, Settings, VideoSettings, resolve
 from wan.making import Options
 from wan.page import status
+from wan.page import studio as studio_module
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.page.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, read_record
 from wan.page.studio import DECODING, SAMPLING, WAITING, Job, Progress, Studio
@@ -153,6 +154,16 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
     assert from_record(read_record(path), own, {}, {"here", "/etc"}, files)[0].checkpoint == "/etc"
 
 
+def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
+    own = Settings("here", "x", cache="first_block")
+    for cache in (None, "first_block:0.1", {"kind": "mag", "ratios": [1.0, 0.9]}):
+        made = resolve(SMALL, {"checkpoint": "here", "cache": cache})
+        assert from_record(made.to_dict(), own, {}, {"here"}, {})[0].cache == made.cache
+    for cache in ("mag:0.06:/etc/passwd", {"kind": "mag", "ratios": "/etc/passwd"}):
+        with pytest.raises(InputError, match="cache names a file of ratios"):
+            from_record(SMALL | {"checkpoint": "here", "cache": cache}, own, {}, {"here"}, {})
+
+
 @pytest.mark.parametrize(
     "content, message",
     (
@@ -248,6 +259,22 @@ def test_a_lora_that_does_not_fit_is_an_error_that_keeps_the_model(studio, tmp_p
     with pytest.raises(InputError, match="0 of 1 weights match"):
         job.result()
     assert studio._pipe is pipe
+
+
+def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano, tmp_path, monkeypatch):
+    loaded, plain = [], studio_module.load
+
+    def load(checkpoint, every, device, options):
+        loaded.append(every[0].video.size)
+        return plain(checkpoint, every, device, replace(options, memory=None))
+
+    monkeypatch.setattr(studio_module, "load", load)
+    with Studio(Options(device="cpu", memory="auto"), tmp_path / "videos", str(random_nano)) as studio:
+        for size in ("32*32", "64*48", "32*48"):
+            job = studio.submit(SMALL | {"video": {"size": size, "frame_num": 1}})
+            finish(job)
+            assert job.result().settings.video.size == loaded[-1] or size == "32*48"
+    assert loaded == [(32, 32), (64, 48)]
 
 
 def test_one_frame_is_a_picture(studio):

@@ -20,9 +20,11 @@ from nabla.backends import flex
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import rotate
 from wan import Observer, Recorder, WanT2V, memory, random_checkpoint
+from wan.cache_settings import CacheSettings
 from wan.report import draw_report, drawn_of
 from wan.report_figure import figure_of
 from wan.run_log import RunLog, read_log
+from wan.step_cache import apply_cache, remove_cache
 
 SIZE = 2, 18, 44
 NABLA = NablaConfig(threshold=0.4)
@@ -108,6 +110,28 @@ def test_shares_and_examples_are_those_of_masks_chosen_anew(name, guidance, pipe
     for example in recorder.examples:
         mask = last[example.layer][0 if example.head is None else example.head].numpy()
         assert (example.blocks == mask).all() and example.share == pytest.approx(mask.mean(), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ("dense", "nabla", "a step and a layer dense"))
+@pytest.mark.parametrize(
+    "cache, ran", (("first_block:1e9", [0]), ({"kind": "mag", "threshold": 1e9, "ratios": [1]}, []))
+)
+def test_layers_that_a_cache_leaves_out_kept_nothing(pipe, name, cache, ran):
+    wan.apply_attention(pipe.transformer, CONFIGS[name])
+    apply_cache(pipe.transformer, CacheSettings.parse(cache))
+    recorder = Recorder()
+    try:
+        sample(pipe, recorder)
+        reused = pipe.cache.reused
+    finally:
+        remove_cache(pipe.transformer)
+    layers = len(pipe.transformer.blocks)
+    kept = [
+        [one["layer"] for one in kinds(recorder.records, "layer") if one["step"] == n and one["kept"]] for n in (0, 2)
+    ]
+    assert reused == 4 and kept == [list(range(layers)), ran]
+    assert (kinds(recorder.records, "step")[2]["kept"] is None) == (not ran)
+    assert recorder.records[0]["cache"].startswith(CacheSettings.parse(cache).kind)
 
 
 def test_watching_changes_nothing_and_leaves_nothing(pipe):
@@ -341,7 +365,7 @@ def test_processes_that_share_a_video_put_their_shares_together(tmp_path):
     code, out, said = finish(start(2, PROGRAMS / "watched.py", tmp_path / "checkpoint", cwd=tmp_path))
     assert code == 0, said
     results = [json.loads(line) for line in out.splitlines()]
-    assert len(results) == 2
+    assert len(results) == 4
     for result in results:
         assert result["differs"] < 1e-6 and result["layers"] == 6 and result["examples"]
         assert max(abs(error) for _, error in result["examples"]) < 2e-6

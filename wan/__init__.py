@@ -11,8 +11,8 @@ try:
     from wan.pipeline import WanT2V
     from wan.recorder import Recorder
     from wan.weights import CheckpointError
-except ImportError:
-    # The doctor is there to say what is missing.
+except Exception:
+    # The doctor is there to say what is missing or broken, and what is broken may raise anything.
     if sys.orig_argv[1:3] != ["-m", "wan.doctor"]:
         raise
 

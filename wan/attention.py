@@ -206,6 +206,9 @@ class AppliedAttention:
 
     def _set_exchanges(self, latents: Tensor, dtype: torch.dtype) -> None:
         if self.sequence:
+            for module in self.modules:
+                # Else memory for another size would be held while this size's is made.
+                module.nabla_exchange = None
             tokens = math.prod(n // p for n, p in zip(latents.shape[2:], self.patch))
             exchanges = self.sequence.exchanges(len(latents), tokens, dtype, latents.device)
         else:

@@ -146,7 +146,8 @@ def work_of(
 def budget_of(device: torch.device, memory: str | float) -> Budget:
     """Free bytes of a GPU and of the host; a number of GB is for all of the process, CUDA's own memory included."""
     free = free_bytes(device)
-    gpu = free if memory == AUTO else min(free, max(0, int(memory * GB) - CONTEXT))
+    asked = 0 if memory == AUTO else int(memory * GB) - CONTEXT - torch.cuda.memory_allocated(device)
+    gpu = free if memory == AUTO else min(free, max(0, asked))
     return Budget(gpu, *host_bytes())
 
 
@@ -173,6 +174,7 @@ def _cached(limit: Path) -> int:
 
 
 def limit(device: torch.device, budget: Budget) -> None:
-    """Keep torch from taking more of a GPU than a budget, in this process from now on."""
+    """Keep torch from taking more of a GPU than a budget beside what it has, in this process from now on."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget.gpu / total), device.index)
+    most = budget.gpu + torch.cuda.memory_allocated(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device.index)

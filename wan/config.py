@@ -147,7 +147,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
-        return asdict(self) | {"attention": attention_to_dict(self.attention)}
+        own = asdict(self) | {"attention": attention_to_dict(self.attention)}
+        # Where there is nothing, a layer below would say what.
+        return own | {"cache": own["cache"] or "none"}
 
 
 SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}

@@ -61,6 +61,8 @@ def load_models(
     """
     _check_sharding(processes, dit_fsdp, t5_fsdp, fp8, t5_cpu)
     if plan is not None:
+        if processes is not None:
+            raise InputError("a plan of memory is for one process; leave it out, or processes")
         return _load_planned(checkpoint, device, dtype, vae_dtype, transformer_file, lora, plan)
     if fp8:
         check_fp8(device, dtype)

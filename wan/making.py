@@ -35,7 +35,8 @@ VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "t
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, which does not change the video; see generate.py's flags. None: by default.
+    """How to run, which does not change the video but where a plan of memory packs weights; see generate.py's flags.
+    None: by default.
 
     log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
     """
@@ -151,7 +152,7 @@ def make(
     if pipe.cache is not None:
         log.info("cache: %s", pipe.cache.describe())
         made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
-    made_with |= {} if options.memory is None else {"memory": options.memory}
+    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": asdict(pipe.plan)}
     if pipe.processes is not None:
         made_with["layout"] = asdict(pipe.processes.layout)
     # A record beside a video says that it is whole and made so.

@@ -46,12 +46,10 @@ class Buffer(NamedTuple):
 
     rows: (tensors, B, tokens, heads, D), what is written
     table: (processes, COLUMNS) int64, which rows go where
-    key: of the memory's handle, which is told to the operator so, since that takes nothing but tensors and values
     """
 
     rows: Tensor
     table: Tensor
-    key: str
 
 
 class Peers(NamedTuple):
@@ -66,12 +64,12 @@ class Peers(NamedTuple):
 
     def swap_for_heads(self, qkv: list[Tensor], order: Tensor) -> list[Tensor]:
         """q, k and v (B, own tokens, H, D) -> (B, tokens, own heads, D); `order` is that of `Exchange`."""
-        _write_rows(qkv, self.heads.rows, self.heads.table, order, True, self.heads.key)
+        _write_rows(qkv, self.heads.rows, self.heads.table, order, True)
         return list(self.heads.rows.unbind())
 
     def swap_for_tokens(self, out: Tensor, order: Tensor) -> Tensor:
         """(B, tokens, own heads, D) -> (B, own tokens, H, D), which stands until the next layer's is written."""
-        _write_rows([out], self.tokens.rows, self.tokens.table, order, False, self.tokens.key)
+        _write_rows([out], self.tokens.rows, self.tokens.table, order, False)
         return self.tokens.rows[0]
 
 
@@ -92,7 +90,8 @@ def make_peers(
     return Peers(_buffer(group, *arrive, to_heads, like), _buffer(group, *leave, to_tokens, like))
 
 
-_HANDLES: dict[str, object] = {}
+# By address: operators take nothing but tensors and values, and a value would be compiled in, anew for other memory.
+_HANDLES: dict[int, object] = {}
 
 
 def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: list[list[int]], like: Tensor) -> Buffer:
@@ -101,16 +100,17 @@ def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: l
     handle = symmetric_memory.rendezvous(memory, group)
     addresses = [handle.get_buffer(rank, (most,), like.dtype).data_ptr() for rank in range(group.size())]
     table = [[address, *row] for address, row in zip(addresses, rows)]
-    written, key = memory[: torch.Size(shape).numel()].view(shape), str(memory.data_ptr())
-    _HANDLES[key] = handle
-    weakref.finalize(written, _HANDLES.pop, key, None)
-    return Buffer(written, torch.tensor(table, device=like.device), key)
+    written, address = memory[: torch.Size(shape).numel()].view(shape), memory.data_ptr()
+    _HANDLES[address] = handle
+    weakref.finalize(written, _HANDLES.pop, address, None)
+    return Buffer(written, torch.tensor(table, device=like.device))
 
 
 @torch.library.custom_op("wan::write_rows", mutates_args=("written",))
-def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tensor, to_heads: bool, key: str) -> None:
+def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tensor, to_heads: bool) -> None:
     """Copy rows to where `table` says, and wait until all processes have filled `written`."""
-    if str(written.data_ptr()) != key:
+    handle = _HANDLES.get(written.data_ptr())
+    if handle is None:
         raise RuntimeError("the memory that other GPUs write into was copied, and what they write would be lost")
     batch, tokens, heads, width = rows[0].shape
     if rows[0].dtype != written.dtype or len(rows) != len(written) or batch != written.shape[1]:
@@ -132,7 +132,7 @@ def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tenso
                 TOKENS=TOKENS,
                 WIDTH=triton.next_power_of_2(width),
             )
-        _HANDLES[key].barrier(channel=0)
+        handle.barrier(channel=0)
 
 
 if triton is not None:

@@ -47,6 +47,7 @@ class WanT2V:
     processes: those that share the work, or None for this one alone. Of those that share a video one leads: only it
         has a VAE, a text encoder unless that is sharded, and the result
     seconds: how long each stage of the last `generate` took
+    plan: of memory, by which the models were loaded, or None
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class WanT2V:
         self.video = video
         self.processes = processes
         self.seconds: dict[str, float] = {}
+        self.plan: Plan | None = None
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
 
     @classmethod
@@ -149,6 +151,7 @@ class WanT2V:
             video=defaults.video,
             processes=processes,
         )
+        pipe.plan = plan
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(pipe.transformer)
         if (cache := CacheSettings.parse(cache)) is not None:

@@ -51,6 +51,7 @@ def header(pipe: WanT2V, sampling: SamplingSettings, latents: Tensor, about: Rec
         "dense_steps": own.dense_steps,
         "dense_layers": list(own.dense_layers),
         "mask_refresh": own.mask_refresh,
+        "cache": None if pipe.cache is None else pipe.cache.settings.describe(),
         "layers": len(pipe.transformer.blocks),
         "heads": config.num_attention_heads,
         "grid": [n // p for n, p in zip(latents.shape[2:], config.patch_size)],
@@ -95,9 +96,7 @@ def stages(seconds: dict[str, float], records: Iterable[Record]) -> Record:
 
 def kept_shares(seen: Seen) -> np.ndarray:
     """Shares (layers, heads) in the mean over the forwards of a step; nan for a layer that ran in none of them."""
-    if seen.kept is None:
-        return np.ones((len(seen.kernels), 1))
-    shares = seen.kept.double().numpy()
+    shares = (torch.stack(seen.forwards) if seen.kept is None else seen.kept).double().numpy()
     ran = (shares > 0).sum(axis=0)
     return np.where(ran, shares.sum(axis=0) / np.maximum(ran, 1), np.nan)
 

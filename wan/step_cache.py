@@ -61,7 +61,10 @@ class StepCache:
     """What `apply_cache` leaves on a transformer.
 
     forwards, reused: how many there were in the last video, and how many of them took what an earlier one computed
+    leading: how many of the first blocks run in these too
     """
+
+    leading = 0
 
     def __init__(self, transformer: WanTransformer3DModel, settings: CacheSettings):
         if len(transformer.blocks) < 2:
@@ -100,6 +103,8 @@ class StepCache:
 
 
 class FirstBlockCache(StepCache):
+    leading = 1
+
     def __init__(self, transformer: WanTransformer3DModel, settings: CacheSettings):
         super().__init__(transformer, settings)
         config = FirstBlockCacheConfig(settings.threshold)

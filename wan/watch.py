@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nabla import probe
+from nabla import Plan, probe
 from wan import memory
 from wan.processes import Layout, Processes
+from wan.step_cache import ran_in_full
 
 BLOCK = "block"
 DENSE = "sdpa"
@@ -99,12 +100,13 @@ class Seen:
     step: int
     start: Mark
     end: Mark | None = None
-    forwards: list[Tensor] = field(default_factory=list)  # each (layers, heads), zero where others have the head
+    # Each (layers, heads), zero where others have the head or the layer did not run; (layers, 1) if all are dense.
+    forwards: list[Tensor] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)  # by layer
     reused: bool = False  # whether the blocks of an earlier forward were taken
     spans: list[Span] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
-    kept: Tensor | None = None  # on its way to the host: (forwards, layers, heads)
+    kept: Tensor | None = None  # on its way to the host: (forwards, layers, heads); None if all layers are dense
     memory: dict[str, float] = field(default_factory=dict)
 
 
@@ -141,13 +143,17 @@ class Watch(probe.Probe):
             if self.applied:
                 self.applied.watch(True)
                 stack.callback(self.applied.watch, False)
-            hooks = [self.transformer.register_forward_hook(self._after_forward)]
-            for layer, block in enumerate(self.transformer.blocks if self.times or self.examples is not None else ()):
+            hooks = [
+                self.transformer.register_forward_pre_hook(self._before_forward),
+                self.transformer.register_forward_hook(self._after_forward),
+            ]
+            looks_inside = self.times or self.examples is not None
+            for layer, block in enumerate(self.transformer.blocks if looks_inside else ()):
                 hooks.append(block.register_forward_pre_hook(partial(self._before_block, layer)))
                 hooks.append(block.register_forward_hook(self._after_block))
             for hook in hooks:
                 stack.callback(hook.remove)
-            if len(hooks) > 1:
+            if looks_inside:
                 stack.enter_context(probe.listening(self))
             self.stack = stack.pop_all()
         return self
@@ -205,24 +211,35 @@ class Watch(probe.Probe):
             self.seen.spans.append(Span(self.layer, BLOCK, self.block_start, Mark.now(self.device)))
         self.layer = None
 
+    def _before_forward(self, *_: Any) -> None:
+        written = [module.nabla_share for module, plan in zip(self.attentions, self._plans()) if plan]
+        if written:
+            # No head keeps nothing, so that a layer that does not run in this forward is known by its zeros. By what
+            # was there heads have been dealt out already.
+            torch._foreach_zero_(written)
+
     def _after_forward(self, *_: Any) -> None:
-        plans = [getattr(module, "nabla_plan", None) for module in self.attentions]
-        sparse = [plan is not None and plan.selection is not None for plan in plans]
-        self.seen.kernels = [plan.backend if one else DENSE for plan, one in zip(plans, sparse)]
+        plans = self._plans()
+        self.seen.kernels = [plan.backend if plan else DENSE for plan in plans]
+        cache = getattr(self.transformer, "step_cache", None)
+        ran = len(plans) if cache is None or ran_in_full(self.transformer) else cache.leading
         if not (self.applied and self.applied.sparse):
-            self.seen.forwards.append(torch.ones(0))
+            self.seen.forwards.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
         first = self.applied.sparse[0]
         self.seen.reused = first.nabla_kept is not None and first.nabla_kept.reuse
-        written = [module.nabla_share for module, one in zip(self.attentions, sparse) if one]
         sequence = self.applied.sequence
         dense = torch.ones(first.heads if sequence is None else sequence.own_order.shape[1], device=self.device)
-        rows = iter(written)
-        kept = torch.stack([next(rows) if one else dense for one in sparse])
+        none = torch.zeros_like(dense)
+        rows = zip(self.attentions, plans)
+        kept = [module.nabla_share if plan else dense if n < ran else none for n, (module, plan) in enumerate(rows)]
+        kept = torch.stack(kept)
         self.seen.forwards.append(kept if sequence is None else self._in_order(kept))
-        if written and sequence is None:
-            # No head keeps nothing, so that a layer that does not run in the next forward is known by its zeros.
-            torch._foreach_zero_(written)
+
+    def _plans(self) -> list[Plan | None]:
+        """By layer that of its sparse attention in this forward, or None."""
+        plans = (getattr(module, "nabla_plan", None) for module in self.attentions)
+        return [plan if plan is not None and plan.selection is not None else None for plan in plans]
 
     def _in_order(self, own: Tensor) -> Tensor:
         """Shares (layers, own heads) at the places of these among all heads, as they are dealt out in this forward."""

@@ -48,6 +48,8 @@ def advise(
         commands, why = _small_commands(machine, checkpoints)
     else:
         commands, why = (_command(machine, chosen),), _why(chosen, checkpoints)
+    if machine.card and (chosen is None or (chosen.model, chosen.weights, chosen.size) != PREFERENCE[0]):
+        why += "; on one GPU --memory auto may run larger ones, their blocks streamed from host memory"
     return Advice(commands, why, tuple(_faster(machine, kernels, packages, chosen)))
 
 

@@ -29,10 +29,13 @@ class Preview:
 
     def see(self, clean: Tensor) -> np.ndarray | None:
         """(height, width, 3) uint8 of clean latents (B, C, T, h, w); None if it is not time yet."""
-        start = time.perf_counter()
-        if start < self.next_at:
+        if time.perf_counter() < self.next_at:
             return None
         pipe = self.pipe
+        if pipe.device.type == "cuda":
+            # What the GPU still has to do of the step is no time of a preview.
+            torch.cuda.synchronize(pipe.device)
+        start = time.perf_counter()
         try:
             with memory.placed(pipe.vae, pipe.device, pipe.offload) as vae:
                 picture = to_frames(glimpse(vae, clean.to(pipe.device))[0, :, None])[0]

@@ -20,7 +20,7 @@ OWN = "The checkpoint's own"
 # A record is a few hundred bytes and a prompt.
 MAX_RECORD_BYTES = 64 * 1024
 # What a page takes from a record; the rest names files, of which a page has its own.
-FROM_RECORD = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8")
+FROM_RECORD = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
 
 Layer = dict[str, Any]
 
@@ -143,6 +143,8 @@ def from_record(
     own: the page's settings, which give what a record may not
     checkpoints, lora_files: those that the page has; a record may name no others, for it may come from anyone
     """
+    if _names_file(record.get("cache")):
+        raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
     made = resolve(record)
     notes = []
     checkpoint = made.checkpoint if made.checkpoint in checkpoints else own.checkpoint
@@ -164,3 +166,10 @@ def from_record(
         if values[key] not in (None, flags[key]):
             notes.append(f"the video was made in {values[key]}, and this page runs {flags[key]}")
     return settings, notes
+
+
+def _names_file(cache: object) -> bool:
+    """Whether a `cache` of settings would be read from a file."""
+    if isinstance(cache, Mapping):
+        return isinstance(cache.get("ratios"), str)
+    return isinstance(cache, str) and cache.count(":") > 1

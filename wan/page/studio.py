@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import secrets
 import threading
 import time
@@ -132,6 +133,8 @@ class Studio:
         self.default_checkpoint = default_checkpoint
         self._pipe: WanT2V | None = None
         self._weights: tuple = ()
+        # What the pipeline's plan of memory was made for, see `_needs`.
+        self._planned = 0, 0, False
         self._jobs: list[Job] = []
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="studio")
@@ -185,12 +188,15 @@ class Studio:
     def _ready(self, checkpoint: Checkpoint, settings: Settings) -> WanT2V:
         """The pipeline for settings: as it is, with another attention, or loaded anew, as little as will do.
 
-        LoRA is merged into the weights while they are read, so that another one needs them read again.
+        LoRA is merged into the weights while they are read, so that another one needs them read again; and a plan of
+        memory is for videos up to the one that it was made for.
         """
         weights = tuple(
             value for name, value in vars(settings).items() if name not in ("prompt", "attention", "sampling", "video")
         )
-        if self._pipe is None or weights != self._weights:
+        needs = _needs(settings)
+        outgrown = self.options.memory is not None and any(now > then for now, then in zip(needs, self._planned))
+        if self._pipe is None or weights != self._weights or outgrown:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
                 model = parts.transformer_part(checkpoint, settings.transformer).model
@@ -200,10 +206,16 @@ class Studio:
             gc.collect()
             torch.cuda.empty_cache()
             self._pipe = load(checkpoint, [settings], self.device, self.options)
-            self._weights = weights
+            self._weights, self._planned = weights, needs
         elif settings.attention != self._pipe.transformer.nabla.config:
             apply_attention(self._pipe.transformer, settings.attention)
         return self._pipe
+
+
+def _needs(settings: Settings) -> tuple[int, int, bool]:
+    """What a video needs memory for, beside weights: tokens, pixels of a frame, whether masks are kept."""
+    video = settings.video
+    return math.prod(video.token_grid), math.prod(video.size), settings.attention.mask_refresh > 1
 
 
 class _Teller(Observer):
