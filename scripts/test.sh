@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-.venv/bin/python -m pytest "$@"
+# Two at once, each test with one thread; what a file has made for its tests stays with it.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
