@@ -30,7 +30,7 @@ import nabla
 import wan
 from nabla import InputError, NablaConfig
 from nabla.rotary import Rotary, rotate
-from wan.attention import StepCounter
+from wan.step_counter import StepCounter
 
 CONFIG = NablaConfig(threshold=0.4, window=(1, 1, 1), tile=(1, 4, 4))
 

@@ -19,6 +19,7 @@ from nabla.attention import KeptBlocks
 from nabla.rotary import Rotary
 from wan.parallel import Sequence, attend_together, exchange_of_diffusers
 from wan.step_cache import ran_in_full
+from wan.step_counter import StepCounter
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
@@ -71,38 +72,6 @@ def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     """One or several transformers, each out of the wrapper that `torch.compile(model)` puts around it."""
     several = [transformer] if isinstance(transformer, nn.Module) else transformer
     return [getattr(one, "_orig_mod", one) for one in several]
-
-
-class StepCounter:
-    """The sampling step that a forward belongs to, from 0: told by the loop, or else seen from the timesteps.
-
-    Timesteps fall from step to step; one that rises begins a new video. Two steps of equal timestep count as one, so a
-    video that begins where the last one ended, as after a single step, is not seen as new unless it is told.
-    """
-
-    def __init__(self) -> None:
-        self.told: int | None = None
-        self.video = 0
-        self.step = 0
-        self.timestep = float("-inf")
-
-    def tell(self, step: int | None) -> None:
-        """State the step of the forwards to come; None leaves it to the timesteps again, from a new video on."""
-        self.told = step
-        self.video += step == 0
-        self.timestep = float("-inf")
-
-    def see(self, timestep: Tensor) -> int:
-        """The step that a forward with this timestep belongs to."""
-        if self.told is not None:
-            return self.told
-        value = timestep.max().item()
-        if value != self.timestep:
-            begins = value > self.timestep
-            self.video += begins
-            self.step = 0 if begins else self.step + 1
-            self.timestep = value
-        return self.step
 
 
 class AppliedAttention:

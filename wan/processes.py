@@ -151,12 +151,7 @@ class Processes:
 
     def _mesh(self, groups: Tensor) -> DeviceMesh:
         """The mesh of this process's row. Not by init_device_mesh, whose groups have a time-out of their own."""
-        options = None
-        if self.device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            # What is sent starts as soon as a multiprocessor is free, not after all of a kernel that is under way.
-            options.is_high_priority_stream, options._timeout = True, TIMEOUT
-        own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=TIMEOUT, pg_options=options)
+        own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=TIMEOUT)
         return DeviceMesh.from_group(own, self.device.type)
 
     @property

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from nabla import InputError
+from wan.budget import host_bytes
 from wan.memory import GIB
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -51,7 +53,7 @@ def machine(device: torch.device) -> Machine:
     """Looks at this machine, which will run on a device."""
     cards = tuple(_card(number) for number in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     driver = _driver()
-    host, free = _host_bytes()
+    free, host = _host_bytes()
     return Machine(
         device=str(device),
         cards=cards,
@@ -98,9 +100,9 @@ def _unseen(driver: str | None) -> str:
 
 
 def _host_bytes() -> tuple[int, int]:
-    """Host memory, and what of it is free to take."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    meminfo = Path("/proc/meminfo")
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return total, int(match.group(1)) * 1024 if match else total
+    """Free and total host memory; where the system does not say what is free, all of it."""
+    try:
+        return host_bytes()
+    except InputError:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
