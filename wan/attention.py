@@ -58,14 +58,16 @@ def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
             del one.nabla
 
 
-def compile_blocks(transformer: WanTransformer3DModel) -> None:
+def compile_blocks(transformer: WanTransformer3DModel, trains: bool = False) -> None:
     """Compile the transformer's blocks, in place: one graph for all of them, whatever the step, prompt and threshold.
 
     With `mask_refresh` there is a second one, for the steps that take the blocks of others.
     Before any hook is put on them, which then stays outside the graph.
+    trains: whether backwards are compiled as well, whose kernels took minutes to tune; then none is
     """
+    options = COMPILE_OPTIONS | ({"coordinate_descent_tuning": False} if trains else {})
     for block in transformer.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=options)
 
 
 def _each(transformer: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

@@ -90,8 +90,20 @@ def make_peers(
     return Peers(_buffer(group, *arrive, to_heads, like), _buffer(group, *leave, to_tokens, like))
 
 
+class Shared(NamedTuple):
+    """What writing into a `Buffer` takes beside it.
+
+    handle: torch's, of the memory of all processes
+    tokens, heads: the most that one process gets of this one
+    """
+
+    handle: object
+    tokens: int
+    heads: int
+
+
 # By address: operators take nothing but tensors and values, and a value would be compiled in, anew for other memory.
-_HANDLES: dict[int, object] = {}
+_SHARED: dict[int, Shared] = {}
 
 
 def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: list[list[int]], like: Tensor) -> Buffer:
@@ -101,30 +113,30 @@ def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: l
     addresses = [handle.get_buffer(rank, (most,), like.dtype).data_ptr() for rank in range(group.size())]
     table = [[address, *row] for address, row in zip(addresses, rows)]
     written, address = memory[: torch.Size(shape).numel()].view(shape), memory.data_ptr()
-    _HANDLES[address] = handle
-    weakref.finalize(written, _HANDLES.pop, address, None)
+    _SHARED[address] = Shared(handle, max(row[1] for row in rows), max(row[4] for row in rows))
+    weakref.finalize(written, _SHARED.pop, address, None)
     return Buffer(written, torch.tensor(table, device=like.device))
 
 
 @torch.library.custom_op("wan::write_rows", mutates_args=("written",))
 def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tensor, to_heads: bool) -> None:
     """Copy rows to where `table` says, and wait until all processes have filled `written`."""
-    handle = _HANDLES.get(written.data_ptr())
-    if handle is None:
+    shared = _SHARED.get(written.data_ptr())
+    if shared is None:
         raise RuntimeError("the memory that other GPUs write into was copied, and what they write would be lost")
-    batch, tokens, heads, width = rows[0].shape
+    batch, width = len(rows[0]), rows[0].shape[3]
     if rows[0].dtype != written.dtype or len(rows) != len(written) or batch != written.shape[1]:
         own, wanted = (f"{len(x)} of {tuple(x[0].shape)} {x[0].dtype}" for x in (rows, written))
         raise RuntimeError(f"rows to swap are {own}, but there is memory for {wanted}")
     with torch.cuda.device(written.device):
         for number, x in enumerate(rows):
             x = x if x.stride(3) == 1 else x.contiguous()
-            _copy_rows[(triton.cdiv(tokens, TOKENS), heads, len(table) * batch)](
+            _copy_rows[(len(table) * triton.cdiv(shared.tokens, TOKENS), shared.heads, batch)](
                 x,
                 table,
                 order,
-                number,
-                batch,
+                len(table),
+                number * batch,
                 *x.stride()[:3],
                 width,
                 TO_HEADS=to_heads,
@@ -132,7 +144,7 @@ def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tenso
                 TOKENS=TOKENS,
                 WIDTH=triton.next_power_of_2(width),
             )
-        handle.barrier(channel=0)
+        shared.handle.barrier(channel=0)
 
 
 if triton is not None:
@@ -142,8 +154,8 @@ if triton is not None:
         x,
         table,
         order,
-        number,
-        batch,
+        processes,
+        samples_before,
         of_batch,
         of_token,
         of_head,
@@ -153,22 +165,20 @@ if triton is not None:
         TOKENS: tl.constexpr,
         WIDTH: tl.constexpr,
     ):
-        """Rows of a head and some tokens, of the number-th tensor, to one process."""
-        row = table + tl.program_id(2) // batch * COLUMNS
-        sample = (tl.program_id(2) % batch).to(tl.int64)
+        """Rows of a head and some tokens to one process; those for all processes are on their way at once."""
+        row = table + tl.program_id(0) % processes * COLUMNS
+        head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         first, count = tl.load(row + 1), tl.load(row + 2)
         there, tokens_there = tl.load(row + 3), tl.load(row + 4)
         heads, heads_there, place = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-        head, token = tl.program_id(1), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         if head < heads:
-            column = tl.arange(0, WIDTH)
-            inside = (token < count)[:, None] & (column < width)[None, :]
+            token = (tl.program_id(0) // processes * TOKENS + tl.arange(0, TOKENS))[:, None]
+            column = tl.arange(0, WIDTH)[None, :]
+            inside = (token < count) & (column < width)
             other = tl.load(order + place + head)
-            if TO_HEADS:
-                here, head_there = other, head.to(tl.int64)
-            else:
-                here, head_there = head.to(tl.int64), other
-            source = x + sample * of_batch + (first + token)[:, None] * of_token + here * of_head + column[None, :]
-            to = ((number * batch + sample) * tokens_there + there + token) * heads_there + head_there
-            target = tl.load(row).to(tl.pointer_type(x.dtype.element_ty)) + to[:, None] * width + column[None, :]
-            tl.store(target, tl.load(source, mask=inside), mask=inside)
+            here, head_there = (other, head) if TO_HEADS else (head, other)
+            source = x + sample * of_batch + (first + token) * of_token + here * of_head + column
+            to = ((samples_before + sample) * tokens_there + there + token) * heads_there + head_there
+            # Nothing is known of an address from memory, and what is not aligned is written two bytes at a time.
+            address = tl.multiple_of(tl.load(row).to(tl.pointer_type(x.dtype.element_ty)), 16)
+            tl.store(address + to * width + column, tl.load(source, mask=inside), mask=inside)

@@ -88,7 +88,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
         for block in transformer.blocks:
             block.__dict__.pop("forward", None)
         apply_attention(transformer, config)
-        compile_blocks(transformer)
+        compile_blocks(transformer, trains=True)
         kernel, context = next(iter(dense_kernels(device).items())) if config.is_dense else ("", nullcontext)
         with context():
             row = transformer_row(args, f"{name}, {config.algorithm} {kernel}".strip(), transformer, video)

@@ -90,7 +90,7 @@ def build_student(
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if settings.compile:
-        compile_blocks(transformer)
+        compile_blocks(transformer, trains=True)
     apply_attention(transformer, settings.attention)
     if not settings.attention.is_dense:
         for module in transformer.nabla.sparse:
