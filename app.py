@@ -1,4 +1,4 @@
-"""A web page that makes videos with Wan2.1 and NABLA attention: python app.py --ckpt_dir DIR"""
+"""A web page that makes videos with Wan2.1 and NABLA attention: python app.py"""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import logging
 import sys
 from pathlib import Path
 
-from generate import TASKS, Parser, boolean
+from generate import SMALL_CHECKPOINT, Parser, boolean
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt_dir", help="checkpoint: a directory or a hub id, whatever a preset names")
+    add("--ckpt_dir", help="checkpoint: a directory or a hub id, whatever a preset names (default: the small one)")
     add("--config", help="the preset to begin with: a YAML file, by path or by name in configs/")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         memory = None if args.memory is None else parse_memory(args.memory)
         options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
         check_memory(memory, pick_device(args.device), None, args.offload_model)
-        presets = Presets(flags, TASKS["t2v-14B"], args.config)
+        presets = Presets(flags, SMALL_CHECKPOINT, args.config)
         library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
-        with Studio(options, args.save_dir, TASKS["t2v-14B"]) as studio:
+        with Studio(options, args.save_dir, SMALL_CHECKPOINT) as studio:
             serve(make_page(studio, presets, library), studio, library, Address(args.host, args.port, args.share))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+# What runs if nothing names a checkpoint, and what is said then.
+SMALL_CHECKPOINT = str(Path(__file__).resolve().parent / "checkpoints" / "wan-shapes")
+ABOUT_SMALL = (
+    "checkpoint: checkpoints/wan-shapes, a small model that knows moving shapes and comes with the program; "
+    "for Wan2.1 14B add --config nabla_0.7.yaml (69 GB are downloaded once) or --ckpt_dir"
+)
 TASKS = {
     "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
     "t2v-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
@@ -37,9 +43,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--task",
         choices=TASKS,
-        help="t2v makes a video, t2i one picture; picks the checkpoint if nothing else names one",
+        help="t2v makes a video, t2i one picture; picks the checkpoint of Wan2.1 if nothing else names one",
     )
-    add("--ckpt_dir", help="checkpoint: a directory or a hub id")
+    add("--ckpt_dir", help="checkpoint: a directory or a hub id (default: the small one in checkpoints/wan-shapes)")
     add("--transformer", metavar="FILE", help="weights in place of the checkpoint's transformer: .safetensors or .gguf")
     add(
         "--lora",
@@ -157,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
             flag_settings(args),
             config=args.config,
             task=args.task,
-            default_checkpoint=TASKS[args.task or "t2v-14B"],
+            default_checkpoint=SMALL_CHECKPOINT if args.task is None else TASKS[args.task],
+            about_default=ABOUT_SMALL if args.task is None else None,
             save_file=args.save_file,
             prompt_file=args.prompt_file,
             save_dir=args.save_dir,

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         source = open_dataset(settings.dataset, settings.options)
         processes = PartialState(cpu=not torch.cuda.is_available())
-        encoder = Encoder(open_parts(settings.checkpoint), processes.device, getattr(torch, settings.vae_dtype))
+        vae_dtype = getattr(torch, settings.vae_dtype)
+        encoder = Encoder(open_parts(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
         done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

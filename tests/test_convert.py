@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -28,6 +28,7 @@ from wan.pipeline import WanT2V
 from wan.weights import WeightFiles
 
 SINGLE = "diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
 DEFAULTS = "sampling: {steps: 3, shift: 2.0}\nattention: {algorithm: nabla-0.6, dense_layers: [1]}\n"
 
 
@@ -49,6 +50,7 @@ def own(random_nano, tmp_path_factory) -> Path:
     edit_json(folder / "vae" / "config.json", latents_mean=mean.tolist(), latents_std=deviation.tolist())
     edit_json(folder / "transformer" / "config.json", sparse_algo="nabla-0.6", text_len=64)
     (folder / "defaults.yaml").write_text(DEFAULTS)
+    edit_json(folder / SCHEDULER, flow_shift=2.0)
     return folder
 
 
@@ -203,16 +205,11 @@ def test_sizes_are_read_off_published_tensors():
     assert settings(read) == settings(transformer)
 
 
-def test_diffusers_own_pipeline_reads_the_parts(and_back):
-    checkpoint = Checkpoint.open(and_back)
-    pipe = WanPipeline(
-        tokenizer=parts.load_tokenizer(checkpoint, 512),
-        text_encoder=UMT5EncoderModel.from_pretrained(and_back / "text_encoder"),
-        vae=AutoencoderKLWan.from_pretrained(and_back / "vae"),
-        transformer=WanTransformer3DModel.from_pretrained(and_back / "transformer"),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
-    )
+def test_diffusers_own_pipeline_reads_the_folder(and_back):
+    pipe = WanPipeline.from_pretrained(and_back)
     assert pipe.vae.config.base_dim == 8 and pipe.transformer.config.num_layers == 2
+    assert pipe.scheduler.config.flow_shift == 2.0
+    pipe(prompt="a cat", height=48, width=64, num_frames=1, num_inference_steps=1, max_sequence_length=64)
 
 
 def test_generate_makes_the_same_picture_from_both(own, as_published, tmp_path, monkeypatch, capsys):
@@ -228,7 +225,7 @@ def test_generate_makes_the_same_picture_from_both(own, as_published, tmp_path, 
 
 
 def test_what_is_left_behind_is_said(copy, nano, tmp_path, capsys):
-    (copy / "scheduler").mkdir()
+    edit_json(copy / SCHEDULER, flow_shift=9.0)
     (copy / "LICENSE.txt").touch()
     flags = ["--ckpt_dir", str(copy), "--out", str(tmp_path / "out"), "--layout", "published"]
     assert convert_checkpoint.main(flags) == 0

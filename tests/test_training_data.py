@@ -56,6 +56,12 @@ def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
     assert torch.allclose(clips.dropped, pipe.encode_text(*pipe.tokenize(""))[0, : len(clips.dropped)], atol=1e-5)
 
 
+def test_clips_encoded_whole_have_the_same_latents(random_nano, encoder):
+    whole = Encoder(open_parts(random_nano), torch.device("cpu"), whole_clips=True)
+    video = torch.from_numpy(Colours(1)[0][0].copy())[None]
+    assert torch.allclose(whole.latents(video), encoder.latents(video), atol=1e-5)
+
+
 def test_an_encoder_that_overflows_says_so(random_nano):
     half = Encoder(open_parts(random_nano), torch.device("cpu"), torch.float16)
     half.vae.encoder.conv_in.weight.data *= 1e6

@@ -12,15 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import diffusers
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from nabla import InputError
 from wan import parts, published
 from wan.checkpoint import DEFAULTS_FILE, OWN_KEYS, TEXT_LENGTH, TOKENIZER_FOLDER, Checkpoint
+from wan.config import SamplingSettings
 from wan.files import whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, TIED, VAE_FILE
+from wan.sampling import TRAIN_TIMESTEPS
 from wan.saving import save_json, save_pickle, save_shards
 from wan.weights import CheckpointError, Part, read_json
 
@@ -28,6 +32,14 @@ LAYOUTS = ("published", "diffusers")
 STATISTICS = ("latents_mean", "latents_std")
 # What two models of the same tensors may differ in without computing anything else.
 NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
+INDEX, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
+COMPONENTS = {
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 # What a text encoder computes beyond its tensors.
 TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 
@@ -167,7 +179,23 @@ def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path,
     write_part(models.transformer, folder / "transformer", MODEL_STEM, also, dtype)
     write_part(models.vae, folder / "vae", MODEL_STEM, dtype=dtype)
     write_part(models.text_encoder, folder / "text_encoder", TEXT_ENCODER_STEM, dtype=dtype)
-    save_json({"_class_name": "WanPipeline"}, folder / "model_index.json")
+    write_index(folder, checkpoint.settings_layers[0])
+
+
+def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
+    """What `WanPipeline.from_pretrained` needs beside the parts: the index that names them, and a scheduler.
+
+    defaults: the checkpoint's, of which the scheduler has the shift
+    """
+    _scheduler(defaults).save_pretrained(folder / "scheduler")
+    save_json({"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__} | COMPONENTS, folder / INDEX)
+
+
+def _scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:
+    shift = defaults.get("sampling", {}).get("shift", SamplingSettings.shift)
+    return UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
 
 
 def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.Module]:
@@ -217,9 +245,13 @@ def _computes(model: nn.Module) -> dict[str, Any]:
 def _left_behind(checkpoint: Checkpoint, models: Models[Part]) -> list[str]:
     """A line for each thing of a checkpoint that a conversion does not carry."""
     lines = []
-    carried = {"config.json", "model_index.json", DEFAULTS_FILE}
+    carried = {"config.json", INDEX, DEFAULTS_FILE}
     carried |= {file.relative_to(checkpoint.folder).parts[0] for part in models for file in part.weights.files}
     carried.add(checkpoint.tokenizer_folder.relative_to(checkpoint.folder).parts[0])
+    scheduler, known = checkpoint.folder / SCHEDULER_FILE, _scheduler(checkpoint.settings_layers[0]).config
+    # One that says no more than the defaults do is no loss.
+    if scheduler.is_file() and all(known.get(k) == v for k, v in read_json(scheduler).items() if not k.startswith("_")):
+        carried.add(scheduler.parent.name)
     if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
         lines.append("the checkpoint has no tokenizer, so neither has the copy, and neither can read prompts")
     for path in sorted(checkpoint.folder.iterdir()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -16,9 +18,12 @@ from wan.fast_vae import decoder_dtype, speed_up_decoder
 log = logging.getLogger("wan")
 
 
-def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def encode(
+    vae: AutoencoderKLWan, video: Tensor, posterior: Callable[[AutoencoderKLWan, Tensor], Any] | None = None
+) -> Tensor:
     """Float32 latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
 
+    posterior: gives the latents' distribution in another way than `vae.encode`, by chunks of four frames
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
     frames, height, width = video.shape[2:]
@@ -27,7 +32,9 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
             f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
         )
-    moments = vae.encode(video.to(vae.encoder.conv_in.weight.dtype)).latent_dist.mode().float()
+    video = video.to(vae.encoder.conv_in.weight.dtype)
+    distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
+    moments = distribution.mode().float()
     mean, deviation = _statistics(vae, moments)
     return (moments - mean) / deviation
 

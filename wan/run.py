@@ -35,7 +35,7 @@ class Request:
 
     flags: settings from the command line, in the schema of the YAML files, which rank above the file `config`
     task: of Wan2.1, whose size the checkpoint that `config` names must have
-    default_checkpoint: if nothing names one
+    default_checkpoint: if nothing names one, and a line to log then
     save_file: of the one video; or prompt_file: a video a line, in folder save_dir
     """
 
@@ -43,6 +43,7 @@ class Request:
     config: str | None
     task: str | None
     default_checkpoint: str
+    about_default: str | None = None
     save_file: Path | None = None
     prompt_file: Path | None = None
     save_dir: Path | None = None
@@ -70,6 +71,8 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
     if processes is None or processes.rank == 0:
+        if request.about_default is not None and checkpoint.name == request.default_checkpoint:
+            log.info(request.about_default)
         for line in unexpected(checkpoint, videos[0][0]):
             log.warning("warning: %s", line)
         videos = _still_to_make(videos, request)

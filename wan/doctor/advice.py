@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wan.doctor.checkpoints import DEMO, Found
+from wan.doctor.checkpoints import Found
 from wan.doctor.fits import Fit
 from wan.doctor.kernels import Kernel
 from wan.doctor.machine import Machine
@@ -14,7 +14,7 @@ from wan.fp8 import ADA
 PROMPT = '--prompt "Two cats box under a spotlight"'
 CONFIG, TUNED = "nabla_0.7.yaml", "ai-forever/Wan2.1-T2V-14B-NABLA-0.7"
 SMALL_TASK, SMALL_NAME = "t2v-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"
-SMALL_VIDEO = '--size "192*192" --frame_num 17 --sample_steps 10'
+SHAPES_PROMPT = '--prompt "a red circle moves from left to right on a white background"'
 # The best first: the large model in full size, then in float8, then smaller videos, then the small model.
 PREFERENCE = (
     ("14B", "bfloat16", (1280, 720)),
@@ -45,7 +45,7 @@ def advise(
     has_fp8 = _can_fp8(machine) and not _problem(packages, "torchao")
     chosen = _choose(fits, has_fp8) if machine.card else None
     if chosen is None:
-        commands, why = _small_commands(machine, checkpoints)
+        commands, why = (_shapes_command(machine),), _why_shapes(machine)
     else:
         commands, why = (_command(machine, chosen),), _why(chosen, checkpoints)
     if machine.card and (chosen is None or (chosen.model, chosen.weights, chosen.size) != PREFERENCE[0]):
@@ -77,14 +77,15 @@ def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
     return f"the largest that fits: {fit.model} in {fit.weights} at {fit.size[0]}x{fit.size[1]}, of {name}, {source}"
 
 
-def _small_commands(machine: Machine, checkpoints: tuple[Found, ...]) -> tuple[tuple[str, ...], str]:
-    """A video of random weights, which any machine can make."""
-    there = any(one.name == str(DEMO) and not one.problem for one in checkpoints)
-    make = () if there else (f"python scripts/make_random_checkpoint.py --model nano --out {DEMO}",)
+def _shapes_command(machine: Machine) -> str:
+    """A video of the checkpoint that comes with the program, which any machine can make."""
     device = " --device cpu" if machine.cards and machine.device == "cpu" else ""
-    run = f"python generate.py {PROMPT} --config {CONFIG} --ckpt_dir {DEMO} {SMALL_VIDEO}{device}"
+    return f"python generate.py {SHAPES_PROMPT}{device}"
+
+
+def _why_shapes(machine: Machine) -> str:
     reason = "nothing larger fits on this card" if machine.card else "on a CPU"
-    return (*make, run), f"{reason}, this shows that everything runs, on random weights: coloured noise"
+    return f"{reason}, the small checkpoint that comes with the program makes videos of moving shapes"
 
 
 def _faster(

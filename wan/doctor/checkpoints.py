@@ -1,4 +1,4 @@
-"""Checkpoints on this machine: the small ones, and those of the configs in the hub's cache. Nothing is downloaded."""
+"""Checkpoints on this machine: the small one, and those of the configs in the hub's cache. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from wan.doctor.packages import ROOT
 from wan.parts import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, VAE_FILE
 from wan.weights import CheckpointError, WeightFiles
 
-SMALL = Path("tests/data/wan-nano/checkpoint")
-DEMO = Path("checkpoints/random-nano")
+SHIPPED = Path("checkpoints/wan-shapes")
 OTHER_HUB_NAMES = ("Wan-AI/Wan2.1-T2V-1.3B",)
 
 
@@ -29,9 +28,9 @@ class Found:
 
 
 def checkpoints() -> tuple[Found, ...]:
-    """Those that are there, the small ones first."""
-    local = [Found(str(path), str(ROOT / path), _lack(ROOT / path)) for path in (SMALL, DEMO) if (ROOT / path).is_dir()]
-    return *local, *(found for name in hub_names() if (found := _cached(name)) is not None)
+    """Those that are there, the one that comes with the program first."""
+    shipped = Found(str(SHIPPED), str(ROOT / SHIPPED), _lack(ROOT / SHIPPED))
+    return shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
 
 
 def hub_names() -> list[str]:

@@ -264,6 +264,7 @@ class PrepareSettings:
     dataset: a name in `wan.training.sources.DATASETS`; options: what that one takes
     dropped_text: what a clip without its text says; batch: clips encoded at once; workers: reading processes
     dtype: of what is stored; vae_dtype: of the VAE's encoder, much faster on a GPU in float16, which may overflow
+    whole_clips: encode in one pass rather than by chunks of four frames, faster with more memory
     """
 
     checkpoint: str
@@ -275,10 +276,13 @@ class PrepareSettings:
     workers: int = 0
     dtype: str = "bfloat16"
     vae_dtype: str = "float32"
+    whole_clips: bool = False
     dropped_text: str = ""
 
     def __post_init__(self) -> None:
         check_texts(self, "checkpoint", "out", "dataset")
+        if not isinstance(self.whole_clips, bool):
+            raise InputError(f"whole_clips {self.whole_clips!r} is neither true nor false")
         check_counts(self, "clips_per_shard", "batch")
         check_counts(self, "workers", least=0)
         check_choice(self, "dtype", PRECISIONS)
@@ -292,4 +296,4 @@ class PrepareSettings:
 
     def what_decides(self) -> dict[str, Any]:
         """Those of the settings that decide what stands in the shards, as plain values."""
-        return plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers")})
+        return plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers", "whole_clips")})

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from wan import parts
 from wan.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.config import attention_to_dict
-from wan.convert import write_part
+from wan.convert import write_index, write_part
 from wan.files import whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_STEM
 from wan.training.config import TrainingSettings
@@ -79,7 +79,7 @@ def write_model(
         (folder / name).symlink_to(os.path.relpath(parts_folder / name, folder))
     (folder / DEFAULTS_FILE).write_text(yaml.safe_dump(dict(defaults), allow_unicode=True, sort_keys=False))
     # It tells the layout, so a folder without it is no checkpoint.
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    write_index(folder, defaults)
 
 
 def defaults_of(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from wan.text import tokenize
 from wan.training.config import PrepareSettings
 from wan.training.reading import read
 from wan.training.sources import Checked, InOrder, Sample
+from wan.training.vae_model import posterior, take_whole_clips
 from wan.weights import CheckpointError, read_json
 
 log = logging.getLogger("wan")
@@ -40,13 +41,25 @@ SHARDS = "shard-*.safetensors"
 
 
 class Encoder:
-    """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer of a checkpoint, which needs no transformer."""
+    """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer of a checkpoint, which needs no transformer.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, vae_dtype: torch.dtype = torch.float32):
+    whole_clips: encode clips in one pass rather than by chunks of four frames
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        vae_dtype: torch.dtype = torch.float32,
+        whole_clips: bool = False,
+    ):
         checkpoint.require_tokenizer()
         self.device, self.length = device, checkpoint.text_length
         self.vae = parts.vae_part(checkpoint).load(torch.float32, device)
         speed_up_encoder(self.vae, vae_dtype)
+        self.posterior = posterior if whole_clips else None
+        if whole_clips:
+            take_whole_clips(self.vae.encoder)
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.text_encoder = parts.text_encoder_part(checkpoint, text_dtype).load(text_dtype, device)
         self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
@@ -55,7 +68,7 @@ class Encoder:
     def latents(self, videos: Tensor) -> Tensor:
         """(B, C, T, h, w) float32 of uint8 videos (B, frames, H, W, 3); raises `InputError` if they overflow."""
         pixels = videos.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
-        latents = encode(self.vae, pixels.float() / 127.5 - 1)
+        latents = encode(self.vae, pixels.float() / 127.5 - 1, self.posterior)
         if not latents.isfinite().all():
             raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
         return latents

@@ -71,11 +71,12 @@ def trained_vae(folder: str, sizes: Mapping[str, Any]) -> AutoencoderKLWan:
     return vae
 
 
-def take_whole_clips(vae: AutoencoderKLWan) -> None:
-    """Give a VAE's layers forwards, in place, with which `posterior` and `reconstruction` take a clip in one pass.
+def take_whole_clips(vae: nn.Module) -> None:
+    """Give the layers of a VAE, or of its encoder alone, forwards that take a whole clip in one pass, in place.
 
-    Diffusers' encode and decode give the same by chunks of four frames, with five times as many kernels for 17 frames
-    and nearly three times the memory traffic. They no longer work on this object; its weights are as before.
+    For `posterior` and `reconstruction`: diffusers' encode and decode, which give the same by chunks of four frames
+    with five times as many kernels for 17 frames and nearly three times the memory traffic, no longer work on it.
+    Its weights are as before.
     """
     for module in vae.modules():
         if isinstance(module, WanResample) and module.mode == "downsample3d":
