@@ -65,8 +65,8 @@ def test_a_cancelled_video_leaves_nothing_to_the_next(pipe, last):
     assert (make(pipe) == expected).all()
 
 
-def test_a_glimpse_is_the_middle_frame_s_picture(pipe):
+def test_a_glimpse_is_the_first_frame(pipe):
     latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     picture = glimpse(pipe.vae, latents)
     assert picture.shape == (1, 3, 32, 48)
-    assert torch.equal(picture, pipe.decode(latents[:, :, 1:2])[:, :, 0])
+    assert torch.allclose(picture, pipe.decode(latents)[:, :, 0], atol=1e-5)

@@ -61,12 +61,12 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def glimpse(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Float32 picture (B, 3, height, width) in [-1, 1] of the middle of latents (B, C, T, h, w), decoded alone.
+    """Float32 picture (B, 3, height, width) in [-1, 1] of the first frame of latents (B, C, T, h, w).
 
-    It costs a fraction of decoding them all, is a little off in colour, and leaves the decoder as it is.
+    It costs a fraction of decoding them all, and leaves the decoder as it is. Only the first needs no others: a VAE
+    sees it apart, and would read a later one in other colours.
     """
-    middle = latents.shape[2] // 2
-    latents = latents[:, :, middle : middle + 1].float()
+    latents = latents[:, :, :1].float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
     memory.set_tiles(vae, latents)

@@ -21,7 +21,7 @@ SHARE_OF_TIME = 0.05
 
 
 class Preview:
-    """The middle frame of what each step predicts, as often as it costs little beside the steps."""
+    """The first frame of what each step predicts, as often as it costs little beside the steps."""
 
     def __init__(self, pipe: WanT2V):
         self.pipe = pipe
