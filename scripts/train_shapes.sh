@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train the checkpoint wan-shapes from nothing, on all GPUs, into runs/wan-shapes. Cut at any moment, it goes on where it
-# stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, ship. Without the first two the
+# stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, distill, ship. Without the first two the
 # transformer is trained beside the text encoder and the VAE of checkpoints/wan-shapes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-stages=${*:-text vae 128 256 512 ship}
+stages=${*:-text vae 128 256 512 distill ship}
 
 spread() {  # a program of training, and its arguments
     "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$@"
@@ -25,14 +25,14 @@ parts() {  # what the transformer is trained beside, in one folder
     part tokenizer runs/shapes_text
 }
 
-data() {  # size, clips to train on, clips to validate on
+data() {  # size, clips to train on, number of the first, clips to validate on
     local common=(--config training/prepare_shapes.yaml "options.size=$1*$1")
-    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/train" "options.count=$2"
-    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/held_out" "options.count=$3" \
+    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/train" "options.count=$2" "options.offset=$3"
+    spread scripts/prepare_data.py "${common[@]}" "out=runs/shapes_$1/held_out" "options.count=$4" \
         options.split=held_out
 }
 
-train() {  # size, clips in a batch
+train() {  # stage, clips in a batch
     spread scripts/train.py --config "training/shapes_$1.yaml" "micro_batch=$(($2 / gpus))"
 }
 
@@ -40,11 +40,12 @@ for stage in $stages; do
     case $stage in
         text) "$python" scripts/train_text.py --config training/shapes_text.yaml ;;
         vae) spread scripts/train_vae.py --config training/shapes_vae.yaml ;;
-        128) parts; data 128 60000 256; train 128 256 ;;
-        256) parts; data 256 20000 128; train 256 64 ;;
-        512) parts; data 512 4000 64; train 512 16 ;;
-        ship) "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_512/run/latest/ema --layout diffusers \
+        128) parts; data 128 24000 0 256; train 128 256 ;;
+        256) parts; data 256 20000 200000 128; train 256 64 ;;
+        512) parts; data 512 3000 400000 64; train 512 16 ;;
+        distill) train distill 16 ;;
+        ship) "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_distill/run/latest/ema --layout diffusers \
             --out runs/wan-shapes --dtype float16 ;;
-        *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, ship" >&2; exit 2 ;;
+        *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, distill, ship" >&2; exit 2 ;;
     esac
 done

@@ -186,7 +186,7 @@ def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepa
     )
     rows = train(content)
     assert rows[0]["validation_dense"] != rows[0]["validation_sparse"]
-    batches = Batches(Clips(str(prepared), 512), TrainingSettings.from_dict(content).objective, 1, 4, 4)
+    batches = Batches(Clips([str(prepared)], 512), TrainingSettings.from_dict(content).objective, 1, 4, 4)
     teacher = load_transformer(random_nano)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
     pipe = WanT2V.from_pretrained(random_nano)
-    clips = Clips(str(prepared), pipe.text_length)
+    clips = Clips([str(prepared)], pipe.text_length)
     assert len(clips) == 7 and {clip.size for clip in clips.clips} == {(2, 4, 4), (2, 4, 6)}
     video, caption = Colours(8)[5]
     number = next(n for n, clip in enumerate(clips.clips) if clip.index == 5)
@@ -192,7 +192,7 @@ def test_wrong_datasets_are_one_clear_line(name, options, message):
 
 
 def test_batches_are_a_function_of_seed_and_step_however_they_are_divided(prepared):
-    clips = Clips(str(prepared), 512)
+    clips = Clips([str(prepared)], 512)
     whole = Batches(clips, UNIFORM, seed=3, batch_size=4, micro_batch=4)
     assert len({tuple(whole.numbers(step)) for step in range(8)}) > 4
     parts = [Batches(clips, UNIFORM, 3, 4, 1, rank, 2) for rank in range(2)]
@@ -208,7 +208,7 @@ def test_batches_are_a_function_of_seed_and_step_however_they_are_divided(prepar
 
 
 def test_every_clip_is_seen_as_often_as_any_and_batches_are_of_one_size(prepared):
-    clips = Clips(str(prepared), 512)
+    clips = Clips([str(prepared)], 512)
     batches = Batches(clips, UNIFORM, seed=0, batch_size=3, micro_batch=3)
     seen = np.zeros(len(clips), dtype=int)
     for step in range(700):
@@ -220,8 +220,19 @@ def test_every_clip_is_seen_as_often_as_any_and_batches_are_of_one_size(prepared
         assert np.ptp(seen[bucket]) <= 1
 
 
+def test_several_folders_are_taken_together(prepared, encoder, tmp_path):
+    prepare(Colours(3), settings_for(tmp_path / "more"), encoder)
+    folders = [str(prepared), str(tmp_path / "more")]
+    one, more, both = Clips(folders[:1], 512), Clips(folders[1:], 512), Clips(folders, 512)
+    assert len(both) == len(one) + len(more) and both.buckets.keys() == one.buckets.keys()
+    assert torch.equal(both.load(len(one) + 2)[0], more.load(2)[0])
+    prepare(Colours(3), settings_for(tmp_path / "other", dropped_text="nothing"), encoder)
+    with pytest.raises(InputError, match="differ in text encoder or dropped_text"):
+        Clips([folders[0], str(tmp_path / "other")], 512)
+
+
 def test_text_is_dropped_as_often_as_asked_and_noise_levels_fill_their_range(prepared):
-    clips = Clips(str(prepared), 512)
+    clips = Clips([str(prepared)], 512)
     batches = Batches(clips, UNIFORM, seed=0, batch_size=4, micro_batch=4)
     draws = [batches.draw(step, place) for step in range(250) for place in range(4)]
     assert 0.25 < np.mean([draw.drops_text for draw in draws]) < 0.35

@@ -57,14 +57,21 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Folders that prepare_data.py wrote; `clips` is how many of `validation` to use."""
+    """Folders that prepare_data.py wrote; `clips` is how many of `validation` to use.
 
-    train: str
+    train: one, or several that are taken together
+    """
+
+    train: str | tuple[str, ...]
     validation: str | None = None
     clips: int = 32
 
     def __post_init__(self) -> None:
-        check_texts(self, "train", *(["validation"] if self.validation is not None else []))
+        folders = (self.train,) if isinstance(self.train, str) else texts("train", self.train)
+        if not folders or not all(folders):
+            raise InputError(f"train {self.train!r} names no folder; give one that prepare_data.py wrote, or a list")
+        object.__setattr__(self, "train", folders)
+        check_texts(self, *(["validation"] if self.validation is not None else []))
         check_counts(self, "clips")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,17 +41,22 @@ class Batch(NamedTuple):
 
 
 class Clips:
-    """The prepared clips of a folder, and the text states of a clip without its text."""
+    """The prepared clips of folders, and the text states of a clip without its text."""
 
-    def __init__(self, folder: str, text_length: int):
-        path = Path(folder).expanduser()
-        if not (path / DROPPED_FILE).is_file():
-            raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
-        self.clips = list_clips(path)
-        if not self.clips:
-            raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
-        self.text_length = text_length
-        self.dropped = load_file(path / DROPPED_FILE)["text"]
+    def __init__(self, folders: Sequence[str], text_length: int):
+        self.text_length, self.clips, dropped = text_length, [], []
+        for folder in folders:
+            path = Path(folder).expanduser()
+            if not (path / DROPPED_FILE).is_file():
+                raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
+            found = list_clips(path)
+            if not found:
+                raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
+            self.clips += found
+            dropped.append(load_file(path / DROPPED_FILE)["text"])
+            if not torch.equal(dropped[0], dropped[-1]):
+                raise InputError(f"{folder} and {folders[0]} differ in text encoder or dropped_text; prepare one anew")
+        self.dropped = dropped[0]
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
             self.buckets[clip.size].append(number)
