@@ -8,22 +8,33 @@ Prints a table for people, then one line of JSON for programs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
-from wan.training.accuracy import make_videos, sentences, shares, shown
-from wan.video import check_encoder, make_folder, write_json, write_video
+from wan.training.accuracy import make_videos, sentences, shares
+from wan.training.measure import score
+from wan.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
+
+# Of a picture: sentences in it, and how many pixels high a video is.
+PICTURED, PICTURE_HEIGHT = 4, 96
 
 
 def main() -> int:
@@ -41,7 +52,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt_dir", required=True)
-    add("--sparse_algo", nargs="+", default=["dense"], help="attentions; the others are compared with the first")
+    add(
+        "--sparse_algo",
+        nargs="+",
+        default=["dense"],
+        metavar="ATTENTION[@DIR]",
+        help="attentions, each on the checkpoint or on another; the others are compared with the first",
+    )
     add("--count", type=int, default=200, help="sentences")
     add("--split", choices=("train", "held_out"), default="held_out")
     add("--size", help="width*height, the checkpoint's own by default")
@@ -50,44 +67,85 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
     add("--mass", type=int, default=0, help="measure the attention held, on so many of the sentences; slow")
+    add("--workers", type=int, default=0, help="processes that measure videos, rather than this one")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--save_dir", type=Path, help="where videos go, with what was found in them")
+    add("--picture", type=Path, help="a PNG of the first sentences' videos, an attention below the other")
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    if min(args.count, args.batch) < 1:
-        raise InputError(f"count {args.count} and batch {args.batch} must be 1 or more")
-    algorithms = {name: NablaConfig.parse(name) for name in args.sparse_algo}
+    if min(args.count, args.batch) < 1 or args.workers < 0:
+        raise InputError(
+            f"count {args.count} and batch {args.batch} must be 1 or more, workers {args.workers} 0 or more"
+        )
+    with each_by(args.workers) as each:
+        return compare(args, each)
+
+
+@contextlib.contextmanager
+def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
+    """`map` by so many processes, or by this one for 0."""
+    if workers == 0:
+        yield map
+        return
+    start = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, start, torch.set_num_threads, (1,)) as pool:
+        yield pool.map
+
+
+def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dict]:
+    """A row for each attention."""
+    wanted = {name: (NablaConfig.parse(name.partition("@")[0]), name.partition("@")[2]) for name in args.sparse_algo}
     if args.save_dir:
         make_folder(args.save_dir)
         check_encoder()
-    device = pick_device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipe = WanT2V.from_pretrained(args.ckpt_dir, NablaConfig(), device, dtype, compile=False)
-    video = {"size": args.size, "frame_num": args.frame_num}
-    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
-    if args.steps is not None:
-        pipe.sampling = replace(pipe.sampling, steps=args.steps)
+    if args.picture:
+        check_writable(args.picture)
     scenes, prompts = zip(*sentences(args.count, args.seed, args.split))
-    first, rows = None, []
-    for name, config in algorithms.items():
+    opened, first, rows, strips = None, None, [], []
+    for name, (config, folder) in wanted.items():
+        if opened != (folder or args.ckpt_dir):
+            opened = folder or args.ckpt_dir
+            pipe = open_pipeline(args, opened)
         apply_attention(pipe.transformer, config)
         videos = list(make_videos(pipe, prompts, args.seed, args.batch))
-        results = shown(videos, scenes)
+        results = list(each(score, videos, scenes))
         row = {"attention": name} | {key: round(value, 4) for key, value in shares(results).items()}
         if first is None:
             first = videos
         else:
-            row["psnr"] = round(statistics.mean(map(psnr, videos, first)), 2)
-            row["ssim"] = round(statistics.mean(map(ssim, videos, first)), 4)
+            row["psnr"] = round(statistics.mean(each(psnr, videos, first)), 2)
+            row["ssim"] = round(statistics.mean(each(ssim, videos, first)), 4)
         if args.mass and not config.is_dense:
             row |= held(args, pipe, prompts, config)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
+        strips.append(np.concatenate([strip(video) for video in videos[:PICTURED]], axis=1))
         if args.save_dir:
-            save(args.save_dir / name, videos, prompts, results, pipe.video.fps)
+            save(args.save_dir / name.replace("/", "_"), videos, prompts, results, pipe.video.fps)
+    if args.picture:
+        write_image(args.picture, np.concatenate(strips))
     return rows
+
+
+def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
+    """A checkpoint, with what the flags say of its videos."""
+    device = pick_device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pipe = WanT2V.from_pretrained(folder, NablaConfig(), device, dtype, compile=False)
+    video = {"size": args.size, "frame_num": args.frame_num}
+    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
+    if args.steps is not None:
+        pipe.sampling = replace(pipe.sampling, steps=args.steps)
+    return pipe
+
+
+def strip(video: Tensor) -> np.ndarray:
+    """Its first, middle and last frame side by side, (height, 3 width, 3) uint8, small."""
+    frames = video[[0, len(video) // 2, -1]].permute(0, 3, 1, 2).float()
+    small = F.interpolate(frames, scale_factor=PICTURE_HEIGHT / frames.shape[2], mode="bilinear", antialias=True)
+    return torch.cat(list(small), 2).permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
 def held(args: argparse.Namespace, pipe: WanT2V, prompts: tuple[str, ...], config: NablaConfig) -> dict[str, float]:

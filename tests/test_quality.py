@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -46,11 +48,15 @@ def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
 def test_script_compares_attentions(random_nano, tmp_path, monkeypatch, capsys):
     flags = "--count 2 --batch 2 --size 64*64 --frame_num 9 --steps 1 --mass 1 --device cpu".split()
     flags += ["--ckpt_dir", str(random_nano), "--save_dir", str(tmp_path / "videos")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--sparse_algo", "dense", "nabla-1.0", "keep-0.3"])
+    flags += ["--picture", str(tmp_path / "picture.png")]
+    again = f"dense@{shutil.copytree(random_nano, tmp_path / 'again')}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--sparse_algo", "dense", "nabla-1.0", "keep-0.3", again])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 0
-    dense, exact, sparse = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    dense, exact, sparse, same = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert exact["kept"] == exact["mass"] == 1 and exact["psnr"] > 60 > sparse["psnr"]
     assert 0.3 <= sparse["kept"] < sparse["mass"] < 1 and {"colour", "kind", "direction", "all"} <= dense.keys()
-    assert len(list(tmp_path.glob("videos/*/*.mp4"))) == 6
+    assert same["psnr"] == math.inf
+    assert len(list(tmp_path.glob("videos/*/*.mp4"))) == 8
+    assert iio.imread(tmp_path / "picture.png").shape == (4 * 96, 2 * 3 * 96, 3)

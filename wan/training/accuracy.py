@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wan.pipeline import WanT2V
-from wan.training.measure import score
 from wan.training.scenes import Scene
 from wan.training.shapes import Shapes
 from wan.video import to_frames
@@ -34,11 +33,6 @@ def make_videos(pipe: WanT2V, prompts: Sequence[str], seed: int, batch: int) -> 
         noise = torch.cat([pipe.draw_noise(pipe.video, seed + first + n) for n in range(len(some))])
         for latents in pipe.sample(context, negative.expand_as(context), noise=noise):
             yield torch.from_numpy(np.ascontiguousarray(to_frames(pipe.decode(latents))))
-
-
-def shown(videos: Iterable[Tensor], scenes: Iterable[Scene]) -> list[dict[str, bool]]:
-    """For each video whether it shows what is said of its scene, see `wan.training.measure.score`."""
-    return [score(video, scene) for video, scene in zip(videos, scenes)]
 
 
 def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
