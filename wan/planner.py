@@ -95,13 +95,14 @@ class Plan:
         """One line: what was chosen, and the expected peaks beside what there is."""
         stages = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.stages.items())
         return (
-            f"transformer {self.packing or dtype}, {self._transformer()}; text encoder {self.text_packing or dtype}, "
+            f"transformer {self.packing or dtype}, {self.placement()}; text encoder {self.text_packing or dtype}, "
             f"{self._text()}; decoding {f'in {self.tiles} overlapping tiles' if self.tiles > 1 else 'whole'}; "
             f"expected peak {self.peak / GIB:.1f} of {budget.gpu / GIB:.1f} GiB ({stages}), "
             f"host {self.host / GIB:.1f} of {budget.host / GIB:.1f} GiB free"
         )
 
-    def _transformer(self) -> str:
+    def placement(self) -> str:
+        """Where the transformer is, in words."""
         if not self.in_turns:
             return "on the GPU throughout"
         if self.kept == self.blocks:

@@ -15,14 +15,10 @@ PROMPT = '--prompt "Two cats box under a spotlight"'
 CONFIG, TUNED = "nabla_0.7.yaml", "ai-forever/Wan2.1-T2V-14B-NABLA-0.7"
 SMALL_TASK, SMALL_NAME = "t2v-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"
 SHAPES_PROMPT = '--prompt "a red circle moves from left to right on a white background"'
-# The best first: the large model in full size, then in float8, then smaller videos, then the small model.
-PREFERENCE = (
-    ("14B", "bfloat16", (1280, 720)),
-    ("14B", "fp8", (1280, 720)),
-    ("14B", "bfloat16", (832, 480)),
-    ("14B", "fp8", (832, 480)),
-    ("1.3B", "bfloat16", (832, 480)),
-)
+# The best first: the large model in full size, then smaller videos, then the small model.
+PREFERENCE = ("14B", (1280, 720)), ("14B", (832, 480)), ("1.3B", (832, 480))
+# What is taken only if nothing faster fits.
+SLOW = 1.5
 HOPPER = (9, 0)
 
 
@@ -42,30 +38,26 @@ def advise(
     fits: tuple[Fit, ...],
     checkpoints: tuple[Found, ...],
 ) -> Advice:
-    has_fp8 = _can_fp8(machine) and not _problem(packages, "torchao")
-    chosen = _choose(fits, has_fp8) if machine.card else None
+    chosen = _choose(fits)
     if chosen is None:
         commands, why = (_shapes_command(machine),), _why_shapes(machine)
     else:
         commands, why = (_command(machine, chosen),), _why(chosen, checkpoints)
-    if machine.card and (chosen is None or (chosen.model, chosen.weights, chosen.size) != PREFERENCE[0]):
-        why += "; on one GPU --memory auto may run larger ones, their blocks streamed from host memory"
     return Advice(commands, why, tuple(_faster(machine, kernels, packages, chosen)))
 
 
-def _choose(fits: tuple[Fit, ...], has_fp8: bool) -> Fit | None:
-    possible = {(fit.model, fit.weights, fit.size): fit for fit in fits if fit.flags is not None}
-    wanted = (key for key in PREFERENCE if key in possible and (has_fp8 or key[1] != "fp8"))
-    return next((possible[key] for key in wanted), None)
+def _choose(fits: tuple[Fit, ...]) -> Fit | None:
+    possible = [fit for key in PREFERENCE for fit in fits if (fit.model, fit.size) == key and fit.plan is not None]
+    return next((fit for fit in possible if fit.plan.slowdown <= SLOW), possible[0] if possible else None)
 
 
 def _command(machine: Machine, fit: Fit) -> str:
-    # One that is named by its number is to run alone.
-    count = 1 if ":" in machine.device else len(machine.cards)
+    # One that is named by its number is to run alone, and a plan of memory is for one.
+    count = 1 if ":" in machine.device or not fit.is_plain else len(machine.cards)
     start = "python" if count == 1 else f"torchrun --nproc_per_node={count}"
     what = f"--config {CONFIG}" if fit.model == "14B" else f"--task {SMALL_TASK}"
     size = "" if fit.size == (1280, 720) else f' --size "{fit.size[0]}*{fit.size[1]}"'
-    flags = "".join(f" {flag}" for flag in (*(("--fp8",) if fit.weights == "fp8" else ()), *fit.flags))
+    flags = "" if fit.is_plain else " --memory auto"
     device = f" --device {machine.device}" if ":" in machine.device else ""
     return f"{start} generate.py {PROMPT} {what}{size}{flags}{device}"
 
@@ -74,7 +66,7 @@ def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
     name = TUNED if fit.model == "14B" else SMALL_NAME
     here = any(one.name == name and not one.problem for one in checkpoints)
     source = "which is here already" if here else "which is downloaded on first use"
-    return f"the largest that fits: {fit.model} in {fit.weights} at {fit.size[0]}x{fit.size[1]}, of {name}, {source}"
+    return f"the best that fits: {fit.model} at {fit.size[0]}x{fit.size[1]}, of {name}, {source}"
 
 
 def _shapes_command(machine: Machine) -> str:
@@ -106,8 +98,11 @@ def _faster(
     if _can_fp8(machine) and _problem(packages, "torchao"):
         install = next(one.install for one in packages if one.name == "torchao")
         found.append(f"--fp8, linear layers in float8: {install}")
-    elif _can_fp8(machine) and chosen is not None and chosen.weights != "fp8":
+    elif _can_fp8(machine) and chosen is not None and chosen.is_plain:
         found.append("--fp8: linear layers in float8, a forward a quarter faster, outputs off by some percent")
+    if len(machine.cards) > 1 and chosen is not None and not chosen.is_plain:
+        start = f"torchrun --nproc_per_node={len(machine.cards)}"
+        found.append(f"all GPUs: {start} and --dit_fsdp --t5_fsdp in place of --memory")
     if len(machine.cards) == 1:
         found.append("another GPU: torchrun runs the guidance branches side by side, nearly twice as fast")
     return found

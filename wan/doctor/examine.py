@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
-
 from nabla import InputError
 from wan.doctor.advice import advise
 from wan.doctor.checkpoints import checkpoints
-from wan.doctor.fits import fits
+from wan.doctor.fits import Fit, budget_of, fits
 from wan.doctor.kernels import kernels
 from wan.doctor.machine import Machine, machine
 from wan.doctor.packages import Package
@@ -33,7 +31,7 @@ def examine(packages: tuple[Package, ...], device_name: str | None, check: bool)
         "machine": here,
         "kernels": kernels(device, check),
         "packages": packages,
-        "fits": fits(device, *_room(device, here)),
+        "fits": _fits(here, packages),
         "checkpoints": checkpoints(),
     }
     facts["advice"] = advise(here, facts["kernels"], packages, facts["fits"], facts["checkpoints"])
@@ -44,8 +42,9 @@ def examine(packages: tuple[Package, ...], device_name: str | None, check: bool)
     return facts, []
 
 
-def _room(device: torch.device, here: Machine) -> tuple[float, float | None]:
-    """GiB that are free where models run, and of the card."""
-    if device.type == "cpu":
-        return here.free_host_gib, None
-    return here.card.free_gib, here.card.gib
+def _fits(here: Machine, packages: tuple[Package, ...]) -> tuple[Fit, ...]:
+    """Of a GPU alone: on a CPU none of the models is of use."""
+    if here.card is None:
+        return ()
+    can_pack = not any(one.problem for one in packages if one.name == "torchao")
+    return fits(budget_of(here.card.free_gib, here.free_host_gib, here.host_gib), can_pack)

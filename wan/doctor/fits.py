@@ -1,80 +1,74 @@
-"""What fits into the memory that is free, by the estimates of `wan.memory`, which are on the large side."""
+"""What fits into the memory that is free, by the plans that `--memory` makes."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from wan import memory
+from nabla import InputError
+from wan.budget import weigh
 from wan.config import VideoSettings
-from wan.memory import GIB
-from wan.random_checkpoint import MODELS, Sizes, text_encoder_shapes, transformer_shapes, vae_shapes
+from wan.estimates import GIB, Weights, Work
+from wan.planner import Budget, Plan, choose
+from wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer, vae_shapes
 
 SIZES = (1280, 720), (832, 480)
 NAMES = {"t2v-14B": "14B", "t2v-1.3B": "1.3B"}
-# Ways to place the models, with the flags that ask for them, from the fastest to the smallest.
-RESIDENT, OFFLOADED, TEXT_ON_CPU = (), ("--offload_model true",), ("--offload_model true", "--t5_cpu")
+VAE_ITEMSIZE = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A video of 81 frames: what it needs at the most, the way to place the models with the least time that fits.
+    """A video of 81 frames: how it would be made.
 
-    flags: None if nothing fits; gib: of that way, else of the smallest
+    plan: None if it does not fit, and then why
     """
 
     model: str
-    weights: str
     size: tuple[int, int]
-    gib: float
-    flags: tuple[str, ...] | None
+    plan: Plan | None
+    refusal: str = ""
+
+    @property
+    def gib(self) -> float:
+        """Expected at the most on the GPU."""
+        return self.plan.peak / GIB
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it needs no plan: all models stay on the GPU, as they are."""
+        return self.plan is not None and not self.plan.in_turns and self.plan.packing is self.plan.text_packing is None
 
 
-def fits(device: torch.device, free_gib: float, card_gib: float | None = None) -> tuple[Fit, ...]:
-    """For each model, kind of weights and size, on a GPU of `card_gib` or a CPU (None), with so much memory free."""
-    kinds = ("float32",) if device.type == "cpu" else ("bfloat16", "fp8")
-    return tuple(
-        _fit(model, weights, VideoSettings(size), free_gib, card_gib)
-        for model in NAMES
-        for weights in kinds
-        for size in SIZES
+def fits(budget: Budget, can_pack: bool) -> tuple[Fit, ...]:
+    """The plans of each model and size on a GPU, in bfloat16 unless another precision is part of them.
+
+    can_pack: whether torchao is there
+    """
+    return tuple(_fit(model, VideoSettings(size), budget, can_pack) for model in NAMES for size in SIZES)
+
+
+def _fit(model: str, video: VideoSettings, budget: Budget, can_pack: bool) -> Fit:
+    sizes = MODELS[model]
+    tokens = math.prod(video.token_grid)
+    work = Work(tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, video.size, video.frame_num)
+    vae_bytes = sum(map(math.prod, vae_shapes(sizes).values())) * VAE_ITEMSIZE
+    try:
+        plan = choose(*_weights(model), vae_bytes, work, budget, can_pack=can_pack)
+    except InputError as error:
+        return Fit(NAMES[model], video.size, None, str(error))
+    return Fit(NAMES[model], video.size, plan)
+
+
+def _weights(model: str) -> tuple[Weights, Weights]:
+    transformer, text = meta_transformer(MODELS[model]), meta_text_encoder(MODELS[model])
+    return (
+        weigh(transformer, transformer.blocks, torch.bfloat16, transformer._keep_in_fp32_modules),
+        weigh(text, text.encoder.block, torch.bfloat16, ()),
     )
 
 
-def _fit(model: str, weights: str, video: VideoSettings, free_gib: float, card_gib: float | None) -> Fit:
-    needs = _needs(MODELS[model], weights, video, card_gib)
-    chosen = next((flags for flags, gib in needs.items() if gib <= free_gib), None)
-    gib = min(needs.values()) if chosen is None else needs[chosen]
-    return Fit(NAMES[model], weights, video.size, gib, chosen)
-
-
-def _needs(sizes: Sizes, weights: str, video: VideoSettings, card_gib: float | None) -> dict[tuple[str, ...], float]:
-    """GiB by the flags of a way, the fastest first. What is decided by itself needs no flag."""
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    transformer, text, vae = map(_elements, (transformer_shapes, text_encoder_shapes, vae_shapes), [sizes] * 3)
-    loaded = sum(transformer.values()) * dtype.itemsize
-    kept = sum(n * (1 if weights == "fp8" and one else dtype.itemsize) for one, n in transformer.items())
-    text_bytes, vae = sum(text.values()) * dtype.itemsize, sum(vae.values()) * 4
-    work = memory.working_bytes(math.prod(video.token_grid), sizes.dim, sizes.ffn_dim, dtype.itemsize)
-    resident = max(kept + text_bytes + vae + work, loaded + text_bytes + vae) / GIB
-    if card_gib is None:
-        return {RESIDENT: resident}
-    # Layers turn into float8 on the GPU, where they are whole before. A decoder that lacks memory works in tiles.
-    offloaded = max(kept + work, loaded, text_bytes) / GIB
-    on_cpu = max(kept + work, loaded) / GIB
-    if loaded + text_bytes + vae > memory.WEIGHT_SHARE * card_gib * GIB:
-        return {RESIDENT: offloaded, ("--t5_cpu",): on_cpu}
-    return {RESIDENT: resident, OFFLOADED: offloaded, TEXT_ON_CPU: on_cpu}
-
-
-@functools.cache
-def _elements(shapes: Callable[[Sizes], dict[str, tuple[int, ...]]], sizes: Sizes) -> dict[bool, int]:
-    """How many numbers are in weights of the blocks' linear layers, and how many elsewhere."""
-    count = {True: 0, False: 0}
-    for name, shape in shapes(sizes).items():
-        count[name.startswith("blocks.") and len(shape) == 2 and name.endswith(".weight")] += math.prod(shape)
-    return count
+def budget_of(free_gib: float, free_host_gib: float, host_gib: float) -> Budget:
+    return Budget(*(int(gib * GIB) for gib in (free_gib, free_host_gib, host_gib)))

@@ -22,7 +22,7 @@ def all_but_packages(facts: dict[str, Any]) -> list[str]:
     return [
         *_machine(facts["machine"]),
         *_kernels(facts["kernels"]),
-        *_fits(facts["fits"], facts["machine"]),
+        *_fits(facts["fits"]),
         *_checkpoints(facts["checkpoints"]),
     ]
 
@@ -75,13 +75,18 @@ def _kernels(found: tuple[Kernel, ...]) -> list[str]:
     return _section("Attention kernels, the fastest first", rows)
 
 
-def _fits(found: tuple[Fit, ...], here: Machine) -> list[str]:
-    rows = [("model", "weights", "size", "needs", "")]
+def _fits(found: tuple[Fit, ...]) -> list[str]:
+    if not found:
+        return []
+    rows = [("model", "size", "peak", "how --memory auto would run it")]
     for one in found:
-        how = "does not fit" if one.flags is None else " ".join(("fits", *(("with", *one.flags) if one.flags else ())))
-        rows.append((one.model, one.weights, "x".join(map(str, one.size)), f"{one.gib:.1f} GiB", how))
-    where = "host memory" if here.device == "cpu" else "the card's free memory"
-    return _section(f"81 frames in {where}, estimated on the large side", rows)
+        size = "x".join(map(str, one.size))
+        if one.plan is None:
+            rows.append((one.model, size, "-", f"does not fit: {one.refusal.partition('; ')[2]}"))
+        else:
+            how = f"{one.plan.packing or 'bfloat16'}, {one.plan.placement()}"
+            rows.append((one.model, size, f"{one.gib:.1f} GiB", how))
+    return _section("81 frames in the memory that is free", rows)
 
 
 def _checkpoints(found: tuple[Found, ...]) -> list[str]:
