@@ -58,6 +58,16 @@ def test_writes_the_video_and_its_settings_and_can_make_it_again(run, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["settings"] == record["settings"]
 
 
+def test_a_record_of_packed_weights_says_that_they_are_not_packed_again(run, tmp_path):
+    run()
+    record = json.loads((tmp_path / "out.json").read_text())
+    record["made_with"] |= {"memory": 12, "plan": {"packing": "int4", "text_packing": None}}
+    (tmp_path / "packed.json").write_text(json.dumps(record))
+    _, said, _ = run("--config", "packed.json")
+    assert "warning: packed.json was made with the transformer in int4, and this video will differ; --memory 12" in said
+    assert "will differ" not in run("--config", "out.json")[1]
+
+
 def test_seed_and_prompt_change_the_video_and_an_unset_seed_is_drawn_and_kept(run, tmp_path):
     run()
     first = iio.imread("out.mp4")
