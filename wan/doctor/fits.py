@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ def _fit(model: str, video: VideoSettings, budget: Budget, can_pack: bool) -> Fi
     return Fit(NAMES[model], video.size, plan)
 
 
+@functools.cache
 def _weights(model: str) -> tuple[Weights, Weights]:
     transformer, text = meta_transformer(MODELS[model]), meta_text_encoder(MODELS[model])
     return (
