@@ -26,7 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 H200, RTX4090, RTX3060 = (
     Card("H200", 139.8, 139.0, (9, 0)),
     Card("RTX 4090", 23.5, 23.0, (8, 9)),
-    Card("RTX 3060", 7.8, 7.5, (8, 6)),
+    Card("RTX 3060", 11.6, 11.2, (8, 6)),
 )
 
 
@@ -49,7 +49,8 @@ def run(capsys, monkeypatch):
 def advised(cards=(H200,), device="cuda", lacks=(), cudnn=None, cached=(), unseen="", host=60.0):
     """The advice for a machine with these cards, whose optional packages are there but for some."""
     here = Machine(device, tuple(cards), "580.1", unseen, 8, host * 1.05, host, "3.12", "2.13", "13.0")
-    kinds = fits(budget_of(here.card.free_gib, host, host * 1.05), "torchao" not in lacks) if here.card else ()
+    budget = budget_of(here.card.free_gib, host, here.host_gib) if here.card else None
+    kinds = fits(budget, here.card.gib, "torchao" not in lacks) if here.card else ()
     found = [Package(name, "", False, "1", "", f"pip install {how}") for name, (_, how) in packages.OPTIONAL.items()]
     found = [Package(one.name, "", False, None, "missing", one.install) if one.name in lacks else one for one in found]
     known = Kernel("cudnn", cudnn is None, cudnn or "passes its check", True), Kernel("flex", True, "", False)
@@ -152,10 +153,10 @@ def test_packages_that_are_old_or_missing(monkeypatch):
 
 def test_what_fits_follows_the_memory():
     def plans(free, host):
-        return {(one.model, one.size[1]): one for one in fits(budget_of(free, host, host), True)}
+        return {(one.model, one.size[1]): one for one in fits(budget_of(free, host, host), free * 1.02, True)}
 
     assert all(one.is_plain for one in plans(139, 200).values())
-    large, small = plans(23, 120), plans(7.5, 60)
+    large, small = plans(23, 120), plans(11.2, 60)
     assert not large["14B", 720].is_plain and large["14B", 720].plan.packing is None
     assert large["1.3B", 480].plan is not None and small["14B", 480].plan is not None
     nothing = plans(1.0, 60)["14B", 720]
@@ -171,12 +172,32 @@ def test_what_is_recommended():
     assert advised((H200,) * 8, device="cuda:3").commands[0].endswith(" --config nabla_0.7.yaml --device cuda:3")
     assert advised((RTX4090,)).commands[0].endswith(" --config nabla_0.7.yaml --memory auto")
     assert advised((RTX3060,), host=20.0).commands[0].endswith('--task t2v-1.3B --size "832*480" --memory auto')
+    assert advised((RTX3060,), host=60.0).commands[0].endswith(" --config nabla_0.7.yaml --memory auto")
+    assert advised((RTX4090,), host=30.0).commands[0].endswith(" --config nabla_0.7.yaml --memory auto")
     several = advised((RTX4090,) * 2)
     assert several.commands[0].startswith("python ") and "--dit_fsdp" in several.faster[0]
     for cards, device in (((), "cpu"), ((H200,), "cpu")):
         (run,) = advised(cards, device).commands
         assert run.startswith('python generate.py --prompt "a red circle ')
         assert run.endswith(" --device cpu") == bool(cards)
+
+
+def test_a_run_that_would_move_models_to_host_memory_gets_a_plan():
+    # Of 50 GiB the planner leaves all on the GPU; a run without it would offload, here to a host that is too small.
+    card = Card("50 GiB", 50.5, 50.0, (8, 9))
+    (large,) = [
+        one for one in fits(budget_of(50.0, 20.0, 24.0), card.gib, True) if (one.model, one.size[1]) == ("14B", 720)
+    ]
+    assert not large.plan.in_turns and large.crowded and not large.is_plain
+    assert advised((card,), host=20.0).commands[0].endswith(" --config nabla_0.7.yaml --memory auto")
+
+
+def test_torchao_is_named_where_it_may_let_more_fit():
+    for card, host in ((RTX4090, 30.0), (RTX3060, 20.0)):
+        lacking = advised((card,), host=host, lacks=("torchao",))
+        assert "--config nabla_0.7.yaml" not in lacking.commands[0]
+        assert "--memory auto may fit" in lacking.faster[0] and "requirements-fp8.txt" in lacking.faster[0]
+    assert "may fit" not in " ".join(advised(lacks=("torchao",)).faster)
 
 
 def test_what_would_be_faster():

@@ -61,7 +61,12 @@ def is_crowded(device: torch.device, weights: int) -> bool:
     """Whether so many bytes of weights leave a GPU too little room to work in, so that idle parts should move out."""
     if device.type != "cuda":
         return False
-    return weights > WEIGHT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return crowds(weights, torch.cuda.get_device_properties(device).total_memory)
+
+
+def crowds(weights: int, total: int) -> bool:
+    """Whether so many bytes of weights are too many for a GPU of `total` bytes."""
+    return weights > WEIGHT_SHARE * total
 
 
 def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:

@@ -95,8 +95,10 @@ def _faster(
         found.append(
             "the flex kernel, without which attention is as slow as its plain reference; see above for its fault"
         )
+    install = next(one.install for one in packages if one.name == "torchao")
+    if _problem(packages, "torchao") and (chosen is None or (chosen.model, chosen.size) != PREFERENCE[0]):
+        found.append(f"weights in int8 or 4 bits, with which --memory auto may fit a larger model or video: {install}")
     if _can_fp8(machine) and _problem(packages, "torchao"):
-        install = next(one.install for one in packages if one.name == "torchao")
         found.append(f"--fp8, linear layers in float8: {install}")
     elif _can_fp8(machine) and chosen is not None and chosen.is_plain:
         found.append("--fp8: linear layers in float8, a forward a quarter faster, outputs off by some percent")

@@ -47,4 +47,5 @@ def _fits(here: Machine, packages: tuple[Package, ...]) -> tuple[Fit, ...]:
     if here.card is None:
         return ()
     can_pack = not any(one.problem for one in packages if one.name == "torchao")
-    return fits(budget_of(here.card.free_gib, here.free_host_gib, here.host_gib), can_pack)
+    budget = budget_of(here.card.free_gib, here.free_host_gib, here.host_gib)
+    return fits(budget, here.card.gib, can_pack)

@@ -12,6 +12,7 @@ from nabla import InputError
 from wan.budget import weigh
 from wan.config import VideoSettings
 from wan.estimates import GIB, Weights, Work
+from wan.memory import crowds
 from wan.planner import Budget, Plan, choose
 from wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer, vae_shapes
 
@@ -25,12 +26,14 @@ class Fit:
     """A video of 81 frames: how it would be made.
 
     plan: None if it does not fit, and then why
+    crowded: whether a run without a plan would move idle models to host memory
     """
 
     model: str
     size: tuple[int, int]
     plan: Plan | None
     refusal: str = ""
+    crowded: bool = False
 
     @property
     def gib(self) -> float:
@@ -40,27 +43,32 @@ class Fit:
     @property
     def is_plain(self) -> bool:
         """Whether it needs no plan: all models stay on the GPU, as they are."""
-        return self.plan is not None and not self.plan.in_turns and self.plan.packing is self.plan.text_packing is None
+        if self.plan is None or self.crowded:
+            return False
+        return not self.plan.in_turns and self.plan.packing is self.plan.text_packing is None
 
 
-def fits(budget: Budget, can_pack: bool) -> tuple[Fit, ...]:
+def fits(budget: Budget, gib: float, can_pack: bool) -> tuple[Fit, ...]:
     """The plans of each model and size on a GPU, in bfloat16 unless another precision is part of them.
 
-    can_pack: whether torchao is there
+    gib: of the GPU, used memory included; can_pack: whether torchao is there
     """
-    return tuple(_fit(model, VideoSettings(size), budget, can_pack) for model in NAMES for size in SIZES)
+    total = int(gib * GIB)
+    return tuple(_fit(model, VideoSettings(size), budget, total, can_pack) for model in NAMES for size in SIZES)
 
 
-def _fit(model: str, video: VideoSettings, budget: Budget, can_pack: bool) -> Fit:
+def _fit(model: str, video: VideoSettings, budget: Budget, total: int, can_pack: bool) -> Fit:
     sizes = MODELS[model]
     tokens = math.prod(video.token_grid)
     work = Work(tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, video.size, video.frame_num)
-    vae_bytes = sum(map(math.prod, vae_shapes(sizes).values())) * VAE_ITEMSIZE
+    transformer, text = _weights(model)
+    vae_numbers = sum(map(math.prod, vae_shapes(sizes).values()))
     try:
-        plan = choose(*_weights(model), vae_bytes, work, budget, can_pack=can_pack)
+        plan = choose(transformer, text, vae_numbers * VAE_ITEMSIZE, work, budget, can_pack=can_pack)
     except InputError as error:
         return Fit(NAMES[model], video.size, None, str(error))
-    return Fit(NAMES[model], video.size, plan)
+    unplanned = transformer.bytes(None) + text.bytes(None) + vae_numbers * torch.bfloat16.itemsize
+    return Fit(NAMES[model], video.size, plan, crowded=crowds(unplanned, total))
 
 
 @functools.cache
