@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,12 +14,19 @@ import yaml
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
 from wan.cache_settings import CacheSettings
-from wan.text import clean_prompt
+from wan.checks import (
+    PATCH,
+    VAE_STRIDE,
+    absolute_path,
+    check_keys,
+    check_prompt,
+    check_sampling,
+    check_text,
+    check_video,
+    parse_size,
+)
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-VAE_STRIDE = (4, 8, 8)
-PATCH = (1, 2, 2)
-SOLVERS = ("unipc", "dpm++")
 # The published program runs this many first steps dense when only a window is used.
 STA_DENSE_STEPS = 12
 DEFAULT_NEGATIVE_PROMPT = (
@@ -29,7 +35,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "背景人很多，倒着走"
 )
 DTYPES = ("bfloat16", "float16", "float32")
-MAX_STEPS = 1000
 MAX_FPS = 240
 MAX_SEED = 2**31
 _CHOICE = ("algorithm", "threshold", "keep", "window")
@@ -83,6 +88,14 @@ class VideoSettings:
         return tuple(n // p for n, p in zip(self.latents_size, PATCH))
 
 
+def check_positions(video: VideoSettings, most: int) -> None:
+    """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
+    if max(video.token_grid) > most:
+        width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
+        frames, size = (most - 1) * VAE_STRIDE[0] + 1, "*".join(map(str, video.size))
+        raise InputError(f"{video.frame_num} frames of {size} are too many; at most {frames} of {width}*{height}")
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA and the scale of what it adds to the weights. The path is made absolute."""
@@ -91,7 +104,7 @@ class LoraFile:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "file", _absolute("lora file", self.file))
+        object.__setattr__(self, "file", absolute_path("lora file", self.file))
         if not is_number(self.scale):
             raise InputError(f"lora scale {self.scale!r} is not a number; 1.0 is usual")
 
@@ -134,7 +147,7 @@ class Settings:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
         check_prompt(self.prompt)
         if self.transformer is not None:
-            object.__setattr__(self, "transformer", _absolute("transformer", self.transformer))
+            object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
         if not isinstance(self.lora, (list, tuple)):
             raise InputError(f"lora {self.lora!r} is not a list; write one file or more in brackets")
         object.__setattr__(self, "lora", tuple(map(LoraFile.parse, self.lora)))
@@ -223,80 +236,3 @@ def read_settings(name: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
         raise InputError(f"config {path} does not hold a mapping of settings")
     return content or {}
-
-
-def parse_size(size: object) -> tuple[int, int]:
-    """(width, height) from `1280*720`, `1280x720` or a pair."""
-    if isinstance(size, str):
-        parts = size.replace("x", "*").split("*")
-        size = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
-        given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
-        raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")
-    return int(size[0]), int(size[1])
-
-
-def check_video(size: tuple[int, int], frame_num: int) -> None:
-    """Raise `InputError` unless a video of `size` (width, height) and `frame_num` frames can be made, uncropped."""
-    width, height = size
-    rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
-    if not width or not height or width % columns or height % rows:
-        near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
-        raise InputError(
-            f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}"
-        )
-    step = VAE_STRIDE[0]
-    if not is_count(frame_num) or frame_num % step != 1:
-        below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
-        raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
-
-
-def check_positions(video: VideoSettings, most: int) -> None:
-    """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
-    if max(video.token_grid) > most:
-        width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
-        frames, size = (most - 1) * VAE_STRIDE[0] + 1, "*".join(map(str, video.size))
-        raise InputError(f"{video.frame_num} frames of {size} are too many; at most {frames} of {width}*{height}")
-
-
-def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:
-    """Raise `InputError` for a solver that is not known or numbers outside what is allowed."""
-    if solver not in SOLVERS:
-        raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
-    if not is_count(steps) or not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
-    if not is_number(shift) or shift <= 0:
-        raise InputError(f"shift {shift!r} is not a positive number; 5.0 is usual")
-    if not is_number(guide_scale) or guide_scale < 1:
-        raise InputError(
-            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual"
-        )
-
-
-def _absolute(name: str, file: object) -> str:
-    if not isinstance(file, str) or not file:
-        raise InputError(f"{name} {file!r} is not the path of a file")
-    return os.path.abspath(os.path.expanduser(file))
-
-
-def check_text(name: str, text: object) -> None:
-    """Raise `InputError` unless a value is text that can be written to a file."""
-    if not isinstance(text, str):
-        raise InputError(f"{name} {text!r} is not a text; put it in quotes")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
-
-
-def check_prompt(prompt: object) -> None:
-    """Raise `InputError` unless a prompt says something."""
-    check_text("prompt", prompt or "")
-    if not clean_prompt(prompt or ""):
-        raise InputError("the prompt is empty; say what the video should show with --prompt")
-
-
-def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
-    """Raise `InputError` for the first key of a mapping that is not allowed."""
-    if unknown := sorted(map(str, given.keys() - allowed)):
-        raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

@@ -10,7 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
-from wan.config import check_sampling
+from wan.checks import check_sampling
 
 TRAIN_TIMESTEPS = 1000
 # The first sigma before shifting; the published programs start each solver elsewhere, unipc at a float32 number.

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import gradio as gr
 
 from nabla.config import BACKEND_NAMES
-from wan.config import MAX_STEPS, SOLVERS, VAE_STRIDE, Settings
+from wan.checks import MAX_STEPS, SOLVERS, VAE_STRIDE
+from wan.config import Settings
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.page.sources import Presets
 from wan.page.status import STARTING

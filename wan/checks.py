@@ -1,0 +1,86 @@
+"""What single values of settings may be, and errors that say what is allowed in place of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from nabla import InputError
+from nabla.config import is_count, is_number
+from wan.text import clean_prompt
+
+VAE_STRIDE = (4, 8, 8)
+PATCH = (1, 2, 2)
+SOLVERS = ("unipc", "dpm++")
+MAX_STEPS = 1000
+
+
+def parse_size(size: object) -> tuple[int, int]:
+    """(width, height) from `1280*720`, `1280x720` or a pair."""
+    if isinstance(size, str):
+        parts = size.replace("x", "*").split("*")
+        size = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
+        given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
+        raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")
+    return int(size[0]), int(size[1])
+
+
+def check_video(size: tuple[int, int], frame_num: int) -> None:
+    """Raise `InputError` unless a video of `size` (width, height) and `frame_num` frames can be made, uncropped."""
+    width, height = size
+    rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
+    if not width or not height or width % columns or height % rows:
+        near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
+        raise InputError(
+            f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}"
+        )
+    step = VAE_STRIDE[0]
+    if not is_count(frame_num) or frame_num % step != 1:
+        below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
+        raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
+
+
+def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:
+    """Raise `InputError` for a solver that is not known or numbers outside what is allowed."""
+    if solver not in SOLVERS:
+        raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
+    if not is_count(steps) or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
+    if not is_number(shift) or shift <= 0:
+        raise InputError(f"shift {shift!r} is not a positive number; 5.0 is usual")
+    if not is_number(guide_scale) or guide_scale < 1:
+        raise InputError(
+            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual"
+        )
+
+
+def absolute_path(name: str, file: object) -> str:
+    """A path made absolute; raises `InputError` for a value that is none. There need not be a file."""
+    if not isinstance(file, str) or not file:
+        raise InputError(f"{name} {file!r} is not the path of a file")
+    return os.path.abspath(os.path.expanduser(file))
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise `InputError` unless a value is text that can be written to a file."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} {text!r} is not a text; put it in quotes")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
+
+
+def check_prompt(prompt: object) -> None:
+    """Raise `InputError` unless a prompt says something."""
+    check_text("prompt", prompt or "")
+    if not clean_prompt(prompt or ""):
+        raise InputError("the prompt is empty; say what the video should show with --prompt")
+
+
+def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
+    """Raise `InputError` for the first key of a mapping that is not allowed."""
+    if unknown := sorted(map(str, given.keys() - allowed)):
+        raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
