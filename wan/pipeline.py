@@ -1,44 +1,38 @@
-"""Text to video: the components of a checkpoint and the three stages between a prompt and frames."""
+"""Text to video: the three stages between a prompt and frames."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nabla import InputError, NablaConfig
-from wan import memory
-from wan.attention import apply_attention, compile_blocks, many_compiles
-from wan.cache_settings import CacheSettings
-from wan.checkpoint import Checkpoint
-from wan.config import LoraFile, SamplingSettings, VideoSettings, check_positions, check_prompt
+from nabla import InputError
+from wan import memory, pretrained
+from wan.attention import many_compiles
+from wan.checks import check_prompt
+from wan.config import SamplingSettings, VideoSettings, check_positions
 from wan.latents import decode, encode
-from wan.loading import load_models
-from wan.observer import Observer, Observers
-from wan.parallel import apply_sequence, gather_guidance
+from wan.observer import Observer
+from wan.parallel import gather_guidance
 from wan.planner import Plan
-from wan.processes import Layout, Processes
-from wan.recorder import Recorder
-from wan.sampling import denoise, make_solver
-from wan.step_cache import StepCache, apply_cache
+from wan.processes import Processes
+from wan.recorder import observed
+from wan.sampling import denoise, make_solver, told_steps
+from wan.step_cache import StepCache
 from wan.text import pad_rows, pad_text, tokenize
 from wan.video import to_frames
 from wan.weights import CheckpointError
 
-log = logging.getLogger("wan")
-
 
 class WanT2V:
-    """Wan2.1 text-to-video. Build with `from_pretrained`.
+    """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
     vae: diffusers' `AutoencoderKLWan`, its encoder in float32
@@ -49,6 +43,8 @@ class WanT2V:
     seconds: how long each stage of the last `generate` took
     plan: of memory, by which the models were loaded, or None
     """
+
+    from_pretrained = classmethod(pretrained.from_pretrained)
 
     def __init__(
         self,
@@ -78,88 +74,6 @@ class WanT2V:
         self.seconds: dict[str, float] = {}
         self.plan: Plan | None = None
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path | Checkpoint,
-        attention: NablaConfig | str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        offload: bool | None = None,
-        t5_cpu: bool = False,
-        compile: bool | None = None,
-        fp8: bool = False,
-        vae_dtype: torch.dtype | None = None,
-        processes: Processes | None = None,
-        dit_fsdp: bool = False,
-        t5_fsdp: bool = False,
-        transformer: str | Path | None = None,
-        lora: Sequence[str | LoraFile] = (),
-        cache: CacheSettings | str | None = None,
-        plan: Plan | None = None,
-    ) -> WanT2V:
-        """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
-
-        attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
-        dtype: of the transformer and the text encoder; the VAE's encoder is float32
-        offload: keep each component in host memory while it is idle; None decides by the size of the GPU
-        t5_cpu: run the text encoder on the CPU
-        compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
-        fp8: run the transformer's linear layers in float8, see `wan.fp8`
-        vae_dtype: of the VAE's decoder; None means float16 on a GPU beside a half-precision transformer, else float32
-        processes: share the work as they are laid out
-        dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
-        transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
-        lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`
-        cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.cache_settings`
-        plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
-            `wan.budget.plan_run`
-        Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
-        """
-        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
-        device = torch.device(device)
-        if isinstance(attention, str):
-            attention = NablaConfig.parse(attention)
-        asked = {} if attention is None else {"attention": {"algorithm": "dense"}}
-        defaults = checkpoint.resolve(asked, {"prompt": "none"})
-        if attention is None:
-            attention = defaults.attention
-            log.info("attention of the checkpoint: %s", attention.algorithm)
-        models = load_models(
-            checkpoint,
-            device,
-            dtype,
-            vae_dtype,
-            fp8=fp8,
-            offload=offload,
-            t5_cpu=t5_cpu,
-            processes=processes,
-            dit_fsdp=dit_fsdp,
-            t5_fsdp=t5_fsdp,
-            transformer_file=transformer,
-            lora=[LoraFile.parse(file) for file in lora],
-            plan=plan,
-        )
-        t5_cpu = t5_cpu if plan is None else plan.text == "cpu"
-        pipe = cls(
-            **models._asdict(),
-            device=device,
-            text_device=torch.device("cpu") if t5_cpu else device,
-            text_length=checkpoint.text_length,
-            sampling=defaults.sampling,
-            video=defaults.video,
-            processes=processes,
-        )
-        pipe.plan = plan
-        if device.type == "cuda" if compile is None else compile:
-            compile_blocks(pipe.transformer)
-        if (cache := CacheSettings.parse(cache)) is not None:
-            apply_cache(pipe.transformer, cache)
-        if processes is not None and processes.layout.ulysses > 1:
-            apply_sequence(pipe.transformer, processes.sequence)
-        apply_attention(pipe.transformer, attention)
-        return pipe
 
     def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training; too long ones are cut."""
@@ -203,52 +117,35 @@ class WanT2V:
                 f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
             )
         latents = _batched(noise, 5).to(self.device, torch.float32)
-        texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
-        applied = getattr(self.transformer, "nabla", None)
-        counter = applied.steps if applied else None
-        cache = self.cache
-        observer = _observer(progress, observer)
+        texts, gather = [self._ready_text(text, len(latents)) for text in (context, negative_context)], None
+        if sampling.guide_scale != 1:
+            texts, gather = self._own_branches(texts)
+        cache, observer = self.cache, observed(progress, observer)
+        alone = self.processes is None or self.processes.layout.sharing == 1
+        takes_batch = alone and not self._shares_masks and cache is None
+        with (
+            told_steps(self.transformer, sampling.steps) as tell,
+            memory.placed(self.transformer, self.device, self.offload) as transformer,
+            many_compiles(),
+            observer.sampling(self, sampling, latents),
+        ):
 
-        def at_step(step: int) -> None:
-            if counter:
-                counter.tell(step)
-            observer.step_begins(step)
+            def at_step(step: int) -> None:
+                tell(step)
+                observer.step_begins(step)
 
-        # As one batch each guidance branch would keep blocks of its own.
-        shares = applied is not None and applied.config.mask_refresh > 1
-        layout, gather = self.processes.layout if self.processes else Layout(), None
-        if layout.cfg > 1 and sampling.guide_scale != 1:
-            if shares:
-                raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
-            branches = self.processes.branches
-            texts, gather = [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
-        takes_batch = layout.sharing == 1 and not shares and cache is None
-        try:
-            if cache is not None:
-                cache.begin(sampling.steps, applied.config.dense_steps if applied else 0)
-            with (
-                memory.placed(self.transformer, self.device, self.offload) as transformer,
-                many_compiles(),
-                observer.sampling(self, sampling, latents),
-            ):
-                latents = denoise(
-                    transformer,
-                    latents,
-                    *texts,
-                    make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
-                    sampling.guide_scale,
-                    batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
-                    at_step=at_step,
-                    after_step=observer.step_ends,
-                    gather=gather,
-                    **({} if cache is None else {"in_branch": cache.branch}),
-                )
-        finally:
-            if cache is not None:
-                cache.end()
-            if applied:
-                counter.tell(None)
-                applied.forget_blocks()
+            latents = denoise(
+                transformer,
+                latents,
+                *texts,
+                make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
+                sampling.guide_scale,
+                batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
+                at_step=at_step,
+                after_step=observer.step_ends,
+                gather=gather,
+                **({} if cache is None else {"in_branch": cache.branch}),
+            )
         if not latents.isfinite().all():
             raise InputError("sampling ended in values that are not finite; in float16, try bfloat16")
         return latents.view(noise.shape)
@@ -304,7 +201,7 @@ class WanT2V:
             solver=solver,
         ).with_seed()
         check_positions(video, self.transformer.config.rope_max_seq_len)
-        self.seconds, observer = {}, _observer(progress, observer)
+        self.seconds, observer = {}, observed(progress, observer)
         with observer.video(self, prompt, video, sampling):
             with self._stage("text", observer):
                 prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
@@ -355,6 +252,21 @@ class WanT2V:
         self.seconds[name] = time.perf_counter() - start
         observer.stage_ends(name, self.seconds[name])
 
+    @property
+    def _shares_masks(self) -> bool:
+        """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
+        applied = getattr(self.transformer, "nabla", None)
+        return applied is not None and applied.config.mask_refresh > 1
+
+    def _own_branches(self, texts: list[Tensor]) -> tuple[list[Tensor | None], Callable | None]:
+        """The texts of guidance branches that this process runs, and, if not both, what gives both predictions."""
+        if self.processes is None or self.processes.layout.cfg == 1:
+            return texts, None
+        if self._shares_masks:
+            raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
+        branches = self.processes.branches
+        return [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
+
     def _text_for_all(self, prompts: list[str]) -> Tensor:
         """Text states of prompts, on all processes that share a video."""
         if self.text_encoder is not None:
@@ -370,13 +282,6 @@ class WanT2V:
             return None
         text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
         return pad_rows(text, self.text_length)
-
-
-def _observer(progress: bool, observer: Observer | None) -> Observer:
-    if not progress:
-        return observer or Observer()
-    shown = Recorder(progress=True, timed=False)
-    return shown if observer is None else Observers(shown, observer)
 
 
 def _changed(settings: Any, **values: Any) -> Any:

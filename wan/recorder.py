@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from wan import records
-from wan.observer import Observer
+from wan.observer import Observer, Observers
 from wan.progress import Progress
 from wan.records import Record
 from wan.run_log import RunLog
@@ -114,3 +114,11 @@ class Recorder(Observer):
         self.records += made
         if self.writer:
             self.writer.write(made)
+
+
+def observed(progress: bool, observer: Observer | None) -> Observer:
+    """An observer, or one that does nothing, beside a line of progress if that is wished."""
+    if not progress:
+        return observer or Observer()
+    shown = Recorder(progress=True, timed=False)
+    return shown if observer is None else Observers(shown, observer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -94,3 +94,19 @@ def denoise(
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
         after_step(step, clean)
     return latents
+
+
+@contextmanager
+def told_steps(transformer: nn.Module, steps: int) -> Iterator[Callable[[int], None]]:
+    """What tells a transformer's attention each step of a video; they and a step cache forget the video afterwards."""
+    applied, cache = getattr(transformer, "nabla", None), getattr(transformer, "step_cache", None)
+    try:
+        if cache is not None:
+            cache.begin(steps, applied.config.dense_steps if applied else 0)
+        yield applied.steps.tell if applied else lambda step: None
+    finally:
+        if cache is not None:
+            cache.end()
+        if applied:
+            applied.steps.tell(None)
+            applied.forget_blocks()
