@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict:
     prompts = [layer["prompt"] for layer, _ in read_prompts(args.prompt_file)]
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipe = WanT2V.from_pretrained(args.ckpt_dir, args.sparse_algo, device, dtype, fp8=args.fp8)
+    pipe = WanT2V.from_pretrained(args.ckpt_dir, args.sparse_algo, device, dtype, fp8=args.fp8, cache="none")
     given = {"size": args.size, "frame_num": args.frame_num}
     video: VideoSettings = replace(pipe.video, **{key: value for key, value in given.items() if value is not None})
     sampling = pipe.sampling if args.steps is None else replace(pipe.sampling, steps=args.steps)

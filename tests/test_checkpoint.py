@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import weight_files
 from conftest import DATA
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ import wan
 from nabla import InputError
 from wan import parts, random_checkpoint
 from wan.checkpoint import TOKENIZER_FOLDER, Checkpoint
+from wan.fast_vae import decoder_dtype
 from wan.parts import TEXT_ENCODER_FILE, VAE_FILE
 from wan.weights import CheckpointError
 
@@ -110,6 +112,43 @@ def test_a_window_that_a_checkpoint_names_runs_its_first_steps_dense(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"sparse_algo": "sta-3-3-3"}))
     assert wan.WanT2V.from_pretrained(copy).transformer.nabla.config.dense_steps == 12
+
+
+def test_all_that_a_checkpoint_s_defaults_name_is_taken_unless_arguments_say_else(damaged):
+    factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(damaged).transformer)
+    lora = weight_files.write_lora(damaged / "style.safetensors", factors)
+    plain = wan.WanT2V.from_pretrained(damaged, dtype=torch.bfloat16).transformer.state_dict()
+    defaults = f"dtype: bfloat16\nvae_dtype: bfloat16\nlora: ['{lora}:0.5']\ncache: first_block:0.1\n"
+    (damaged / "defaults.yaml").write_text(defaults)
+    name = "blocks.0.attn1.to_q.weight"
+
+    pipe = wan.WanT2V.from_pretrained(damaged)
+    assert pipe.transformer.dtype == torch.bfloat16 and pipe.cache.settings.threshold == 0.1
+    assert decoder_dtype(pipe.vae) == torch.bfloat16
+    assert not torch.equal(pipe.transformer.state_dict()[name], plain[name])
+
+    pipe = wan.WanT2V.from_pretrained(damaged, lora=(), cache="none", dtype=torch.float32, vae_dtype=torch.float32)
+    assert pipe.cache is None and pipe.transformer.dtype == decoder_dtype(pipe.vae) == torch.float32
+    assert torch.equal(pipe.transformer.state_dict()[name].bfloat16(), plain[name])
+
+
+def test_a_transformer_that_a_checkpoint_s_defaults_name_is_taken(damaged):
+    state = load_models(damaged)["transformer"].state_dict()
+    file = damaged.parent / "single.safetensors"
+    save_file({key: torch.zeros_like(value) for key, value in state.items()}, file)
+    (damaged / "defaults.yaml").write_text(f"transformer: {file}\n")
+    assert not wan.WanT2V.from_pretrained(damaged).transformer.proj_out.weight.any()
+
+
+def test_defaults_that_cannot_run_here_are_an_error_unless_arguments_say_else(damaged):
+    (damaged / "defaults.yaml").write_text("fp8: true\n")
+    for dtype, message in ((None, "fp8 works in bfloat16 only"), (torch.bfloat16, "fp8 does not work on cpu")):
+        with pytest.raises(InputError, match=message):
+            wan.WanT2V.from_pretrained(damaged, dtype=dtype)
+    wan.WanT2V.from_pretrained(damaged, fp8=False)
+    (damaged / "defaults.yaml").write_text("cache: mag\n")
+    with pytest.raises(InputError, match="cache mag needs the ratios"):
+        wan.WanT2V.from_pretrained(damaged)
 
 
 def test_tokenizer_reads_tokenizer_json_as_it_is(random_nano):

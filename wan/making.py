@@ -88,22 +88,16 @@ def load(
     if options.memory is not None:
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
     with _clear_about_memory(settings, options):
-        pipe = WanT2V.from_pretrained(
+        pipe = WanT2V.from_settings(
             checkpoint,
-            settings.attention,
+            settings,
             device,
-            getattr(torch, settings.dtype),
             offload=options.offload,
             t5_cpu=options.t5_cpu,
             compile=options.compile,
-            fp8=settings.fp8,
-            vae_dtype=settings.vae_dtype and getattr(torch, settings.vae_dtype),
             processes=processes,
             dit_fsdp=options.dit_fsdp,
             t5_fsdp=options.t5_fsdp,
-            transformer=settings.transformer,
-            lora=settings.lora,
-            cache=settings.cache,
             plan=plan,
         )
     place = settings.checkpoint, device, settings.dtype

@@ -45,6 +45,7 @@ class WanT2V:
     """
 
     from_pretrained = classmethod(pretrained.from_pretrained)
+    from_settings = classmethod(pretrained.from_settings)
 
     def __init__(
         self,

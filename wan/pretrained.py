@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from nabla import NablaConfig
 from wan.attention import apply_attention, compile_blocks
 from wan.cache_settings import CacheSettings
 from wan.checkpoint import Checkpoint
-from wan.config import LoraFile
+from wan.config import LoraFile, Settings
 from wan.loading import load_models
 from wan.parallel import apply_sequence
 from wan.planner import Plan
@@ -31,60 +32,104 @@ def from_pretrained(
     path: str | Path | Checkpoint,
     attention: NablaConfig | str | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     offload: bool | None = None,
     t5_cpu: bool = False,
     compile: bool | None = None,
-    fp8: bool = False,
+    fp8: bool | None = None,
     vae_dtype: torch.dtype | None = None,
     processes: Processes | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
     transformer: str | Path | None = None,
-    lora: Sequence[str | LoraFile] = (),
+    lora: Sequence[str | LoraFile] | None = None,
     cache: CacheSettings | str | None = None,
     plan: Plan | None = None,
 ) -> WanT2V:
     """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
+    What is None is what the checkpoint's `defaults.yaml` says, and where it says nothing what stands here.
+
     attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
-    dtype: of the transformer and the text encoder; the VAE's encoder is float32
+    dtype: of the transformer and the text encoder, float32 by default; the VAE's encoder is float32
+    fp8: run the transformer's linear layers in float8, see `wan.fp8`; off by default
+    vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32
+    transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
+    lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`; none by default
+    cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.cache_settings`; "none", the
+        default, is off
+    For the rest see `from_settings`. Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is
+    damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
+    asked = {
+        "dtype": dtype and str(dtype).removeprefix("torch."),
+        "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
+        "fp8": fp8,
+        "transformer": transformer and str(transformer),
+        "lora": lora,
+        "cache": cache,
+        # Whatever the checkpoint names is not looked at then.
+        "attention": None if attention is None else {"algorithm": "dense"},
+    }
+    settings = checkpoint.resolve(asked, {"prompt": "none"})
+    if attention is None:
+        log.info("attention of the checkpoint: %s", settings.attention.algorithm)
+    else:
+        attention = NablaConfig.parse(attention) if isinstance(attention, str) else attention
+        settings = replace(settings, attention=attention)
+    return cls.from_settings(
+        checkpoint,
+        settings,
+        device,
+        offload=offload,
+        t5_cpu=t5_cpu,
+        compile=compile,
+        processes=processes,
+        dit_fsdp=dit_fsdp,
+        t5_fsdp=t5_fsdp,
+        plan=plan,
+    )
+
+
+def from_settings(
+    cls: type[WanT2V],
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+    offload: bool | None = None,
+    t5_cpu: bool = False,
+    compile: bool | None = None,
+    processes: Processes | None = None,
+    dit_fsdp: bool = False,
+    t5_fsdp: bool = False,
+    plan: Plan | None = None,
+) -> WanT2V:
+    """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
+
     offload: keep each component in host memory while it is idle; None decides by the size of the GPU
     t5_cpu: run the text encoder on the CPU
     compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
-    fp8: run the transformer's linear layers in float8, see `wan.fp8`
-    vae_dtype: of the VAE's decoder; None means float16 on a GPU beside a half-precision transformer, else float32
     processes: share the work as they are laid out
     dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
-    transformer: a file of weights in place of the checkpoint's transformer, see `wan.single_file`
-    lora: files, or `file:scale`, merged into the transformer's weights, see `wan.lora`
-    cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.cache_settings`
     plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
         `wan.budget.plan_run`
-    Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is damaged.
+    Raises as `from_pretrained` does.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
     device = torch.device(device)
-    if isinstance(attention, str):
-        attention = NablaConfig.parse(attention)
-    asked = {} if attention is None else {"attention": {"algorithm": "dense"}}
-    defaults = checkpoint.resolve(asked, {"prompt": "none"})
-    if attention is None:
-        attention = defaults.attention
-        log.info("attention of the checkpoint: %s", attention.algorithm)
     models = load_models(
         checkpoint,
         device,
-        dtype,
-        vae_dtype,
-        fp8=fp8,
+        getattr(torch, settings.dtype or "float32"),
+        settings.vae_dtype and getattr(torch, settings.vae_dtype),
+        fp8=settings.fp8,
         offload=offload,
         t5_cpu=t5_cpu,
         processes=processes,
         dit_fsdp=dit_fsdp,
         t5_fsdp=t5_fsdp,
-        transformer_file=transformer,
-        lora=[LoraFile.parse(file) for file in lora],
+        transformer_file=settings.transformer,
+        lora=settings.lora,
         plan=plan,
     )
     t5_cpu = t5_cpu if plan is None else plan.text == "cpu"
@@ -93,21 +138,21 @@ def from_pretrained(
         device=device,
         text_device=torch.device("cpu") if t5_cpu else device,
         text_length=checkpoint.text_length,
-        sampling=defaults.sampling,
-        video=defaults.video,
+        sampling=settings.sampling,
+        video=settings.video,
         processes=processes,
     )
     pipe.plan = plan
-    _put_on(pipe, attention, CacheSettings.parse(cache), device.type == "cuda" if compile is None else compile)
+    _put_on(pipe, settings, device.type == "cuda" if compile is None else compile)
     return pipe
 
 
-def _put_on(pipe: WanT2V, attention: NablaConfig, cache: CacheSettings | None, compiled: bool) -> None:
+def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
     """What changes how the transformer runs, each over what was put on before."""
     if compiled:
         compile_blocks(pipe.transformer)
-    if cache is not None:
-        apply_cache(pipe.transformer, cache)
+    if settings.cache is not None:
+        apply_cache(pipe.transformer, settings.cache)
     if pipe.processes is not None and pipe.processes.layout.ulysses > 1:
         apply_sequence(pipe.transformer, pipe.processes.sequence)
-    apply_attention(pipe.transformer, attention)
+    apply_attention(pipe.transformer, settings.attention)

@@ -91,7 +91,13 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     # Wrong ones are found before anything is loaded.
     list(asked(args.cache, [1.0]))
     pipe = WanT2V.from_pretrained(
-        args.ckpt_dir, args.sparse_algo, device, getattr(torch, args.dtype), compile=args.compile, fp8=args.fp8
+        args.ckpt_dir,
+        args.sparse_algo,
+        device,
+        getattr(torch, args.dtype),
+        compile=args.compile,
+        fp8=args.fp8,
+        cache="none",
     )
     video = {"size": args.size and args.size[0], "frame_num": args.frame_num and args.frame_num[0]}
     pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
