@@ -64,7 +64,10 @@ def test_a_record_of_packed_weights_says_that_they_are_not_packed_again(run, tmp
     record["made_with"] |= {"memory": 12, "plan": {"packing": "int4", "text_packing": None}}
     (tmp_path / "packed.json").write_text(json.dumps(record))
     _, said, _ = run("--config", "packed.json")
-    assert "warning: packed.json was made with the transformer in int4, and this video will differ; --memory 12" in said
+    assert (
+        "warning: packed.json was made with the transformer in int4 (here float32), so this video will differ; "
+        "--memory 12 packs as there, if as much is free\n"
+    ) in said
     assert "will differ" not in run("--config", "out.json")[1]
 
 

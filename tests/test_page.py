@@ -18,7 +18,7 @@ from wan.making import Options
 from wan.page import status
 from wan.page import studio as studio_module
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
-from wan.page.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, read_record
+from wan.page.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.studio import DECODING, SAMPLING, WAITING, Job, Progress, Studio
 from wan.random_checkpoint import random_transformer
 from wan.sampling import Cancelled
@@ -152,6 +152,16 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
         "the video was made in bfloat16, and this page runs float32",
     ]
     assert from_record(read_record(path), own, {}, {"here", "/etc"}, files)[0].checkpoint == "/etc"
+
+
+def test_a_record_of_packed_weights_says_so():
+    plan = {"packing": "int4", "text_packing": "int8", "kept": 3}
+    assert packed_notes({"plan": plan}) == [
+        "the video was made with the transformer in int4 and the text encoder in int8, "
+        "and this page packs weights only as its --memory asks"
+    ]
+    for made_with in ({}, {"plan": "whole"}, {"plan": {"packing": "fp8"}}):
+        assert packed_notes(made_with) == []
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():

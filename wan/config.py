@@ -218,6 +218,22 @@ def read_settings(name: str | Path) -> dict[str, Any]:
 
     `name` is a path, or the name of a file in `configs/` whatever the working directory.
     """
+    path, content = _read(name)
+    if path.suffix == ".json":
+        content = content.get("settings") if isinstance(content, dict) else content
+    if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
+        raise InputError(f"config {path} does not hold a mapping of settings")
+    return content or {}
+
+
+def read_made_with(name: str | Path) -> dict[str, Any]:
+    """What the JSON file beside a video says of how it was made, besides its settings; of a YAML file nothing."""
+    path, content = _read(name)
+    made_with = content.get("made_with") if path.suffix == ".json" and isinstance(content, dict) else None
+    return made_with if isinstance(made_with, dict) else {}
+
+
+def _read(name: str | Path) -> tuple[Path, Any]:
     try:
         candidates = [Path(name).expanduser(), CONFIG_FOLDER / name]
         path = next((path for path in candidates if path.is_file()), None)
@@ -228,11 +244,6 @@ def read_settings(name: str | Path) -> dict[str, Any]:
         raise InputError(f"config {str(name)!r} is neither a file nor one of {known}")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return path, json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if path.suffix == ".json":
-        content = content.get("settings") if isinstance(content, dict) else content
-    if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
-        raise InputError(f"config {path} does not hold a mapping of settings")
-    return content or {}

@@ -18,12 +18,13 @@ from nabla import InputError
 from wan import memory
 from wan.budget import plan_run
 from wan.checkpoint import Checkpoint
-from wan.config import Settings
+from wan.config import Settings, read_made_with
 from wan.fast_vae import decoder_dtype
 from wan.observer import Observer, Observers
 from wan.pipeline import WanT2V
 from wan.processes import Processes
 from wan.recorder import Recorder
+from wan.remaking import otherwise_packed
 from wan.report import draw_report
 from wan.video import write_image, write_json, write_video
 
@@ -39,6 +40,7 @@ class Options:
     None: by default.
 
     log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
+    again: where the settings are from, which if it is the record of a video says how its weights were packed
     """
 
     device: str | None = None
@@ -54,6 +56,7 @@ class Options:
     log: Path | None = None
     report: Path | None = None
     named_apart: bool = False
+    again: str | None = None
 
 
 def make_all(
@@ -87,6 +90,9 @@ def load(
     settings, plan = every[0], None
     if options.memory is not None:
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
+    if options.again is not None and (processes is None or processes.rank == 0):
+        if line := otherwise_packed(options.again, read_made_with(options.again), settings, plan):
+            log.warning("warning: %s", line)
     with _clear_about_memory(settings, options):
         pipe = WanT2V.from_settings(
             checkpoint,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -28,9 +27,6 @@ from wan.video import check_encoder, check_writable, make_folder
 from wan.weights import SAFETENSORS, CheckpointError, weight_file
 
 log = logging.getLogger("wan")
-
-# What a plan of memory may pack, by its name in a record.
-PACKED = {"transformer": "packing", "text encoder": "text_packing"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
     if processes is None or processes.rank == 0:
         if request.about_default is not None and checkpoint.name == request.default_checkpoint:
             log.info(request.about_default)
-        for line in [*unexpected(checkpoint, videos[0][0]), *_packed_before(request.config, options)]:
+        for line in unexpected(checkpoint, videos[0][0]):
             log.warning("warning: %s", line)
         videos = _still_to_make(videos, request)
     if processes is not None:
@@ -99,7 +95,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
         )
         log.info("layout: %s", layout.describe())
         processes.lay_out(layout)
-    options = replace(options, named_apart=request.prompt_file is not None)
+    options = replace(options, named_apart=request.prompt_file is not None, again=request.config)
     make_all(checkpoint, videos, device, options, processes)
 
 
@@ -182,21 +178,6 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             "lower dense_steps in a config"
         )
     return lines
-
-
-def _packed_before(config: str | None, options: Options) -> list[str]:
-    """A line if the video of a record had packed weights, which are no setting of it, and this run has none."""
-    if config is None or Path(config).suffix != ".json" or options.memory is not None:
-        return []
-    made_with = json.loads(Path(config).expanduser().read_text(encoding="utf-8")).get("made_with") or {}
-    plan = made_with.get("plan") or {}
-    packed = [f"{name} in {plan[key]}" for name, key in PACKED.items() if plan.get(key)]
-    if not packed:
-        return []
-    return [
-        f"{config} was made with the {' and the '.join(packed)}, and this video will differ; "
-        f"--memory {made_with.get('memory')} packs weights again, if the same memory is free"
-    ]
 
 
 def default_path(settings: Settings) -> Path:

@@ -11,10 +11,10 @@ from typing import Any
 import gradio as gr
 
 from nabla import InputError
-from wan.config import Settings
+from wan.config import Settings, read_made_with
 from wan.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
 from wan.page.layout import Controls, about_preset, amount_label, has_amount, has_window
-from wan.page.sources import LoraLibrary, Presets, from_record, read_record
+from wan.page.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.status import READY, made_html, notes_html, progress_html, said_html
 from wan.page.studio import Job, Made, Progress, Studio
 from wan.sampling import Cancelled
@@ -88,6 +88,7 @@ class Events:
         record = read_record(Path(upload))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_record(record, base, self.presets.flags, self.presets.checkpoints(), files)
+        notes += packed_notes(read_made_with(upload))
         c, name = self.controls, Path(upload).name
         return self._show(settings, settings.prompt) | {
             c.preset: None,

@@ -14,6 +14,7 @@ from nabla import InputError
 from wan.checkpoint import Checkpoint
 from wan.config import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files import whole
+from wan.remaking import packing_of
 from wan.weights import SAFETENSORS, CheckpointError, WeightFiles, weight_file
 
 OWN = "The checkpoint's own"
@@ -166,6 +167,14 @@ def from_record(
         if values[key] not in (None, flags[key]):
             notes.append(f"the video was made in {values[key]}, and this page runs {flags[key]}")
     return settings, notes
+
+
+def packed_notes(made_with: Mapping[str, Any]) -> list[str]:
+    """A line if a plan of memory packed the weights of a recorded video, which no setting says."""
+    packing = packing_of(made_with.get("plan"), fp8=False)
+    packed = [f"the {name} in {kind}" for name, kind in packing.items() if kind not in (None, "fp8")]
+    what = " and ".join(packed)
+    return [f"the video was made with {what}, and this page packs weights only as its --memory asks"] if packed else []
 
 
 def _names_file(cache: object) -> bool:
