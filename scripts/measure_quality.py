@@ -96,7 +96,7 @@ def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
 
 def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dict]:
     """A row for each attention."""
-    wanted = {name: (NablaConfig.parse(name.partition("@")[0]), name.partition("@")[2]) for name in args.sparse_algo}
+    wanted = [(name, NablaConfig.parse(name.partition("@")[0]), name.partition("@")[2]) for name in args.sparse_algo]
     if args.save_dir:
         make_folder(args.save_dir)
         check_encoder()
@@ -104,10 +104,10 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
         check_writable(args.picture)
     scenes, prompts = zip(*sentences(args.count, args.seed, args.split))
     opened, first, rows, strips = None, None, [], []
-    for name, (config, folder) in wanted.items():
-        if opened != (folder or args.ckpt_dir):
-            opened = folder or args.ckpt_dir
-            pipe = open_pipeline(args, opened)
+    for name, config, folder in wanted:
+        folder = folder or args.ckpt_dir
+        if opened != folder:
+            pipe, opened = open_pipeline(args, folder), folder
         apply_attention(pipe.transformer, config)
         videos = list(make_videos(pipe, prompts, args.seed, args.batch))
         results = list(each(score, videos, scenes))

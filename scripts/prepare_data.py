@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from nabla import InputError
     from wan.config import read_settings
-    from wan.training.config import PrepareSettings
     from wan.training.models import open_parts
     from wan.training.prepare import Encoder, prepare
+    from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
     from wan.training.sources import open_dataset
 

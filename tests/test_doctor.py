@@ -16,10 +16,12 @@ from nabla import backends
 from wan.doctor import __main__ as doctor
 from wan.doctor import advice, checkpoints, examine, machine, packages
 from wan.doctor.checkpoints import Found
-from wan.doctor.fits import budget_of, fits
+from wan.doctor.fits import fits
 from wan.doctor.kernels import Kernel, kernels
 from wan.doctor.machine import Card, Machine
 from wan.doctor.packages import Package
+from wan.estimates import GIB
+from wan.planner import Budget
 
 ROOT = Path(generate.__file__).parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -28,6 +30,11 @@ H200, RTX4090, RTX3060 = (
     Card("RTX 4090", 23.5, 23.0, (8, 9)),
     Card("RTX 3060", 11.6, 11.2, (8, 6)),
 )
+
+
+def budget_of(*gib: float) -> Budget:
+    """Free of the GPU, free of the host, and the host's."""
+    return Budget(*(int(one * GIB) for one in gib))
 
 
 @pytest.fixture

@@ -115,10 +115,10 @@ def test_compiled_blocks_give_the_latents_of_one_process(results_of):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_latents_of_one(results_of):
-    """A compile a case takes most of the time, so these are few: split branches, split heads, sharded weights."""
-    results = results_of(2, "cuda", 3)
-    assert len(results) == 3 and max(result["error"] for result in results) < 1e-3, results
+@pytest.mark.parametrize("heads", (3, 8))
+def test_two_gpus_give_the_latents_of_one(heads, results_of):
+    results = results_of(2, "cuda", heads)
+    assert len(results) == 4 and max(result["error"] for result in results) < 1e-3, results
 
 
 def test_step_caches_decide_alike_and_give_the_latents_of_one_process(results_of):

@@ -7,9 +7,10 @@ import torch
 
 from nabla import InputError
 from wan.config import CONFIG_FOLDER, read_settings
-from wan.training.config import PrepareSettings, TrainingSettings
+from wan.training.config import TrainingSettings
 from wan.training.models import new_transformer
 from wan.training.objective import sigmas_of
+from wan.training.prepare_settings import PrepareSettings
 from wan.training.schema import with_overrides
 from wan.training.text import TextSettings
 from wan.training.vae_settings import VaeSettings

@@ -18,10 +18,11 @@ from training_runs import Colours
 from nabla import InputError
 from scripts import prepare_data
 from wan import WanT2V
-from wan.training.config import ObjectiveSettings, PrepareSettings
+from wan.training.config import ObjectiveSettings
 from wan.training.data import Batches, Clips, fixed_batch
 from wan.training.models import open_parts
 from wan.training.prepare import Encoder, prepare
+from wan.training.prepare_settings import PrepareSettings
 from wan.training.sources import VideoFolder, open_dataset
 
 UNIFORM = ObjectiveSettings(timesteps="uniform", shift=1.0, text_dropout=0.3)

@@ -63,7 +63,7 @@ def compile_blocks(transformer: WanTransformer3DModel, trains: bool = False) -> 
 
     With `mask_refresh` there is a second one, for the steps that take the blocks of others.
     Before any hook is put on them, which then stays outside the graph.
-    trains: whether backwards are compiled as well, whose kernels took minutes to tune; then none is
+    trains: whether backwards are compiled as well, whose tuning takes minutes; then nothing is tuned
     """
     options = COMPILE_OPTIONS | ({"coordinate_descent_tuning": False} if trains else {})
     for block in transformer.blocks:

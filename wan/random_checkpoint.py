@@ -16,7 +16,11 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla import InputError
 from wan import names, published
+from wan.budget import weigh
 from wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
+from wan.config import VideoSettings
+from wan.estimates import Weights, Work
+from wan.fast_vae import vae_dtype_of
 from wan.parts import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, TIED, VAE_FILE, finish_transformer
 from wan.saving import save_json, save_pickle, save_shards
 
@@ -132,6 +136,33 @@ def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, se
     encoder.load_state_dict(state, strict=False, assign=True)
     encoder.tie_weights()
     return encoder.requires_grad_(False).eval()
+
+
+@functools.cache
+def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) -> tuple[Weights, Weights, int]:
+    """What `planner.choose` has to know of the models: transformer, text encoder, and bytes of the VAE in float32."""
+    transformer, text = meta_transformer(sizes, layers), meta_text_encoder(sizes)
+    return (
+        weigh(transformer, transformer.blocks, dtype, transformer._keep_in_fp32_modules),
+        weigh(text, text.encoder.block, dtype, ()),
+        sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
+    )
+
+
+def work_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Work:
+    """And of a video that they make on a GPU, their blocks compiled."""
+    return Work(
+        tokens=math.prod(video.token_grid),
+        dim=sizes.dim,
+        ffn_dim=sizes.ffn_dim,
+        heads=sizes.heads,
+        text_dim=sizes.text_dim,
+        size=video.size,
+        frames=video.frame_num,
+        itemsize=dtype.itemsize,
+        vae_itemsize=vae_dtype_of(None, dtype).itemsize,
+        vae_width=sizes.vae_dim,
+    )
 
 
 def vae_shapes(sizes: Sizes) -> Shapes:

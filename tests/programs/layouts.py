@@ -81,12 +81,10 @@ def compare(
 def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[Layout, bool, str, str]]:
     """All, but few of them with sharded weights, with heads that do not divide, or where each takes a compile."""
     for layout, sharded in itertools.product(LAYOUTS[count], (False, True)):
-        if compiles and sharded and layout.ulysses == 1:
-            continue
         few = compiles or sharded or heads % 2 > 0
         for attention in ["nabla"] if compiles else list(CONFIGS)[: 2 if few else None]:
             if layout.cfg == 1 or CONFIGS[attention].mask_refresh == 1:
-                for size in SIZES if attention == "nabla" and not few else ["partial tiles"]:
+                for size in list(SIZES)[1 if few else 0 :]:
                     yield layout, sharded, attention, size
 
 

@@ -21,23 +21,16 @@ from wan.attention import apply_attention, compile_blocks
 from wan.benchmark.timing import Row, configs, label, synchronize, timed
 from wan.benchmark.transformer import TEXT_ROWS, random_inputs
 from wan.block_stream import stream_blocks
-from wan.budget import budget_of, limit, weigh
+from wan.budget import budget_of, limit
 from wan.config import VideoSettings
-from wan.estimates import GIB, Work
+from wan.estimates import GIB
 from wan.fast_vae import speed_up_decoder, vae_dtype_of
 from wan.fused_gelu import fuse_gelu
 from wan.latents import decode
 from wan.memory import placed
 from wan.packing import check_packing, make_packer
 from wan.planner import GB, Budget, Plan, choose
-from wan.random_checkpoint import (
-    MODELS,
-    meta_text_encoder,
-    meta_transformer,
-    random_text_encoder,
-    random_transformer,
-    random_vae,
-)
+from wan.random_checkpoint import MODELS, random_text_encoder, random_transformer, random_vae, weigh_models, work_for
 
 # A budget that no machine has, for devices without a limit.
 NO_LIMIT = 10_000.0
@@ -94,25 +87,9 @@ def _limited(args: argparse.Namespace, device: torch.device, given: float | None
 
 def _plan(args: argparse.Namespace, video: VideoSettings, budget: Budget, device: torch.device) -> Plan:
     sizes, dtype = MODELS[args.model], getattr(torch, args.dtype)
-    transformer, text = meta_transformer(sizes, args.layers), meta_text_encoder(sizes)
-    t, h, w = video.token_grid
-    work = Work(
-        tokens=t * h * w,
-        dim=sizes.dim,
-        ffn_dim=sizes.ffn_dim,
-        heads=sizes.heads,
-        text_dim=sizes.text_dim,
-        size=video.size,
-        frames=video.frame_num,
-        itemsize=dtype.itemsize,
-        vae_itemsize=vae_dtype_of(None, dtype).itemsize,
-        vae_width=sizes.vae_dim,
-    )
     plan = choose(
-        weigh(transformer, transformer.blocks, dtype, transformer._keep_in_fp32_modules),
-        weigh(text, text.encoder.block, dtype, ()),
-        sum(parameter.numel() * 4 for parameter in random_vae(args.model, torch.device("meta")).parameters()),
-        work,
+        *weigh_models(sizes, dtype, args.layers),
+        work_for(sizes, video, dtype),
         budget,
         "fp8" if args.fp8 else None,
         can_pack=dtype == torch.bfloat16,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from nabla import InputError
+from wan.budget import AUTO, budget_of
 from wan.doctor.advice import advise
 from wan.doctor.checkpoints import checkpoints
-from wan.doctor.fits import Fit, budget_of, fits
+from wan.doctor.fits import Fit, fits
 from wan.doctor.kernels import kernels
 from wan.doctor.machine import Machine, machine
 from wan.doctor.packages import Package
@@ -31,7 +34,7 @@ def examine(packages: tuple[Package, ...], device_name: str | None, check: bool)
         "machine": here,
         "kernels": kernels(device, check),
         "packages": packages,
-        "fits": _fits(here, packages),
+        "fits": _fits(device, here, packages),
         "checkpoints": checkpoints(),
     }
     facts["advice"] = advise(here, facts["kernels"], packages, facts["fits"], facts["checkpoints"])
@@ -42,10 +45,9 @@ def examine(packages: tuple[Package, ...], device_name: str | None, check: bool)
     return facts, []
 
 
-def _fits(here: Machine, packages: tuple[Package, ...]) -> tuple[Fit, ...]:
+def _fits(device: torch.device, here: Machine, packages: tuple[Package, ...]) -> tuple[Fit, ...]:
     """Of a GPU alone: on a CPU none of the models is of use."""
     if here.card is None:
         return ()
     can_pack = not any(one.problem for one in packages if one.name == "torchao")
-    budget = budget_of(here.card.free_gib, here.free_host_gib, here.host_gib)
-    return fits(budget, here.card.gib, can_pack)
+    return fits(budget_of(device, AUTO), here.card.gib, can_pack)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 
 from nabla import InputError
-from wan.budget import weigh
 from wan.config import VideoSettings
-from wan.estimates import GIB, Weights, Work
+from wan.estimates import GIB
 from wan.memory import crowds
 from wan.planner import Budget, Plan, choose
-from wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer, vae_shapes
+from wan.random_checkpoint import MODELS, weigh_models, work_for
 
 SIZES = (1280, 720), (832, 480)
 NAMES = {"t2v-14B": "14B", "t2v-1.3B": "1.3B"}
-VAE_ITEMSIZE = torch.float32.itemsize
+DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -59,26 +56,11 @@ def fits(budget: Budget, gib: float, can_pack: bool) -> tuple[Fit, ...]:
 
 def _fit(model: str, video: VideoSettings, budget: Budget, total: int, can_pack: bool) -> Fit:
     sizes = MODELS[model]
-    tokens = math.prod(video.token_grid)
-    work = Work(tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, video.size, video.frame_num)
-    transformer, text = _weights(model)
-    vae_numbers = sum(map(math.prod, vae_shapes(sizes).values()))
+    transformer, text, vae_bytes = weigh_models(sizes, DTYPE)
     try:
-        plan = choose(transformer, text, vae_numbers * VAE_ITEMSIZE, work, budget, can_pack=can_pack)
+        plan = choose(transformer, text, vae_bytes, work_for(sizes, video, DTYPE), budget, can_pack=can_pack)
     except InputError as error:
         return Fit(NAMES[model], video.size, None, str(error))
-    unplanned = transformer.bytes(None) + text.bytes(None) + vae_numbers * torch.bfloat16.itemsize
+    # A run without a plan reckons with the VAE in the dtype of the others.
+    unplanned = transformer.bytes(None) + text.bytes(None) + vae_bytes * DTYPE.itemsize // torch.float32.itemsize
     return Fit(NAMES[model], video.size, plan, crowded=crowds(unplanned, total))
-
-
-@functools.cache
-def _weights(model: str) -> tuple[Weights, Weights]:
-    transformer, text = meta_transformer(MODELS[model]), meta_text_encoder(MODELS[model])
-    return (
-        weigh(transformer, transformer.blocks, torch.bfloat16, transformer._keep_in_fp32_modules),
-        weigh(text, text.encoder.block, torch.bfloat16, ()),
-    )
-
-
-def budget_of(free_gib: float, free_host_gib: float, host_gib: float) -> Budget:
-    return Budget(*(int(gib * GIB) for gib in (free_gib, free_host_gib, host_gib)))

@@ -9,18 +9,17 @@ from typing import Any
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
 from wan.config import (
-    DTYPES,
     SamplingSettings,
     VideoSettings,
     attention_config,
     attention_to_dict,
     check_prompt,
-    check_text,
 )
 from wan.training.schema import (
     build,
     check_choice,
     check_counts,
+    check_flags,
     check_mapping,
     check_numbers,
     check_texts,
@@ -214,9 +213,7 @@ class TrainingSettings:
         check_texts(self, "checkpoint", "out")
         check_counts(self, "steps", "batch_size", "micro_batch", "keep_last")
         check_counts(self, "seed", "workers", least=0)
-        for name in ("gradient_checkpointing", "compile", "shard"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} {getattr(self, name)!r} is neither true nor false")
+        check_flags(self, "gradient_checkpointing", "compile", "shard")
         if self.ema is not None:
             check_numbers(self, "ema", above=0, most=1)
         if self.transformer is not None and (self.mode != "pretrain" or not isinstance(self.transformer, Mapping)):
@@ -261,46 +258,3 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to equal settings."""
         return plain(asdict(self) | {"attention": attention_to_dict(self.attention)})
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """What `prepare_data.py` makes: latents and text states of a dataset, in shards.
-
-    checkpoint: whose VAE, text encoder and tokenizer to use; it needs no transformer
-    dataset: a name in `wan.training.sources.DATASETS`; options: what that one takes
-    dropped_text: what a clip without its text says; batch: clips encoded at once; workers: reading processes
-    dtype: of what is stored; vae_dtype: of the VAE's encoder, much faster on a GPU in float16, which may overflow
-    whole_clips: encode in one pass rather than by chunks of four frames, faster with more memory
-    """
-
-    checkpoint: str
-    out: str
-    dataset: str = "videos"
-    options: dict[str, Any] = field(default_factory=dict)
-    clips_per_shard: int = 64
-    batch: int = 1
-    workers: int = 0
-    dtype: str = "bfloat16"
-    vae_dtype: str = "float32"
-    whole_clips: bool = False
-    dropped_text: str = ""
-
-    def __post_init__(self) -> None:
-        check_texts(self, "checkpoint", "out", "dataset")
-        if not isinstance(self.whole_clips, bool):
-            raise InputError(f"whole_clips {self.whole_clips!r} is neither true nor false")
-        check_counts(self, "clips_per_shard", "batch")
-        check_counts(self, "workers", least=0)
-        check_choice(self, "dtype", PRECISIONS)
-        check_choice(self, "vae_dtype", DTYPES)
-        check_mapping("options", self.options)
-        check_text("dropped_text", self.dropped_text)
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> PrepareSettings:
-        return build(cls, settings, "the settings of prepare_data", {})
-
-    def what_decides(self) -> dict[str, Any]:
-        """Those of the settings that decide what stands in the shards, as plain values."""
-        return plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers", "whole_clips")})

@@ -24,7 +24,7 @@ from wan.fast_vae import speed_up_encoder
 from wan.files import whole
 from wan.latents import encode
 from wan.text import tokenize
-from wan.training.config import PrepareSettings
+from wan.training.prepare_settings import PrepareSettings
 from wan.training.reading import read
 from wan.training.sources import Checked, InOrder, Sample
 from wan.training.vae_model import posterior, take_whole_clips

@@ -99,6 +99,12 @@ def check_choice(settings: Any, name: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name} {getattr(settings, name)!r} is not known; use one of {', '.join(allowed)}")
 
 
+def check_flags(settings: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(settings, name), bool):
+            raise InputError(f"{name} {getattr(settings, name)!r} is neither true nor false")
+
+
 def check_counts(settings: Any, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(settings, name)

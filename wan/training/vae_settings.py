@@ -9,7 +9,16 @@ from typing import Any
 from nabla import InputError
 from wan.config import check_video, parse_size
 from wan.training.config import PRECISIONS, OptimizerSettings
-from wan.training.schema import build, check_choice, check_counts, check_mapping, check_numbers, check_texts, plain
+from wan.training.schema import (
+    build,
+    check_choice,
+    check_counts,
+    check_flags,
+    check_mapping,
+    check_numbers,
+    check_texts,
+    plain,
+)
 
 # What may change between a run and its continuation: it changes no loss, or only those of steps to come.
 CHANGEABLE = (
@@ -132,8 +141,7 @@ class VaeSettings:
         check_counts(self, "seed", "workers", least=0)
         check_numbers(self, "ema", above=0, most=1)
         check_numbers(self, "checkpoint_seconds", *(["matrix_lr"] if self.matrix_lr is not None else []), above=0)
-        if not isinstance(self.compile, bool):
-            raise InputError(f"compile {self.compile!r} is neither true nor false")
+        check_flags(self, "compile")
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "dtype", ("float16", "float32"))
         check_mapping("vae", self.vae)
