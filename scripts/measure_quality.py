@@ -31,6 +31,7 @@ from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
 from wan.training.accuracy import make_videos, sentences, shares
 from wan.training.measure import score
+from wan.training.sentences import read_sentences
 from wan.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
 
 # Of a picture: sentences in it, and how many pixels high a video is.
@@ -59,13 +60,15 @@ def parse_args() -> argparse.Namespace:
         metavar="ATTENTION[@DIR]",
         help="attentions, each on the checkpoint or on another; the others are compared with the first",
     )
-    add("--count", type=int, default=200, help="sentences")
+    add("--count", type=int, default=200, help="sentences, at most")
     add("--split", choices=("train", "held_out"), default="held_out")
+    add("--sentences", type=Path, help="sentences of people instead, such as tests/data/shapes_sentences.yaml")
     add("--size", help="width*height, the checkpoint's own by default")
     add("--frame_num", type=int, help="frames, the checkpoint's own by default")
     add("--seed", type=int, default=1000)
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
+    add("--guide_scale", type=float, help="guidance, the checkpoint's own by default")
     add("--mass", type=int, default=0, help="measure the attention held, on so many of the sentences; slow")
     add("--workers", type=int, default=0, help="processes that measure videos, rather than this one")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -96,21 +99,22 @@ def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
 
 def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dict]:
     """A row for each attention."""
-    wanted = [(name, NablaConfig.parse(name.partition("@")[0]), name.partition("@")[2]) for name in args.sparse_algo]
+    split = [(name, *name.partition("@")[::2]) for name in args.sparse_algo]
+    attentions = [(name, NablaConfig.parse(algorithm), folder) for name, algorithm, folder in split]
     if args.save_dir:
         make_folder(args.save_dir)
         check_encoder()
     if args.picture:
         check_writable(args.picture)
-    scenes, prompts = zip(*sentences(args.count, args.seed, args.split))
+    prompts, wanted = zip(*asked_for(args))
     opened, first, rows, strips = None, None, [], []
-    for name, config, folder in wanted:
+    for name, config, folder in attentions:
         folder = folder or args.ckpt_dir
         if opened != folder:
             pipe, opened = open_pipeline(args, folder), folder
         apply_attention(pipe.transformer, config)
         videos = list(make_videos(pipe, prompts, args.seed, args.batch))
-        results = list(each(score, videos, scenes))
+        results = list(each(score, videos, wanted))
         row = {"attention": name} | {key: round(value, 4) for key, value in shares(results).items()}
         if first is None:
             first = videos
@@ -129,6 +133,13 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
     return rows
 
 
+def asked_for(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
+    """Sentences and what they say of shapes."""
+    if args.sentences is None:
+        return sentences(args.count, args.seed, args.split)
+    return [(text, named) for text, named in read_sentences(args.sentences) if "shapes" in named][: args.count]
+
+
 def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
     """A checkpoint, with what the flags say of its videos."""
     device = pick_device(args.device)
@@ -136,8 +147,8 @@ def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
     pipe = WanT2V.from_pretrained(folder, NablaConfig(), device, dtype, compile=False)
     video = {"size": args.size, "frame_num": args.frame_num}
     pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
-    if args.steps is not None:
-        pipe.sampling = replace(pipe.sampling, steps=args.steps)
+    sampling = {"steps": args.steps, "guide_scale": args.guide_scale}
+    pipe.sampling = replace(pipe.sampling, **{key: value for key, value in sampling.items() if value is not None})
     return pipe
 
 

@@ -45,6 +45,20 @@ def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
     torch.testing.assert_close(kept, blocks.float().mean((0, 2, 3)))
 
 
+def test_script_takes_sentences_of_people(random_nano, tmp_path, monkeypatch, capsys):
+    sentences = tmp_path / "sentences.yaml"
+    sentences.write_text("- {text: nothing, shapes: []}\n- {text: a red ball, shapes: [{kind: circle, colour: red}]}\n")
+    flags = f"--ckpt_dir {random_nano} --sentences {sentences} --save_dir {tmp_path / 'a'} --device cpu"
+    flags += " --size 64*64 --frame_num 9 --steps 1 --guide_scale 1"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    (record,) = (tmp_path / "a" / "dense").glob("*.json")
+    assert ended.value.code == 0 and json.loads(record.read_text())["prompt"] == "a red ball"
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["colour"] == 0 and row["direction"] == row["background"] == 1
+
+
 def test_script_compares_attentions(random_nano, tmp_path, monkeypatch, capsys):
     flags = "--count 2 --batch 2 --size 64*64 --frame_num 9 --steps 1 --mass 1 --device cpu".split()
     flags += ["--ckpt_dir", str(random_nano), "--save_dir", str(tmp_path / "videos")]

@@ -74,6 +74,9 @@ def test_items_depend_on_seed_and_index_alone():
     assert video.shape == (3, 32, 48, 3) and video.dtype == torch.uint8
     assert torch.equal(video, part[0][0]) and sentence == part[0][1]
     assert sentence == Shapes(3, 5, (64, 64), frames=9).described(4)[1]
+    rough, plain = Shapes(3, 9, rough=1.0), Shapes(3, 9)
+    assert all(rough.described(n)[0] == plain.described(n)[0] for n in range(9))
+    assert sum(rough.described(n)[1] != plain.described(n)[1] for n in range(9)) > 4
     assert len({text for seed in range(3) for _, text in Shapes(seed, 4, (16, 16), frames=1)}) > 8
     with pytest.raises(IndexError):
         whole[6]
@@ -214,10 +217,11 @@ def test_attributes_describe_themselves():
 
 def test_measurements_read_degraded_pictures():
     drawn = [scene for scene in scenes(80) if scene.relation == "apart"]
-    right = [score(degraded(render(scene, (128, 128), 13), i), scene)["all"] for i, scene in enumerate(drawn[:24])]
+    videos = (degraded(render(scene, (128, 128), 13), i) for i, scene in enumerate(drawn[:24]))
+    right = [score(video, said(scene))["all"] for video, scene in zip(videos, drawn)]
     assert sum(right) >= 23
     wide = render(drawn[0], (208, 128), 17)
-    assert score(wide, drawn[0])["all"] and background_colour(wide) == drawn[0].background.colour
+    assert score(wide, said(drawn[0]))["all"] and background_colour(wide) == drawn[0].background.colour
 
 
 def test_measurements_see_size_spin_growth_and_place():
@@ -239,25 +243,25 @@ def test_wrong_videos_score_as_wrong():
     video = render(
         scene_of(shape(), shape("circle", "blue", "still", start=(0.5, 0.85), end=(0.5, 0.85))), (128, 128), 17
     )
-    assert all(score(video, scene_of(shape(), shape("circle", "blue", "still"))).values())
+    assert all(score(video, said(scene_of(shape(), shape("circle", "blue", "still")))).values())
     for wrong, fault in (
         (shape("star"), "kind"),
         (shape(colour="green"), "colour"),
         (shape(motion="left"), "direction"),
     ):
-        results = score(video, scene_of(wrong))
+        results = score(video, said(scene_of(wrong)))
         assert results == {name: name not in (fault, "all", "count") for name in results}
     # Each attribute is there, but on different shapes.
-    swapped = score(video, scene_of(shape("circle"), shape("square", "blue", "still")))
+    swapped = score(video, said(scene_of(shape("circle"), shape("square", "blue", "still"))))
     assert swapped == {name: name != "all" for name in swapped}
     blank = torch.full_like(video, 255)
     assert measured(blank) == []
-    assert score(blank, scene_of(shape())) == {name: name == "background" for name in swapped}
+    assert score(blank, said(scene_of(shape()))) == {name: name == "background" for name in swapped}
     with pytest.raises(InputError, match="uint8"):
         measured(video.float())
 
 
-@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}])
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=str(*wrong.values())):
         Shapes(**{"seed": 0, "count": 1} | wrong)

@@ -102,9 +102,9 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     video = {"size": args.size and args.size[0], "frame_num": args.frame_num and args.frame_num[0]}
     pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
     pipe.sampling = replace(pipe.sampling, steps=args.steps or pipe.sampling.steps)
-    prompts = args.prompt or [sentence for _, sentence in sentences(args.count, SEED)]
+    prompts = args.prompt or [sentence for sentence, _ in sentences(args.count, SEED)]
     with calibrated(pipe.transformer) as calibration:
-        others = [sentence for _, sentence in sentences(2, SEED - 2)]
+        others = [sentence for sentence, _ in sentences(2, SEED - 2)]
         sampled(pipe, others, SEED - 2)
         ratios = calibration.ratios()
     # Both ways of guidance are warm then.

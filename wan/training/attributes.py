@@ -68,6 +68,13 @@ def said_of(shape: Shape) -> dict[str, str]:
     return named | ({"spin": "either way"} if "spinning" in shape.said else {})
 
 
+def said_of_shapes(named: Mapping[str, str]) -> list[dict[str, str]]:
+    """Of each shape, in order, its attributes among those that `said` gives, and their classes."""
+    names = [(name, f"shape {{}} {name}") for name in SHAPE_CLASSES]
+    slots = range(1, int(named.get("shapes", 0)) + 1)
+    return [{name: named[key.format(slot)] for name, key in names if key.format(slot) in named} for slot in slots]
+
+
 def attributes(scene: Scene) -> Tensor:
     """Class numbers of what captions of the scene say, (len(ATTRIBUTES),) int64."""
     return numbers(said(scene))

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import InputError
-from wan.training.attributes import MOST_SHAPES, said_of
+from wan.training.attributes import MOST_SHAPES, said_of_shapes
 from wan.training.colours import COLOURS, GLOW, SHADE, mix, pattern_tone, texture_tone
-from wan.training.scenes import MOTIONS, SIZES, STEPS, Scene, place_of
+from wan.training.scenes import MOTIONS, SIZES, STEPS, place_of
 from wan.training.silhouettes import SYMMETRIES, best_kind, centroids, pixel_grid, unit_area
 
 # Videos are measured at this many pixels on the shorter side.
@@ -83,19 +83,19 @@ def measured(video: Tensor) -> list[Found]:
     return [shape for shape in found if shape is not None]
 
 
-def score(video: Tensor, scene: Scene) -> dict[str, bool]:
-    """Whether (frames, height, width, 3) uint8 shows what captions of the scene say.
+def score(video: Tensor, named: Mapping[str, str]) -> dict[str, bool]:
+    """Whether (frames, height, width, 3) uint8 shows what a sentence says; `named` is as `attributes.said` gives it.
 
     "colour", "kind" and "direction" hold if every shape has a found one of its own that fits in this attribute,
     "all" if every shape has one that fits in all three at once, "count" if nothing more is found than these, and
-    "background" if its colour is right. What captions do not say is right whatever it is.
+    "background" if its colour is right. What is not said is right whatever it is.
     """
-    found, wanted = measured(video), [said_of(shape) for shape in scene.shapes]
+    found, wanted = measured(video), said_of_shapes(named)
     results = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
-    background = scene.background
+    background = named.get("background colour")
     return {name: _is_shown(found, wanted, attributes) for name, attributes in results.items()} | {
         "count": len(found) == len(wanted),
-        "background": "colour" not in background.said or background_colour(video) == background.colour,
+        "background": background is None or background_colour(video) == background,
     }
 
 

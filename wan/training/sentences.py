@@ -75,15 +75,23 @@ def held_out(seed: int, count: int) -> tuple[list[str], Tensor]:
     return list(texts), torch.stack([attributes(scene) for scene in scenes])
 
 
-def read_sentences(path: Path) -> tuple[list[str], Tensor]:
-    """Sentences and their classes from a YAML list of mappings, such as tests/data/shapes_sentences.yaml.
+def of_people(path: Path) -> tuple[list[str], Tensor]:
+    """The sentences of a file, see `read_sentences`, and their classes."""
+    texts, named = zip(*read_sentences(path))
+    return list(texts), torch.stack([numbers(one) for one in named])
 
-    Each has `text`, `shapes` (a list of mappings from attributes of a shape to classes), and, where the text says so,
-    `background` (the same for the background) and `relation`. Raises `InputError` for what is not of this form.
+
+def read_sentences(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Sentences and what they say, as `attributes.said` gives it, of such a list as tests/data/shapes_sentences.yaml.
+
+    Each item has `text`, `shapes` (a list of mappings from attributes of a shape to classes), and, where the text says
+    so, `background` (the same for the background) and `relation`. Raises `InputError` for what is not of this form.
     """
     try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [item["text"] for item in items], torch.stack([numbers(_named(item)) for item in items])
+        read = [(item["text"], _named(item)) for item in yaml.safe_load(path.read_text(encoding="utf-8"))]
+        for _, named in read:
+            numbers(named)
+        return read
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(f"sentences {path} cannot be read ({reason}); see tests/data/shapes_sentences.yaml") from None

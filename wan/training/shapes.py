@@ -9,7 +9,8 @@ from torch import Tensor
 from nabla import InputError
 from wan.training.captions import caption
 from wan.training.drawing import render
-from wan.training.scenes import SPLITS, Scene, sample_scene
+from wan.training.roughen import roughened
+from wan.training.scenes import SPLITS, Scene, chance, sample_scene
 
 
 class Shapes:
@@ -20,6 +21,7 @@ class Shapes:
     count: how many items; `offset` is the number of the first, so that parts of one set can be made apart
     size: (width, height) in pixels
     split: "train", or "held_out" for scenes with combinations of attributes that training never sees
+    rough: the share of captions that are made rougher, with words misspelt, unknown or left out
     device: where videos are drawn, and stay
     """
 
@@ -31,14 +33,17 @@ class Shapes:
         frames: int = 33,
         split: str = "train",
         offset: int = 0,
+        rough: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         if min(seed, count, offset) < 0:
             raise InputError(f"seed {seed}, count {count} and offset {offset}: each must be 0 or more")
         if split not in SPLITS:
             raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
+        if not 0 <= rough <= 1:
+            raise InputError(f"rough {rough} is not between 0 and 1")
         self.seed, self.count, self.size, self.frames = seed, count, size, frames
-        self.split, self.offset, self.device = split, offset, device
+        self.split, self.offset, self.rough, self.device = split, offset, rough, device
 
     def __len__(self) -> int:
         return self.count
@@ -53,4 +58,6 @@ class Shapes:
             raise IndexError(f"index {index} is outside the {self.count} items")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
         scene = sample_scene(rng, self.split)
-        return scene, caption(scene, rng)
+        sentence = caption(scene, rng)
+        # Nothing is drawn without a share, so that items are those that they always were.
+        return scene, roughened(sentence, rng) if self.rough and chance(rng, self.rough) else sentence

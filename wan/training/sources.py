@@ -132,12 +132,18 @@ def read_frames(
 
 # A dataset's name in a config -> what makes it of its options: indexable, giving (video, caption).
 def shapes(
-    count: int, seed: int = 0, size: str = "256*256", frame_num: int = 33, split: str = "train", offset: int = 0
+    count: int,
+    seed: int = 0,
+    size: str = "256*256",
+    frame_num: int = 33,
+    split: str = "train",
+    offset: int = 0,
+    rough: float = 0.0,
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
     check_video((width, height), frame_num)
-    return Shapes(seed, count, (width, height), frame_num, split, offset)
+    return Shapes(seed, count, (width, height), frame_num, split, offset, rough)
 
 
 DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}
