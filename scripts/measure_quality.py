@@ -8,13 +8,10 @@ Prints a table for people, then one line of JSON for programs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
-from wan.training.accuracy import make_videos, sentences, shares
+from wan.training.accuracy import each_by, make_videos, sentences, shares
 from wan.training.measure import score
 from wan.training.sentences import read_sentences
 from wan.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
@@ -86,17 +83,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
         return compare(args, each)
 
 
-@contextlib.contextmanager
-def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
-    """`map` by so many processes, or by this one for 0."""
-    if workers == 0:
-        yield map
-        return
-    start = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, start, torch.set_num_threads, (1,)) as pool:
-        yield pool.map
-
-
 def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dict]:
     """A row for each attention."""
     split = [(name, *name.partition("@")[::2]) for name in args.sparse_algo]
@@ -113,14 +99,16 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
         if opened != folder:
             pipe, opened = open_pipeline(args, folder), folder
         apply_attention(pipe.transformer, config)
-        videos = list(make_videos(pipe, prompts, args.seed, args.batch))
-        results = list(each(score, videos, wanted))
+        videos: list[Tensor] = []
+        # Measured while others are made.
+        results = list(each(score, kept_in(videos, make_videos(pipe, prompts, args.seed, args.batch)), wanted))
         row = {"attention": name} | {key: round(value, 4) for key, value in shares(results).items()}
         if first is None:
             first = videos
         else:
-            row["psnr"] = round(statistics.mean(each(psnr, videos, first)), 2)
-            row["ssim"] = round(statistics.mean(each(ssim, videos, first)), 4)
+            for measure_of in (psnr, ssim):
+                likeness = [measure_of(*(one.to(pipe.device) for one in pair)) for pair in zip(videos, first)]
+                row[measure_of.__name__] = round(statistics.mean(likeness), 4)
         if args.mass and not config.is_dense:
             row |= held(args, pipe, prompts, config)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -131,6 +119,12 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
     if args.picture:
         write_image(args.picture, np.concatenate(strips))
     return rows
+
+
+def kept_in(kept: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
+    for video in videos:
+        kept.append(video)
+        yield video
 
 
 def asked_for(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:

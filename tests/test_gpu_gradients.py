@@ -70,11 +70,12 @@ def assert_as_exact_as_dense(found, qkv, weight, grid, config, factor=1.5):
 
 
 @pytest.mark.parametrize("backend, dim", KERNELS)
-@pytest.mark.parametrize("grid", (FULL, PARTIAL, ODD, (21, 45, 80)))
+@pytest.mark.parametrize("grid", (FULL, PARTIAL, ODD, (4, 45, 80)))
 @pytest.mark.parametrize("algorithm", ("nabla-0.4", "keep-0.1", "sta-3-3-3", "nabla-0.2_sta-3-1-3"))
 def test_fast_kernels_are_as_exact_as_dense_attention(grid, algorithm, backend, dim):
     needs(backend)
-    heads = 1 if grid[0] == 21 else 4
+    # Exact ones of more tokens take more memory than a card has.
+    heads = 1 if grid[0] == 4 else 4
     config = replace(NablaConfig.parse(algorithm), backend=backend)
     qkv, weight = random_qkv(grid, heads, dim), random_weight(grid, heads, dim)
     found = torch.autograd.grad(nabla.attention(*qkv, grid, config), qkv, weight)

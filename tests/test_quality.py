@@ -16,6 +16,7 @@ import torch
 import nabla
 from nabla import NablaConfig
 from wan.quality import kept_mass, psnr, ssim
+from wan.training.accuracy import each_by
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "measure_quality.py"
 
@@ -43,6 +44,12 @@ def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
     shares = torch.einsum("bqhd,bkhd->bhqk", q, k).div(4).softmax(-1)
     torch.testing.assert_close(mass, (shares * allowed).sum(-1).mean((0, 2)))
     torch.testing.assert_close(kept, blocks.float().mean((0, 2, 3)))
+
+
+def test_videos_are_measured_by_other_processes_as_by_this_one():
+    video = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with each_by(1) as each:
+        assert list(each(psnr, [video, video], [video, video.flip(0)])) == [math.inf, psnr(video, video.flip(0))]
 
 
 def test_script_takes_sentences_of_people(random_nano, tmp_path, monkeypatch, capsys):

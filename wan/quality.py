@@ -39,12 +39,15 @@ def ssim(video: Tensor, other: Tensor) -> float:
     """Structural similarity of two uint8 videos (frames, H, W, 3), mean over pixels, colours and frames; 1 if equal."""
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=video.device) - WINDOW // 2
     row = torch.exp(-(offsets**2) / (2 * DEVIATION**2))
-    row = row / row.sum()
-    window = (row[:, None] * row)[None, None]
+    row = (row / row.sum())[None, None, None]
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(values, row), row.mT)
+
     x, y = (one.permute(0, 3, 1, 2).flatten(0, 1)[:, None].double() / 255 for one in (video, other))
-    mean_x, mean_y = F.conv2d(x, window), F.conv2d(y, window)
-    variance_x, variance_y = (F.conv2d(one**2, window) - mean**2 for one, mean in ((x, mean_x), (y, mean_y)))
-    covariance = F.conv2d(x * y, window) - mean_x * mean_y
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
     means = (2 * mean_x * mean_y + STABLE_MEAN) / (mean_x**2 + mean_y**2 + STABLE_MEAN)
     deviations = (2 * covariance + STABLE_DEVIATION) / (variance_x + variance_y + STABLE_DEVIATION)
     return (means * deviations).mean().item()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,3 +43,25 @@ def make_videos(pipe: WanT2V, prompts: Sequence[str], seed: int, batch: int) -> 
 def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
     """The share of videos that are right, by what about them."""
     return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+
+
+@contextlib.contextmanager
+def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
+    """`map` by so many processes, or by this one for 0."""
+    if workers == 0:
+        yield map
+        return
+    start = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, start, torch.set_num_threads, (1,)) as pool:
+
+        def each(function: Callable, *columns: Iterable) -> Iterable:
+            # Tensors would go through shared memory, of which containers have little.
+            arrays = ((x.numpy() if isinstance(x, Tensor) else x for x in column) for column in columns)
+            return pool.map(partial(_of_arrays, function), *arrays)
+
+        yield each
+
+
+def _of_arrays(function: Callable, *values: object) -> object:
+    """A function of tensors, called with arrays."""
+    return function(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in values))
