@@ -19,11 +19,13 @@ from wan import budget, run
 from wan.attention import apply_attention, compile_blocks
 from wan.block_stream import stream_blocks
 from wan.budget import check_memory, host_bytes
+from wan.cache_settings import CacheSettings
 from wan.estimates import GIB
 from wan.memory import placed, split_picture
 from wan.packing import Packer
 from wan.planner import Budget, Plan
 from wan.random_checkpoint import random_transformer, random_vae
+from wan.step_cache import apply_cache
 
 CPU = torch.device("cpu")
 PLAN = Plan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
@@ -121,6 +123,36 @@ def test_a_planned_pipeline_gives_what_the_plain_one_gives(random_nano, tmp_path
         assert hasattr(pipe.text_encoder, "block_stream") is (plan.text == "stream")
         for _ in range(2):
             assert (pipe.generate("a cat", **settings) == exact).all()
+
+
+@pytest.mark.parametrize("kept", (0, 1, 2))
+@pytest.mark.parametrize("cache", ("first_block", "mag"))
+def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, inputs, monkeypatch, cache, kept):
+    ratios, order = (1.0,) * 8 if cache == "mag" else None, []
+    settings = CacheSettings(cache, threshold=1e6, warmup=0, max_skips=2, ratios=ratios)
+
+    def video(model):
+        cache = apply_cache(model, settings)
+        cache.begin(8, 0)
+        results, transfers = [], []
+        for step in range(8):
+            order.clear()
+            with cache.branch("prompt", step):
+                results.append(forward(model, inputs))
+            transfers.append(len(order))
+        return results, transfers, cache.reused
+
+    exact, _, reused = video(copy.deepcopy(transformer))
+    stream = stream_blocks(transformer, transformer.blocks, CPU, kept)
+    fetch = stream._fetch
+    monkeypatch.setattr(stream, "_fetch", lambda number, slot: (order.append(number), fetch(number, slot)))
+    with stream.opened():
+        streamed, transfers, _ = video(transformer)
+    assert all(torch.equal(a, b) for a, b in zip(streamed, exact)) and reused == 5
+    # Of the forwards that reuse, the first of a row may have asked for one block before that was decided.
+    first = 0 if kept else 1
+    assert [transfers[n] for n in (1, 2, 4, 5, 7)] == [first, 0, first, 0, first]
+    assert transfers[0] > 0 and transfers[3] == transfers[6] > 0
 
 
 def test_a_planned_pipeline_runs_packed(random_nano, caplog):

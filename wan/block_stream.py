@@ -139,6 +139,8 @@ class BlockStream:
     def _before(self, number: int, *_: object) -> None:
         if not self.buffers:
             raise RuntimeError("a model whose blocks are streamed runs within block_stream.opened() alone")
+        if number and self._is_left_out():
+            return
         if number not in self.holds:
             self._fetch(number, 0)
         slot = self.holds.index(number)
@@ -148,6 +150,11 @@ class BlockStream:
         after = number + 1 if number + 1 < len(self.host) else self.kept
         if after not in self.holds:
             self._fetch(after, 1 - slot)
+
+    def _is_left_out(self) -> bool:
+        """Whether a step cache stands in for the block that is called, not the first, so that it needs no weights."""
+        cache = getattr(self.module(), "step_cache", None)
+        return cache is not None and cache.reusing
 
     @torch.compiler.disable
     def _after(self, number: int, *_: object) -> None:

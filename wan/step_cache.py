@@ -92,7 +92,12 @@ class StepCache:
         with self.transformer.cache_context(name, step_index=step):
             yield
             self.forwards += 1
-            self.reused += not ran_in_full(self.transformer)
+            self.reused += self.reusing
+
+    @property
+    def reusing(self) -> bool:
+        """Of the forward that goes on, once its first block is done: whether no other block computes."""
+        return not ran_in_full(self.transformer)
 
     def end(self) -> None:
         """Free what is kept."""
