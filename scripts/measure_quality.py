@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1000)
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
+    add("--shift", type=float, help="of the noise levels, the checkpoint's own by default")
     add("--guide_scale", type=float, help="guidance, the checkpoint's own by default")
     add("--mass", type=int, default=0, help="measure the attention held, on so many of the sentences; slow")
     add("--workers", type=int, default=0, help="processes that measure videos, rather than this one")
@@ -141,7 +142,7 @@ def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
     pipe = WanT2V.from_pretrained(folder, NablaConfig(), device, dtype, compile=False)
     video = {"size": args.size, "frame_num": args.frame_num}
     pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
-    sampling = {"steps": args.steps, "guide_scale": args.guide_scale}
+    sampling = {name: getattr(args, name) for name in ("steps", "shift", "guide_scale")}
     pipe.sampling = replace(pipe.sampling, **{key: value for key, value in sampling.items() if value is not None})
     return pipe
 

@@ -77,6 +77,8 @@ def test_items_depend_on_seed_and_index_alone():
     rough, plain = Shapes(3, 9, rough=1.0), Shapes(3, 9)
     assert all(rough.described(n)[0] == plain.described(n)[0] for n in range(9))
     assert sum(rough.described(n)[1] != plain.described(n)[1] for n in range(9)) > 4
+    turning = Shapes(3, 9, turning=1.0)
+    assert all(any(one.spin != "none" for one in turning.described(n)[0].shapes) for n in range(9))
     assert len({text for seed in range(3) for _, text in Shapes(seed, 4, (16, 16), frames=1)}) > 8
     with pytest.raises(IndexError):
         whole[6]
@@ -261,7 +263,7 @@ def test_wrong_videos_score_as_wrong():
         measured(video.float())
 
 
-@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}])
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}, {"turning": -0.1}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=str(*wrong.values())):
         Shapes(**{"seed": 0, "count": 1} | wrong)

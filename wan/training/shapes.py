@@ -22,6 +22,7 @@ class Shapes:
     size: (width, height) in pixels
     split: "train", or "held_out" for scenes with combinations of attributes that training never sees
     rough: the share of captions that are made rougher, with words misspelt, unknown or left out
+    turning: the share of scenes that are drawn again until a shape of theirs turns, which is hardest to learn
     device: where videos are drawn, and stay
     """
 
@@ -34,16 +35,19 @@ class Shapes:
         split: str = "train",
         offset: int = 0,
         rough: float = 0.0,
+        turning: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         if min(seed, count, offset) < 0:
             raise InputError(f"seed {seed}, count {count} and offset {offset}: each must be 0 or more")
         if split not in SPLITS:
             raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
-        if not 0 <= rough <= 1:
-            raise InputError(f"rough {rough} is not between 0 and 1")
+        for name, share in (("rough", rough), ("turning", turning)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} {share} is not between 0 and 1")
         self.seed, self.count, self.size, self.frames = seed, count, size, frames
-        self.split, self.offset, self.rough, self.device = split, offset, rough, device
+        self.split, self.offset, self.device = split, offset, device
+        self.rough, self.turning = rough, turning
 
     def __len__(self) -> int:
         return self.count
@@ -58,6 +62,9 @@ class Shapes:
             raise IndexError(f"index {index} is outside the {self.count} items")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
         scene = sample_scene(rng, self.split)
+        # Nothing more is drawn where a share is 0, so that items stay what they are without them.
+        if self.turning and chance(rng, self.turning):
+            while all(shape.spin == "none" for shape in scene.shapes):
+                scene = sample_scene(rng, self.split)
         sentence = caption(scene, rng)
-        # Nothing is drawn without a share, so that items are those that they always were.
         return scene, roughened(sentence, rng) if self.rough and chance(rng, self.rough) else sentence

@@ -139,11 +139,12 @@ def shapes(
     split: str = "train",
     offset: int = 0,
     rough: float = 0.0,
+    turning: float = 0.0,
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
     check_video((width, height), frame_num)
-    return Shapes(seed, count, (width, height), frame_num, split, offset, rough)
+    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning)
 
 
 DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}
