@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,7 +18,7 @@ import torch
 
 from nabla import InputError
 from wan import WanT2V
-from wan.config import VideoSettings
+from wan.config import changed
 from wan.jobs import read_prompts
 from wan.processes import pick_device
 from wan.step_cache import calibrated
@@ -61,9 +61,8 @@ def measure(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = WanT2V.from_pretrained(args.ckpt_dir, args.sparse_algo, device, dtype, fp8=args.fp8, cache="none")
-    given = {"size": args.size, "frame_num": args.frame_num}
-    video: VideoSettings = replace(pipe.video, **{key: value for key, value in given.items() if value is not None})
-    sampling = pipe.sampling if args.steps is None else replace(pipe.sampling, steps=args.steps)
+    video = changed(pipe.video, size=args.size, frame_num=args.frame_num)
+    sampling = changed(pipe.sampling, steps=args.steps)
     negative = pipe.encode_text(*pipe.tokenize(sampling.negative_prompt))
     with calibrated(pipe.transformer) as calibration:
         for number, prompt in enumerate(prompts):

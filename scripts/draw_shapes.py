@@ -23,7 +23,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from nabla import InputError
-    from wan.config import parse_size
+    from wan.checks import parse_size
     from wan.training.shapes import Shapes
 
     try:

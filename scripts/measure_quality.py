@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,11 +23,12 @@ from torch import Tensor
 
 from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
+from wan.config import changed
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
-from wan.training.accuracy import each_by, make_videos, sentences, shares
+from wan.training.accuracy import each_by, make_videos, shares
 from wan.training.measure import score
-from wan.training.sentences import read_sentences
+from wan.training.sentences import of_shapes, read_sentences
 from wan.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
 
 # Of a picture: sentences in it, and how many pixels high a video is.
@@ -123,6 +123,7 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
 
 
 def kept_in(kept: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The videos, each put into a list on its way."""
     for video in videos:
         kept.append(video)
         yield video
@@ -131,7 +132,7 @@ def kept_in(kept: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
 def asked_for(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
     """Sentences and what they say of shapes."""
     if args.sentences is None:
-        return sentences(args.count, args.seed, args.split)
+        return of_shapes(args.count, args.seed, args.split)
     return [(text, named) for text, named in read_sentences(args.sentences) if "shapes" in named][: args.count]
 
 
@@ -140,10 +141,8 @@ def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = WanT2V.from_pretrained(folder, NablaConfig(), device, dtype, compile=False)
-    video = {"size": args.size, "frame_num": args.frame_num}
-    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
-    sampling = {name: getattr(args, name) for name in ("steps", "shift", "guide_scale")}
-    pipe.sampling = replace(pipe.sampling, **{key: value for key, value in sampling.items() if value is not None})
+    pipe.video = changed(pipe.video, size=args.size, frame_num=args.frame_num)
+    pipe.sampling = changed(pipe.sampling, steps=args.steps, shift=args.shift, guide_scale=args.guide_scale)
     return pipe
 
 

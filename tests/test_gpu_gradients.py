@@ -44,38 +44,38 @@ def needs(backend):
 
 
 def exact_gradients(qkv, weight, grid, config):
-    """By the reference in float64, over the blocks that the kernel chooses."""
-    layout = TileLayout.build(grid, config.tile, "cuda")
-    blocks = reference.prepare(nabla.select_blocks(*(x.detach() for x in qkv[:2]), grid, config), layout)
+    """By the reference in float64, over the blocks that the kernel chooses, or all without a config."""
+    layout = TileLayout.build(grid, AUTO.tile if config is None else config.tile, qkv[0].device)
+    if config is None:
+        blocks = torch.ones(1, 1, layout.blocks, layout.blocks, dtype=torch.bool, device=qkv[0].device)
+    else:
+        blocks = nabla.select_blocks(*(x.detach() for x in qkv[:2]), grid, config)
     wide = [x.detach().double().requires_grad_() for x in qkv]
-    out = layout.to_raster(reference.attend(*(layout.to_tiles(x) for x in wide), blocks))
-    return torch.autograd.grad(out, wide, weight.double())
+    out = reference.attend(*(layout.to_tiles(x) for x in wide), reference.prepare(blocks, layout))
+    return torch.autograd.grad(layout.to_raster(out), wide, weight.double())
 
 
-def dense_errors(qkv, weight):
+def dense_errors(qkv, weight, grid):
     """What the same dtype costs dense attention's gradients of q, k and v."""
-
-    def gradients(qkv, weight):
-        qkv = [x.detach().transpose(1, 2).requires_grad_() for x in qkv]
-        return torch.autograd.grad(F.scaled_dot_product_attention(*qkv), qkv, weight.transpose(1, 2))
-
-    exact = gradients([x.double() for x in qkv], weight.double())
-    return [relative_error(a.double(), b) for a, b in zip(gradients(qkv, weight), exact)]
+    leaves = [x.detach().transpose(1, 2).requires_grad_() for x in qkv]
+    found = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, weight.transpose(1, 2))
+    # Not by dense attention in float64, whose scores at the published size fill a card.
+    exact = exact_gradients(qkv, weight, grid, None)
+    return [relative_error(a.transpose(1, 2).double(), b) for a, b in zip(found, exact)]
 
 
 def assert_as_exact_as_dense(found, qkv, weight, grid, config, factor=1.5):
     errors = map(relative_error, (x.double() for x in found), exact_gradients(qkv, weight, grid, config))
-    for name, error, dense in zip("qkv", errors, dense_errors(qkv, weight)):
+    for name, error, dense in zip("qkv", errors, dense_errors(qkv, weight, grid)):
         assert error < factor * dense, f"gradient of {name}: {error:.2e}, of dense attention {dense:.2e}"
 
 
 @pytest.mark.parametrize("backend, dim", KERNELS)
-@pytest.mark.parametrize("grid", (FULL, PARTIAL, ODD, (4, 45, 80)))
+@pytest.mark.parametrize("grid", (FULL, PARTIAL, ODD, (21, 45, 80)))
 @pytest.mark.parametrize("algorithm", ("nabla-0.4", "keep-0.1", "sta-3-3-3", "nabla-0.2_sta-3-1-3"))
 def test_fast_kernels_are_as_exact_as_dense_attention(grid, algorithm, backend, dim):
     needs(backend)
-    # Exact ones of more tokens take more memory than a card has.
-    heads = 1 if grid[0] == 4 else 4
+    heads = 1 if grid[0] == 21 else 4
     config = replace(NablaConfig.parse(algorithm), backend=backend)
     qkv, weight = random_qkv(grid, heads, dim), random_weight(grid, heads, dim)
     found = torch.autograd.grad(nabla.attention(*qkv, grid, config), qkv, weight)

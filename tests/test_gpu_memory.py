@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,14 +15,14 @@ from wan.benchmark.transformer import random_inputs
 from wan.block_stream import stream_blocks
 from wan.budget import CONTEXT, budget_of, limit, weigh
 from wan.config import VideoSettings
-from wan.estimates import Work, decode_bytes, forward_bytes
+from wan.estimates import decode_bytes, forward_bytes
 from wan.fast_vae import speed_up_decoder
 from wan.fused_gelu import fuse_gelu
 from wan.latents import decode
 from wan.memory import free_bytes, placed
 from wan.packing import make_packer
 from wan.planner import GB, Budget, Plan
-from wan.random_checkpoint import MODELS, random_transformer, random_vae
+from wan.random_checkpoint import MODELS, random_transformer, random_vae, work_for
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +30,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PLAN = Plan(None, None, True, 0, 2, "stream", 1, True, {"sampling": 0}, 0, 1.0)
 SMALL = VideoSettings((832, 480), 81)
 LAYERS = 10
+WORK = work_for(MODELS["t2v-14B"], SMALL, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +39,6 @@ def no_limit_afterwards():
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
-
-
-def work_for(model: str, video: VideoSettings) -> Work:
-    sizes = MODELS[model]
-    tokens = math.prod(video.token_grid)
-    return Work(tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, video.size, video.frame_num)
 
 
 @pytest.mark.parametrize("kept", (0, 3, LAYERS))
@@ -103,7 +97,7 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
         first = transformer(*inputs, return_dict=False)[0]
         again = transformer(*inputs, return_dict=False)[0]
     assert first.isfinite().all() and torch.equal(first, again)
-    expected = weights.rest + 2 * max(stream.sizes) + forward_bytes(work_for("t2v-14B", SMALL))
+    expected = weights.rest + 2 * max(stream.sizes) + forward_bytes(WORK)
     expected += {"int8": 4, "int4": 16}.get(packing, 0) * weights.largest
     assert torch.cuda.max_memory_allocated() < 1.05 * expected
 
@@ -118,7 +112,7 @@ def test_a_decode_keeps_to_its_limit_in_as_many_columns_as_it_takes(budget):
     video = decode(vae, latents)
     assert video.shape[2:] == (81, 480, 832) and video.isfinite().all()
     assert torch.cuda.max_memory_allocated() < budget * GB
-    assert vae.use_tiling is (budget * GB < decode_bytes(work_for("t2v-14B", SMALL)))
+    assert vae.use_tiling is (budget * GB < decode_bytes(WORK))
 
 
 def test_free_memory_is_that_under_the_limit():

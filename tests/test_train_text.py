@@ -27,7 +27,7 @@ from wan.training.attributes import ATTRIBUTES
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.reader import Reader
 from wan.training.roughen import misspelt, roughened
-from wan.training.sentences import Batch, Sentences, of_people
+from wan.training.sentences import Batch, Sentences, read_sentences, with_classes
 from wan.training.shapes import Shapes
 from wan.training.stopping import Diverged, Stopped
 from wan.training.text import TextSettings, TextTrainer
@@ -212,13 +212,13 @@ def test_bad_settings_are_refused(tmp_path, wrong, reason):
 
 
 def test_sentences_of_people(tmp_path):
-    texts, targets = of_people(SENTENCES)
+    texts, targets = with_classes(read_sentences(SENTENCES))
     assert len(set(texts)) == len(texts) >= 60 and targets.shape == (len(texts), len(ATTRIBUTES))
     wrong = tmp_path / "wrong.yaml"
     for content in ("- {text: a, shapes: [{kind: cat}]}", "- {shapes: []}", "text", "- {text: a, shapes: [{size: 3}]}"):
         wrong.write_text(content)
         with pytest.raises(InputError, match="wrong.yaml cannot be read"):
-            of_people(wrong)
+            read_sentences(wrong)
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nabla import InputError
 from wan.estimates import ALIGNMENT, GIB, pinned_chunks
+from wan.step_cache import ran_in_full
 
 
 class Leaf(NamedTuple):
@@ -153,8 +154,8 @@ class BlockStream:
 
     def _is_left_out(self) -> bool:
         """Whether a step cache stands in for the block that is called, not the first, so that it needs no weights."""
-        cache = getattr(self.module(), "step_cache", None)
-        return cache is not None and cache.reusing
+        module = self.module()
+        return getattr(module, "step_cache", None) is not None and not ran_in_full(module)
 
     @torch.compiler.disable
     def _after(self, number: int, *_: object) -> None:

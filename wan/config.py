@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,8 @@ from wan.checks import (
     check_video,
     parse_size,
 )
+
+T = TypeVar("T")
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 # The published program runs this many first steps dense when only a window is used.
@@ -86,6 +88,11 @@ class VideoSettings:
     def token_grid(self) -> tuple[int, int, int]:
         """(frames, rows, columns) of the tokens that the transformer sees."""
         return tuple(n // p for n, p in zip(self.latents_size, PATCH))
+
+
+def changed(settings: T, **values: Any) -> T:
+    """Settings with other values, but for those that are None."""
+    return replace(settings, **{key: value for key, value in values.items() if value is not None})
 
 
 def check_positions(video: VideoSettings, most: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nabla import InputError
 from wan import memory
-from wan.config import VAE_STRIDE
+from wan.checks import VAE_STRIDE
 from wan.fast_vae import decoder_dtype, speed_up_decoder
 
 log = logging.getLogger("wan")

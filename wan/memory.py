@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from wan.config import VAE_STRIDE
+from wan.checks import VAE_STRIDE
 from wan.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
 from wan.parallel import is_sharded
 

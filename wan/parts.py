@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from nabla.config import is_number
 from wan import published
 from wan.checkpoint import OWN_KEYS, Checkpoint
-from wan.config import PATCH, VAE_STRIDE
+from wan.checks import PATCH, VAE_STRIDE
 from wan.lora import Adapter, attach, merging
 from wan.single_file import FIRST, GgufFile, load_gguf, open_transformer
 from wan.weights import CheckpointError, Part, WeightFiles, read_json

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from nabla import InputError
 from wan import memory, pretrained
 from wan.attention import many_compiles
 from wan.checks import check_prompt
-from wan.config import SamplingSettings, VideoSettings, check_positions
+from wan.config import SamplingSettings, VideoSettings, changed, check_positions
 from wan.latents import decode, encode
 from wan.observer import Observer
 from wan.parallel import gather_guidance
@@ -112,7 +111,7 @@ class WanT2V:
         process; observer: is told what happens, see `wan.observer`. Raises `InputError` for settings
         outside what is allowed, and for latents not finite.
         """
-        sampling = _changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
+        sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
         if sampling.guide_scale != 1 and negative_context is None:
             raise InputError(
                 f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
@@ -191,8 +190,8 @@ class WanT2V:
         is allowed.
         """
         check_prompt(prompt)
-        video = _changed(self.video, size=size, frame_num=frame_num)
-        sampling = _changed(
+        video = changed(self.video, size=size, frame_num=frame_num)
+        sampling = changed(
             self.sampling,
             negative_prompt=negative_prompt,
             seed=seed,
@@ -283,10 +282,6 @@ class WanT2V:
             return None
         text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
         return pad_rows(text, self.text_length)
-
-
-def _changed(settings: Any, **values: Any) -> Any:
-    return replace(settings, **{key: value for key, value in values.items() if value is not None})
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:

@@ -44,7 +44,7 @@ def remove_cache(transformer: WanTransformer3DModel) -> None:
 
 
 def ran_in_full(transformer: WanTransformer3DModel) -> bool:
-    """Whether all blocks ran in the forward that just ended, rather than a cache in their place.
+    """Whether all blocks run in a forward, its first one done or all of it, rather than a cache in their place.
 
     Raises `InputError` for a cache of diffusers that does not say.
     """
@@ -92,12 +92,7 @@ class StepCache:
         with self.transformer.cache_context(name, step_index=step):
             yield
             self.forwards += 1
-            self.reused += self.reusing
-
-    @property
-    def reusing(self) -> bool:
-        """Of the forward that goes on, once its first block is done: whether no other block computes."""
-        return not ran_in_full(self.transformer)
+            self.reused += not ran_in_full(self.transformer)
 
     def end(self) -> None:
         """Free what is kept."""

@@ -16,14 +16,14 @@ from wan.attention import apply_attention, compile_blocks
 from wan.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
 from wan.benchmark.transformer import step_row
 from wan.cache_settings import THRESHOLDS, CacheSettings
-from wan.config import VideoSettings
+from wan.config import VideoSettings, changed
 from wan.fp8 import apply_fp8
 from wan.fused_gelu import fuse_gelu
 from wan.pipeline import WanT2V
 from wan.quality import psnr
 from wan.random_checkpoint import random_transformer
 from wan.step_cache import apply_cache, calibrated, remove_cache
-from wan.training.accuracy import sentences
+from wan.training.sentences import of_shapes
 
 SEED = 1000
 # JSON has no infinity.
@@ -99,12 +99,12 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         fp8=args.fp8,
         cache="none",
     )
-    video = {"size": args.size and args.size[0], "frame_num": args.frame_num and args.frame_num[0]}
-    pipe.video = replace(pipe.video, **{key: value for key, value in video.items() if value is not None})
-    pipe.sampling = replace(pipe.sampling, steps=args.steps or pipe.sampling.steps)
-    prompts = args.prompt or [sentence for sentence, _ in sentences(args.count, SEED)]
+    size, frame_num = (given and given[0] for given in (args.size, args.frame_num))
+    pipe.video = changed(pipe.video, size=size, frame_num=frame_num)
+    pipe.sampling = changed(pipe.sampling, steps=args.steps)
+    prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
     with calibrated(pipe.transformer) as calibration:
-        others = [sentence for sentence, _ in sentences(2, SEED - 2)]
+        others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
         sampled(pipe, others, SEED - 2)
         ratios = calibration.ratios()
     # Both ways of guidance are warm then.

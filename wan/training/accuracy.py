@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from wan.pipeline import WanT2V
-from wan.training.attributes import said
-from wan.training.shapes import Shapes
 from wan.video import to_frames
-
-
-def sentences(count: int, seed: int, split: str = "held_out") -> list[tuple[str, dict[str, str]]]:
-    """Sentences and what they say; "held_out" ones have a combination of attributes that training never saw."""
-    shapes = Shapes(seed, count, split=split)
-    described = map(shapes.described, range(count))
-    return [(sentence, said(scene)) for scene, sentence in described]
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
+from wan.checks import check_prompt
 from wan.config import (
     SamplingSettings,
     VideoSettings,
     attention_config,
     attention_to_dict,
-    check_prompt,
 )
 from wan.training.schema import (
     build,

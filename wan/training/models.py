@@ -25,7 +25,7 @@ from nabla.config import is_count
 from wan import parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
-from wan.config import PATCH
+from wan.checks import PATCH
 from wan.parallel import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon

@@ -11,7 +11,7 @@ import yaml
 
 from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.config import check_keys
+from wan.checks import check_keys
 
 EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
 

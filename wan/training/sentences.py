@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from nabla import InputError
 from wan.text import clean_prompt
-from wan.training.attributes import ATTRIBUTES, attributes, numbers
+from wan.training.attributes import ATTRIBUTES, attributes, numbers, said
 from wan.training.captions import caption
 from wan.training.roughen import roughened, unrelated
 from wan.training.scenes import chance
@@ -68,17 +68,16 @@ def encoded(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...] | list[st
     return Batch(tokens.input_ids, tokens.attention_mask, targets)
 
 
-def held_out(seed: int, count: int) -> tuple[list[str], Tensor]:
-    """Captions of scenes that training never sees, and their classes."""
-    shapes = Shapes(seed, count, split="held_out")
-    scenes, texts = zip(*map(shapes.described, range(count)))
-    return list(texts), torch.stack([attributes(scene) for scene in scenes])
+def of_shapes(count: int, seed: int, split: str = "held_out") -> list[tuple[str, dict[str, str]]]:
+    """Captions and what they say, as `attributes.said` gives it; "held_out" ones are of scenes training never sees."""
+    described = map(Shapes(seed, count, split=split).described, range(count))
+    return [(text, said(scene)) for scene, text in described]
 
 
-def of_people(path: Path) -> tuple[list[str], Tensor]:
-    """The sentences of a file, see `read_sentences`, and their classes."""
-    texts, named = zip(*read_sentences(path))
-    return list(texts), torch.stack([numbers(one) for one in named])
+def with_classes(sentences: Sequence[tuple[str, Mapping[str, str]]]) -> tuple[list[str], Tensor]:
+    """Sentences and their classes, of sentences and what they say."""
+    texts, named = zip(*sentences)
+    return list(texts), torch.stack(list(map(numbers, named)))
 
 
 def read_sentences(path: Path) -> list[tuple[str, dict[str, str]]]:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from nabla import InputError
 from nabla.config import is_number
-from wan.config import VideoSettings, check_text, check_video, parse_size
+from wan.checks import check_text, check_video, parse_size
+from wan.config import VideoSettings
 from wan.text import clean_prompt
 from wan.training.shapes import Shapes
 

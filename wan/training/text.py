@@ -26,7 +26,7 @@ from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
 from wan.training.reading import read
 from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
-from wan.training.sentences import Batch, Sentences, encoded, held_out, of_people
+from wan.training.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.training.shapes import Shapes
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.tokenizer import train_tokenizer
@@ -99,8 +99,9 @@ class TextTrainer:
         self.settings, self.folder = settings, Path(settings.out).expanduser().resolve()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Before anything is written or trained.
-        self.tests = {} if settings.sentences is None else {"sentences": of_people(Path(settings.sentences))}
-        self.tests["held_out"] = held_out(settings.seed, settings.held_out)
+        self.tests = {"held_out": with_classes(of_shapes(settings.held_out, settings.seed))}
+        if settings.sentences is not None:
+            self.tests["sentences"] = with_classes(read_sentences(Path(settings.sentences)))
         self._begin()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / TOKENIZER)
         torch.manual_seed(settings.seed)

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from nabla import InputError
 from wan.attention import many_compiles
-from wan.config import PATCH, read_settings
+from wan.checks import PATCH
+from wan.config import read_settings
 from wan.files import whole
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State

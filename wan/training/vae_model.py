@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan.config import VAE_STRIDE
+from wan.checks import VAE_STRIDE
 from wan.fast_vae import causal_conv
 from wan.training.vae_settings import LossSettings
 

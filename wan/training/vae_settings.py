@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nabla import InputError
-from wan.config import check_video, parse_size
+from wan.checks import check_video, parse_size
 from wan.training.config import PRECISIONS, OptimizerSettings
 from wan.training.schema import (
     build,
