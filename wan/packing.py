@@ -1,12 +1,13 @@
 """Linear layers packed by torchao while their weights are read, so that they never lie anywhere unpacked as a whole.
 
-int8: a scale a row, unpacked at each use; int4: 4-bit NormalFloat in groups of 64, unpacked at each use; fp8: see
-`wan.fp8`. The weights are packed on the device that they run on.
+int8: in groups of up to 256, unpacked at each use; int4: 4-bit NormalFloat in groups of 64, unpacked at each use; fp8:
+see `wan.fp8`. The weights are packed on the device that they run on.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from nabla import InputError
 from wan.fp8 import MULTIPLE, check_fp8, float8_config, sample
 
 PACKINGS = ("int8", "fp8", "int4")
+# With a scale a row the compiler takes `_weight_int8pack_mm`, which needs float32 copies and uses no matrix units.
+INT8_GROUP = 256
 # NormalFloat's scales are packed too: 256 of them, each for 64 weights.
 NF4_MULTIPLE = 64 * 256
 
@@ -92,9 +95,10 @@ def move_inner(tensor: Tensor, device: torch.device) -> None:
 
 
 def _int8(weight: Tensor) -> Tensor | None:
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup
 
-    return _by_torchao(weight, Int8WeightOnlyConfig(set_inductor_config=False))
+    group = PerGroup(math.gcd(INT8_GROUP, weight.shape[1]))
+    return _by_torchao(weight, Int8WeightOnlyConfig(granularity=group, set_inductor_config=False))
 
 
 def _fp8(weight: Tensor) -> Tensor | None:
