@@ -44,7 +44,7 @@ FRAGMENTS = 0.04
 PROCESS = 4 * GIB
 # For each number of the largest layer: what packing takes, and what unpacking it at each use does.
 PACKING_BYTES = {"int8": 12, "fp8": 12, "int4": 24}
-UNPACKING_BYTES = {"int8": 4, "int4": 16}
+UNPACKING_BYTES = {"int8": 8, "int4": 16}
 
 
 @dataclass(frozen=True)
