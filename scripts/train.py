@@ -6,6 +6,7 @@ A second start goes on from the last checkpoint. Plain python runs one process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         settings = TrainingSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
-        trainer = Trainer(settings)
-        trainer.run()
+        with contextlib.closing(Trainer(settings)) as trainer:
+            trainer.run()
     except (InputError, Diverged, Stopped) as error:
         print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
         return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)

@@ -7,6 +7,7 @@ A second start goes on from the last state. Of the result, in OUT/vae, it prints
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = VaeSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         # Batches are of a few sizes, so the search for the fastest convolutions pays.
         torch.backends.cudnn.benchmark = True
-        trainer = VaeTrainer(settings)
-        trainer.run(args.minutes)
+        with contextlib.closing(VaeTrainer(settings)) as trainer:
+            trainer.run(args.minutes)
         trainer.accelerator.end_training()
     except (InputError, Diverged, Stopped) as error:
         print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)

@@ -14,4 +14,5 @@ if __name__ == "__main__":
     for path in sys.argv[1:]:
         trainer = Trainer(TrainingSettings.from_dict(yaml.safe_load(Path(path).read_text())))
         trainer.run()
+        trainer.close()
     trainer.accelerator.end_training()

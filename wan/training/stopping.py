@@ -1,9 +1,12 @@
-"""Why a run ends before its last step: it diverged, or SIGTERM asked for it, between two steps."""
+"""How a run ends: its last step done, diverged, or asked by SIGTERM between two steps."""
 
 from __future__ import annotations
 
+import gc
 import signal
 from typing import Any
+
+from accelerate import Accelerator
 
 
 class Diverged(RuntimeError):
@@ -29,3 +32,12 @@ class StopSignal:
 
     def _ask(self, *_: object) -> None:
         self.asked = True
+
+
+def let_go(accelerator: Accelerator) -> None:
+    """Free models that nothing else holds, in each process, before the group of processes ends.
+
+    DDP's reducer, freed after it, may wait for ever with Python's lock held for a thread of gloo that wants the lock.
+    """
+    accelerator.free_memory()
+    gc.collect()

@@ -44,7 +44,7 @@ from wan.training.models import (
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.schema import check_continues
-from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
 from wan.video import check_encoder
 
 log = logging.getLogger("wan")
@@ -109,6 +109,11 @@ class Trainer:
         # Agreed upon by all processes, whichever got the signal when.
         self.stops = False
         self.metrics: Metrics | None = None
+
+    def close(self) -> None:
+        """Let go of what processes share; nothing is trained afterwards."""
+        self.model = None
+        let_go(self.accelerator)
 
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes

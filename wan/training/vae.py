@@ -24,7 +24,7 @@ from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
-from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
 from wan.training.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
 from wan.training.vae_model import (
@@ -73,6 +73,11 @@ class VaeTrainer:
         self.stops = False
         self.metrics: Metrics | None = None
         self.held_out: dict[str, list[Tensor]] = {}
+
+    def close(self) -> None:
+        """Let go of what processes share; nothing is trained afterwards."""
+        self.model = None
+        let_go(self.accelerator)
 
     def _build(self) -> None:
         settings = self.settings
