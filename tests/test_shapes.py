@@ -263,6 +263,15 @@ def test_wrong_videos_score_as_wrong():
         measured(video.float())
 
 
+def test_a_shape_in_pieces_is_of_no_kind():
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    pieces = ((x - 64).abs() - 14).square() + (y - 64).square() < 36
+    video = torch.full((9, 128, 128, 3), 255, dtype=torch.uint8)
+    video[:, pieces] = torch.tensor(COLOURS["red"], dtype=torch.uint8)
+    (shape,) = measured(video)
+    assert (shape.kind, shape.colour, shape.motion, shape.spin) == ("unclear", "red", "still", "none")
+
+
 @pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}, {"turning": -0.1}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=str(*wrong.values())):

@@ -193,12 +193,13 @@ def _describe(mask: Tensor, colour: str) -> Found | None:
     mask, area = mask[seen], area[seen]
     centres = centroids(mask)
     kind, fits, angles = best_kind(mask, centres, area)
-    clear = fits >= CLEAR_SHARE * fits.max()
+    best = fits.max()
+    clear = fits >= best - (1 - CLEAR_SHARE) * best.abs()
     radii = (area / unit_area(kind)).sqrt()[clear] / min(mask.shape[1:])
     path = _line(times, centres / centres.new_tensor([mask.shape[2], mask.shape[1]]))
     travel = tuple((path[1] - path[0]).tolist())
     return Found(
-        kind=kind if fits.max() > LEAST_FIT else UNCLEAR,
+        kind=kind if best > LEAST_FIT else UNCLEAR,
         colour=colour,
         size=min(SIZES, key=lambda size: abs(math.log(float(radii.median()) / SIZES[size]))),
         motion=_motion(travel),
