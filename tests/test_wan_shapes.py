@@ -65,4 +65,4 @@ def test_it_is_the_same_in_the_published_layout_and_back(tmp_path):
         exact = exact or found
         for name, value in found.items():
             assert relative_error(value, exact[name]) < 1e-4, (folder, name)
-        assert pipe.sampling.steps == 20 and pipe.video.size == (256, 256)
+        assert pipe.sampling.steps == 30 and pipe.video.size == (256, 256)
