@@ -32,7 +32,7 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--prompt", help="what the video shows")
@@ -92,8 +92,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--replicas", type=int, help="under torchrun: videos of --prompt_file made side by side (default: chosen)")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over the GPUs that share a video")
     add("--dit_fsdp", action="store_true", help="shard the transformer over the GPUs that share a video")
-    add("--log", type=Path, help="what each layer keeps and takes in each step, a JSON object a line: .jsonl")
+    # torchrun, which may read the whole line first, takes a bare --log for several of its own.
+    add(
+        "--log_file",
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="what each layer keeps and takes in each step, a JSON object a line: .jsonl",
+    )
     add("--report", type=Path, help="a picture of it, .png; needs matplotlib")
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.task == "t2i-14B" and args.frame_num not in (None, 1):
         parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
@@ -156,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             dit_fsdp=args.dit_fsdp,
             t5_fsdp=args.t5_fsdp,
             memory=None if args.memory is None else parse_memory(args.memory),
-            log=args.log,
+            log=args.log_file,
             report=args.report,
         )
         request = Request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import weight_files
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 import generate
 from wan import WanT2V, video
@@ -352,6 +354,16 @@ def test_an_interrupted_run_writes_nothing(run, monkeypatch):
     monkeypatch.setattr(WanT2V, "generate", interrupt)
     code, said, files = run()
     assert (code, files) == (130, []) and said.splitlines()[-1] == "interrupted; no half-written file is left"
+
+
+def test_flags_are_not_taken_for_torchrun_s():
+    known = {name for action in get_args_parser()._actions for name in action.option_strings}
+    flags = re.findall(r"^  (?:-h, )?(--\w+)", generate.make_parser().format_help(), re.MULTILINE)
+    assert len(flags) > 30 and "--log_file" in flags
+    for flag in set(flags) - {"--help"}:
+        assert not [name for name in known if name.startswith(flag)]
+        assert get_args_parser().parse_args(["generate.py", flag, "1"]).training_script_args == [flag, "1"]
+    assert generate.parse_args(["--log", "x.jsonl"]).log_file == Path("x.jsonl")
 
 
 def test_as_a_program_from_another_directory(tmp_path):

@@ -281,7 +281,7 @@ def run(random_nano, tmp_path, monkeypatch, capsys):
 
 
 def test_log_and_report_from_the_command_line(run):
-    flags = "--prompt", "A $cat", "--save_file", "out.png", "--log", "run.jsonl", "--report", "report.png"
+    flags = "--prompt", "A $cat", "--save_file", "out.png", "--log_file", "run.jsonl", "--report", "report.png"
     code, said, files = run(*flags)
     assert code == 0 and files == ["out.json", "out.png", "report.png", "run.jsonl"]
     assert "step 2 of 2, kept " in said and "log: run.jsonl\nreport: report.png\n" in said
@@ -300,8 +300,11 @@ def test_each_video_of_a_prompt_file_has_its_own(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     (
-        ("--log run.txt", "log run.txt must end in .jsonl"),
-        ("--log none/run.jsonl", "none/run.jsonl cannot be written (No such file or directory); choose another --log"),
+        ("--log_file run.txt", "log run.txt must end in .jsonl"),
+        (
+            "--log_file none/run.jsonl",
+            "none/run.jsonl cannot be written (No such file or directory); choose another --log_file",
+        ),
         ("--report report.pdf", "report report.pdf must end in .png"),
         ("--report none/r.png", "none/r.png cannot be written (No such file or directory); choose another --report"),
         ("--report out.png", "report out.png is the picture's own file; choose another --report"),

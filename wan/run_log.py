@@ -60,4 +60,4 @@ def check_log(path: Path) -> None:
     """Raise `InputError` unless a log can be written to `path`."""
     if path.suffix != ENDING:
         raise InputError(f"log {path} must end in {ENDING}")
-    check_writable(path, "--log")
+    check_writable(path, "--log_file")
