@@ -75,7 +75,13 @@ def make_parser() -> Parser:
     add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
-    add("--fp8", action="store_true", help="the transformer's linear layers in float8 (Ada GPUs and newer, torchao)")
+    add(
+        "--fp8",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="the transformer's linear layers in float8 (Ada GPUs and newer, torchao); false, if a config asks for it",
+    )
     add(
         "--vae_dtype",
         choices=("bfloat16", "float16", "float32"),
@@ -131,7 +137,7 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
         lora=args.lora,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
-        fp8=args.fp8 or None,
+        fp8=args.fp8,
         cache=args.cache,
         attention=given(algorithm=args.sparse_algo, mask_refresh=args.mask_refresh),
         sampling=given(

@@ -142,8 +142,8 @@ def test_a_transformer_that_a_checkpoint_s_defaults_name_is_taken(damaged):
 
 def test_defaults_that_cannot_run_here_are_an_error_unless_arguments_say_else(damaged):
     (damaged / "defaults.yaml").write_text("fp8: true\n")
-    for dtype, message in ((None, "fp8 works in bfloat16 only"), (torch.bfloat16, "fp8 does not work on cpu")):
-        with pytest.raises(InputError, match=message):
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(InputError, match="fp8 does not work on cpu: it needs an NVIDIA GPU"):
             wan.WanT2V.from_pretrained(damaged, dtype=dtype)
     wan.WanT2V.from_pretrained(damaged, fp8=False)
     (damaged / "defaults.yaml").write_text("cache: mag\n")

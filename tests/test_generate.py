@@ -150,6 +150,13 @@ def test_other_flags_of_wan(run):
     assert "sta-1-1-1, first 12 steps dense" in said and "cpu in bfloat16" in said and "2 steps of dpm++" in said
 
 
+def test_float8_and_the_cache_of_a_config_can_be_switched_off(run, tmp_path):
+    assert run("--config", "fast.yaml", "--fp8", "false", "--cache", "none")[0] == 0
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert settings["fp8"] is False and settings["cache"] == "none"
+    assert settings["attention"]["algorithm"] == "nabla-0.7"
+
+
 def test_flag_beats_yaml_beats_checkpoint_and_a_disagreement_is_one_line(run, damaged):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"sparse_algo": "nabla-0.9"}))
@@ -220,8 +227,10 @@ def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, dam
         ("--device tpu", "device 'tpu' cannot be used"),
         ("--device meta", "device 'meta' cannot be used"),
         ("--offload_model maybe", "'maybe' is neither true nor false"),
-        ("--fp8", "fp8 works in bfloat16 only, not in float32"),
+        ("--fp8", "fp8 does not work on cpu: it needs an NVIDIA GPU"),
         ("--fp8 --dtype bfloat16 --ckpt_dir nobody/none", "fp8 does not work on cpu: it needs an NVIDIA GPU"),
+        ("--config fast.yaml", "or more; leave fp8 out, or --fp8 false where a config asks for it"),
+        ("--fp8 maybe", "'maybe' is neither true nor false"),
         ("--vae_dtype int8", "argument --vae_dtype: invalid choice: 'int8'"),
         ("--mask_refresh 0", "mask_refresh 0: give a whole number of sampling steps"),
         ("--mask_refresh 3", "mask_refresh 3 has no use for dense"),

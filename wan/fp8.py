@@ -16,6 +16,7 @@ ADA = 8, 9
 MULTIPLE = 16
 SAMPLE_ROWS = 256
 SMALLEST_ROW = 1e-30
+OFF = "leave fp8 out, or --fp8 false where a config asks for it"
 
 
 class Fp8Report(NamedTuple):
@@ -37,12 +38,15 @@ class Fp8Report(NamedTuple):
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise `InputError` if float8 layers cannot run on a device, in a transformer of `dtype`."""
+    needs = f"fp8 does not work on {device}: it needs an NVIDIA GPU of compute capability 8.9 or more"
+    if device.type != "cuda":
+        raise InputError(f"{needs}; {OFF}")
     if dtype != torch.bfloat16:
         raise InputError(f"fp8 works in bfloat16 only, not in {str(dtype).removeprefix('torch.')}; choose one of them")
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < ADA:
-        raise InputError(f"fp8 does not work on {device}: it needs an NVIDIA GPU of compute capability 8.9 or more")
+    if torch.version.hip or torch.cuda.get_device_capability(device) < ADA:
+        raise InputError(f"{needs}; {OFF}")
     if importlib.util.find_spec("torchao") is None:
-        raise InputError("fp8 needs torchao, which is not installed; pip install torchao, or leave fp8 out")
+        raise InputError(f"fp8 needs torchao, which is not installed; pip install torchao, or {OFF}")
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def apply_fp8(transformer: WanTransformer3DModel) -> Fp8Report:
     config = float8_config()
     layers, errors = linear_layers(transformer), []
     if not layers:
-        raise InputError(f"fp8 takes none of these linear layers: sizes must be multiples of {MULTIPLE}; leave fp8 out")
+        raise InputError(f"fp8 takes none of these linear layers: sizes must be multiples of {MULTIPLE}; {OFF}")
     total = sum(isinstance(module, nn.Linear) for module in transformer.blocks.modules())
     for layer in layers:
         inputs = sample(layer.weight)

@@ -71,7 +71,9 @@ def load_models(
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
     packed = isinstance(transformer_part.weights, GgufFile)
     if packed and (fp8 or dit_fsdp):
-        raise InputError("weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out")
+        raise InputError(
+            "weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out (--fp8 false)"
+        )
     adapters = [read_lora(file, transformer_part.model) for file in lora]
     leads = processes is None or processes.leads
     if offload is None:
