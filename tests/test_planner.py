@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nabla import InputError
+from wan import budget
 from wan.budget import parse_memory, weigh
 from wan.config import VideoSettings
 from wan.estimates import GIB, Weights, Work, decode_bytes, forward_bytes, pinned_bytes, pinned_chunks, tile_width
@@ -127,6 +128,23 @@ def test_a_video_that_cannot_fit_is_refused_with_what_would(weights):
     assert plan_for(weights, "t2v-14B", (1280, 720), needed).peak <= needed * GB
     with pytest.raises(InputError):
         plan_for(weights, "t2v-14B", (1280, 720), needed - 0.2)
+
+
+def test_the_named_number_of_gb_is_enough_with_what_cuda_holds(weights, monkeypatch):
+    monkeypatch.setattr(budget, "free_bytes", lambda _: 80 * GB)
+    monkeypatch.setattr(budget, "host_bytes", lambda: (HOST.host, HOST.host_total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: GB // 10)
+    work = work_for("t2v-14B", (1280, 720), 81)
+
+    def plan_within(gb: float) -> Plan:
+        return choose(*weights["t2v-14B"], VAE_BYTES, work, budget.budget_of(torch.device("cuda"), gb))
+
+    with pytest.raises(InputError, match=r"do not fit into 5.0 GB of the GPU .* GB of the GPU \(for") as refused:
+        plan_within(5)
+    needed = float(str(refused.value).split("free; ")[1].split(" GB")[0])
+    assert plan_within(needed).peak <= needed * GB
+    with pytest.raises(InputError):
+        plan_within(needed - 0.2)
 
 
 def test_less_memory_is_never_planned_to_take_more(weights):

@@ -145,10 +145,9 @@ def work_of(
 
 def budget_of(device: torch.device, memory: str | float) -> Budget:
     """Free bytes of a GPU and of the host; a number of GB is for all of the process, CUDA's own memory included."""
-    free = free_bytes(device)
-    asked = 0 if memory == AUTO else int(memory * GB) - CONTEXT - torch.cuda.memory_allocated(device)
-    gpu = free if memory == AUTO else min(free, max(0, asked))
-    return Budget(gpu, *host_bytes())
+    free, besides = free_bytes(device), CONTEXT + torch.cuda.memory_allocated(device)
+    gpu = free if memory == AUTO else min(free, max(0, int(memory * GB) - besides))
+    return Budget(gpu, *host_bytes(), besides)
 
 
 def host_bytes() -> tuple[int, int]:

@@ -49,11 +49,15 @@ UNPACKING_BYTES = {"int8": 8, "int4": 16}
 
 @dataclass(frozen=True)
 class Budget:
-    """Free bytes: of the GPU, to stay under, and of the host, out of `host_total`."""
+    """Free bytes: of the GPU, to stay under, and of the host, out of `host_total`.
+
+    besides: what the process takes of the GPU in any case, so that `gpu` and this are what a run is told to stay under
+    """
 
     gpu: int
     host: int
     host_total: int
+    besides: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,12 +244,13 @@ def _refusal(candidates: list[Plan], work: Work, budget: Budget) -> str:
     if on_host := [plan for plan in candidates if plan.host <= budget.host]:
         plan = min(on_host, key=lambda plan: plan.peak)
         stage = max(plan.stages, key=plan.stages.get)
-        needed = math.ceil(plan.peak * (1 + FRAGMENTS) / GB * 10) / 10
+        needed = math.ceil((plan.peak * (1 + FRAGMENTS) + budget.besides) / GB * 10) / 10
         enough.append(f"{needed:.1f} GB of the GPU (for {stage})")
     if on_gpu := [plan for plan in candidates if plan.peak * (1 + FRAGMENTS) <= budget.gpu]:
         enough.append(f"{math.ceil(min(plan.host for plan in on_gpu) / GIB * 10) / 10:.1f} GiB of host memory")
+    gpu, host = (budget.gpu + budget.besides) / GB, budget.host / GIB
     return (
-        f"memory: {work.frames} frames of {work.size[0]}*{work.size[1]} do not fit into {budget.gpu / GB:.1f} GB of "
-        f"the GPU with {budget.host / GIB:.1f} GiB of host memory free; {' or '.join(enough) or 'more of both'} would "
-        "do, or a smaller --size or fewer frames (--frame_num)"
+        f"memory: {work.frames} frames of {work.size[0]}*{work.size[1]} do not fit into {gpu:.1f} GB of the GPU with "
+        f"{host:.1f} GiB of host memory free; {' or '.join(enough) or 'more of both'} would do, "
+        "or a smaller --size or fewer frames (--frame_num)"
     )
