@@ -150,6 +150,25 @@ def test_other_flags_of_wan(run):
     assert "sta-1-1-1, first 12 steps dense" in said and "cpu in bfloat16" in said and "2 steps of dpm++" in said
 
 
+def test_few_steps_without_guidance_warn_unless_weights_are_added_or_the_checkpoint_wants_them(run, damaged, tmp_path):
+    mush = "warning: 2 steps without guidance suit weights distilled for it, which --lora or --transformer add; unless "
+    assert f"{mush}{damaged} itself is distilled, expect mush\n" in run("--config", "turbo.yaml", ckpt_dir=damaged)[1]
+    weight_files.write_float8(tmp_path / "a.safetensors", load_file(next(damaged.glob("*.safetensors"))))
+    assert "warning" not in run("--config", "turbo.yaml", "--transformer", "a.safetensors", ckpt_dir=damaged)[1]
+    (damaged / "defaults.yaml").write_text("sampling: {guide_scale: 1}\n")
+    assert "warning" not in run("--config", "turbo.yaml", ckpt_dir=damaged)[1]
+
+
+def test_a_negative_prompt_without_guidance_is_refused_as_a_flag_and_warned_of_elsewhere(run, tmp_path):
+    without = "has no effect without guidance (guide_scale 1); raise --sample_guide_scale, or leave it out\n"
+    code, said, files = run("--negative_prompt", "night", "--sample_guide_scale", "1")
+    assert (code, said, files) == (2, f"error: negative_prompt 'night' {without}", [])
+    assert run("--negative_prompt", "", "--sample_guide_scale", "1", "--sample_steps", "13")[0] == 0
+    (tmp_path / "mine.yaml").write_text("sampling: {negative_prompt: night}\n")
+    code, said, _ = run("--config", "mine.yaml", "--sample_guide_scale", "1")
+    assert code == 0 and f"warning: negative_prompt 'night' {without}" in said
+
+
 def test_float8_and_the_cache_of_a_config_can_be_switched_off(run, tmp_path):
     assert run("--config", "fast.yaml", "--fp8", "false", "--cache", "none")[0] == 0
     settings = json.loads((tmp_path / "out.json").read_text())["settings"]

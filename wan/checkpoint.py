@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.config import Settings, attention_config, read_settings, resolve
+from wan.config import SamplingSettings, Settings, attention_config, read_settings, resolve
 from wan.weights import CheckpointError, read_json
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -112,6 +112,10 @@ class Checkpoint:
             return attention_config(self.own_algorithm["attention"])
         except InputError as error:
             raise CheckpointError(f"{self.folder}, sparse_algo of its configuration: {error}") from None
+
+    def own_sampling(self) -> SamplingSettings:
+        """How the checkpoint is sampled where nothing says else."""
+        return self.resolve({"prompt": "none", "attention": {"algorithm": "dense"}}).sampling
 
     def require_tokenizer(self) -> None:
         """Raise `CheckpointError` if there is no tokenizer, without which a prompt cannot be encoded."""

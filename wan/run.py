@@ -15,7 +15,7 @@ import torch
 from nabla import InputError
 from wan.budget import check_memory
 from wan.checkpoint import Checkpoint
-from wan.config import Settings, check_positions, read_settings, resolve
+from wan.config import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
 from wan.making import Options, Video, make_all
@@ -27,6 +27,10 @@ from wan.video import check_encoder, check_writable, make_folder
 from wan.weights import SAFETENSORS, CheckpointError, weight_file
 
 log = logging.getLogger("wan")
+
+# Weights that are not distilled for it give no picture in so few steps without guidance.
+FEW_STEPS = 12
+NO_GUIDANCE = "has no effect without guidance (guide_scale 1); raise --sample_guide_scale, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
     if processes is None or processes.rank == 0:
-        if request.about_default is not None and checkpoint.name == request.default_checkpoint:
-            log.info(request.about_default)
-        for line in unexpected(checkpoint, videos[0][0]):
-            log.warning("warning: %s", line)
+        _say_what_runs(checkpoint, videos, request)
         videos = _still_to_make(videos, request)
     if processes is not None:
         videos = processes.from_first(videos)
@@ -143,6 +144,18 @@ def _check_files(request: Request, options: Options) -> None:
             raise InputError(f"report {options.report} is the picture's own file; choose another --report")
 
 
+def _say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request) -> None:
+    """Log what a user may not know; raises `InputError` for a negative prompt given to videos that take none."""
+    every = [settings for settings, _ in videos]
+    asked = request.flags.get("sampling", {}).get("negative_prompt")
+    if asked and all(settings.sampling.guide_scale == 1 for settings in every):
+        raise InputError(f"negative_prompt {asked!r} {NO_GUIDANCE}")
+    if request.about_default is not None and checkpoint.name == request.default_checkpoint:
+        log.info(request.about_default)
+    for line in dict.fromkeys(line for settings in every for line in unexpected(checkpoint, settings)):
+        log.warning("warning: %s", line)
+
+
 def _still_to_make(videos: list[Video], request: Request) -> list[Video]:
     """The videos that are not made yet, each with a seed, all of them writable."""
     if request.prompt_file is not None:
@@ -177,6 +190,22 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
+    return lines + _without_guidance(checkpoint, settings)
+
+
+def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """What guidance 1 does that may not be meant, unless the checkpoint's own settings are so."""
+    own, sampling = checkpoint.own_sampling(), settings.sampling
+    if sampling.guide_scale != 1:
+        return []
+    lines = []
+    if sampling.steps <= FEW_STEPS and own.guide_scale != 1 and not (settings.lora or settings.transformer):
+        lines.append(
+            f"{sampling.steps} steps without guidance suit weights distilled for it, which --lora or --transformer "
+            f"add; unless {checkpoint.name} itself is distilled, expect mush"
+        )
+    if sampling.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT, own.negative_prompt):
+        lines.append(f"negative_prompt {sampling.negative_prompt!r} {NO_GUIDANCE}")
     return lines
 
 
