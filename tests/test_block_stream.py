@@ -11,16 +11,20 @@ import pytest
 import torch
 import weight_files
 from diffusers.hooks import apply_group_offloading
+from safetensors.torch import load_file
 
 import generate
 import wan
 from nabla import InputError, NablaConfig
-from wan import budget, run
+from wan import budget, parts, run
 from wan.attention import apply_attention, compile_blocks
 from wan.block_stream import stream_blocks
 from wan.budget import check_memory, host_bytes
 from wan.cache_settings import CacheSettings
-from wan.estimates import GIB
+from wan.checkpoint import Checkpoint
+from wan.config import LoraFile
+from wan.estimates import GGUF, GIB
+from wan.lora import read_lora
 from wan.memory import placed, split_picture
 from wan.packing import Packer
 from wan.planner import Budget, Plan
@@ -217,6 +221,53 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     made_with = json.loads((tmp_path / "out.json").read_text())["made_with"]
     assert made_with["memory"] == 24 and made_with["plan"]["packing"] is None and made_with["plan"]["stages"]
     assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
+
+
+@pytest.fixture
+def packed(random_nano, tmp_path):
+    """A transformer's part of GGUF, and a LoRA for it."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install -r requirements-gguf.txt")
+    state = load_file(next(random_nano.glob("*.safetensors")))
+    weight_files.write_gguf(tmp_path / "a.gguf", state)
+    part = parts.transformer_part(Checkpoint.open(random_nano), tmp_path / "a.gguf")
+    lora = LoraFile(str(weight_files.write_lora(tmp_path / "a.safetensors", weight_files.draw_factors(part.model))))
+    return part, lora
+
+
+def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(packed, inputs):
+    part, lora = packed
+    for files in ((), (lora,)):
+        expected = budget.weights_of(part, part.model.blocks, torch.float32, files)
+        adapters = [read_lora(file, part.model) for file in files]
+        model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
+        plain = forward(model, inputs)
+        sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes
+        assert max(sizes) == pytest.approx(expected.block(GGUF), rel=0.02)
+        assert max(sizes) < 0.6 * expected.block(None) or files
+        with placed(model, CPU, offload=True):
+            assert torch.equal(forward(model, inputs), plain)
+
+
+def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_nano, tmp_path, monkeypatch, capsys):
+    part, lora = packed
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "check_memory", lambda *_: None)
+    gpu = 0
+    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
+    flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --transformer a.gguf".split()
+    flags += ["--lora", lora.file]
+    assert generate.main([*flags, "--memory", "24"]) == 2
+    gpu = int(float(capsys.readouterr().err.split("free; ")[1].split(" GB")[0]) * 1e9)
+    assert generate.main([*flags, "--memory", "24"]) == 0
+    said = capsys.readouterr().err
+    assert "memory: transformer gguf, " in said and "layers, beside the weights" in said
+    planned = imageio.imread("out.mp4")
+    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["plan"]["packing"] == GGUF
+    assert generate.main([*flags, "--config", "out.json"]) == 0 and (imageio.imread("out.mp4") == planned).all()
+    assert "will differ" not in capsys.readouterr().err
+    assert generate.main([*flags, "--memory", "24", "--fp8", "--dtype", "bfloat16"]) == 2
 
 
 def test_memory_does_not_go_with_several_processes_or_a_forced_offload():

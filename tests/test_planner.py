@@ -11,7 +11,7 @@ from nabla import InputError
 from wan import budget
 from wan.budget import parse_memory, weigh
 from wan.config import VideoSettings
-from wan.estimates import GIB, Weights, Work, decode_bytes, forward_bytes, pinned_bytes, pinned_chunks, tile_width
+from wan.estimates import GGUF, GIB, Weights, Work, decode_bytes, forward_bytes, pinned_bytes, pinned_chunks, tile_width
 from wan.planner import FRAGMENTS, GB, Budget, Plan, choose
 from wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer
 
@@ -145,6 +145,18 @@ def test_the_named_number_of_gb_is_enough_with_what_cuda_holds(weights, monkeypa
     assert plan_within(needed).peak <= needed * GB
     with pytest.raises(InputError):
         plan_within(needed - 0.2)
+
+
+def test_a_gguf_file_stays_as_it_is_packed(weights):
+    transformer, text = weights["t2v-14B"]
+    five_bits = replace(transformer, stored=transformer.other + transformer.packable * 11 // 16)
+    for gpu, kept in ((24, 40), (12, 0)):
+        limits = replace(HOST, gpu=gpu * GB)
+        plan = choose(five_bits, text, VAE_BYTES, work_for("t2v-14B", (1280, 720), 81), limits, GGUF)
+        assert (plan.packing, plan.text_packing, plan.kept) == (GGUF, None, kept)
+        assert "loading" not in plan.stages and "transformer gguf, " in plan.describe(limits, "bfloat16")
+    whole = choose(five_bits, text, VAE_BYTES, work_for("t2v-14B", (832, 480), 81), replace(HOST, gpu=80 * GB), GGUF)
+    assert not whole.in_turns and whole.host > five_bits.bytes(GGUF)
 
 
 def test_less_memory_is_never_planned_to_take_more(weights):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +17,13 @@ from nabla import InputError
 from wan import parts
 from wan.cache_settings import COPIES
 from wan.checkpoint import Checkpoint
-from wan.config import Settings
-from wan.estimates import Weights, Work
+from wan.config import LoraFile, Settings
+from wan.estimates import GGUF, Weights, Work
 from wan.fast_vae import vae_dtype_of
 from wan.memory import free_bytes
 from wan.planner import GB, Budget, Plan, choose
-from wan.single_file import GgufFile
-from wan.weights import Part
+from wan.single_file import GgufFile, check_packed
+from wan.weights import SAFETENSORS, Part, WeightFiles, weight_file
 
 log = logging.getLogger("wan")
 
@@ -72,19 +74,18 @@ def plan_run(
     """
     settings, dtype = several[0], getattr(torch, several[0].dtype)
     transformer = parts.transformer_part(checkpoint, settings.transformer)
-    if isinstance(transformer.weights, GgufFile):
-        raise InputError("memory does not go with weights of GGUF, which are packed already; leave it out")
+    packing = GGUF if check_packed(transformer, fp8=settings.fp8) else "fp8" if settings.fp8 else None
     text, vae = parts.text_encoder_part(checkpoint, dtype), parts.vae_part(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
     works = [work_of(transformer.model, text.model, vae.model, one, dtype, vae_dtype, compiled) for one in several]
     plan = choose(
-        weights_of(transformer, transformer.model.blocks, dtype),
+        weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         vae.bytes(torch.float32),
         max(works, key=lambda work: (work.tokens, math.prod(work.size))),
         budget,
-        "fp8" if settings.fp8 else None,
+        packing,
         can_pack=dtype == torch.bfloat16 and has_torchao,
         text_cpu=t5_cpu,
     )
@@ -95,9 +96,24 @@ def plan_run(
     return plan
 
 
-def weights_of(part: Part, blocks: nn.ModuleList, dtype: torch.dtype) -> Weights:
-    """What a part of a checkpoint weighs in a dtype."""
-    return weigh(part.model, blocks, dtype, part.float32)
+def weights_of(part: Part, blocks: nn.ModuleList, dtype: torch.dtype, lora: Sequence[LoraFile] = ()) -> Weights:
+    """What a part of a checkpoint weighs in a dtype, and as its GGUF file packs it, with LoRA files beside it."""
+    own = weigh(part.model, blocks, dtype, part.float32)
+    if not isinstance(part.weights, GgufFile):
+        return own
+    beside = sum(WeightFiles([weight_file("lora", one.file, (SAFETENSORS,))]).bytes(dtype) for one in lora)
+    return replace(own, stored=own.other + _stored_layers(part, dtype) + math.ceil(beside / own.blocks))
+
+
+def _stored_layers(part: Part, dtype: torch.dtype) -> int:
+    """Bytes of the linear layers of a GGUF file's largest block."""
+    layers = {f"{name}.weight" for name, module in part.model.named_modules() if isinstance(module, nn.Linear)}
+    sizes: Counter[str] = Counter()
+    for name, shape in part.weights.shapes.items():
+        place, _, number = part.names[name].partition(".")
+        if place == "blocks" and part.names[name] in layers:
+            sizes[number.partition(".")[0]] += part.weights.packed.get(name, math.prod(shape) * dtype.itemsize)
+    return max(sizes.values())
 
 
 def weigh(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, float32: Sequence[str]) -> Weights:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 GIB = 2**30
 # Bytes that a number of a linear layer takes when packed, its scales included.
 PACKED = {"int8": 1.02, "fp8": 1.01, "int4": 0.53}
+# The packing of a model that its GGUF file has packed already.
+GGUF = "gguf"
 CHUNK = 4 * GIB
 ALIGNMENT = 256
 # Measured on the published VAE, base width 96, in float32; and copies of the whole video while it is put together.
@@ -25,7 +27,8 @@ LIST_BYTES = 2**28 * 8
 @dataclass(frozen=True)
 class Weights:
     """What a model weighs. One of its blocks: `packable` numbers in linear layers, and `other` bytes; the largest layer
-    has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not packed takes `itemsize` bytes."""
+    has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not packed takes `itemsize` bytes.
+    stored: of a block as a GGUF file packs it, and of what runs beside it."""
 
     blocks: int
     packable: int
@@ -33,9 +36,12 @@ class Weights:
     other: int
     rest: int
     itemsize: int
+    stored: int = 0
 
     def block(self, packing: str | None) -> int:
         """Bytes of a block."""
+        if packing == GGUF:
+            return self.stored
         each = self.itemsize if packing is None else PACKED[packing]
         return math.ceil(self.packable * each) + self.other
 

@@ -16,6 +16,7 @@ from wan import memory, parts
 from wan.block_stream import stream_blocks
 from wan.checkpoint import Checkpoint
 from wan.config import LoraFile
+from wan.estimates import GGUF
 from wan.fast_vae import speed_up_decoder, vae_dtype_of
 from wan.fp8 import apply_fp8, check_fp8
 from wan.fused_gelu import fuse_gelu
@@ -24,9 +25,11 @@ from wan.packing import check_packing, make_packer
 from wan.parallel import apply_fsdp
 from wan.planner import Plan
 from wan.processes import Processes
-from wan.single_file import GgufFile
+from wan.single_file import check_packed
 
 log = logging.getLogger("wan")
+
+MERGED, BESIDE = "merged into", "beside"
 
 
 class Models(NamedTuple):
@@ -69,11 +72,7 @@ def load_models(
     cpu = torch.device("cpu")
     vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
-    packed = isinstance(transformer_part.weights, GgufFile)
-    if packed and (fp8 or dit_fsdp):
-        raise InputError(
-            "weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out (--fp8 false)"
-        )
+    packed = check_packed(transformer_part, fp8, dit_fsdp)
     adapters = [read_lora(file, transformer_part.model) for file in lora]
     leads = processes is None or processes.leads
     if offload is None:
@@ -103,7 +102,7 @@ def load_models(
     else:
         transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home, adapters=adapters)
     for adapter in adapters:
-        log.info("lora: %s, %s the weights", adapter.describe(), "beside" if packed else "merged into")
+        log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if packed else MERGED)
     fuse_gelu(transformer)
     if fp8:
         log.info("transformer: %s", apply_fp8(transformer).describe())
@@ -134,7 +133,7 @@ def _load_planned(
     packer = make_packer(transformer_part.model, transformer_part.model.blocks, plan.packing, device, home)
     transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, pack=packer)
     for adapter in adapters:
-        log.info("lora: %s, merged into the weights", adapter.describe())
+        log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if plan.packing == GGUF else MERGED)
     fuse_gelu(transformer)
     if packer is not None:
         log.info("transformer: %s", packer.describe())

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nabla import InputError
+from wan.estimates import GGUF
 from wan.fp8 import MULTIPLE, check_fp8, float8_config, sample
 
 PACKINGS = ("int8", "fp8", "int4")
+# Not packed, or by the file.
+AS_READ = None, GGUF
 # With a scale a row the compiler takes `_weight_int8pack_mm`, which needs float32 copies and uses no matrix units.
 INT8_GROUP = 256
 # NormalFloat's scales are packed too: 256 of them, each for 64 weights.
@@ -28,7 +31,7 @@ def check_packing(packing: str | None, device: torch.device, dtype: torch.dtype)
     """Raise `InputError` if weights cannot be packed so, for a device and in a model of `dtype`."""
     if packing == "fp8":
         check_fp8(device, dtype)
-    elif packing is not None and importlib.util.find_spec("torchao") is None:
+    elif packing not in AS_READ and importlib.util.find_spec("torchao") is None:
         raise InputError(f"{packing} weights need torchao, which is not installed; pip install -r requirements-fp8.txt")
 
 
@@ -81,7 +84,7 @@ def make_packer(
     model: nn.Module, blocks: nn.ModuleList, packing: str | None, device: torch.device, home: torch.device
 ) -> Packer | None:
     """A `Packer`, or None if nothing is to be packed."""
-    return None if packing is None else Packer(model, blocks, packing, device, home)
+    return None if packing in AS_READ else Packer(model, blocks, packing, device, home)
 
 
 def move_inner(tensor: Tensor, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from itertools import chain, product
 from nabla import InputError
 from wan.estimates import (
     CHUNK,
+    GGUF,
     GIB,
     MOST_TILES,
     Weights,
@@ -44,7 +45,7 @@ FRAGMENTS = 0.04
 PROCESS = 4 * GIB
 # For each number of the largest layer: what packing takes, and what unpacking it at each use does.
 PACKING_BYTES = {"int8": 12, "fp8": 12, "int4": 24}
-UNPACKING_BYTES = {"int8": 8, "int4": 16}
+UNPACKING_BYTES = {"int8": 8, "int4": 16, GGUF: 12}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def choose(
 ) -> Plan:
     """The plan that costs least of those that fit.
 
-    packing: of the transformer, if that is not open; can_pack: whether others than the given one may be chosen
+    packing: of the transformer, if that is not open, `GGUF` if its file packs it
+    can_pack: whether others than the given one may be chosen
     text_cpu: the text encoder has to run on the CPU
     Raises `InputError` if none fits, with what would.
     """
@@ -184,8 +186,8 @@ class _Case:
             }
             resident = 0 if in_turns else sum(sizes.values())
             stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
-            if packing or text_packing:
-                stages = {"loading": self.packing_bytes(packing, text_packing) + resident} | stages
+            if taken := self.packing_bytes(packing, text_packing):
+                stages = {"loading": taken + resident} | stages
             yield Plan(
                 packing=packing,
                 text_packing=text_packing,
@@ -209,7 +211,9 @@ class _Case:
         """What waits in host memory, at the most."""
         text = self.text.bytes(text_packing)
         if not in_turns:
-            return PROCESS + (text if self.text_cpu else 0)
+            # A GGUF file is read as a whole before it goes to the GPU.
+            read = self.transformer.bytes(packing) if packing == GGUF else 0
+            return PROCESS + max(read, text if self.text_cpu else 0)
         waiting = pinned_bytes(self.transformer.block(packing), self.transformer.blocks) + self.transformer.rest
         # While weights are copied to pinned memory, a chunk of them is there twice.
         return PROCESS + waiting + min(CHUNK, self.transformer.bytes(packing)) + text + self.vae_bytes

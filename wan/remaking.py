@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from wan.config import Settings
+from wan.estimates import GGUF
 from wan.planner import Plan
 
 # What a plan may pack, and where it says how.
@@ -19,10 +20,10 @@ Packing = dict[str, str | None]
 
 
 def packing_of(plan: object, fp8: bool) -> Packing:
-    """How each model is packed by a plan, as a record has it, or without one."""
+    """How each model is packed by a plan, as a record has it, or without one; not what its file has packed."""
     own = {"packing": "fp8" if fp8 else None, "text_packing": None}
     own |= plan if isinstance(plan, dict) else {}
-    return {name: own[key] for name, key in MODELS.items()}
+    return {name: None if own[key] == GGUF else own[key] for name, key in MODELS.items()}
 
 
 def otherwise_packed(record: str, made_with: Mapping[str, Any], settings: Settings, plan: Plan | None) -> str | None:

@@ -82,13 +82,16 @@ class GgufFile(WeightFiles):
     def __init__(self, file: Path):
         if importlib.util.find_spec("gguf") is None:
             raise InputError(f"transformer {file} needs gguf; pip install -r requirements-gguf.txt")
-        from gguf import GGUFReader
+        from gguf import GGMLQuantizationType, GGUFReader
 
         with damage(file):
             tensors = GGUFReader(file).tensors
         self.files, self.where = [file], file
         # Their axes are listed from the innermost.
         self.shapes = {_published(t.name): tuple(map(int, reversed(t.shape))) for t in tensors}
+        # What stays packed, unless diffusers has a type for it.
+        plain = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+        self.packed = {_published(t.name): int(t.n_bytes) for t in tensors if t.tensor_type not in plain}
         self.packed_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
 
     def bytes(self, dtype: torch.dtype) -> int:
@@ -96,6 +99,16 @@ class GgufFile(WeightFiles):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{self.where} is packed; it can be run, but not be read as tensors")
+
+
+def check_packed(part: Part, fp8: bool = False, dit_fsdp: bool = False) -> bool:
+    """Whether a part's weights are those of GGUF; raises `InputError` for what does not go with them."""
+    packed = isinstance(part.weights, GgufFile)
+    if packed and (fp8 or dit_fsdp):
+        raise InputError(
+            "weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out (--fp8 false)"
+        )
+    return packed
 
 
 def load_gguf(part: Part, dtype: torch.dtype, device: torch.device | str) -> WanTransformer3DModel:
