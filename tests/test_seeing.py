@@ -297,6 +297,19 @@ def test_each_video_of_a_prompt_file_has_its_own(run, tmp_path):
     )
 
 
+def test_files_of_a_prompt_file_are_checked_before_anything_is_made(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text('A cat\n{"prompt": "A dog", "name": "%s"}\n' % ("x" * 240))
+    code, said, files = run("--prompt_file", "prompts.txt", "--log_file", "a-long-name.jsonl")
+    wanted = f"a-long-name-{'x' * 240}.jsonl cannot be written (File name too long); choose another --log_file\n"
+    assert (code, files) == (2, ["prompts.txt"]) and said.endswith(f"error: {wanted}")
+    # While it is drawn its name is longer.
+    code, said, files = run("--prompt_file", "prompts.txt", "--report", "report.png")
+    assert (code, files) == (2, ["prompts.txt"]) and f"report-{'x' * 240}.png cannot be written (File name too" in said
+    (tmp_path / "prompts.txt").write_text('{"prompt": "A cat", "name": "b"}\n{"prompt": "A cat", "name": "a-b"}\n')
+    code, said, files = run("--prompt_file", "prompts.txt", "--report", "a.png")
+    assert (code, files) == (2, ["prompts.txt"]) and "report a-b.png is the picture's own file; choose another" in said
+
+
 @pytest.mark.parametrize(
     "flags, message",
     (

@@ -16,7 +16,7 @@ import torch
 from nabla import InputError
 from nabla.tiling import TileLayout
 from nabla.window import window_blocks
-from wan.files import whole
+from wan.files import PARTIAL, whole
 from wan.records import Record
 from wan.video import check_writable
 from wan.watch import DENSE, Example
@@ -53,7 +53,7 @@ def check_report(path: Path) -> None:
         raise InputError(f"report {path} needs matplotlib, which is not installed; pip install matplotlib")
     if path.suffix != ENDING:
         raise InputError(f"report {path} must end in {ENDING}")
-    check_writable(path, "--report")
+    check_writable(path, "--report", PARTIAL)
 
 
 def draw_report(records: Sequence[Record], path: str | Path, examples: Sequence[Example] = ()) -> Drawn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from wan.checkpoint import Checkpoint
 from wan.config import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
 from wan.jobs import is_made, read_prompts, words_of
-from wan.making import Options, Video, make_all
+from wan.making import Options, Video, make_all, named_after
 from wan.processes import Processes, choose_layout, pick_device, started_by_torchrun
 from wan.report import check_report
 from wan.run_log import check_log
@@ -70,13 +70,13 @@ def run(request: Request, options: Options) -> None:
 def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
     check_memory(options.memory, device, processes, options.offload)
     if processes is None or processes.rank == 0:
-        _check_files(request, options)
+        _check_files(options, {request.save_file.absolute()} if request.save_file else set())
     checkpoint, videos = settle(request, device)
     if (options.replicas or 1) > len(videos):
         raise InputError(f"replicas {options.replicas} are more than the prompts, {len(videos)}; lower it")
     if processes is None or processes.rank == 0:
         _say_what_runs(checkpoint, videos, request)
-        videos = _still_to_make(videos, request)
+        videos = _still_to_make(videos, request, options)
     if processes is not None:
         videos = processes.from_first(videos)
     if not videos:
@@ -134,13 +134,13 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     return checkpoint, videos
 
 
-def _check_files(request: Request, options: Options) -> None:
-    """Raise `InputError` unless a log and a report can be made, before anything is loaded."""
+def _check_files(options: Options, pictures: Set[Path]) -> None:
+    """Raise `InputError` unless a log and a report can be made, beside videos at absolute paths, before any is."""
     if options.log is not None:
         check_log(options.log)
     if options.report is not None:
         check_report(options.report)
-        if request.save_file is not None and request.save_file.absolute() == options.report.absolute():
+        if options.report.absolute() in pictures:
             raise InputError(f"report {options.report} is the picture's own file; choose another --report")
 
 
@@ -156,13 +156,16 @@ def _say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request
         log.warning("warning: %s", line)
 
 
-def _still_to_make(videos: list[Video], request: Request) -> list[Video]:
-    """The videos that are not made yet, each with a seed, all of them writable."""
+def _still_to_make(videos: list[Video], request: Request, options: Options) -> list[Video]:
+    """The videos that are not made yet, each with a seed, all of them writable, with their logs and reports."""
     if request.prompt_file is not None:
         make_folder(request.save_dir or Path())
         left = [(settings, path) for settings, path in videos if not is_made(path, settings)]
         log.info("prompts: %d, of which %d are made already", len(videos), len(videos) - len(left))
         videos = left
+        pictures = {path.absolute() for _, path in videos}
+        for _, path in videos:
+            _check_files(named_after(path, options), pictures)
     for settings, path in videos:
         check_output(path, settings)
     return [(replace(settings, sampling=settings.sampling.with_seed()), path) for settings, path in videos]

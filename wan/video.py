@@ -30,12 +30,12 @@ def make_folder(path: Path) -> None:
         raise InputError(f"save_dir {path} cannot be made ({error.strerror or error}); choose another") from None
 
 
-def check_writable(path: Path, flag: str = "--save_file") -> None:
-    """Raise `InputError` unless a file can be written at `path`, which a flag names."""
+def check_writable(path: Path, flag: str = "--save_file", prefix: str = "") -> None:
+    """Raise `InputError` unless a file can be written at `path`, which a flag names; at first with a prefix."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")
-        if len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+        if len(os.fsencode(prefix + path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, "File name too long")
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
