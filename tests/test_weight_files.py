@@ -157,6 +157,13 @@ def wrong_lora(kind, base):
         tensors[f"{key}.lora_A.weight"] = torch.zeros(7, 128)
     elif kind == "dora":
         tensors[f"{key}.dora_scale"] = torch.ones(128, 1)
+    elif kind == "orphans":
+        tensors = weight_files.lora_tensors(weight_files.draw_factors(base), "musubi")
+        tensors = {name: tensor for name, tensor in tensors.items() if "_1_" not in name or "up" not in name}
+    elif kind == "text encoder":
+        tensors |= {f"lora_te_layers_0.lora_{factor}.weight": torch.ones(2, 2) for factor in ("down", "up")}
+    elif kind == "nan":
+        tensors[f"{key}.lora_B.weight"][3, 1] = torch.nan
     elif kind == "image":
         tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = torch.ones(128)
     elif kind == "difference":
@@ -177,6 +184,9 @@ def wrong_lora(kind, base):
         ("dora", r"40 of 41 weights match the transformer, not for example .*dora_scale"),
         ("image", r"40 of 41 weights match the transformer, not for example .*norm_k_img\.diff"),
         ("difference", r"is for a blocks\.0\.attn1\.norm_q\.weight of \(64,\), and here it is \(128,\)"),
+        ("orphans", r"40 of 50 weights match the transformer, not for example 'blocks\.1\.\w+\.\w\.lora_down\.weight'"),
+        ("text encoder", r"40 of 42 weights match the transformer, not for example 'lora_te_layers_0\.lora_down"),
+        ("nan", r"'diffusion_model\.blocks\.1\.self_attn\.q\.lora_B\.weight' has values that are not finite"),
         ("another model", r"0 of 1 weights match, since diffusers cannot convert their names \(ValueError "),
         ("empty", r"0 of 0 weights match the transformer"),
     ),
@@ -361,6 +371,8 @@ def test_settings_make_the_round_trip(tmp_path, monkeypatch):
         ({"lora": "a.safetensors"}, "lora 'a.safetensors' is not a list"),
         ({"lora": [3]}, "lora 3 is neither a file"),
         ({"lora": ["a:nan"]}, "lora scale nan is not a number"),
+        ({"lora": ["a.safetensors:0,8"]}, "scale '0,8' is not a number; write a.safetensors:0.8"),
+        ({"lora": ["a.safetensors:abc"]}, "lora 'a.safetensors:abc': scale 'abc' is not a number"),
         ({"lora": [":0.5"]}, "lora file '' is not the path of a file"),
         ({"lora": [{"file": "a", "weight": 1}]}, "lora has an unknown key 'weight'"),
         ({"lora": [{"scale": 1}]}, "lora file None is not the path of a file"),

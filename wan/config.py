@@ -37,6 +37,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "背景人很多，倒着走"
 )
 DTYPES = ("bfloat16", "float16", "float32")
+LORA_ENDING = ".safetensors"
 MAX_FPS = 240
 MAX_SEED = 2**31
 _CHOICE = ("algorithm", "threshold", "keep", "window")
@@ -129,6 +130,8 @@ class LoraFile:
         try:
             number = float(scale)
         except ValueError:
+            if file.endswith(LORA_ENDING) and not scale.endswith(LORA_ENDING):
+                raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
             return cls(given)
         return cls(file, number)
 

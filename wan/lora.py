@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from wan.weights import SAFETENSORS, WeightFiles, damage, weight_file
 DIFFUSERS, WAN, MUSUBI = "transformer.", "diffusion_model.", "lora_unet_"
 NAME = "file"
 FACTORS = ("A.weight", "B.weight")
-KINDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))
+KINDS = (*PAIRS[0], *PAIRS[1], "alpha")
 # Files that were extracted from whole models hold differences beside factors: their endings, and the tensors changed.
 DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
@@ -62,17 +63,15 @@ def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
     path = weight_file("lora", file.file, (SAFETENSORS,))
     # In float32 the scaling that converters do rounds nothing.
     tensors = {name: tensor.float() for name, tensor in WeightFiles([path])}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(f"lora {path}: {broken[0]!r} has values that are not finite; use a file without such")
     differences, unknown = _take_differences(tensors, model)
     strange = [name for name in tensors if not name.endswith(KINDS)]
     factors = _convert(path, {name: tensor for name, tensor in tensors.items() if name.endswith(KINDS)}, model)
     unknown += strange + _misfits(factors, model)
     count = len(differences) + len(strange) + len(factors)
     if unknown or not count:
-        sample = f", not for example {unknown[0]!r}" if unknown else ""
-        raise InputError(
-            f"lora {path}: {count - len(unknown)} of {count} weights match the transformer{sample}; "
-            "use a LoRA made for text-to-video of this size"
-        )
+        raise _mismatch(path, count, unknown)
     _check_shapes(path, factors, differences, model)
     trial, config = copy.deepcopy(model), _config(path)
     with damage(path):
@@ -80,6 +79,14 @@ def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
     layers = {name.partition(".lora_")[0] for name in factors}
     scaling = {layer: trial.get_submodule(layer).scaling[NAME] for layer in layers}
     return Adapter(file, factors, differences, scaling, config)
+
+
+def _mismatch(path: Path, count: int, unknown: Sequence[str]) -> InputError:
+    sample = f", not for example {unknown[0]!r}" if unknown else ""
+    return InputError(
+        f"lora {path}: {count - len(unknown)} of {count} weights match the transformer{sample}; "
+        "use a LoRA made for text-to-video of this size"
+    )
 
 
 def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable[[str, Tensor], Tensor]:
@@ -178,12 +185,23 @@ def _convert(path: Path, tensors: dict[str, Tensor], model: WanTransformer3DMode
     try:
         converted = WanLoraLoaderMixin.lora_state_dict(tensors)
     except (KeyError, ValueError, IndexError) as error:
+        strange = [name.removeprefix(WAN) for name in tensors if not _is_known(name, tensors, set(layers))]
+        if 0 < len(strange) < len(tensors):
+            raise _mismatch(path, len(tensors), strange) from error
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"lora {path}: 0 of {len(tensors)} weights match, since diffusers cannot convert their names ({reason}); "
             "use one made for Wan2.1 text-to-video"
         ) from error
     return {name.removeprefix(DIFFUSERS): tensor for name, tensor in sorted(converted.items())}
+
+
+def _is_known(name: str, tensors: Mapping[str, Tensor], layers: Set[str]) -> bool:
+    """Whether a name in a file is of a layer of the model, by its published name, and no factor without the other."""
+    kind = next(kind for kind in KINDS if name.endswith(kind))
+    layer = name.removesuffix(f".{kind}")
+    pair = next((pair for pair in PAIRS if kind in pair), (kind,))
+    return layer.removeprefix(WAN) in layers and all(f"{layer}.{one}" in tensors for one in pair)
 
 
 def _misfits(factors: Mapping[str, Tensor], model: WanTransformer3DModel) -> list[str]:

@@ -147,7 +147,9 @@ class WanT2V:
                 **({} if cache is None else {"in_branch": cache.branch}),
             )
         if not latents.isfinite().all():
-            raise InputError("sampling ended in values that are not finite; in float16, try bfloat16")
+            in_half = self.transformer.dtype == torch.float16
+            hint = "try --dtype bfloat16" if in_half else "look at the weights, and at LoRA files and their scales"
+            raise InputError(f"sampling ended in values that are not finite; {hint}")
         return latents.view(noise.shape)
 
     @torch.no_grad()
