@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,14 @@ def test_packages_that_are_old_or_missing(monkeypatch):
     found = packages.packages()
     assert packages.needed_faults(found) == ['torch: 2.7.1+cu126 is older than 2.8; pip install "torch>=2.8"']
     assert {one.name: one.problem for one in found if one.problem and not one.needed} == {"peft": "missing"}
+
+
+def test_optional_packages_say_all_that_they_are_for(run):
+    said = run("--quick")[1]
+    assert "int8 and 4-bit weights of --memory, any GPU; --fp8, Ada and newer" in said
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    optional = {line.partition(">=")[0] for name in extras.keys() - {"test"} for line in extras[name]}
+    assert optional == packages.OPTIONAL.keys() and "gradio" in said
 
 
 def test_what_fits_follows_the_memory():

@@ -19,10 +19,11 @@ MODULES = {"PyYAML": "yaml", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-f
 # Of the optional ones: what for, and how to get it.
 OPTIONAL = {
     "nvidia-cudnn-frontend": ("the fastest attention kernel, Hopper and newer", "-r requirements-cudnn.txt"),
-    "torchao": ("--fp8, Ada and newer", "-r requirements-fp8.txt"),
+    "torchao": ("int8 and 4-bit weights of --memory, any GPU; --fp8, Ada and newer", "-r requirements-fp8.txt"),
     "gguf": ("--transformer FILE.gguf", "-r requirements-gguf.txt"),
     "peft": ("--lora, and training", "peft"),
     "matplotlib": ("--report", "matplotlib"),
+    "gradio": ("the web page, app.py", "-r requirements-page.txt"),
 }
 
 
@@ -39,7 +40,7 @@ class Package:
 
 
 def packages() -> tuple[Package, ...]:
-    """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py uses."""
+    """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py and app.py use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = dict(_split(line) for lines in project["optional-dependencies"].values() for line in lines)
     needed = [_look(name, least, "", True, name) for name, least in map(_split, project["dependencies"])]
