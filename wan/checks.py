@@ -73,11 +73,11 @@ def check_text(name: str, text: object) -> None:
         raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
 
 
-def check_prompt(prompt: object) -> None:
-    """Raise `InputError` unless a prompt says something."""
+def check_prompt(prompt: object, where: str = "with --prompt") -> None:
+    """Raise `InputError` unless a prompt says something; where: it can be given."""
     check_text("prompt", prompt or "")
     if not clean_prompt(prompt or ""):
-        raise InputError("the prompt is empty; say what the video should show with --prompt")
+        raise InputError(f"the prompt is empty; say what the video should show {where}")
 
 
 def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.checks import check_prompt
 from wan.config import Settings, read_settings, resolve
 
 KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
@@ -63,6 +64,7 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     for key, value in given.items():
         (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
     try:
+        check_prompt(given.get("prompt"), "in this line")
         resolve(layer, {"checkpoint": "any"})
     except InputError as error:
         raise InputError(f"{path}, line {number}: {error}") from None
