@@ -13,6 +13,7 @@ import weight_files
 
 import app
 from nabla import InputError, NablaConfig
+from wan.cache_settings import CacheSettings
 from wan.config import CONFIG_FOLDER, LoraFile, Settings, VideoSettings, resolve
 from wan.making import Options
 from wan.page import status
@@ -63,6 +64,16 @@ def test_every_control_of_the_form_changes_what_it_names_and_nothing_else(tmp_pa
     assert made.video == VideoSettings((64, 48), 5, base.video.fps)
     assert made.lora == (LoraFile(files["b.safetensors"], 0.5), LoraFile(files["a.safetensors"], 1.0))
     assert (made.checkpoint, made.dtype, made.fp8, made.vae_dtype) == ("here", "bfloat16", True, "float16")
+
+
+def test_float8_and_the_cache_of_a_preset_are_shown_and_switched():
+    fast = Presets({}, "x", "fast.yaml").settings("fast")
+    form = to_form(fast, "a cat")
+    assert form.fp8 and form.cache
+    plain = resolve(to_layer(replace(form, fp8=False, cache=False), fast, {}))
+    assert plain == replace(fast, prompt="a cat", fp8=False, cache=None)
+    again = resolve(to_layer(replace(to_form(plain, "a cat"), cache=True), plain, {}))
+    assert again.cache == CacheSettings("first_block") and not again.fp8
 
 
 @pytest.mark.parametrize(

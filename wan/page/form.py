@@ -17,6 +17,7 @@ from wan.text import clean_prompt
 DENSE, THRESHOLD, SHARE, WINDOW = "Dense", "Threshold", "Share", "Window"
 USUAL_AMOUNT = {THRESHOLD: 0.7, SHARE: 0.2}
 USUAL_WINDOW = "11-3-3"
+USUAL_CACHE = "first_block"
 
 Layer = dict[str, Any]
 
@@ -27,6 +28,7 @@ class Form:
 
     size: width x height; seed: empty draws one
     lora: names of files; scales: one for all, or one each, with commas between
+    cache: whether there is a step cache, the settings' own or the usual one
     """
 
     prompt: str
@@ -44,6 +46,8 @@ class Form:
     dense_steps: int | None
     mask_refresh: int | None
     backend: str
+    fp8: bool
+    cache: bool
 
 
 def to_form(settings: Settings, prompt: str = "") -> Form:
@@ -65,6 +69,8 @@ def to_form(settings: Settings, prompt: str = "") -> Form:
         dense_steps=attention.dense_steps,
         mask_refresh=attention.mask_refresh,
         backend=attention.backend,
+        fp8=settings.fp8,
+        cache=settings.cache is not None,
     )
 
 
@@ -99,7 +105,8 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
         "video": {"size": form.size, "frame_num": _whole(form.frame_num)},
     }
     layer = values | {section: values[section] | change for section, change in changed.items()}
-    return layer | {"prompt": form.prompt, "lora": _loras(form, lora_files)}
+    cache = (values["cache"] if base.cache else USUAL_CACHE) if form.cache else "none"
+    return layer | {"prompt": form.prompt, "lora": _loras(form, lora_files), "fp8": form.fp8, "cache": cache}
 
 
 def _loras(form: Form, files: Mapping[str, str]) -> list[Layer]:

@@ -133,7 +133,11 @@ def _sampling(form: Form) -> dict[str, gr.components.Component]:
         guide = gr.Number(form.guide_scale, label="Guidance", info="1: off, twice as fast", min_width=120, step=0.5)
         shift = gr.Number(form.shift, label="Shift", info="5 is usual", min_width=120, step=0.5)
         solver = gr.Dropdown(list(SOLVERS), value=form.solver, label="Solver", info="unipc is usual", min_width=120)
-    return {"negative_prompt": negative, "guide_scale": guide, "shift": shift, "solver": solver}
+    with gr.Row():
+        fp8 = gr.Checkbox(form.fp8, label="Float8 layers", info="Ada GPUs and newer", min_width=120, elem_id="fp8")
+        cache = gr.Checkbox(form.cache, label="Step cache", info="reuses steps", min_width=120, elem_id="cache")
+    controls = {"negative_prompt": negative, "guide_scale": guide, "shift": shift, "solver": solver}
+    return controls | {"fp8": fp8, "cache": cache}
 
 
 def _lora(form: Form, files: Mapping[str, str]) -> tuple[dict[str, gr.components.Component], gr.UploadButton]:
