@@ -302,6 +302,10 @@ def test_files_of_a_prompt_file_are_checked_before_anything_is_made(run, tmp_pat
     code, said, files = run("--prompt_file", "prompts.txt", "--log_file", "a-long-name.jsonl")
     wanted = f"a-long-name-{'x' * 240}.jsonl cannot be written (File name too long); choose another --log_file\n"
     assert (code, files) == (2, ["prompts.txt"]) and said.endswith(f"error: {wanted}")
+    (tmp_path / "long.txt").write_text('{"prompt": "A dog", "name": "%s"}\n' % ("x" * 300))
+    said = run("--prompt_file", "long.txt")[1]
+    assert said.endswith("(File name too long); choose another name in the file of prompts, or --save_dir\n")
+    (tmp_path / "long.txt").unlink()
     # While it is drawn its name is longer.
     code, said, files = run("--prompt_file", "prompts.txt", "--report", "report.png")
     assert (code, files) == (2, ["prompts.txt"]) and f"report-{'x' * 240}.png cannot be written (File name too" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,8 @@ def is_made(path: Path, settings: Settings) -> bool:
     Videos and records are written whole, the record last, so that an interrupted one has none.
     """
     record = path.with_suffix(".json")
-    if not (path.is_file() and record.is_file()):
+    # Unlike pathlib these say no of a name that is too long.
+    if not (os.path.isfile(path) and os.path.isfile(record)):
         return False
     try:
         made = resolve(read_settings(record)).to_dict()

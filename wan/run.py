@@ -158,7 +158,9 @@ def _say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request
 
 def _still_to_make(videos: list[Video], request: Request, options: Options) -> list[Video]:
     """The videos that are not made yet, each with a seed, all of them writable, with their logs and reports."""
+    flag = "--save_file"
     if request.prompt_file is not None:
+        flag = "name in the file of prompts, or --save_dir"
         make_folder(request.save_dir or Path())
         left = [(settings, path) for settings, path in videos if not is_made(path, settings)]
         log.info("prompts: %d, of which %d are made already", len(videos), len(videos) - len(left))
@@ -167,7 +169,7 @@ def _still_to_make(videos: list[Video], request: Request, options: Options) -> l
         for _, path in videos:
             _check_files(named_after(path, options), pictures)
     for settings, path in videos:
-        check_output(path, settings)
+        check_output(path, settings, flag)
     return [(replace(settings, sampling=settings.sampling.with_seed()), path) for settings, path in videos]
 
 
@@ -221,8 +223,11 @@ def ending(settings: Settings) -> str:
     return ".png" if settings.video.frame_num == 1 else ".mp4"
 
 
-def check_output(path: Path, settings: Settings | None = None) -> None:
-    """Raise `InputError` unless a video and its settings can be written to `path`, as far as can be told beforehand."""
+def check_output(path: Path, settings: Settings | None = None, flag: str = "--save_file") -> None:
+    """Raise `InputError` unless a video and its settings can be written to `path`, as far as can be told beforehand.
+
+    flag: what names the path, or what to choose another of
+    """
     many = settings is not None and settings.video.frame_num > 1
     if path.suffix not in (".mp4", ".png") or (path.suffix == ".png" and many):
         kind = f".mp4 for {settings.video.frame_num} frames" if many else ".mp4, or in .png for one frame"
@@ -230,10 +235,10 @@ def check_output(path: Path, settings: Settings | None = None) -> None:
     if path.suffix == ".mp4":
         check_encoder()
     record = path.with_suffix(".json")
-    check_writable(path)
-    check_writable(record)
+    check_writable(path, flag)
+    check_writable(record, flag)
     if record.exists():
         try:
             read_settings(record)
         except InputError:
-            raise InputError(f"{record} exists and is not the record of a video; choose another --save_file") from None
+            raise InputError(f"{record} exists and is not the record of a video; choose another {flag}") from None
