@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from training_runs import Colours
 from nabla import InputError
 from scripts import prepare_data
 from wan import WanT2V
+from wan.parts import TEXT_ENCODER_FILE, VAE_FILE
 from wan.training.config import ObjectiveSettings
 from wan.training.data import Batches, Clips, fixed_batch
 from wan.training.models import open_parts
@@ -92,6 +94,38 @@ def test_a_second_start_makes_only_what_is_missing(encoder, tmp_path, caplog):
     ]
     with pytest.raises(InputError, match="made with other settings"):
         prepare(Colours(8), settings_for(whole, dropped_text="nothing"), encoder)
+
+
+def test_what_a_folder_was_prepared_of_may_not_change_under_it(encoder, random_nano, videos, tmp_path, caplog):
+    data, out = shutil.copytree(videos, tmp_path / "data"), settings_for(tmp_path / "out")
+    captions, written = data / "captions.jsonl", (data / "captions.jsonl").read_text()
+    assert prepare(VideoFolder(str(data)), out, encoder) == (1, 7)
+    before = shards(tmp_path / "out")
+
+    def refused(why: str, others: Encoder = encoder) -> None:
+        with pytest.raises(InputError, match=why):
+            prepare(VideoFolder(str(data)), out, others)
+
+    captions.write_text(written + '{"file": "good.mp4", "caption": "more"}\n')
+    refused("was prepared of 8 samples, and there are 9 now; choose another out for all, or for the new ones alone")
+    captions.write_text(written.replace('"good"', '"fine"'))
+    refused("made with other captions; choose another out, or remove it to make all anew")
+    captions.write_text(written)
+    shutil.copy(data / "good.mp4", data / "cut.mp4")
+    refused("made with other files; choose another out")
+    shutil.copy2(videos / "cut.mp4", data / "cut.mp4")
+    for what, file in (("VAE", VAE_FILE), ("text encoder", TEXT_ENCODER_FILE)):
+        other = shutil.copytree(random_nano, tmp_path / what)
+        weights = torch.load(other / file)
+        torch.save({key: weight * 1.01 for key, weight in weights.items()}, other / file)
+        refused(f"made with another {what}", Encoder(open_parts(other), torch.device("cpu")))
+    assert prepare(VideoFolder(str(data)), out, encoder) == (1, 7) and shards(tmp_path / "out") == before
+    # A folder that says nothing of what tells these apart goes on, and is told of.
+    record = json.loads(before["prepared.json"])
+    kept = {key: value for key, value in record.items() if key not in ("vae", "text_encoder", "captions", "files")}
+    (tmp_path / "out" / "prepared.json").write_text(json.dumps(kept))
+    assert prepare(VideoFolder(str(data)), out, encoder) == (1, 7)
+    assert "prepared.json does not tell captions, files, text_encoder, vae; they are taken" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("kind", ("processes", "iterable", "workers"))

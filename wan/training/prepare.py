@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError
 from wan import parts
@@ -38,12 +39,22 @@ SHARD_NAME = "shard-{:06d}.safetensors"
 # Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
 RECORD_KEY = "samples"
 SHARDS = "shard-*.safetensors"
+# Values of each weight that a fingerprint takes: those of a large text encoder would all take minutes.
+FINGERPRINT_VALUES = 4096
+# What fingerprints in the record are of, in words.
+FINGERPRINTS = {
+    "captions": "other captions",
+    "files": "other files",
+    "vae": "another VAE",
+    "text_encoder": "another text encoder, tokenizer or text_len",
+}
 
 
 class Encoder:
     """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer of a checkpoint, which needs no transformer.
 
     whole_clips: encode clips in one pass rather than by chunks of four frames
+    `fingerprints` tells its VAE's encoder and its text encoder with the tokenizer from others.
     """
 
     def __init__(
@@ -56,6 +67,8 @@ class Encoder:
         checkpoint.require_tokenizer()
         self.device, self.length = device, checkpoint.text_length
         self.vae = parts.vae_part(checkpoint).load(torch.float32, device)
+        statistics = repr((list(self.vae.config.latents_mean), list(self.vae.config.latents_std)))
+        self.fingerprints = {"vae": _fingerprint(statistics.encode(), self.vae.encoder, self.vae.quant_conv)}
         speed_up_encoder(self.vae, vae_dtype)
         self.posterior = posterior if whole_clips else None
         if whole_clips:
@@ -63,6 +76,8 @@ class Encoder:
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.text_encoder = parts.text_encoder_part(checkpoint, text_dtype).load(text_dtype, device)
         self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
+        reading = (checkpoint.tokenizer_folder / "tokenizer.json").read_bytes() + str(self.length).encode()
+        self.fingerprints["text_encoder"] = _fingerprint(reading, self.text_encoder)
 
     @torch.no_grad()
     def latents(self, videos: Tensor) -> Tensor:
@@ -81,6 +96,16 @@ class Encoder:
         return [state[: row.sum()] for state, row in zip(states, mask)]
 
 
+def _fingerprint(besides: bytes, *models: nn.Module) -> str:
+    """Of values of every weight, rounded to what they are in any type and on any device, and of other bytes."""
+    digest = hashlib.sha256(besides)
+    for model in models:
+        for name, weight in model.state_dict().items():
+            values = weight.flatten()[:: max(1, weight.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Prepared(NamedTuple):
     """How many samples of a dataset stand in its shards, and how many could not be used."""
 
@@ -91,7 +116,8 @@ class Prepared(NamedTuple):
 def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int = 0, processes: int = 1) -> Prepared:
     """Write the shards of a dataset that are not there yet, those that fall to this one of several processes.
 
-    source: indexable, giving (uint8 video (frames, H, W, 3), caption), or any iterable of such pairs
+    source: indexable, giving (uint8 video (frames, H, W, 3), caption), or any iterable of such pairs; if it has
+        `fingerprints`, as `VideoFolder` has, a start with others is refused
     Bad samples are named in the log, and in the shard that they would stand in; returned are the counts of all shards
     that are this process's. Raises `InputError` if the folder holds shards that were made otherwise.
     """
@@ -99,6 +125,8 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     is_counted = hasattr(source, "__len__")
     # More samples than before would be missing from the shard that was the last.
     record = settings.what_decides() | {"samples": len(source) if is_counted else None}
+    record |= source.fingerprints() if hasattr(source, "fingerprints") else {}
+    record |= encoder.fingerprints
     _begin(out, record, settings, encoder, leads=rank == 0)
     if not hasattr(source, "__getitem__"):
         source = InOrder(source)
@@ -122,10 +150,12 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
     path = out / RECORD_FILE
-    if path.is_file() and read_json(path) != record:
-        raise InputError(f"{out} holds shards that were made with other settings, see {path}; choose another out")
+    earlier = read_json(path) if path.is_file() else record
+    _check_same(out, earlier, record)
     if not leads:
         return
+    if unknown := sorted(record.keys() - earlier.keys()):
+        log.warning("warning: %s does not tell %s; they are taken to be the same as before", path, ", ".join(unknown))
     if not path.is_file():
         with whole(path) as partial:
             partial.write_text(json.dumps(record, indent=2, ensure_ascii=False))
@@ -133,6 +163,22 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
         with whole(out / DROPPED_FILE) as partial:
             (text,) = encoder.text([settings.dropped_text])
             save_file({"text": text.to(getattr(torch, settings.dtype)).contiguous()}, partial)
+
+
+def _check_same(out: Path, earlier: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise `InputError` if shards were made otherwise than they would be now; a record need not have fingerprints."""
+    for name, before in earlier.items():
+        now = record.get(name)
+        if before == now:
+            continue
+        if name == "samples":
+            raise InputError(
+                f"{out} was prepared of {before} samples, and there are {now} now; choose another out for all, or for "
+                "the new ones alone, as training takes several folders"
+            )
+        said = f"{name} {before!r}, not {now!r}"
+        made = f"made with {FINGERPRINTS[name]}" if name in FINGERPRINTS else f"made with other settings: {said}"
+        raise InputError(f"{out} holds shards that were {made}; choose another out, or remove it to make all anew")
 
 
 def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settings: PrepareSettings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -62,18 +64,30 @@ class VideoFolder:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells its captions from others, and its files, by their names, sizes and times of change."""
+        states = []
+        for index in range(len(self)):
+            with contextlib.suppress(BadSample, OSError, ValueError):
+                state = (self.folder / self._entry(index)[0]).stat()
+                states.append((index, state.st_size, int(state.st_mtime)))
+        return {"captions": _digest("\n".join(self.lines)), "files": _digest(repr(states))}
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         """(frames, H, W, 3) uint8 and its caption; raises `BadSample` for what cannot be read."""
+        name, caption = self._entry(index)
         try:
-            entry = json.loads(self.lines[index])
-            name, caption = entry["file"], entry["caption"]
-            path = self.folder / name
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadSample(f'line {index + 1} is not {{"file": "...", "caption": "..."}} ({error!r})') from None
-        try:
-            return self._read(path), caption
+            return self._read(self.folder / name), caption
         except BadSample as error:
             raise BadSample(f"{name}: {error}") from None
+
+    def _entry(self, index: int) -> tuple[str, Any]:
+        """The file's name and the caption of a line."""
+        try:
+            entry = json.loads(self.lines[index])
+            return str(Path(entry["file"])), entry["caption"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadSample(f'line {index + 1} is not {{"file": "...", "caption": "..."}} ({error!r})') from None
 
     def _read(self, path: Path) -> np.ndarray:
         most = self.frame_nums[0] if self.frame_nums else None
@@ -93,6 +107,10 @@ class VideoFolder:
             raise BadSample(f"{own[0]}*{own[1]} is smaller than any of the sizes")
         # The nearest in shape, and of those the largest.
         return min(possible, key=lambda size: (abs(np.log(size[0] * own[1] / size[1] / own[0])), -size[0]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_frames(
