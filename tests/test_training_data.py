@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -264,6 +265,26 @@ def test_several_folders_are_taken_together(prepared, encoder, tmp_path):
     prepare(Colours(3), settings_for(tmp_path / "other", dropped_text="nothing"), encoder)
     with pytest.raises(InputError, match="differ in text encoder or dropped_text"):
         Clips([folders[0], str(tmp_path / "other")], 512)
+
+
+def test_texts_longer_than_the_transformer_takes_are_refused_before_a_run(prepared):
+    longest = max(Clips([str(prepared)], 512).clips, key=lambda clip: clip.rows)
+    assert len(Clips([str(prepared)], longest.rows)) == 7
+    with pytest.raises(InputError, match=rf"sample \d: its text has .* takes {longest.rows - 1} .text_len."):
+        Clips([str(prepared)], longest.rows - 1)
+
+
+def test_an_error_in_a_worker_ends_the_program():
+    code = """
+from wan.training.reading import read
+class Broken:
+    def __getitem__(self, number):
+        raise RuntimeError(f"number {number} is broken")
+for _ in read(Broken(), range(3), workers=1):
+    pass
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "number 0 is broken" in ended.stderr
 
 
 def test_text_is_dropped_as_often_as_asked_and_noise_levels_fill_their_range(prepared):

@@ -41,7 +41,10 @@ class Batch(NamedTuple):
 
 
 class Clips:
-    """The prepared clips of folders, and the text states of a clip without its text."""
+    """The prepared clips of folders, and the text states of a clip without its text.
+
+    Raises `InputError` for folders without clips, of different texts, or with more rows of text than `text_length`.
+    """
 
     def __init__(self, folders: Sequence[str], text_length: int):
         self.text_length, self.clips, dropped = text_length, [], []
@@ -57,9 +60,20 @@ class Clips:
             if not torch.equal(dropped[0], dropped[-1]):
                 raise InputError(f"{folder} and {folders[0]} differ in text encoder or dropped_text; prepare one anew")
         self.dropped = dropped[0]
+        self._check_lengths()
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
             self.buckets[clip.size].append(number)
+
+    def _check_lengths(self) -> None:
+        texts = [(f"{clip.file}, sample {clip.index}", clip.rows) for clip in self.clips]
+        texts.append((f"{self.clips[0].file.parent / DROPPED_FILE}", len(self.dropped)))
+        if long := [text for text in texts if text[1] > self.text_length]:
+            raise InputError(
+                f"{long[0][0]}: its text has {long[0][1]} tokens, and the transformer takes {self.text_length} "
+                f"(text_len); {len(long) - 1} others are too long as well; raise text_len to "
+                f"{max(rows for _, rows in long)}, or prepare the data with a checkpoint of this one, which cuts them"
+            )
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -227,12 +227,13 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 class Clip(NamedTuple):
-    """A clip in a shard. size: (frames, height, width) of its latents."""
+    """A clip in a shard. size: (frames, height, width) of its latents; rows: of its text states."""
 
     file: Path
     index: int
     caption: str
     size: tuple[int, int, int]
+    rows: int
 
 
 def list_clips(folder: Path) -> list[Clip]:
@@ -242,6 +243,6 @@ def list_clips(folder: Path) -> list[Clip]:
         written, _ = _read_record(path)
         with safe_open(path, "pt") as file:
             for clip in written:
-                shape = file.get_slice(f"{clip['index']}.latents").get_shape()
-                clips.append(Clip(path, clip["index"], clip["caption"], tuple(shape[1:])))
+                latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))
+                clips.append(Clip(path, clip["index"], clip["caption"], tuple(latents[1:]), text[0]))
     return clips

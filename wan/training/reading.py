@@ -15,16 +15,22 @@ def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | 
 
     context: how workers start, see `multiprocessing.get_context`
     """
-    # By `yield from`, so that closing ends the workers at once: at exit Python would wait for them.
-    yield from DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=context if workers else None,
-        worker_init_fn=_leave_signal_to_parent,
-    )
+    try:
+        # By `yield from`, so that closing ends the workers at once: at exit Python would wait for them.
+        yield from DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=context if workers else None,
+            worker_init_fn=_leave_signal_to_parent,
+        )
+    except Exception as error:
+        if workers:
+            # The message has the worker's own; this one would hold the workers, so that the program never ended.
+            error.__traceback__ = None
+        raise
 
 
 def _leave_signal_to_parent(_: int) -> None:
