@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
 from nabla import InputError
-from wan.config import CONFIG_FOLDER, read_settings
+from wan.checkpoint import Checkpoint
+from wan.config import CONFIG_FOLDER, SamplingSettings, VideoSettings, read_settings
 from wan.training.config import TrainingSettings
+from wan.training.export import defaults_of
 from wan.training.models import new_transformer
 from wan.training.objective import sigmas_of
 from wan.training.prepare_settings import PrepareSettings
@@ -47,6 +50,9 @@ def minimal(**changes) -> dict:
         ({"attention": {"algorithm": "nabla-0.7", "dense_steps": 2}}, "dense_steps and mask_refresh"),
         ({"samples": {"prompts": "A cat"}}, "prompts 'A cat' are not a list"),
         ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
+        ({"samples": {"sampling": {"step": 3}}}, "sampling has an unknown key 'step'"),
+        ({"samples": {"video": {"size": "50*32"}}}, "size 50.32: both must be positive multiples of 16"),
+        ({"samples": []}, r"samples \[\] is not a mapping"),
         ({"matrix_lr": 0}, "matrix_lr 0 is not a number above 0"),
         ({"matrix_lr": 0.02, "shard": True}, "matrix_lr does not go with shard: "),
         ({"matrix_lr": 0.02, "lora": {"rank": 2}}, "matrix_lr does not go with lora: "),
@@ -56,6 +62,20 @@ def minimal(**changes) -> dict:
 def test_wrong_settings_are_one_clear_line(changes, message):
     with pytest.raises(InputError, match=message):
         TrainingSettings.from_dict(minimal(**changes))
+
+
+def test_samples_leave_to_the_checkpoint_what_they_do_not_say(damaged):
+    own = {"sampling": {"steps": 7, "shift": 3.0, "negative_prompt": ""}, "video": {"size": [48, 32], "frame_num": 9}}
+    (damaged / "defaults.yaml").write_text(yaml.safe_dump(own))
+    base = Checkpoint.open(damaged)
+    settings = TrainingSettings.from_dict(minimal(samples={"prompts": ["A cat"]}))
+    sampling, video = settings.samples.over(own)[1:]
+    assert sampling == SamplingSettings(steps=7, shift=3.0, negative_prompt="", seed=0)
+    assert video == VideoSettings((48, 32), 9) and defaults_of(settings, base) == own
+    settings = TrainingSettings.from_dict(minimal(samples={"sampling": {"steps": 9, "seed": 4}, "video": None}))
+    assert settings.samples.over(own).sampling == SamplingSettings(steps=9, shift=3.0, negative_prompt="", seed=4)
+    assert defaults_of(settings, base) == own | {"sampling": own["sampling"] | {"steps": 9}}
+    assert TrainingSettings.from_dict(settings.to_dict()) == settings
 
 
 def test_distillation_has_its_published_settings_by_default():

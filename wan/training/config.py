@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
@@ -150,20 +150,46 @@ class EverySettings:
         check_counts(self, "log", "checkpoint", "validation", "sample")
 
 
+class Samples(NamedTuple):
+    """Videos made on the way, one a prompt."""
+
+    prompts: tuple[str, ...]
+    sampling: SamplingSettings
+    video: VideoSettings
+
+
 @dataclass(frozen=True)
 class SampleSettings:
-    """Videos made on the way, one a prompt. Checkpoints name these settings as generate.py's defaults for them."""
+    """Videos made on the way, one a prompt.
+
+    sampling, video: as in every config, and what is left out as the run's checkpoint has it, but seed 0. Checkpoints
+        name what is given here as generate.py's defaults for them
+    """
 
     prompts: tuple[str, ...] = ()
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(seed=0))
-    video: VideoSettings = field(default_factory=VideoSettings)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    video: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", texts("prompts", self.prompts))
         for prompt in self.prompts:
             check_prompt(prompt)
-        if self.sampling.seed in (None, -1):
-            raise InputError(f"samples seed {self.sampling.seed!r} would change from sample to sample; give a number")
+        for name in ("sampling", "video"):
+            check_mapping(name, getattr(self, name))
+            object.__setattr__(self, name, {k: v for k, v in getattr(self, name).items() if v is not None})
+        seed = self.over({}).sampling.seed
+        if seed in (None, -1):
+            raise InputError(f"samples seed {seed!r} would change from sample to sample; give a number")
+
+    def over(self, defaults: Mapping[str, Any]) -> Samples:
+        """These over a checkpoint's defaults. Raises `InputError` for what is unknown or not allowed in either."""
+        made: dict[str, Any] = {}
+        for name, kind in (("sampling", SamplingSettings), ("video", VideoSettings)):
+            lower = defaults.get(name) or {}
+            check_mapping(name, lower)
+            seed = {"seed": 0} if name == "sampling" else {}
+            made[name] = build(kind, {**lower, **seed, **getattr(self, name)}, name, {})
+        return Samples(self.prompts, **made)
 
 
 @dataclass(frozen=True)
@@ -239,16 +265,13 @@ class TrainingSettings:
         Raises `InputError` for keys that are unknown or missing and for values outside what is allowed.
         """
         settings = overlaid(MODE_DEFAULTS.get(str(settings.get("mode")), {}), settings)
-        if isinstance(settings.get("samples"), Mapping):
-            sections = {"sampling": SamplingSettings, "video": VideoSettings}
-            given = overlaid({"sampling": {"seed": 0}}, settings["samples"])
-            settings["samples"] = build(SampleSettings, given, "samples", sections)
         sections = {
             "data": DataSettings,
             "lora": LoraSettings,
             "objective": ObjectiveSettings,
             "optimizer": OptimizerSettings,
             "every": EverySettings,
+            "samples": SampleSettings,
         }
         if settings.get("attention") is not None:
             check_mapping("attention", settings["attention"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from wan.jobs import words_of
 from wan.latents import decode
 from wan.sampling import denoise, make_solver
-from wan.training.config import ObjectiveSettings, SampleSettings
+from wan.training.config import ObjectiveSettings, Samples
 from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
 from wan.video import make_folder, to_frames, write_image, write_video
@@ -71,7 +71,7 @@ class Sampler:
     texts: states (2, L, C) of each prompt and of the negative one
     """
 
-    def __init__(self, settings: SampleSettings, vae: AutoencoderKLWan, texts: list[Tensor]):
+    def __init__(self, settings: Samples, vae: AutoencoderKLWan, texts: list[Tensor]):
         self.settings, self.vae, self.texts = settings, vae, texts
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +82,16 @@ def write_model(
 
 
 def defaults_of(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
-    """The defaults for generate.py of what is trained: the checkpoint's, under the run's attention and samples."""
+    """The defaults for generate.py of what is trained: the checkpoint's, under those that the run's settings give."""
     defaults = dict(base.settings_layers[0])
     defaults.pop("attention", None)
     if not settings.attention.is_dense:
         attention = attention_to_dict(settings.attention)
         defaults["attention"] = {key: value for key, value in attention.items() if key != "backend"}
     if settings.samples is not None:
-        sampling = {key: value for key, value in asdict(settings.samples.sampling).items() if key != "seed"}
-        defaults = overlaid(defaults, {"sampling": sampling, "video": asdict(settings.samples.video)})
+        for name in ("sampling", "video"):
+            given = {key: value for key, value in getattr(settings.samples, name).items() if key != "seed"}
+            defaults = overlaid(defaults, {name: given})
     return plain(defaults)
 
 

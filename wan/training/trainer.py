@@ -75,11 +75,11 @@ class Trainer:
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
-        samples = settings.samples
-        if samples is not None and samples.prompts and samples.video.frame_num > 1:
-            check_encoder()
         self.folder = Path(settings.out).expanduser().resolve()
         self.base = open_parts(settings.checkpoint, settings.transformer)
+        samples = self.samples = settings.samples and settings.samples.over(self.base.settings_layers[0])
+        if samples is not None and samples.prompts and samples.video.frame_num > 1:
+            check_encoder()
         if self.accelerator.is_main_process:
             warn_of_another_attention(self.base, settings.attention)
         self.clips = Clips(settings.data.train, self.base.text_length)
@@ -131,7 +131,7 @@ class Trainer:
         self.state = State(self.transformer, optimizers, schedules, ema)
 
     def _make_sampler(self) -> Sampler | None:
-        samples = self.settings.samples
+        samples = self.samples
         if samples is None or not samples.prompts:
             return None
         encoder = Encoder(self.base, self.device)
