@@ -182,13 +182,56 @@ def test_bad_videos_and_captions_are_counted_and_never_fatal(random_nano, videos
     for reason in (
         "sample 1 is skipped: cut.mp4: cannot be read",
         "sample 2 is skipped: gone.mp4: cannot be read",
-        "sample 3 is skipped: the caption is empty",
+        "sample 3 is skipped: good.mp4: the caption is empty",
         """sample 4 is skipped: line 5 is not {"file": "...", "caption": "..."} (KeyError('caption'))""",
-        "sample 5 is skipped: size 50*32: both must be positive multiples of 16",
-        "sample 6 is skipped: frame_num 24 is not of the form 4n+1; use 21 or 25",
+        "sample 5 is skipped: odd.mp4: size 50*32: both must be positive multiples of 16",
+        "sample 6 is skipped: long.mp4: frame_num 24 is not of the form 4n+1; use 21 or 25",
         "sample 7 is skipped: line 8 is not",
     ):
         assert reason in said
+
+
+def test_captions_of_other_encodings_cost_no_other_line(videos, tmp_path):
+    shutil.copy(videos / "good.mp4", tmp_path)
+    lines = (
+        b'{"file": "good.mp4", "caption": "one"}',
+        b"",
+        b'{"file": "good.mp4", "caption": "caf\xe9"}',
+        b'{"file": 3}',
+    )
+    (tmp_path / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    source = VideoFolder(str(tmp_path))
+    assert len(source) == 3 and source[0][1] == "one"
+    with pytest.raises(InputError, match="line 3 is not UTF-8 from byte 37 on; save it as UTF-8"):
+        source[1]
+    with pytest.raises(InputError, match="line 4 is not {"):
+        source[2]
+
+
+def test_errors_of_a_dataset_cost_only_their_samples(encoder, tmp_path, caplog):
+    class Failing(Colours):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("no such\nclip")
+            if index == 2:
+                return "video", "caption", "more"
+            return ([[1], [2, 3]], "ragged") if index == 3 else super().__getitem__(index)
+
+    assert prepare(Failing(5), settings_for(tmp_path / "out"), encoder) == (2, 3)
+    assert [message.partition(" is skipped: ")[2][:40] for message in caplog.messages if "skipped:" in message] == [
+        "OSError: no such clip",
+        "a tuple is not a pair of a video and its",
+        "ValueError: setting an array element wit",
+    ]
+    # What raises within an iterable is its end, and no sample of it to skip.
+    with pytest.raises(RuntimeError, match="sample 1: an iterable cannot go on after an error"):
+        prepare((Failing(5)[n] for n in range(5)), settings_for(tmp_path / "iterable"), encoder)
+
+
+def test_an_iterable_that_has_grown_is_prepared_to_its_end(encoder, tmp_path):
+    source, settings = Colours(8), settings_for(tmp_path / "out")
+    assert prepare((source[n] for n in range(4)), settings, encoder) == (4, 0)
+    assert prepare((source[n] for n in range(8)), settings, encoder) == (8, 0)
 
 
 def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos):

@@ -123,7 +123,6 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     """
     out, size = Path(settings.out).expanduser(), settings.clips_per_shard
     is_counted = hasattr(source, "__len__")
-    # More samples than before would be missing from the shard that was the last.
     record = settings.what_decides() | {"samples": len(source) if is_counted else None}
     record |= source.fingerprints() if hasattr(source, "fingerprints") else {}
     record |= encoder.fingerprints
@@ -133,7 +132,9 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
         if settings.workers:
             raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
     own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
-    missing = (shard for shard in own if not (out / SHARD_NAME.format(shard)).is_file())
+    # The last of something uncounted may have been cut short, and more have come since.
+    least = 0 if is_counted else size
+    missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
     with contextlib.closing(read(Checked(source), indices, settings.workers)) as read_samples:
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
@@ -224,6 +225,10 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         return record["clips"], record["skipped"]
     except Exception as error:  # safetensors raises an error class of its own for a damaged file
         raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
+
+
+def _is_whole(path: Path, least: int) -> bool:
+    return path.is_file() and (not least or sum(map(len, _read_record(path))) >= least)
 
 
 class Clip(NamedTuple):

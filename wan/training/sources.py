@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import inspect
@@ -57,9 +58,11 @@ class VideoFolder:
         self.frame_nums = sorted(frame_nums, reverse=True)
         captions = self.folder / CAPTIONS_FILE
         try:
-            self.lines = [line for line in captions.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = captions.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        except OSError as error:
             raise InputError(f"{captions} cannot be read ({error}); write a JSON object a video into it") from None
+        # By their numbers in the file.
+        self.lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -71,23 +74,28 @@ class VideoFolder:
             with contextlib.suppress(BadSample, OSError, ValueError):
                 state = (self.folder / self._entry(index)[0]).stat()
                 states.append((index, state.st_size, int(state.st_mtime)))
-        return {"captions": _digest("\n".join(self.lines)), "files": _digest(repr(states))}
+        return {"captions": _digest(repr([line for _, line in self.lines])), "files": _digest(repr(states))}
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        """(frames, H, W, 3) uint8 and its caption; raises `BadSample` for what cannot be read."""
+        """(frames, H, W, 3) uint8 and its caption; raises `BadSample` for what cannot be read or used."""
         name, caption = self._entry(index)
         try:
-            return self._read(self.folder / name), caption
-        except BadSample as error:
+            video = self._read(self.folder / name)
+            _check(video, caption)
+        except InputError as error:
             raise BadSample(f"{name}: {error}") from None
+        return video, caption
 
     def _entry(self, index: int) -> tuple[str, Any]:
         """The file's name and the caption of a line."""
+        number, line = self.lines[index]
         try:
-            entry = json.loads(self.lines[index])
+            entry = json.loads(line.decode("utf-8"))
             return str(Path(entry["file"])), entry["caption"]
+        except UnicodeDecodeError as error:
+            raise BadSample(f"line {number} is not UTF-8 from byte {error.start + 1} on; save it as UTF-8") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise BadSample(f'line {index + 1} is not {{"file": "...", "caption": "..."}} ({error!r})') from None
+            raise BadSample(f'line {number} is not {{"file": "...", "caption": "..."}} ({error!r})') from None
 
     def _read(self, path: Path) -> np.ndarray:
         most = self.frame_nums[0] if self.frame_nums else None
@@ -182,15 +190,24 @@ def open_dataset(name: str, options: dict[str, Any]) -> Any:
 
 
 class InOrder:
-    """Any iterable of (video, caption) as something indexable, as long as indices only rise."""
+    """Any iterable of (video, caption) as something indexable, as long as indices only rise.
+
+    Raises `RuntimeError` where it raises `OSError` or `ValueError`.
+    """
 
     def __init__(self, iterable: Iterable[tuple[np.ndarray, str]]):
         self.items = enumerate(iterable)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        for number, item in self.items:
-            if number == index:
-                return item
+        try:
+            for number, item in self.items:
+                if number == index:
+                    return item
+        except (OSError, ValueError) as error:
+            # A generator that raised is at its end: to skip the sample would lose those after it.
+            raise RuntimeError(
+                f"sample {index}: an iterable cannot go on after an error; mend it, or index it"
+            ) from error
         raise IndexError(index)
 
 
@@ -213,11 +230,15 @@ class Checked(Dataset):
         if hasattr(self.source, "__len__") and index >= len(self.source):
             return None
         try:
-            video, caption = self.source[index]
-            video = np.asarray(video)
+            item = self.source[index]
+            if not isinstance(item, (list, tuple)) or len(item) != 2:
+                raise BadSample(f"a {type(item).__name__} is not a pair of a video and its caption")
+            video, caption = np.asarray(item[0]), item[1]
             _check(video, caption)
-        except InputError as error:
-            return Sample(index, reason=str(error))
+        except (OSError, ValueError) as error:
+            # Of an error that is not ours the type says the most.
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            return Sample(index, reason=kind + " ".join(str(error).split()))
         except IndexError:
             if hasattr(self.source, "__len__"):
                 raise
