@@ -234,10 +234,12 @@ def test_an_iterable_that_has_grown_is_prepared_to_its_end(encoder, tmp_path):
     assert prepare((source[n] for n in range(8)), settings, encoder) == (8, 0)
 
 
-def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos):
+def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos, caplog):
     source = VideoFolder(str(videos), sizes=["48*32", "32*32", "64*48"], frame_nums=[9, 5], fps=16)
     assert source[0][0].shape == (5, 32, 48, 3)
     assert source[6][0].shape == (9, 48, 64, 3)
+    # The decoder would warn of every video that is scaled.
+    assert VideoFolder(str(videos), sizes=["32*32"])[0][0].shape == (5, 32, 32, 3) and not caplog.messages
     with pytest.raises(InputError, match="good.mp4: 48.32 is smaller than any of the sizes"):
         VideoFolder(str(videos), sizes=["64*48"])[0]
     with pytest.raises(InputError, match="good.mp4: its 5 frames are fewer than 9"):

@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,22 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _resizing() -> Iterator[None]:
+    """Without the decoder's warning that frames are not of the size in their file, which is what is asked for."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "frame size for reading" not in record.getMessage()
+
+    logger = logging.getLogger("imageio_ffmpeg")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+@_resizing()
 def read_frames(
     path: Path,
     choose_size: Callable[[tuple[int, int]], tuple[int, int] | None] = lambda own: None,
