@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from training_runs import TRANSFORMER
 
 from nabla import InputError
 from wan.checkpoint import Checkpoint
@@ -108,3 +109,31 @@ def test_every_config_of_training_is_right():
 def test_a_new_transformer_takes_no_size_for_granted():
     with pytest.raises(InputError, match="transformer: attention_head_dim is missing; give num_attention_heads, "):
         new_transformer({"num_attention_heads": 2}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"attention_head_dim": 127}, "attention_head_dim 127 is not an even number of at least 6"),
+        ({"attention_head_dim": 2}, "attention_head_dim 2 is not an even number of at least 6"),
+        ({"freq_dim": 255}, "freq_dim 255 is not an even number of at least 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is not a positive integer"),
+        ({"num_layers": 0}, "num_layers 0 is not a positive integer"),
+        ({"ffn_dim": -3}, "ffn_dim -3 is not a positive integer"),
+        ({"rope_max_seq_len": None}, "rope_max_seq_len None is not a positive integer"),
+        ({"out_channels": 8}, "out_channels 8 must be in_channels, 16"),
+        ({"eps": "x"}, "eps 'x' is not a positive number"),
+        ({"patch_size": [0, 2, 2]}, r"patch_size \[0, 2, 2\] must be \(1, 2, 2\), as in Wan2.1"),
+        ({"qk_norm": "none"}, "qk_norm 'none' must be rms_norm_across_heads"),
+        ({"image_dim": 5}, "image_dim 5 must be None"),
+        ({"heads": 2}, "unexpected keyword argument 'heads'"),
+    ),
+)
+def test_sizes_that_make_no_transformer_are_one_clear_line(changes, message):
+    with pytest.raises(InputError, match=f"transformer: .*{message}"):
+        new_transformer(TRANSFORMER | changes, torch.device("cpu"))
+
+
+def test_sizes_as_a_checkpoint_names_them_make_a_transformer():
+    sizes = TRANSFORMER | {"patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "image_dim": None, "eps": 1e-6}
+    assert new_transformer(sizes, torch.device("cpu")).config.num_layers == 2

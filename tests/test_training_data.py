@@ -319,6 +319,14 @@ def test_texts_longer_than_the_transformer_takes_are_refused_before_a_run(prepar
         Clips([str(prepared)], longest.rows - 1)
 
 
+def test_clips_larger_than_the_rotary_table_are_refused_before_a_run(prepared):
+    clips = Clips([str(prepared)], 512)
+    config = {"in_channels": 16, "text_dim": 64, "rope_max_seq_len": 3}
+    clips.check_fit(config)
+    with pytest.raises(InputError, match=r"sample 1: its latents of \(2, 4, 6\) are too large for rope_max_seq_len 2"):
+        clips.check_fit(config | {"rope_max_seq_len": 2})
+
+
 def test_an_error_in_a_worker_ends_the_program():
     code = """
 from wan.training.reading import read

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
+from wan.checks import PATCH
 from wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
@@ -99,6 +100,13 @@ class Clips:
                 raise InputError(
                     f"{self.clips[0].file.parent} was prepared with {own} {name}, but the transformer takes {wanted}; "
                     "prepare the data with the run's checkpoint"
+                )
+        most = config["rope_max_seq_len"]
+        for size, numbers in self.buckets.items():
+            if max(n // patch for n, patch in zip(size, PATCH)) > most:
+                raise InputError(
+                    f"{self.clips[numbers[0]].file}, sample {self.clips[numbers[0]].index}: its latents of {size} are "
+                    f"too large for rope_max_seq_len {most}; 1024 is Wan's"
                 )
 
     def describe(self, number: int) -> str:

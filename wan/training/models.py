@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_count
+from nabla.config import is_count, is_number
 from wan import parts
 from wan.attention import apply_attention, compile_blocks
 from wan.checkpoint import Checkpoint
@@ -36,6 +36,13 @@ EMBEDDING_DEVIATION = 0.02
 TEXT_LENGTH = "text_len"
 # diffusers' defaults for them are those of the 14B.
 SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim")
+OTHER_SIZES = ("freq_dim", "in_channels", "out_channels", "rope_max_seq_len")
+CHANNELS = 16
+# Sinusoids come in pairs, and each of the three axes of a video has one at least.
+LEAST_EVEN = {"attention_head_dim": 6, "freq_dim": 2}
+# Of what else diffusers' class takes, all that makes Wan2.1 from text.
+FIXED = {"patch_size": PATCH, "qk_norm": "rms_norm_across_heads"}
+FIXED |= dict.fromkeys(("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"))
 
 
 def open_parts(name: str | Path, transformer: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -164,16 +171,13 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
     """A transformer with the weights that Wan2.1's training begins with, drawn from torch's global generator.
 
     sizes: keys of diffusers' `WanTransformer3DModel`, and `text_len`, how many rows of text states it is to see
-    Raises `InputError` for others, and if one of `SIZES` is missing.
+    Raises `InputError` for others, for sizes that make no transformer, and if one of `SIZES` is missing.
     """
-    if missing := [name for name in SIZES if name not in sizes]:
-        raise InputError(f"transformer: {missing[0]} is missing; give {', '.join(SIZES)}")
+    _check_sizes(sizes)
     try:
         transformer = WanTransformer3DModel(**{key: value for key, value in sizes.items() if key != TEXT_LENGTH})
     except (TypeError, ValueError) as error:
         raise InputError(f"transformer: {error}; its keys are those of diffusers' WanTransformer3DModel") from None
-    if tuple(transformer.config.patch_size) != PATCH:
-        raise InputError(f"transformer: patch_size {transformer.config.patch_size} must be {PATCH}, as in Wan2.1")
     for module in transformer.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             # A convolution here is the linear layer of a patch.
@@ -188,6 +192,28 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
     transformer.to(device)
     parts.finish_transformer(transformer, device)
     return transformer
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    if missing := [name for name in SIZES if name not in sizes]:
+        raise InputError(f"transformer: {missing[0]} is missing; give {', '.join(SIZES)}")
+    for name in (*SIZES, *OTHER_SIZES):
+        if name in sizes and (not is_count(sizes[name]) or sizes[name] == 0):
+            raise InputError(f"transformer: {name} {sizes[name]!r} is not a positive integer")
+    for name, least in LEAST_EVEN.items():
+        if name in sizes and (sizes[name] % 2 or sizes[name] < least):
+            raise InputError(f"transformer: {name} {sizes[name]} is not an even number of at least {least}")
+    channels = [sizes.get(name, CHANNELS) for name in ("in_channels", "out_channels")]
+    if channels[0] != channels[1]:
+        raise InputError(
+            f"transformer: out_channels {channels[1]} must be in_channels, {channels[0]}; {CHANNELS} is usual"
+        )
+    if "eps" in sizes and not (is_number(sizes["eps"]) and sizes["eps"] > 0):
+        raise InputError(f"transformer: eps {sizes['eps']!r} is not a positive number; 1e-6 is usual")
+    for name, only in FIXED.items():
+        given = sizes.get(name, only)
+        if (tuple(given) if isinstance(given, list) else given) != only:
+            raise InputError(f"transformer: {name} {given!r} must be {only}, as in Wan2.1; leave it out")
 
 
 def add_lora(transformer: WanTransformer3DModel, settings: LoraSettings) -> None:

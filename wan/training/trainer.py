@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.checks import PATCH
-from wan.config import read_settings
+from wan.config import check_positions, read_settings
 from wan.files import whole
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
@@ -134,6 +134,7 @@ class Trainer:
         samples = self.samples
         if samples is None or not samples.prompts:
             return None
+        check_positions(samples.video, self.transformer.config.rope_max_seq_len)
         encoder = Encoder(self.base, self.device)
         pad = self.clips.padded
         (negative,) = encoder.text([samples.sampling.negative_prompt])
