@@ -10,9 +10,9 @@ from training_runs import TRANSFORMER
 from nabla import InputError
 from wan.checkpoint import Checkpoint
 from wan.config import CONFIG_FOLDER, SamplingSettings, VideoSettings, read_settings
-from wan.training.config import TrainingSettings
+from wan.training.config import LoraSettings, TrainingSettings
 from wan.training.export import defaults_of
-from wan.training.models import new_transformer
+from wan.training.models import add_lora, new_transformer
 from wan.training.objective import sigmas_of
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.schema import with_overrides
@@ -53,6 +53,8 @@ def minimal(**changes) -> dict:
         ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
         ({"samples": {"sampling": {"step": 3}}}, "sampling has an unknown key 'step'"),
         ({"samples": {"video": {"size": "50*32"}}}, "size 50.32: both must be positive multiples of 16"),
+        ({"seed": 10**23}, r"seed 1000* is not a whole number from 0 to 2\^63-1"),
+        ({"lora": {"targets": []}}, r"lora targets \[\] name no layer; leave them out"),
         ({"samples": []}, r"samples \[\] is not a mapping"),
         ({"matrix_lr": 0}, "matrix_lr 0 is not a number above 0"),
         ({"matrix_lr": 0.02, "shard": True}, "matrix_lr does not go with shard: "),
@@ -137,3 +139,10 @@ def test_sizes_that_make_no_transformer_are_one_clear_line(changes, message):
 def test_sizes_as_a_checkpoint_names_them_make_a_transformer():
     sizes = TRANSFORMER | {"patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "image_dim": None, "eps": 1e-6}
     assert new_transformer(sizes, torch.device("cpu")).config.num_layers == 2
+
+
+@pytest.mark.parametrize("target", ("norm_q", "0", "attn1", "to_x"))
+def test_lora_adapts_linear_layers_alone(target):
+    transformer = new_transformer(TRANSFORMER, torch.device("cpu"))
+    with pytest.raises(InputError, match=f"lora target '{target}' names no linear layers alone; to_q"):
+        add_lora(transformer, LoraSettings(targets=["to_q", target]))

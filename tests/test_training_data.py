@@ -260,6 +260,11 @@ def test_a_video_that_is_turned_for_showing_is_taken_as_it_is_shown(tmp_path):
     (
         ("shape", {}, "dataset 'shape' is not known; use one of videos"),
         ("videos", {"path": "x"}, "its options are folder, sizes, frame_nums, fps"),
+        ("videos", {"folder": 5}, "folder 5 is not a path; put it in quotes"),
+        ("shapes", {"count": 2.5}, "count 2.5 is not a whole number from 0"),
+        ("shapes", {"count": 2, "seed": "x"}, "seed 'x' is not a whole number from 0"),
+        ("shapes", {"count": 2, "offset": "x"}, "offset 'x' is not a whole number from 0"),
+        ("shapes", {"count": 2, "rough": "x"}, "rough 'x' is not a number from 0 to 1"),
         ("videos", {"folder": "/nowhere"}, "captions.jsonl cannot be read"),
         ("videos", {"folder": "x", "sizes": ["33*32"]}, "size 33.32: both must be positive multiples of 16"),
         ("videos", {"folder": "x", "frame_nums": 81}, "frame_nums 81 is not a list"),

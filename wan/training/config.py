@@ -23,6 +23,7 @@ from wan.training.schema import (
     check_mapping,
     check_numbers,
     check_texts,
+    check_whole,
     overlaid,
     plain,
     texts,
@@ -135,6 +136,8 @@ class LoraSettings:
         check_counts(self, "rank")
         check_numbers(self, "alpha", above=0)
         object.__setattr__(self, "targets", texts("lora targets", self.targets))
+        if not self.targets:
+            raise InputError("lora targets [] name no layer; leave them out for all linear layers of the blocks")
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,8 @@ class TrainingSettings:
         check_choice(self, "precision", PRECISIONS)
         check_texts(self, "checkpoint", "out")
         check_counts(self, "steps", "batch_size", "micro_batch", "keep_last")
-        check_counts(self, "seed", "workers", least=0)
+        check_counts(self, "workers", least=0)
+        check_whole("seed", self.seed)
         check_flags(self, "gradient_checkpointing", "compile", "shard")
         if self.ema is not None:
             check_numbers(self, "ema", above=0, most=1)

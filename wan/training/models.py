@@ -224,7 +224,8 @@ def add_lora(transformer: WanTransformer3DModel, settings: LoraSettings) -> None
 
     targets = list(settings.targets)
     for target in targets:
-        if not any(name.endswith(f".{target}") for name, _ in transformer.named_modules()):
-            raise InputError(f"lora target {target!r} is no layer of the transformer; to_q, to_k, to_v are usual")
+        named = [module for name, module in transformer.named_modules() if name.endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
+            raise InputError(f"lora target {target!r} names no linear layers alone; to_q, to_k, to_v are usual")
     transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
     cast_training_params(transformer, torch.float32)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
+from nabla.config import is_number
 from wan.training.captions import caption
 from wan.training.drawing import render
 from wan.training.roughen import roughened
 from wan.training.scenes import SPLITS, Scene, chance, sample_scene
+from wan.training.schema import check_whole
 
 
 class Shapes:
@@ -38,13 +40,13 @@ class Shapes:
         turning: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if min(seed, count, offset) < 0:
-            raise InputError(f"seed {seed}, count {count} and offset {offset}: each must be 0 or more")
+        for name, number in (("seed", seed), ("count", count), ("offset", offset)):
+            check_whole(name, number)
         if split not in SPLITS:
             raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
         for name, share in (("rough", rough), ("turning", turning)):
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} {share} is not between 0 and 1")
+            if not is_number(share) or not 0 <= share <= 1:
+                raise InputError(f"{name} {share!r} is not a number from 0 to 1")
         self.seed, self.count, self.size, self.frames = seed, count, size, frames
         self.split, self.offset, self.device = split, offset, device
         self.rough, self.turning = rough, turning

@@ -45,6 +45,8 @@ class VideoFolder:
     def __init__(
         self, folder: str, sizes: Sequence[str] = (), frame_nums: Sequence[int] = (), fps: float | None = None
     ):
+        if not isinstance(folder, (str, Path)) or not str(folder) or "\0" in str(folder):
+            raise InputError(f"folder {folder!r} is not a path; put it in quotes")
         for name, values in (("sizes", sizes), ("frame_nums", frame_nums)):
             if not isinstance(values, (list, tuple)):
                 raise InputError(f"{name} {values!r} is not a list")

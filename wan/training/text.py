@@ -25,7 +25,16 @@ from wan.training.attributes import ATTRIBUTES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
 from wan.training.reading import read
-from wan.training.schema import build, check_choice, check_continues, check_counts, check_numbers, check_texts, plain
+from wan.training.schema import (
+    build,
+    check_choice,
+    check_continues,
+    check_counts,
+    check_numbers,
+    check_texts,
+    check_whole,
+    plain,
+)
 from wan.training.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.training.shapes import Shapes
 from wan.training.stopping import Diverged, Stopped, StopSignal
@@ -78,7 +87,8 @@ class TextSettings:
         check_texts(self, "out", *(["sentences"] if self.sentences is not None else []))
         check_counts(self, "steps", "vocabulary", "tokenizer_captions", "batch_size", "held_out")
         check_counts(self, "log_every", "save_every", "validate_every")
-        check_counts(self, "warmup", "seed", "workers", least=0)
+        check_counts(self, "warmup", "workers", least=0)
+        check_whole("seed", self.seed)
         check_numbers(self, "lr", "clip", above=0)
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "dtype", DTYPES)

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from nabla import InputError
+from nabla.config import is_count
 from wan.checks import VAE_STRIDE
 from wan.fast_vae import causal_conv
 from wan.training.vae_settings import LossSettings
@@ -28,6 +29,7 @@ from wan.training.vae_settings import LossSettings
 # At first: of the logarithm of the latents' variance, since nothing is learned through noise as strong as the latents;
 # and the gain of residual branches.
 FIRST_LOG_VARIANCE, FIRST_GAIN = -6.0, 0.1
+COLOURS = 3
 STATISTICS = ("latents_mean", "latents_std")
 
 
@@ -41,6 +43,7 @@ def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
     sizes: keys of diffusers' `AutoencoderKLWan`; raises `InputError` for others, and for other strides than Wan2.1's
     """
     torch.manual_seed(seed)
+    _check_sizes(sizes)
     try:
         vae = AutoencoderKLWan(**sizes)
     except (TypeError, ValueError, IndexError) as error:
@@ -57,6 +60,20 @@ def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
                 module.conv2.weight.mul_(FIRST_GAIN)
         vae.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
     return vae
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks"):
+        # Null makes the decoder as wide as the encoder.
+        is_left = name not in sizes or (name == "decoder_base_dim" and sizes[name] is None)
+        if not is_left and (not is_count(sizes[name]) or sizes[name] == 0):
+            raise InputError(f"vae: {name} {sizes[name]!r} is not a positive integer")
+    multiples = sizes.get("dim_mult", [1])
+    if not isinstance(multiples, (list, tuple)) or not all(is_count(n) and n for n in multiples):
+        raise InputError(f"vae: dim_mult {multiples!r} is not a list of positive integers; [1, 2, 4, 4] is Wan's")
+    for name in ("in_channels", "out_channels"):
+        if sizes.get(name, COLOURS) != COLOURS:
+            raise InputError(f"vae: {name} {sizes[name]!r} must be {COLOURS}, as videos have; leave it out")
 
 
 def trained_vae(folder: str, sizes: Mapping[str, Any]) -> AutoencoderKLWan:

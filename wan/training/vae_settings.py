@@ -17,6 +17,7 @@ from wan.training.schema import (
     check_mapping,
     check_numbers,
     check_texts,
+    check_whole,
     plain,
 )
 
@@ -138,7 +139,8 @@ class VaeSettings:
         if self.decoder_only is not False and (self.decoder_only is not True or self.start is None):
             raise InputError(f"decoder_only {self.decoder_only!r} must be true or false, and true beside a start alone")
         check_counts(self, "steps", "video_frames", "statistics_clips", "log_steps")
-        check_counts(self, "seed", "workers", least=0)
+        check_counts(self, "workers", least=0)
+        check_whole("seed", self.seed)
         check_numbers(self, "ema", above=0, most=1)
         check_numbers(self, "checkpoint_seconds", *(["matrix_lr"] if self.matrix_lr is not None else []), above=0)
         check_flags(self, "compile")
