@@ -108,12 +108,14 @@ def test_what_a_folder_was_prepared_of_may_not_change_under_it(encoder, random_n
             prepare(VideoFolder(str(data)), out, others)
 
     captions.write_text(written + '{"file": "good.mp4", "caption": "more"}\n')
-    refused("was prepared of 8 samples, and there are 9 now; choose another out for all, or for the new ones alone")
+    refused(
+        "was prepared of 8 samples, and there are 9 now; choose another out, or remove it, to make all anew, or prepare"
+    )
     captions.write_text(written.replace('"good"', '"fine"'))
     refused("made with other captions; choose another out, or remove it to make all anew")
     captions.write_text(written)
     shutil.copy(data / "good.mp4", data / "cut.mp4")
-    refused("made with other files; choose another out")
+    refused("made with files of other sizes or times of change; choose another out")
     shutil.copy2(videos / "cut.mp4", data / "cut.mp4")
     for what, file in (("VAE", VAE_FILE), ("text encoder", TEXT_ENCODER_FILE)):
         other = shutil.copytree(random_nano, tmp_path / what)

@@ -44,7 +44,7 @@ FINGERPRINT_VALUES = 4096
 # What fingerprints in the record are of, in words.
 FINGERPRINTS = {
     "captions": "other captions",
-    "files": "other files",
+    "files": "files of other sizes or times of change",
     "vae": "another VAE",
     "text_encoder": "another text encoder, tokenizer or text_len",
 }
@@ -174,8 +174,8 @@ def _check_same(out: Path, earlier: dict[str, Any], record: dict[str, Any]) -> N
             continue
         if name == "samples":
             raise InputError(
-                f"{out} was prepared of {before} samples, and there are {now} now; choose another out for all, or for "
-                "the new ones alone, as training takes several folders"
+                f"{out} was prepared of {before} samples, and there are {now} now; choose another out, or remove it, to "
+                "make all anew, or prepare the new ones alone elsewhere: training takes several folders"
             )
         said = f"{name} {before!r}, not {now!r}"
         made = f"made with {FINGERPRINTS[name]}" if name in FINGERPRINTS else f"made with other settings: {said}"
