@@ -271,12 +271,19 @@ def test_compiled_training_on_a_gpu(random_nano, prepared, tmp_path):
 
 
 def test_what_does_not_fit_together_is_refused(random_nano, prepared, tmp_path):
+    wide = SAMPLES | {"video": {"size": "128*32", "frame_num": 5}}
     for changes, message in (
         ({"batch_size": 3}, "batch_size 3 is not a multiple of micro_batch 2 x 1 processes"),
         ({"shard": True}, "shard spreads weights over processes, and here is one"),
         ({"data": {"train": str(tmp_path)}}, "holds no prepared clips"),
         ({"transformer": {"text_dim": 32}}, "prepared with 64 columns of text states, but the transformer takes 32"),
         ({"transformer": {"heads": 2}}, "transformer: .*'heads'"),
+        ({"transformer": {"text_len": 2}}, r"its text has \d+ tokens, and the transformer takes 2 .text_len."),
+        ({"transformer": {"rope_max_seq_len": 2}}, "too large for rope_max_seq_len 2"),
+        (
+            {"transformer": {"rope_max_seq_len": 3}, "samples": wide},
+            "5 frames of 128.32 are too many; at most 9 of 48.48",
+        ),
     ):
         content = settings_dict(random_nano, prepared, tmp_path / "run", **changes)
         with pytest.raises(InputError, match=message):

@@ -174,8 +174,8 @@ def _check_same(out: Path, earlier: dict[str, Any], record: dict[str, Any]) -> N
             continue
         if name == "samples":
             raise InputError(
-                f"{out} was prepared of {before} samples, and there are {now} now; choose another out, or remove it, to "
-                "make all anew, or prepare the new ones alone elsewhere: training takes several folders"
+                f"{out} was prepared of {before} samples, and there are {now} now; choose another out, or remove it, "
+                "to make all anew, or prepare the new ones alone elsewhere: training takes several folders"
             )
         said = f"{name} {before!r}, not {now!r}"
         made = f"made with {FINGERPRINTS[name]}" if name in FINGERPRINTS else f"made with other settings: {said}"
