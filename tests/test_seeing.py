@@ -19,7 +19,7 @@ from nabla import InputError, NablaConfig, probe
 from nabla.backends import flex
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import rotate
-from wan import Observer, Recorder, WanT2V, memory, random_checkpoint
+from wan import Observer, Recorder, WanT2V, memory, random_checkpoint, records
 from wan.cache_settings import CacheSettings
 from wan.report import draw_report, drawn_of
 from wan.report_figure import figure_of
@@ -130,8 +130,41 @@ def test_layers_that_a_cache_leaves_out_kept_nothing(pipe, name, cache, ran):
         [one["layer"] for one in kinds(recorder.records, "layer") if one["step"] == n and one["kept"]] for n in (0, 2)
     ]
     assert reused == 4 and kept == [list(range(layers)), ran]
-    assert (kinds(recorder.records, "step")[2]["kept"] is None) == (not ran)
+    steps = kinds(recorder.records, "step")
+    assert (steps[2]["kept"] is None) == (not ran) and [one["layers_run"] for one in steps] == [layers, *[len(ran)] * 2]
     assert recorder.records[0]["cache"].startswith(CacheSettings.parse(cache).kind)
+
+
+@pytest.mark.parametrize(
+    "cache, blocks, example_step",
+    (
+        (None, [None, "chosen", "taken over", "chosen", "taken over"], 4),
+        ({"kind": "first_block", "threshold": 1e9, "warmup": 0.4}, [None, "chosen", "taken over", *["chosen"] * 2], 1),
+        ({"kind": "mag", "threshold": 1e9, "warmup": 0.4, "ratios": [1]}, [None, "chosen", None, None, None], 1),
+    ),
+)
+def test_where_blocks_came_from_and_what_is_said_of_steps_that_a_cache_cut_short(
+    pipe, tmp_path, cache, blocks, example_step
+):
+    wan.apply_attention(pipe.transformer, replace(NABLA, dense_steps=1, mask_refresh=2))
+    if cache is not None:
+        apply_cache(pipe.transformer, CacheSettings.parse(cache))
+    recorder = Recorder(examples=True)
+    try:
+        sample(pipe, recorder, steps=5)
+    finally:
+        remove_cache(pipe.transformer)
+    layers, steps = len(pipe.transformer.blocks), kinds(recorder.records, "step")
+    assert [one["blocks"] for one in steps] == blocks
+    assert {(one.step, one.layer) for one in recorder.examples} == {(example_step, layer) for layer in range(layers)}
+    means = [one["kept"]["mean"] for one in kinds(recorder.records, "layer") if one["kept"]]
+    assert records.stages({}, recorder.records)["kept"] == pytest.approx(np.mean(means), abs=2e-6)
+    drawn = draw_report(recorder.records, tmp_path / "report.png", recorder.examples)
+    assert drawn.whole.tolist() == [one["layers_run"] == layers for one in steps]
+    heat, _, by_step, *_ = figure_of(recorder.records[0], drawn).subfigs[0].axes
+    said = [text.get_text() for text in (*heat.get_legend().get_texts(), *by_step.get_legend().get_texts())]
+    assert ("left out by the cache" in said) == (cache is not None)
+    assert ("mean of the layers that ran" in said) == (cache is not None and cache["kind"] == "first_block")
 
 
 def test_watching_changes_nothing_and_leaves_nothing(pipe):

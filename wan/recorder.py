@@ -28,7 +28,7 @@ class Recorder(Observer):
     log: a file to write them to as they are made, a JSON object a line
     progress: show a line of progress
     timed: whether to time the transformer's blocks and what is in them
-    examples: keep masks of the last step, for `wan.report`
+    examples: keep masks of the last step that computed all layers, for `wan.report`
     seconds: of stages that came before, such as loading
     Of processes that share a video, the one that leads writes and times, and the first of all shows the progress.
     """
@@ -74,7 +74,9 @@ class Recorder(Observer):
         # What a GPU has done is read back when the next step has been asked for, so that it never runs out of work.
         self.lag = int(pipe.device.type == "cuda")
         self._add([records.header(pipe, sampling, latents, self.about)])
-        examples = sampling.steps - 1 if self.keeps_examples and pipe.leads else None
+        # With a cache it is not known beforehand which step is the last that computes all layers.
+        looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
+        examples = looked_at if self.keeps_examples and pipe.leads else ()
         watch = Watch(pipe.transformer, pipe.device, pipe.processes, self.times, examples)
         with self._line(pipe, sampling.steps), watch as self.watch:
             yield
@@ -106,9 +108,12 @@ class Recorder(Observer):
             seen: Seen = self.waiting.pop(0)
             seen.end.wait()
             self._add(records.of_step(seen, self.times))
-            self.examples += records.examples_of(seen)
+            found = records.examples_of(seen)
+            if {one.layer for one in found} >= {one.layer for one in self.examples}:
+                self.examples = found
             if self.progress:
-                self.progress.step(self.records[-1]["kept"])
+                step = self.records[-1]
+                self.progress.step(step["kept"] if step["layers_run"] == len(seen.kernels) else None)
 
     def _add(self, made: list[Record]) -> None:
         self.records += made

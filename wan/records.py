@@ -23,7 +23,11 @@ DIGITS = 6
 PARTS = {"mask_ms": probe.MASK, "attention_ms": probe.ATTENTION, "block_ms": BLOCK}
 MEASURED = {
     "kept": "share of key blocks that a head keeps, averaged over query blocks and over the forwards of the step; of "
-    "all heads, those on other processes too; 1 where a layer is dense, null where it did not run",
+    "all heads, those on other processes too; 1 where a layer is dense, null where it did not run; of a step, the mean "
+    "of the layers that ran, and of the run, that of these of all steps",
+    "layers_run": "how many layers ran in any forward of the step; a cache leaves out the others",
+    "blocks": "chosen in a forward of the step, or taken over from an earlier step in all of them; null where no "
+    "sparse layer ran",
     "ms": "of the step: between events on the GPU, or by the clock on a CPU; compiling and moving of weights included",
     "block_ms": "of the layer's whole block, summed over the forwards of the step that the leading process ran",
     "mask_ms": "choosing blocks from pooled tokens and listing them, without the pooling; summed like block_ms, of the "
@@ -79,7 +83,8 @@ def of_step(seen: Seen, timed: bool) -> list[Record]:
         "kind": "step",
         "step": seen.step,
         "kept": rounded(sum(means) / len(means)) if means else None,
-        "blocks": "taken over" if seen.reused else "chosen",
+        "layers_run": len(means),
+        "blocks": _origin(seen),
         "forwards": len(seen.forwards),
         "ms": rounded(seen.start.milliseconds_to(seen.end)),
         "memory": {name: rounded(amount) for name, amount in seen.memory.items()},
@@ -88,8 +93,8 @@ def of_step(seen: Seen, timed: bool) -> list[Record]:
 
 
 def stages(seconds: dict[str, float], records: Iterable[Record]) -> Record:
-    """The last record: what each stage took, and the share that was kept in the mean over steps."""
-    kept = [record["kept"] for record in records if record["kind"] == "step" and record["kept"] is not None]
+    """The last record: what each stage took, and the share that was kept in the mean over the layers of all steps."""
+    kept = [record["kept"]["mean"] for record in records if record["kind"] == "layer" and record["kept"]]
     taken = {name: round(value, 3) for name, value in seconds.items()}
     return {"kind": "stages", "seconds": taken, "kept": rounded(sum(kept) / len(kept)) if kept else None}
 
@@ -114,6 +119,13 @@ def examples_of(seen: Seen) -> list[Example]:
         least, most = (choose(examples, key=lambda one: one.share) for choose in (min, max))
         chosen += [least] if least.head == most.head else [least, most]
     return chosen
+
+
+def _origin(seen: Seen) -> str | None:
+    """Where the blocks came from that the step's forwards attended to."""
+    if not seen.took_over:
+        return None
+    return "taken over" if all(seen.took_over) else "chosen"
 
 
 def rounded(value: float | None) -> float | None:

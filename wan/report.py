@@ -31,7 +31,8 @@ class Drawn:
     """What a report shows, as numbers.
 
     kept: (layers, steps) mean shares of kept blocks, nan where a layer did not run; dense: bool, alike
-    by_step: (steps,) shares; low, high: the least and the greatest of any head of a sparse layer, nan without one
+    by_step: (steps,) shares of the layers that ran; whole: bool, where all did
+    low, high: (steps,) the least and the greatest of any head of a sparse layer, nan without one
     stages: seconds by stage; parts: seconds of all steps by part of a step, those measured, or {}
     examples, window: blocks as they are drawn, bool (N, N); the window is None without one
     """
@@ -39,6 +40,7 @@ class Drawn:
     kept: np.ndarray
     dense: np.ndarray
     by_step: np.ndarray
+    whole: np.ndarray
     low: np.ndarray
     high: np.ndarray
     stages: dict[str, float]
@@ -99,6 +101,7 @@ def drawn_of(records: Sequence[Record], examples: Sequence[Example] = ()) -> Dra
         kept=kept,
         dense=dense,
         by_step=np.array([np.nan if step["kept"] is None else step["kept"] for step in steps]),
+        whole=~np.isnan(kept).any(axis=0),
         low=_over_layers(np.fmin, low),
         high=_over_layers(np.fmax, high),
         stages=closing[-1]["seconds"] if closing else {},

@@ -85,9 +85,15 @@ def _draw_kept(axes: Axes, bar: Axes, drawn: Drawn) -> None:
         middle = min(max((low + high) / 2, LEAST_SPAN / 2), 1 - LEAST_SPAN / 2)
         low, high = middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2
     image = axes.imshow(shares, cmap=SHARES, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    if drawn.dense.any():
-        axes.imshow(np.ma.masked_equal(drawn.dense, False), cmap=ListedColormap((GREY,)), aspect="auto")
-        axes.legend(handles=[Patch(color=GREY, label="dense")], loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    ran, handles = ~np.isnan(drawn.kept), []
+    if (drawn.dense & ran).any():
+        axes.imshow(np.ma.masked_equal(drawn.dense & ran, False), cmap=ListedColormap((GREY,)), aspect="auto")
+        handles.append(Patch(color=GREY, label="dense"))
+    if not ran.all():
+        handles.append(Patch(facecolor="white", edgecolor=FAINT, label="left out by the cache"))
+    if handles:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
+        axes.legend(handles=handles, frameon=False, **place)
     if not shares.count():
         bar.axis("off")
         return
@@ -100,15 +106,19 @@ def _draw_by_step(axes: Axes, drawn: Drawn) -> None:
     steps = np.arange(len(drawn.by_step))
     axes.set(xlabel="step", ylabel="kept")
     marker = "o" if len(steps) <= 30 else None
-    axes.fill_between(steps, drawn.low, drawn.high, color=PALE, alpha=0.45, lw=0, label="any head of a sparse layer")
-    axes.plot(steps, drawn.by_step, color=BLUE, lw=1.6, marker=marker, ms=3, label="mean of all layers")
+    whole, part = steps[drawn.whole], steps[~drawn.whole & np.isfinite(drawn.by_step)]
+    band = {"color": PALE, "alpha": 0.45, "lw": 0, "label": "any head of a sparse layer"}
+    axes.fill_between(whole, drawn.low[whole], drawn.high[whole], **band)
+    axes.plot(whole, drawn.by_step[whole], color=BLUE, lw=1.6, marker=marker, ms=3, label="mean of all layers")
+    if len(part):
+        axes.plot(part, drawn.by_step[part], "o", color=BLUE, mfc="white", ms=4, label="mean of the layers that ran")
     top = np.nanmax(np.fmax(drawn.high, drawn.by_step)) if np.isfinite(drawn.by_step).any() else 1
     axes.set_ylim(0, min(1.02, top * 1.15))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=RULE, lw=0.6)
-    axes.legend(loc="lower left", ncols=2, frameon=False, fontsize=8)
+    axes.legend(loc="lower left", ncols=3, frameon=False, fontsize=8)
 
 
 def _draw_seconds(axes: Axes, title: str, seconds: Mapping[str, float], colours: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ the graphs themselves. All is read back when the next step has been asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,7 +103,7 @@ class Seen:
     # Each (layers, heads), zero where others have the head or the layer did not run; (layers, 1) if all are dense.
     forwards: list[Tensor] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)  # by layer
-    reused: bool = False  # whether the blocks of an earlier forward were taken
+    took_over: list[bool] = field(default_factory=list)  # by forward that attended sparsely: blocks of an earlier one
     spans: list[Span] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     kept: Tensor | None = None  # on its way to the host: (forwards, layers, heads); None if all layers are dense
@@ -114,7 +114,7 @@ class Watch(probe.Probe):
     """Watches a transformer's forwards while entered.
 
     times: whether to time blocks and what is in them
-    examples: of a step, the one of which to keep example masks, or None
+    examples: the steps of which to keep example masks
     Of processes that share a video each must have one: their shares are put together in `end`.
     """
 
@@ -124,7 +124,7 @@ class Watch(probe.Probe):
         device: torch.device,
         processes: Processes | None = None,
         times: bool = False,
-        examples: int | None = None,
+        examples: Container[int] = (),
     ):
         self.transformer, self.device, self.processes = transformer, device, processes
         self.applied = getattr(transformer, "nabla", None)
@@ -147,7 +147,7 @@ class Watch(probe.Probe):
                 self.transformer.register_forward_pre_hook(self._before_forward),
                 self.transformer.register_forward_hook(self._after_forward),
             ]
-            looks_inside = self.times or self.examples is not None
+            looks_inside = self.times or bool(self.examples)
             for layer, block in enumerate(self.transformer.blocks if looks_inside else ()):
                 hooks.append(block.register_forward_pre_hook(partial(self._before_block, layer)))
                 hooks.append(block.register_forward_hook(self._after_block))
@@ -189,7 +189,7 @@ class Watch(probe.Probe):
 
     def see(self, counts: Callable[[], Tensor], blocks: Callable[[Tensor], Tensor]) -> None:
         """Keep the heads that keep least and most, of those that are attended to together."""
-        wanted = self.layer in self.example_layers and self.seen.step == self.examples and not self.seen.forwards
+        wanted = self.layer in self.example_layers and self.seen.step in self.examples and not self.seen.forwards
         if not wanted:
             return
         count = counts()[0].float()
@@ -227,7 +227,8 @@ class Watch(probe.Probe):
             self.seen.forwards.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
         first = self.applied.sparse[0]
-        self.seen.reused = first.nabla_kept is not None and first.nabla_kept.reuse
+        if any(plans[:ran]):
+            self.seen.took_over.append(first.nabla_kept is not None and first.nabla_kept.reuse)
         sequence = self.applied.sequence
         dense = torch.ones(first.heads if sequence is None else sequence.own_order.shape[1], device=self.device)
         none = torch.zeros_like(dense)

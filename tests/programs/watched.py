@@ -20,15 +20,18 @@ REUSES = CacheSettings("first_block", 1e9, warmup=0.6)
 
 
 class Keeping(Recorder):
-    """Keeps the shares of all heads of each step."""
+    """Keeps the shares of all heads of each step, and those of its first forward."""
 
     def __init__(self) -> None:
         super().__init__(examples=True)
         self.shares: list[np.ndarray] = []
+        self.first: list[np.ndarray] = []
 
     def step_ends(self, step: int, latents: torch.Tensor) -> None:
         super().step_ends(step, latents)
-        self.shares.append(records.kept_shares(self.watch.seen))
+        seen = self.watch.seen
+        self.shares.append(records.kept_shares(seen))
+        self.first.append((seen.forwards[0] if seen.kept is None else seen.kept[0]).numpy())
 
 
 def main(checkpoint: str) -> None:
@@ -49,7 +52,7 @@ def main(checkpoint: str) -> None:
 
 def share_of(recorder: Keeping, example: records.Example) -> float:
     """What one process said of the same head, of the branch that the leader of two runs."""
-    return float(recorder.first[example.layer, example.head])
+    return float(recorder.first[example.step][example.layer, example.head])
 
 
 def sampled(pipe: WanT2V) -> Keeping:
@@ -58,8 +61,6 @@ def sampled(pipe: WanT2V) -> Keeping:
     texts = torch.randn(2, 7, pipe.transformer.config.text_dim, generator=generator).split(1)
     recorder = Keeping()
     pipe.sample(*texts, noise=noise, steps=3, observer=recorder)
-    seen = recorder.watch.seen
-    recorder.first = seen.forwards[0].numpy() if seen.kept is None else seen.kept[0].numpy()
     return recorder
 
 
