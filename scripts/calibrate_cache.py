@@ -1,7 +1,9 @@
 """Measure how much what a checkpoint's blocks add grows from step to step: the ratios that `--cache mag` needs.
 
-They hold for the checkpoint, attention, solver, shift and guidance that they are measured with; other numbers of steps
-take the nearest. A video is sampled in full for each prompt, and not decoded.
+They hold for the checkpoint, attention, solver, shift, guidance and steps that they are measured with, which the file
+says. A video is sampled in full for each prompt of the file, and not decoded. Further flags are those of generate.py
+that say what runs and how: --ckpt_dir, --config, --transformer, --lora, --sparse_algo, --size, --frame_num, --sample_*,
+--negative_prompt, --mask_refresh, --fp8, --dtype, --device, --memory, --offload_model, --t5_cpu, --compile.
 """
 
 from __future__ import annotations
@@ -9,27 +11,36 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
+from generate import SMALL_CHECKPOINT, Parser, flag_settings
+from generate import parse_args as parse_run
 from nabla import InputError
 from wan import WanT2V
-from wan.config import changed
-from wan.jobs import read_prompts
+from wan.budget import check_memory, parse_memory
+from wan.cache_settings import conditions
+from wan.config import Settings
+from wan.making import Options, load
 from wan.processes import pick_device
+from wan.run import Request, settle, unexpected
 from wan.step_cache import calibrated
 from wan.video import check_writable, write_json
+
+log = logging.getLogger("wan")
+
+# What generate.py does and this does not.
+UNFIT = "task cache save_dir log report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
 
 
 def main() -> int:
     args = parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO)
     try:
-        check_writable(args.out)
+        check_writable(args.out, "--out")
         result = measure(args)
         write_json(args.out, result)
     except InputError as error:
@@ -40,40 +51,60 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """generate.py's flags, and this program's own besides."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_dir", required=True, help="checkpoint: a directory or a hub id")
-    add("--prompt_file", type=Path, required=True, help="a prompt a line; a few that differ are enough")
+    add("--prompt_file", required=True, help="a few prompts that differ, a line each, as for generate.py")
     add("--out", type=Path, required=True, help="a JSON file, for `--cache mag:0.06:FILE` or `ratios` in a config")
-    add("--sparse_algo", help="attention, the checkpoint's own by default")
-    add("--size", help="width*height, the checkpoint's own by default")
-    add("--frame_num", type=int, help="frames, the checkpoint's own by default")
-    add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
-    add("--seed", type=int, default=0)
-    add("--fp8", action="store_true", help="with the transformer's linear layers in float8")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
-    return parser.parse_args()
+    add("--steps", help="the same as --sample_steps")
+    add("--seed", type=int, default=0, help="of the first prompt, the next count on, where none is given (default: 0)")
+    own, rest = parser.parse_known_args()
+    steps = [] if own.steps is None else ["--sample_steps", own.steps]
+    args = parse_run([*rest, *steps, "--prompt_file", own.prompt_file])
+    for name in UNFIT:
+        if getattr(args, name):
+            parser.error(f"--{name} is not for measuring ratios; leave it out")
+    return argparse.Namespace(**vars(args) | {"out": own.out, "seed": own.seed})
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The ratios, and what they were measured on."""
-    prompts = [layer["prompt"] for layer, _ in read_prompts(args.prompt_file)]
     device = pick_device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipe = WanT2V.from_pretrained(args.ckpt_dir, args.sparse_algo, device, dtype, fp8=args.fp8, cache="none")
-    video = changed(pipe.video, size=args.size, frame_num=args.frame_num)
-    sampling = changed(pipe.sampling, steps=args.steps)
-    negative = pipe.encode_text(*pipe.tokenize(sampling.negative_prompt))
+    options = Options(
+        device=args.device,
+        offload=args.offload_model,
+        t5_cpu=args.t5_cpu,
+        compile=args.compile,
+        memory=None if args.memory is None else parse_memory(args.memory),
+    )
+    check_memory(options.memory, device, None, options.offload)
+    flags = flag_settings(args) | {"cache": "none"}
+    request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
+    checkpoint, videos = settle(request, device)
+    every = [settings for settings, _ in videos]
+    for line in unexpected(checkpoint, every[0]):
+        log.warning("warning: %s", line)
+    pipe = load(checkpoint, every, device, options)
+    made = []
     with calibrated(pipe.transformer) as calibration:
-        for number, prompt in enumerate(prompts):
-            context = pipe.encode_text(*pipe.tokenize(prompt))
-            noise = pipe.draw_noise(video, args.seed + number)
-            pipe.sample(context, negative, noise=noise, steps=sampling.steps, progress=True)
+        for number, settings in enumerate(every):
+            given = settings.sampling.seed
+            seed = args.seed + number if given in (None, -1) else given
+            sample(pipe, settings, seed)
+            video = {"size": list(settings.video.size), "frame_num": settings.video.frame_num, "seed": seed}
+            made.append({"prompt": settings.prompt, "negative_prompt": settings.sampling.negative_prompt} | video)
         ratios = calibration.ratios()
-    walk = {key: value for key, value in asdict(sampling).items() if key not in ("seed", "negative_prompt")}
-    attention = pipe.transformer.nabla.config.algorithm
-    about = {"checkpoint": args.ckpt_dir, "attention": attention, "fp8": args.fp8, "size": video.size} | walk
-    return {"ratios": ratios, "measured_on": about | {"frame_num": video.frame_num, "prompts": prompts}}
+    return {"ratios": ratios, "measured_on": conditions(every[0]), "videos": made}
+
+
+def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:
+    """Sample a video, without decoding it."""
+    walk = settings.sampling
+    texts = [settings.prompt] if walk.guide_scale == 1 else [settings.prompt, walk.negative_prompt]
+    contexts = pipe.encode_text(*pipe.tokenize(texts)).split(1)
+    noise = pipe.draw_noise(settings.video, seed)
+    chosen = {"steps": walk.steps, "shift": walk.shift, "guide_scale": walk.guide_scale, "solver": walk.solver}
+    pipe.sample(*contexts, noise=noise, progress=True, **chosen)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import generate
 import wan
 from nabla import InputError, NablaConfig
-from wan.cache_settings import CacheSettings
+from wan.cache_settings import CacheSettings, measured_otherwise
 from wan.config import resolve
 from wan.step_cache import apply_cache, calibrated, ran_in_full, remove_cache
 
@@ -223,22 +223,69 @@ def test_ratios_are_the_growth_of_what_all_blocks_add(pipe):
     torch.testing.assert_close(ratios[1:], (norms[:, 1:] / norms[:, :-1]).flatten(3).mean((0, 2, 3)))
 
 
-def test_the_script_measures_ratios_that_mag_takes(random_nano, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def calibrate(random_nano, tmp_path, monkeypatch):
+    """scripts/calibrate_cache.py: `calibrate(*flags)` -> (exit code, the file that it writes)."""
     script = Path(generate.__file__).parent / "scripts" / "calibrate_cache.py"
+
+    def calibrate(*flags):
+        files = ["--prompt_file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "ratios.json")]
+        monkeypatch.setattr(
+            sys, "argv", [str(script), "--ckpt_dir", str(random_nano), "--device", "cpu", *files, *flags]
+        )
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+        return ended.value.code, tmp_path / "ratios.json"
+
+    return calibrate
+
+
+def test_ratios_are_measured_as_flags_config_and_lines_of_prompts_say(calibrate, tmp_path, capsys):
+    line = {"prompt": "A cat", "seed": 7, "size": "48*32", "frame_num": 1, "negative_prompt": "a dog"}
+    (tmp_path / "prompts.txt").write_text("A red circle\n" + json.dumps(line))
+    (tmp_path / "own.yaml").write_text("sampling: {steps: 3, shift: 3.0}")
+    walk = "--size 32*32 --frame_num 5 --sample_solver dpm++ --sample_guide_scale 2 --sample_steps 2 --sparse_algo keep-0.5"
+    code, file = calibrate("--config", str(tmp_path / "own.yaml"), *walk.split())
+    assert code == 0, capsys.readouterr().err
+    made = json.loads(file.read_text())
+    assert len(made["ratios"]) == 2
+    wanted = {"checkpoint": "nano", "solver": "dpm++", "steps": 2, "shift": 3.0, "guide_scale": 2}
+    assert wanted.items() <= made["measured_on"].items()
+    first, second = made["videos"]
+    assert (first["seed"], first["size"], first["frame_num"]) == (0, [32, 32], 5)
+    assert second == line | {"size": [48, 32]}
+    for flag in ("--log=run.jsonl", "--cache=mag"):
+        assert calibrate(flag)[0] == 2
+        assert f"{flag.partition('=')[0]} is not for measuring ratios" in capsys.readouterr().err
+
+
+def test_ratios_measured_otherwise_are_said_in_one_line():
+    measured_on = {"checkpoint": "x", "solver": "unipc", "steps": 50, "shift": 5.0, "lora": [], "guide_scale": 5.0}
+    cache = {"kind": "mag", "ratios": [1.0, 1.1], "measured_on": measured_on}
+    alike = resolve({"checkpoint": "/here/x", "prompt": "a cat", "cache": cache})
+    assert measured_otherwise(alike) is None and resolve(alike.to_dict()) == alike
+    walk = {"solver": "dpm++", "steps": 20, "shift": 3.0}
+    assert measured_otherwise(resolve({"checkpoint": "y", "prompt": "a cat", "cache": cache, "sampling": walk})) == (
+        "the cache's ratios were measured with checkpoint x, solver unipc, steps 50, shift 5.0, and this runs with "
+        "checkpoint y, solver dpm++, steps 20, shift 3.0; scripts/calibrate_cache.py measures others"
+    )
+    unknown = cache | {"measured_on": None}
+    assert measured_otherwise(resolve({"checkpoint": "y", "prompt": "a cat", "cache": unknown})) is None
+
+
+def test_the_script_measures_ratios_that_mag_takes(calibrate, random_nano, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("A red circle\nA cat")
     small = "--size 64*48 --frame_num 5 --device cpu --sparse_algo nabla-0.5".split()
-    flags = [*small, "--ckpt_dir", str(random_nano), "--prompt_file", str(tmp_path / "prompts.txt")]
-    ratios = tmp_path / "ratios.json"
-    monkeypatch.setattr(sys, "argv", [str(script), *flags, "--steps", "4", "--out", str(ratios)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0, capsys.readouterr().err
+    code, ratios = calibrate(*small, "--steps", "4")
+    assert code == 0, capsys.readouterr().err
     made = json.loads(ratios.read_text())
     assert len(made["ratios"]) == 4 and made["measured_on"]["attention"] == "nabla-0.5"
     flags = [*small, "--prompt", "A cat", "--ckpt_dir", str(random_nano), "--sample_steps", "5", "--base_seed", "1"]
     out = tmp_path / "cat.mp4"
     assert generate.main([*flags, "--cache", f"mag:1000:{ratios}", "--save_file", str(out)]) == 0
-    assert "cache: mag, threshold 1000.0, 6 of 10 forwards reused" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cache: mag, threshold 1000.0, 6 of 10 forwards reused" in said
+    assert "warning: the cache's ratios were measured with steps 4, and this runs with steps 5; scripts/cal" in said
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["settings"]["cache"]["ratios"] == made["ratios"]
     assert record["made_with"]["cache"] == {"forwards": 10, "reused": 6}
@@ -268,6 +315,7 @@ def test_flags_beat_the_config_and_none_switches_off():
         ("mag", "cache mag needs the ratios of the checkpoint; measure them with scripts/calibrate_cache.py"),
         ("mag:0.1:/nowhere.json", "cache ratios /nowhere.json cannot be read"),
         ({"kind": "first_block", "ratios": [1.0]}, "cache first_block has no use for ratios"),
+        ({"kind": "mag", "ratios": [1.0], "measured_on": 1}, "cache measured_on 1 is not a mapping"),
         ({"kind": "mag", "ratios": [1.0, 0.0]}, "are not positive numbers, one a step"),
         ({"kind": "first_block", "max_skips": 1.5}, "cache max_skips 1.5 is not a whole number"),
         ({"kind": "first_block", "warmup": 2}, "cache warmup 2 is not a share of the steps"),

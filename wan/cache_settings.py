@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
+
+if TYPE_CHECKING:
+    from wan.config import Settings
 
 # Thresholds that diffusers sets by default; not measured on Wan.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
@@ -32,6 +35,7 @@ class CacheSettings:
     max_skips: after so many forwards of a guidance branch that reuse, one is computed
     ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
         the nearest are taken
+    measured_on: the `conditions` that ratios hold for, which their file says too; None if that is not known
     """
 
     kind: str
@@ -39,6 +43,7 @@ class CacheSettings:
     warmup: float = 0.2
     max_skips: int = 3
     ratios: tuple[float, ...] | None = None
+    measured_on: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in THRESHOLDS:
@@ -51,7 +56,11 @@ class CacheSettings:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
         if not is_count(self.max_skips):
             raise InputError(f"cache max_skips {self.max_skips!r} is not a whole number of steps; 3 is usual")
-        object.__setattr__(self, "ratios", _ratios(self.ratios))
+        ratios, measured_on = _read(self.ratios) if isinstance(self.ratios, str) else (self.ratios, self.measured_on)
+        if measured_on is not None and not isinstance(measured_on, Mapping):
+            raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
+        object.__setattr__(self, "ratios", _checked(ratios))
+        object.__setattr__(self, "measured_on", measured_on)
         if (self.kind == "mag") != (self.ratios is not None):
             raise InputError(
                 "cache mag needs the ratios of the checkpoint; measure them with scripts/calibrate_cache.py"
@@ -86,14 +95,45 @@ class CacheSettings:
         return f"{self.kind}, threshold {self.threshold}"
 
 
-def _ratios(given: Any) -> tuple[float, ...] | None:
-    """Ratios given as numbers, or as the path of a file that holds them."""
-    if isinstance(given, str):
-        path = Path(os.path.expanduser(given))
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))["ratios"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What MagCache's ratios depend on, as plain values; files by their names alone, which may lie elsewhere later."""
+    sampling = settings.sampling
+    return {
+        "checkpoint": Path(settings.checkpoint).name,
+        "transformer": settings.transformer and Path(settings.transformer).name,
+        "lora": [f"{Path(one.file).name}:{one.scale:g}" for one in settings.lora],
+        "fp8": settings.fp8,
+        "attention": settings.attention.algorithm,
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "shift": sampling.shift,
+        "guide_scale": sampling.guide_scale,
+    }
+
+
+def measured_otherwise(settings: Settings) -> str | None:
+    """A line if the ratios of a run's cache were measured under other conditions, as far as they say."""
+    measured_on = (settings.cache and settings.cache.measured_on) or {}
+    others = {name: value for name, value in conditions(settings).items() if measured_on.get(name, value) != value}
+    if not others:
+        return None
+    then = ", ".join(f"{name} {measured_on[name]}" for name in others)
+    now = ", ".join(f"{name} {value}" for name, value in others.items())
+    again = "scripts/calibrate_cache.py measures others"
+    return f"the cache's ratios were measured with {then}, and this runs with {now}; {again}"
+
+
+def _read(name: str) -> tuple[Any, Any]:
+    """The ratios of a file, and what they were measured on."""
+    path = Path(os.path.expanduser(name))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["ratios"], content.get("measured_on")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _checked(given: Any) -> tuple[float, ...] | None:
     if given is None:
         return None
     if not isinstance(given, (list, tuple)) or not given or not all(is_number(n) and n > 0 for n in given):

@@ -14,6 +14,7 @@ import torch
 
 from nabla import InputError
 from wan.budget import check_memory
+from wan.cache_settings import measured_otherwise
 from wan.checkpoint import Checkpoint
 from wan.config import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
@@ -195,7 +196,7 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
-    return lines + _without_guidance(checkpoint, settings)
+    return [*lines, *_without_guidance(checkpoint, settings), *filter(None, [measured_otherwise(settings)])]
 
 
 def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
