@@ -20,7 +20,7 @@ from wan.page import status
 from wan.page import studio as studio_module
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.page.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, packed_notes, read_record
-from wan.page.studio import DECODING, SAMPLING, WAITING, Job, Progress, Studio
+from wan.page.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, Progress, Studio
 from wan.random_checkpoint import random_transformer
 from wan.sampling import Cancelled
 
@@ -230,6 +230,8 @@ def test_what_the_page_says_is_escaped():
         status.progress_line(Progress(SAMPLING, step=2, steps=4, seconds_left=75.2)) == "Step 2 of 4, 1 min 15 s left"
     )
     assert status.progress_line(Progress(DECODING, step=4, steps=4)) == DECODING
+    stopping = [status.progress_line(Progress(stage, stopping=True)) for stage in (LOADING, SAMPLING, WRITING)]
+    assert stopping == ["Stopping once the model is loaded", "Stopping after this step", WRITING]
     assert [status.duration(seconds) for seconds in (3.4, 59.9, 3599.9, 7300)] == [
         "3 s",
         "60 s",
@@ -320,6 +322,25 @@ def test_jobs_wait_in_turn_and_are_cancelled_running_or_waiting(studio):
             job.result()
     finish(last)
     assert {path.stem for path in studio.folder.iterdir()} == {last.result().path.stem}
+
+
+@pytest.mark.parametrize("stage", (LOADING, READING, SAMPLING, DECODING))
+def test_a_job_ends_with_the_piece_of_work_in_which_it_is_cancelled(studio, stage, monkeypatch):
+    finish(studio.submit(SMALL))
+    made, told, tell = set(studio.folder.iterdir()), [], Job.tell
+
+    def cancelling(job, **progress):
+        tell(job, **progress)
+        told.append(job.progress.stage)
+        if progress.get("stage") == stage:
+            job._stopped.set()
+
+    monkeypatch.setattr(Job, "tell", cancelling)
+    job = studio.submit(SMALL)
+    finish(job)
+    with pytest.raises(Cancelled):
+        job.result()
+    assert told[-1] == stage and set(studio.folder.iterdir()) == made
 
 
 def test_too_many_jobs_are_refused(studio, monkeypatch):

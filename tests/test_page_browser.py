@@ -180,6 +180,24 @@ def test_a_video_is_made_with_progress_and_preview_and_its_settings_make_it_agai
     assert resolve(read_settings(record)) == resolve(read_settings(made[0].with_suffix(".json")))
 
 
+def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, random_nano, tmp_path):
+    record = tmp_path / "long.json"
+    video = {"sampling": {"steps": 200, "guide_scale": 1}, "video": {"size": "32*32", "frame_num": 485}}
+    layer = {"checkpoint": str(random_nano), "prompt": "A red circle", "attention": {"algorithm": "keep-0.02"}}
+    record.write_text(json.dumps({"settings": resolve(layer, video).to_dict()}))
+    browser.open()
+    browser.upload("load-record", record)
+    browser.hears("Loaded the settings of long.json")
+    browser.expand("attention")
+    browser.until(lambda: browser.value("amount") == "0.02")
+    assert (browser.value("frames"), browser.value("steps")) == ("485", "200")
+    browser.click("generate")
+    browser.hears("Step ")
+    assert "of 200" in browser.said
+    browser.click("cancel")
+    browser.hears("Cancelled")
+
+
 def test_a_preset_sets_the_controls_and_keeps_the_prompt(browser):
     browser.open()
     browser.write(prompt="A red circle", steps="3")

@@ -244,7 +244,7 @@ def test_ratios_are_measured_as_flags_config_and_lines_of_prompts_say(calibrate,
     line = {"prompt": "A cat", "seed": 7, "size": "48*32", "frame_num": 1, "negative_prompt": "a dog"}
     (tmp_path / "prompts.txt").write_text("A red circle\n" + json.dumps(line))
     (tmp_path / "own.yaml").write_text("sampling: {steps: 3, shift: 3.0}")
-    walk = "--size 32*32 --frame_num 5 --sample_solver dpm++ --sample_guide_scale 2 --sample_steps 2 --sparse_algo keep-0.5"
+    walk = "--size 32*32 --frame_num 5 --sample_solver dpm++ --sample_guide_scale 2 --sample_steps 2"
     code, file = calibrate("--config", str(tmp_path / "own.yaml"), *walk.split())
     assert code == 0, capsys.readouterr().err
     made = json.loads(file.read_text())

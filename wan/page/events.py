@@ -13,7 +13,7 @@ import gradio as gr
 from nabla import InputError
 from wan.config import Settings, read_made_with
 from wan.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
-from wan.page.layout import Controls, about_preset, amount_label, has_amount, has_window
+from wan.page.layout import LEAST_AMOUNT, Controls, about_preset, amount_label, has_amount, has_window, most_of
 from wan.page.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.status import READY, made_html, notes_html, progress_html, said_html
 from wan.page.studio import Job, Made, Progress, Studio
@@ -102,6 +102,8 @@ class Events:
         updates: Updates = {c.form[field.name]: getattr(form, field.name) for field in fields(Form)}
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))
+        for name, most in most_of(form).items():
+            updates[c.form[name]] = gr.update(value=getattr(form, name), maximum=most)
         updates[c.form["size"]] = gr.update(choices=size_choices(settings), value=form.size)
         return updates | {c.base: settings} | self.read(form.algorithm)
 
@@ -136,7 +138,9 @@ class Events:
         c = self.controls
         return {
             c.kind: kind,
-            c.amount: gr.update(value=amount, label=amount_label(kind), visible=has_amount(kind)),
+            c.amount: gr.update(
+                value=amount, minimum=min(LEAST_AMOUNT, amount), label=amount_label(kind), visible=has_amount(kind)
+            ),
             c.window: gr.update(value=window, visible=has_window(kind)),
         }
 

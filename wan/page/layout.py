@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 import gradio as gr
 
 from nabla.config import BACKEND_NAMES
-from wan.checks import MAX_STEPS, SOLVERS, VAE_STRIDE
+from wan.checks import SOLVERS, VAE_STRIDE
 from wan.config import Settings
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.page.sources import Presets
 from wan.page.status import STARTING
 
-MAX_FRAMES = 241
+# Of sliders, unless settings go beyond.
+USUAL_FRAMES, USUAL_STEPS, LEAST_AMOUNT = 241, 100, 0.05
 TITLE = "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters."
 PROMPT = "A red circle moves from left to right on a white background"
 
@@ -108,7 +109,7 @@ def _what(presets: Presets, first: Settings, form: Form) -> dict:
     with gr.Row():
         frames = gr.Slider(
             1,
-            MAX_FRAMES,
+            most_of(form)["frame_num"],
             form.frame_num,
             step=VAE_STRIDE[0],
             label="Frames",
@@ -116,9 +117,23 @@ def _what(presets: Presets, first: Settings, form: Form) -> dict:
             buttons=[],
             elem_id="frames",
         )
-        steps = gr.Slider(1, 100, form.steps, step=1, label="Steps", min_width=150, buttons=[], elem_id="steps")
+        steps = gr.Slider(
+            1,
+            most_of(form)["steps"],
+            form.steps,
+            step=1,
+            label="Steps",
+            min_width=150,
+            buttons=[],
+            elem_id="steps",
+        )
     controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
     return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
+
+
+def most_of(form: Form) -> dict[str, int]:
+    """What the sliders of a form go up to, for gradio refuses values beyond."""
+    return {"frame_num": max(USUAL_FRAMES, form.frame_num), "steps": max(USUAL_STEPS, form.steps)}
 
 
 def about_preset(presets: Presets, name: str, settings: Settings) -> str:
@@ -165,7 +180,7 @@ def _attention(form: Form) -> tuple[dict[str, gr.components.Component], dict]:
     kinds = gr.Radio([DENSE, THRESHOLD, SHARE, WINDOW], value=kind, label="Blocks are kept by", elem_id="kind")
     with gr.Row():
         amounts = gr.Slider(
-            0.05,
+            min(LEAST_AMOUNT, amount),
             1,
             amount,
             step=0.05,
@@ -191,12 +206,12 @@ def _attention(form: Form) -> tuple[dict[str, gr.components.Component], dict]:
     )  # fmt: skip
     with gr.Row():
         dense_steps = gr.Number(
-            form.dense_steps, label="Dense steps", info="at the start", precision=0, minimum=0, maximum=MAX_STEPS,
+            form.dense_steps, label="Dense steps", info="at the start", precision=0,
             min_width=110, elem_id="dense-steps",
         )  # fmt: skip
         refresh = gr.Number(
-            form.mask_refresh, label="Mask refresh", info="every so many steps", precision=0, minimum=1,
-            maximum=MAX_STEPS, min_width=110, elem_id="mask-refresh",
+            form.mask_refresh, label="Mask refresh", info="every so many steps", precision=0,
+            min_width=110, elem_id="mask-refresh",
         )  # fmt: skip
         backend = gr.Dropdown(
             list(BACKEND_NAMES), value=form.backend, label="Backend", info="kernel", min_width=110, elem_id="backend"

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from wan.page.studio import SAMPLING, WAITING, Made, Progress
+from wan.page.studio import DECODING, LOADING, READING, SAMPLING, WAITING, Made, Progress
 
 STARTING, READY = '<div class="status">Starting</div>', '<div class="status">Ready</div>'
+
+# What a video that was cancelled waits for; no more than the end of a written file where nothing is said.
+STOPPING = {
+    WAITING: "Stopping",
+    LOADING: "Stopping once the model is loaded",
+    READING: "Stopping once the prompt is read",
+    SAMPLING: "Stopping after this step",
+    DECODING: "Stopping once this is decoded",
+}
 
 
 def progress_html(progress: Progress) -> str:
@@ -21,6 +30,8 @@ def progress_html(progress: Progress) -> str:
 
 def progress_line(progress: Progress) -> str:
     """One line of where a video is."""
+    if progress.stopping and progress.stage in STOPPING:
+        return STOPPING[progress.stage]
     if progress.stage == WAITING and progress.ahead:
         return f"Waiting for {progress.ahead} video{'s' if progress.ahead > 1 else ''} before yours"
     if progress.stage != SAMPLING:

@@ -39,19 +39,22 @@ MAX_WAITING = 20
 # How often a job that waits is looked at, for its place in the line may change.
 LOOK_SECONDS = 0.5
 
-WAITING, LOADING, READING, SAMPLING, DECODING, STOPPING = (
+WAITING, LOADING, READING, SAMPLING, DECODING, WRITING = (
     "Waiting",
     "Loading the model",
     "Reading the prompt",
     "Sampling",
-    "Decoding and writing",
-    "Stopping after this step",
+    "Decoding",
+    "Writing",
 )
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a video is. ahead: videos before it; seconds_left: of sampling; notes: what its user should know."""
+    """How far a video is. ahead: videos before it; seconds_left: of sampling; notes: what its user should know.
+
+    stopping: whether it was cancelled, and waits for what runs to end
+    """
 
     stage: str
     ahead: int = 0
@@ -60,6 +63,7 @@ class Progress:
     seconds_left: float | None = None
     preview: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    stopping: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,13 @@ class Job:
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """End it: at once if it waits, else after the step that runs. Nothing happens to one that has ended."""
+        """End it: at once if it waits, else once what runs has ended: the load, the prompt, the step, the decoding.
+
+        Nothing happens to one that has ended, or is being written.
+        """
         self._stopped.set()
         self.future.cancel()
-        self.tell(stage=STOPPING)
+        self.tell(stopping=True)
 
     def check(self) -> None:
         """Raise `Cancelled` if that is wished."""
@@ -99,8 +106,6 @@ class Job:
     def tell(self, **progress: Any) -> None:
         """Change what its progress says."""
         with self._lock:
-            if self._stopped.is_set():
-                progress["stage"] = STOPPING
             self.progress = replace(self.progress, **progress)
         self._changed.set()
 
@@ -177,11 +182,12 @@ class Studio:
         for line in notes:
             log.warning("warning: %s", line)
         job.tell(notes=notes)
+        job.check()
         before = time.perf_counter()
         pipe = self._ready(checkpoint, settings)
         loading = time.perf_counter() - before
         job.check()
-        job.tell(stage=READING, steps=settings.sampling.steps)
+        job.tell(steps=settings.sampling.steps)
         make(pipe, settings, path, self.options, loading, _Teller(job, Preview(pipe), settings.sampling.steps))
         return Made(path, settings, time.perf_counter() - start)
 
@@ -219,11 +225,19 @@ def _needs(settings: Settings) -> tuple[int, int, bool]:
 
 
 class _Teller(Observer):
-    """Tells a job of each step, and ends it if that is wished."""
+    """Tells a job of each stage and step, and ends it after one if that is wished."""
 
     def __init__(self, job: Job, preview: Preview, steps: int):
         self.job, self.preview, self.steps = job, preview, steps
         self.first_at: float | None = None
+
+    def stage_begins(self, name: str) -> None:
+        self.job.tell(stage={"text": READING, "sampling": SAMPLING, "decode": DECODING}[name])
+
+    def stage_ends(self, name: str, seconds: float) -> None:
+        self.job.check()
+        if name == "decode":
+            self.job.tell(stage=WRITING)
 
     def step_ends(self, step: int, clean: Tensor) -> None:
         self.job.check()
@@ -231,6 +245,5 @@ class _Teller(Observer):
         left = None if self.first_at is None else (now - self.first_at) / step * (self.steps - step - 1)
         self.first_at = self.first_at or now
         picture = self.preview.see(clean)
-        stage = SAMPLING if step + 1 < self.steps else DECODING
         news = {} if picture is None else {"preview": picture}
-        self.job.tell(stage=stage, step=step + 1, seconds_left=left, **news)
+        self.job.tell(step=step + 1, seconds_left=left, **news)
