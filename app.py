@@ -36,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
     from nabla import InputError
     from wan.budget import check_memory, parse_memory
     from wan.making import Options
@@ -46,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     try:
+        address = Address(args.host, args.port, args.share)
         memory = None if args.memory is None else parse_memory(args.memory)
         options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
         check_memory(memory, pick_device(args.device), None, args.offload_model)
         presets = Presets(flags, SMALL_CHECKPOINT, args.config)
         library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
         with Studio(options, args.save_dir, SMALL_CHECKPOINT) as studio:
-            serve(make_page(studio, presets, library), studio, library, Address(args.host, args.port, args.share))
+            serve(make_page(studio, presets, library), studio, library, address)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -207,7 +207,7 @@ def test_a_record_is_only_read_as_json(tmp_path):
         read_record(tmp_path / "video.yaml")
 
 
-def test_a_library_takes_safetensors_and_nothing_else(tmp_path):
+def test_a_library_takes_safetensors_and_nothing_else(tmp_path, monkeypatch):
     library, upload = LoraLibrary(tmp_path / "loras"), tmp_path / "my style!.safetensors"
     factors = weight_files.draw_factors(random_transformer("nano", torch.float32, torch.device("cpu")))
     weight_files.write_lora(upload, factors, "wan")
@@ -221,6 +221,16 @@ def test_a_library_takes_safetensors_and_nothing_else(tmp_path):
     with pytest.raises(InputError, match="style.pt must end in .safetensors; other formats can hold code"):
         library.add(tmp_path / "style.pt")
     assert list(library.files()) == [name]
+
+    def copied_to_a_full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copied_to_a_full_disk)
+        with pytest.raises(
+            InputError, match="my style!.safetensors cannot be kept .No space left on device.; see --lora"
+        ):
+            library.add(upload)
 
 
 def test_what_the_page_says_is_escaped():
@@ -357,7 +367,32 @@ def test_without_gradio_the_program_says_how_to_get_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the page needs gradio; pip install -r requirements-page.txt\n"
 
 
-def test_a_wrong_start_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        ("--config none.yaml", "config 'none.yaml' is neither a file nor one of fast.yaml, full"),
+        ("--port 99999", "port 99999 is not one of 1 to 65535; leave it out to take a free one"),
+        ("--port 0", "port 0 is not one of 1 to 65535"),
+        ("--ckpt_dir nowhere", "checkpoint 'nowhere' is neither a directory nor a hub id of the form owner/name"),
+        ("--ckpt_dir {0}", "{0}/config.json"),
+        ("--lora_dir {0}/file/loras", "lora_dir {0}/file/loras cannot be made (Not a directory); choose another"),
+    ),
+)
+def test_a_wrong_start_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
-    assert app.main(["--config", "none.yaml", "--save_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: config 'none.yaml' is neither a file nor one of fast.yaml, full")
+    monkeypatch.setattr("wan.page.server.gr.Blocks.launch", lambda *_, **__: pytest.fail("the page was served"))
+    (tmp_path / "file").touch()
+    assert app.main(["--save_dir", str(tmp_path / "videos"), *flags.format(tmp_path).split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(tmp_path)}") and said.count("\n") == 1
+
+
+def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan.page.server.gr.Blocks.launch", interrupted)
+    assert app.main(["--save_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -163,10 +163,15 @@ def _check_text_length(file: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: text_len is {length!r}, not a positive integer")
 
 
-def _download(name: str, patterns: list[str], left_out: list[str] | None = None) -> Path:
+def check_hub_id(name: str) -> None:
+    """Raise `CheckpointError` for what is not of the form owner/name; whether there is such a one is not looked up."""
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..") or name.startswith("~"):
         raise CheckpointError(f"checkpoint {name!r} is neither a directory nor a hub id of the form owner/name")
+
+
+def _download(name: str, patterns: list[str], left_out: list[str] | None = None) -> Path:
+    check_hub_id(name)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except (HTTPError, HFValidationError, OSError) as error:

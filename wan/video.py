@@ -22,12 +22,12 @@ from nabla import InputError
 QUALITY = 8
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for videos, if it is not there; raises `InputError` if that cannot be."""
+def make_folder(path: Path, name: str = "save_dir") -> None:
+    """Make a folder, which a flag of this name gives, if it is not there; raises `InputError` if that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"save_dir {path} cannot be made ({error.strerror or error}); choose another") from None
+        raise InputError(f"{name} {path} cannot be made ({error.strerror or error}); choose another") from None
 
 
 def check_writable(path: Path, flag: str = "--save_file", prefix: str = "") -> None:

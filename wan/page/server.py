@@ -16,6 +16,7 @@ from wan.page.studio import Studio
 
 log = logging.getLogger("wan")
 
+MAX_PORT = 65535
 # The largest LoRA files there are.
 MAX_UPLOAD = "2gb"
 # Uploads and copies of videos that gradio keeps for browsers: looked at every hour, removed after a day.
@@ -25,11 +26,18 @@ CSS = Path(__file__).with_name("page.css")
 
 @dataclass(frozen=True)
 class Address:
-    """Where the page is served. port: None takes the first free one from 7860; share: through a public link too."""
+    """Where the page is served. port: None takes the first free one from 7860; share: through a public link too.
+
+    Raises `InputError` for a port that there cannot be.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = None
     share: bool = False
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= MAX_PORT:
+            raise InputError(f"port {self.port} is not one of 1 to {MAX_PORT}; leave it out to take a free one")
 
 
 def make_page(studio: Studio, presets: Presets, library: LoraLibrary) -> gr.Blocks:

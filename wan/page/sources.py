@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.checkpoint import Checkpoint
+from wan.checkpoint import Checkpoint, check_hub_id
 from wan.config import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files import whole
 from wan.remaking import packing_of
+from wan.video import make_folder
 from wan.weights import SAFETENSORS, CheckpointError, WeightFiles, weight_file
 
 OWN = "The checkpoint's own"
@@ -59,11 +60,13 @@ class Presets:
         """The settings of a preset, without a prompt of its own.
 
         A checkpoint's own ones are among them if it is a directory; from a hub it is fetched when a video wants it.
+        Raises `InputError` for settings that are not allowed, and a checkpoint that can be neither.
         """
         layers = self.flags, self._layer(name), self._lowest
         settings = resolve(*layers)
         if Path(settings.checkpoint).expanduser().is_dir():
             return Checkpoint.open(settings.checkpoint).resolve(*layers)
+        check_hub_id(settings.checkpoint)
         return settings
 
     def describe(self, name: str) -> str:
@@ -93,9 +96,13 @@ class Presets:
 
 
 class LoraLibrary:
-    """A folder of LoRA files: those of who runs the page, and those that users add, named by what they hold."""
+    """A folder of LoRA files: those of who runs the page, and those that users add, named by what they hold.
+
+    It is made if it is not there; raises `InputError` if that cannot be.
+    """
 
     def __init__(self, folder: Path):
+        make_folder(folder, "lora_dir")
         self.folder = folder
 
     def files(self) -> dict[str, str]:
@@ -105,8 +112,8 @@ class LoraLibrary:
     def add(self, upload: Path) -> str:
         """Take in a copy of an uploaded file, and give its name.
 
-        Raises `InputError` unless it is safetensors, of which only names and shapes are read; whether it fits a
-        transformer is checked when it is used.
+        Raises `InputError` unless it is safetensors, of which only names and shapes are read, and if it cannot be kept;
+        whether it fits a transformer is checked when it is used.
         """
         path = weight_file("lora", upload, (SAFETENSORS,))
         try:
@@ -117,8 +124,11 @@ class LoraLibrary:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()[:8]
         stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:60] or "lora"
         name = f"{stem.removesuffix('-' + digest)}-{digest}{SAFETENSORS}"
-        with whole(self.folder / name) as partial:
-            shutil.copyfile(path, partial)
+        try:
+            with whole(self.folder / name) as partial:
+                shutil.copyfile(path, partial)
+        except OSError as error:
+            raise InputError(f"{path.name} cannot be kept ({error.strerror or error}); see --lora_dir") from error
         return name
 
 
