@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -250,6 +251,22 @@ def test_the_log_is_whole_after_every_step_and_the_report_says_the_same(pipe, tm
     assert drawn.window.mean() < 1 and all((one.blocks | ~drawn.window).all() for one in drawn.examples)
     heat = figure_of(logged[0], drawn).subfigs[0].axes[0].images[0].get_array()
     assert (heat.mask == drawn.dense).all() and (heat.data == drawn.kept).all()
+
+
+def test_a_prompt_that_fonts_lack_is_drawn_without_boxes_and_whole_in_the_description(pipe, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    wan.apply_attention(pipe.transformer, NABLA)
+    recorder = Recorder()
+    sample(pipe, recorder)
+    # No font has what is for private use; one that comes with matplotlib has the arrow, and the usual one has not.
+    for prompt, drawn in (("a cat ⥄ $5", "a cat ⥄ $5"), ("a \U000f0000\U000f0001 cat", "a  cat (2 characters that no")):
+        run, path = recorder.records[0] | {"prompt": prompt}, tmp_path / "report.png"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            numbers = draw_report([run, *recorder.records[1:]], path)
+        title = figure_of(run, numbers).subfigs[0].get_suptitle()
+        assert title.replace("\\$", "$").startswith(drawn)
+        assert image.open(path).info["Description"] == prompt
 
 
 def test_a_layer_that_does_not_run_is_null(pipe, tmp_path):

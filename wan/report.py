@@ -59,7 +59,7 @@ def check_report(path: Path) -> None:
 
 
 def draw_report(records: Sequence[Record], path: str | Path, examples: Sequence[Example] = ()) -> Drawn:
-    """Write a picture of one video's records, and return what it shows.
+    """Write a picture of one video's records, its prompt in the PNG's description too, and return what it shows.
 
     records: of a `wan.Recorder`, or of its log by `wan.run_log.read_log`; examples: of the recorder
     Raises `InputError` without matplotlib, for records of no step, and if the file cannot be written.
@@ -73,7 +73,8 @@ def draw_report(records: Sequence[Record], path: str | Path, examples: Sequence[
     figure = figure_of(records[0], drawn)
     try:
         with whole(path) as partial:
-            figure.savefig(partial, dpi=DPI, format="png")
+            about = {"Description": records[0].get("prompt") or ""}
+            figure.savefig(partial, dpi=DPI, format="png", metadata=about)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another --report") from error
     return drawn

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure, SubFigure
@@ -42,6 +41,8 @@ STYLE = {
 WIDTH, TOP, MASKS = 12.0, 5.4, 2.75
 # The heat map's colours span at least so much of the shares, so that noise does not look like a difference.
 LEAST_SPAN = 0.02
+# Of a prompt, in the title.
+LETTERS = 90
 
 
 def figure_of(run: Record, drawn: Drawn) -> Figure:
@@ -62,15 +63,43 @@ def figure_of(run: Record, drawn: Drawn) -> Figure:
         return figure
 
 
+def legible(text: str) -> tuple[str, list[str]]:
+    """A text of characters that installed fonts have, saying how many it leaves out, and the fonts' families.
+
+    A picture's text would have boxes for the others.
+    """
+    usual = font_manager.FontProperties().get_family()
+    missing, families = set(text) - _characters(font_manager.findfont(font_manager.FontProperties())), []
+    for font in font_manager.fontManager.ttflist if missing else ():
+        # This one has a box for everything.
+        has = set() if font.name.startswith("Last Resort") else missing & _characters(font.fname)
+        families += [font.name] if has else []
+        missing -= has
+    count = sum(character in missing for character in text)
+    kept = "".join(character for character in text if character not in missing).strip()
+    note = f"({count} characters that no font here has; the picture's description has the whole prompt)"
+    return f"{kept} {note}".strip() if count else text, [*usual, *families]
+
+
+def _characters(file: str) -> set[str]:
+    """Those that a font's file has, if it can be drawn in any size."""
+    try:
+        font = font_manager.get_font(file)
+    except (OSError, RuntimeError):
+        return set()
+    return set(map(chr, font.get_charmap())) if font.scalable else set()
+
+
 def _title(part: SubFigure, run: Record) -> None:
-    prompt = textwrap.shorten(run.get("prompt") or "", 90, placeholder=" …")
+    prompt = " ".join((run.get("prompt") or "").split())
+    prompt, families = legible(prompt if len(prompt) <= LETTERS else f"{prompt[: LETTERS - 2].rstrip()} …")
     size = f"{'x'.join(map(str, run['size']))}, {run['frame_num']} frames" if "size" in run else ""
     walk = f"{run['steps']} steps of {run['solver']}, guidance {run['guide_scale']:g}"
     of = f"{run['layers']} layers of {run['heads']} heads, {'x'.join(map(str, run['grid']))} tokens"
     facts = [run["attention"], size, walk, of, f"{run['device']} in {run['dtype']}"]
     # A dollar sign would begin mathematics.
     lines = "\n".join(filter(None, (prompt, "  ·  ".join(filter(None, facts)))))
-    part.suptitle(lines.replace("$", r"\$"), x=0.01, ha="left", fontsize=9.5, color=INK)
+    part.suptitle(lines.replace("$", r"\$"), x=0.01, ha="left", fontsize=9.5, color=INK, family=families)
 
 
 def _draw_kept(axes: Axes, bar: Axes, drawn: Drawn) -> None:
