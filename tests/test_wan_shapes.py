@@ -11,6 +11,7 @@ from conftest import relative_error
 
 import generate
 from wan import WanT2V, latents
+from wan.cache_settings import measured_otherwise
 from wan.checkpoint import Checkpoint
 from wan.convert import convert
 from wan.training.measure import background_colour, measured
@@ -42,6 +43,12 @@ def test_a_task_or_a_config_still_names_its_own(tmp_path, monkeypatch, capsys):
 def test_it_fits_into_git():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 40e6
     assert not [file for file in SHIPPED.rglob("*") if file.suffix in (".pth", ".pt", ".bin")]
+
+
+def test_it_brings_ratios_that_are_those_of_its_own_settings():
+    own = Checkpoint.open(SHIPPED).resolve({"prompt": "a cat", "cache": f"mag:0.06:{SHIPPED / 'mag_ratios.json'}"})
+    assert len(own.cache.ratios) == own.sampling.steps and own.cache.measured_on["checkpoint"] == SHIPPED.name
+    assert measured_otherwise(own) is None
 
 
 @torch.no_grad()
