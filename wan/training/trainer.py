@@ -149,7 +149,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             with whole(self.folder / SETTINGS_FILE) as partial:
                 partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
-            provide_parts(self.base, self.folder / "parts")
+            provide_parts(self.base, self.folder / "parts", anew=state.step == 0)
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
