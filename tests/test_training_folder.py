@@ -6,7 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_runs import settings_dict, train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from training_runs import exact_rows, settings_dict, train
+
+from nabla import InputError
 
 SHORT = {"steps": 1, "data": {"validation": None}, "ema": None}
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -37,3 +41,43 @@ def test_parts_outlive_the_checkpoint_of_the_run_that_they_were_found_in(base, p
     for name in PARTS:
         part = tmp_path / "run" / "latest" / "model" / name
         assert part.resolve(strict=True) == tmp_path / "base" / "parts" / name
+
+
+@pytest.mark.parametrize("changes", ({"mode": "distill"}, {"mode": "finetune", "lora": {"rank": 2}}))
+def test_weights_that_a_run_reads_again_are_those_that_it_began_with(base, random_nano, prepared, tmp_path, changes):
+    later, link = tmp_path / "later", tmp_path / "link"
+    train(settings_dict(random_nano, prepared, later, **SHORT | {"steps": 2}))
+    link.symlink_to(base / "latest" / "model")
+    content = settings_dict(link, prepared, tmp_path / "run", **SHORT, **changes)
+    train(content)
+    link.unlink()
+    link.symlink_to(later / "latest" / "model")
+    began = (base / "latest" / "model").resolve()
+    with pytest.raises(InputError, match=f"with another checkpoint than .* it began with what was in {began}, and "):
+        train(content | {"steps": 2})
+    rows = train(content | {"steps": 2, "checkpoint": str(began)})
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("which", ("train", "validation"))
+def test_data_that_changed_since_a_run_began_are_refused(random_nano, prepared, tmp_path, which):
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
+    content = settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"data": {which: str(data)}})
+    train(content)
+    rows = train(content | {"steps": 2})
+    shard = data / "shard-000001.safetensors"
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    save_file(tensors | {"3.latents": tensors["3.latents"] + 1}, shard, metadata)
+    with pytest.raises(InputError, match=f"with another data.{which} than there is now"):
+        train(content | {"steps": 3})
+    assert exact_rows(tmp_path / "run") == rows
+
+
+def test_a_run_whose_data_are_not_written_down_goes_on_and_says_so(base, random_nano, prepared, tmp_path, caplog):
+    shutil.copytree(base, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "inputs.json").unlink()
+    train(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2}))
+    assert "run/inputs.json is missing; data and checkpoint are taken for those" in caplog.text
+    assert (tmp_path / "run" / "inputs.json").is_file()

@@ -122,7 +122,7 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
     path = out / RECORD_FILE
-    if path.is_file() and read_json(path) != record:
+    if path.is_file() and read_json(path, "choose another out") != record:
         raise InputError(f"{out} holds shards that were made with other settings, see {path}; choose another out")
     if not leads:
         return
