@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import exact_rows, settings_dict, train
 
+import generate
 from nabla import InputError
+from wan.files import hold
 
+ROOT = Path(generate.__file__).parent
 SHORT = {"steps": 1, "data": {"validation": None}, "ema": None}
 PARTS = ("vae", "text_encoder", "tokenizer")
 
@@ -81,3 +89,36 @@ def test_a_run_whose_data_are_not_written_down_goes_on_and_says_so(base, random_
     train(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2}))
     assert "run/inputs.json is missing; data and checkpoint are taken for those" in caplog.text
     assert (tmp_path / "run" / "inputs.json").is_file()
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold_for_ever() -> None:
+        file = hold(tmp_path)
+        held.set()
+        time.sleep(60)
+        file.close()
+
+    other = context.Process(target=hold_for_ever)
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(InputError, match=f"^{tmp_path} is in use by another run; wait for its end, stop it, or"):
+        hold(tmp_path)
+    other.kill()
+    other.join()
+    hold(tmp_path).close()
+
+
+def test_two_runs_in_one_folder_are_refused(base, random_nano, prepared, tmp_path):
+    shutil.copytree(base, tmp_path / "run", symlinks=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2})))
+    before = sorted(tmp_path.rglob("*"))
+    with hold(tmp_path / "run"):
+        command = [sys.executable, ROOT / "scripts" / "train.py", "--config", config]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'} is in use by another run")
+    assert sorted(tmp_path.rglob("*")) == before

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.files import PARTIAL, remove, whole
+from wan.files import PARTIAL, hold, remove, whole
 
 STATE = "state"
 LATEST = "latest"
@@ -28,20 +29,38 @@ SCHEDULES = ("matrix_schedule", "schedule")
 
 
 class Checkpoints:
-    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them."""
+    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them.
+
+    The first process holds the run's folder until `close`. Raises `InputError` if it cannot be written or is in use.
+    """
 
     def __init__(self, run: Path, keep: int, accelerator: Accelerator):
+        self.lock: TextIO | None = None
         self.run, self.keep, self.accelerator = run, keep, accelerator
         self.folder = run / "checkpoints"
+        refused: list[str | None] = [None]
         if accelerator.is_main_process:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"out {run} cannot be written ({error.strerror}); choose another") from None
-            for left in self.folder.glob(f"{PARTIAL}*"):
-                remove(left)
-            self._link()
-        accelerator.wait_for_everyone()
+                self._take()
+            except InputError as error:
+                refused = [str(error)]
+        # All end with the same line: of those who wait for one that has ended, each would fail in another way.
+        if why := broadcast_object_list(refused)[0]:
+            raise InputError(why)
+
+    def _take(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.run)
+        except OSError as error:
+            raise InputError(f"out {self.run} cannot be written ({error.strerror}); choose another") from None
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            remove(left)
+        self._link()
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def last(self) -> Path | None:
         """The checkpoint of the highest step, or None."""

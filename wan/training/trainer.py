@@ -109,6 +109,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
         self.model = None
+        self.checkpoints.close()
         let_go(self.accelerator)
 
     def _build_models(self) -> None:
