@@ -237,15 +237,13 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        if self.validation is None:
+        held_out, own, step = self.validation, self.settings, self.state.step
+        if held_out is None:
             return {}
         with self._inference():
-            own = self.settings
             losses = validation_losses(
-                self.transformer, self.validation, own.data.clips, own.micro_batch, own.objective, self.accelerator
+                self.transformer, held_out, own.data.clips, own.micro_batch, own.objective, self.accelerator, step
             )
-        if not all(map(math.isfinite, losses.values())):
-            raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
         return {f"validation_{name}": loss for name, loss in losses.items()}
 
     def _sample(self) -> None:
