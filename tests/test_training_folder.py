@@ -122,3 +122,23 @@ def test_two_runs_in_one_folder_are_refused(base, random_nano, prepared, tmp_pat
     assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'} is in use by another run")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_generate_takes_the_lora_of_any_checkpoint_by_its_folder(random_nano, prepared, tmp_path, monkeypatch, capsys):
+    changes = {"mode": "finetune", "lora": {"rank": 2}, "steps": 2, "every": {"checkpoint": 1}}
+    train(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | changes))
+    model = tmp_path / "run" / "checkpoints" / "step-00000001" / "model"
+    monkeypatch.chdir(tmp_path)
+    video = "--prompt cat --size 48*32 --frame_num 5 --sample_steps 1 --device cpu --save_file cat.mp4".split()
+    base = ["--ckpt_dir", str(random_nano)]
+    for given in (model, f"{model}:1.0", model / "lora"):
+        assert generate.main([*video, *base, "--lora", str(given)]) == 0
+        assert f"lora: {model / 'lora' / 'pytorch_lora_weights.safetensors'} at 1" in capsys.readouterr().err
+    for flags, message in (
+        (["--ckpt_dir", str(model)], f"{model} holds a LoRA and no weights of a transformer; give it as --lora, and"),
+        (["--ckpt_dir", str(model / "lora")], f"{model / 'lora'} holds a LoRA and no weights of a transformer"),
+        ([*base, "--lora", str(model.parent)], f"lora {model.parent} is a folder; give the .safetensors file itself"),
+    ):
+        assert generate.main([*video, *flags]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {message}") and said.count("\n") == 1

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.config import Settings, attention_config, read_settings, resolve
+from wan.config import LORA_FILE, Settings, attention_config, read_settings, resolve
 from wan.weights import CheckpointError, read_json
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -134,6 +134,11 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
     """Whether a folder is in the published layout, and its transformer's configuration; only for text-to-video."""
     index = folder / "model_index.json"
     if not index.is_file():
+        if any((folder / inner / LORA_FILE).is_file() for inner in ("", "lora")):
+            raise CheckpointError(
+                f"{folder} holds a LoRA and no weights of a transformer; give it as --lora, and with --ckpt_dir the "
+                "checkpoint that it was trained on"
+            )
         config = read_json(folder / "config.json")
         if config.get("model_type", "t2v") != "t2v":
             raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")

@@ -183,6 +183,8 @@ def _more(names: list[str]) -> str:
 def weight_file(name: str, file: str | Path, endings: tuple[str, ...]) -> Path:
     """The path of a file of weights; raises `InputError` unless it is there and ends as it must, so in no pickle."""
     path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{name} {file} is a folder; give the {' or '.join(endings)} file itself")
     if path.suffix not in endings:
         raise InputError(
             f"{name} {file} must end in {' or '.join(endings)}; other formats can hold code and are not read"
