@@ -17,6 +17,7 @@ from training_runs import exact_rows, settings_dict, train
 
 import generate
 from nabla import InputError
+from scripts import train as train_script
 from wan.files import hold
 
 ROOT = Path(generate.__file__).parent
@@ -142,3 +143,24 @@ def test_generate_takes_the_lora_of_any_checkpoint_by_its_folder(random_nano, pr
         assert generate.main([*video, *flags]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ("__0_0.distcp", ".metadata"))
+def test_a_damaged_state_is_one_line_and_the_checkpoint_before_it_goes_on(
+    base, random_nano, prepared, tmp_path, name, capfd
+):
+    content = settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2})
+    shutil.copytree(base, tmp_path / "run", symlinks=True)
+    rows = train(content)
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    file = last / "state" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    capfd.readouterr()
+    assert train_script.main(["--config", str(config)]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {last / 'state'} is damaged (") and said.count("\n") == 1, said
+    assert f"; remove {last} to go on from the one before it" in said
+    shutil.rmtree(last)
+    assert train(content) == rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -157,8 +158,31 @@ class State:
             dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:
-        with _without_warning_of_one_process():
-            dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+        """Raises `InputError` if the state of a checkpoint is damaged."""
+        try:
+            with _without_warning_of_one_process(), _without_root_log():
+                dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+        except dcp.CheckpointException as error:
+            failure, _ = next(iter(error.failures.values()))
+            reason = " ".join(f"{type(failure).__name__} {failure}".split())[:200]
+            raise InputError(
+                f"{checkpoint / STATE} is damaged ({reason}); remove {checkpoint} to go on from the one before it"
+            ) from error
+
+
+@contextmanager
+def _without_root_log() -> Iterator[None]:
+    """Without what torch itself logs, with tracebacks, of files that it then raises an error for."""
+    root = logging.getLogger()
+    root.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        root.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager
