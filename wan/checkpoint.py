@@ -174,6 +174,6 @@ def _download(name: str, patterns: list[str], left_out: list[str] | None = None)
         reason = str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {name} is not a directory here and could not be downloaded ({reason}); get it on a connected "
-            f"machine with 'hf download {name} --local-dir DIR' and pass --ckpt_dir DIR, or run without it on random "
-            "weights: 'python scripts/make_random_checkpoint.py --model nano --out DIR'"
+            f"machine with 'hf download {name} --local-dir DIR' and pass --ckpt_dir DIR (checkpoint=DIR to training), "
+            "or run without it on random weights: 'python scripts/make_random_checkpoint.py --model nano --out DIR'"
         ) from error
