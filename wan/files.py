@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever a program is cut."""
+"""Files and folders that are there whole or not at all, whenever a program is cut, and folders that are one's alone."""
 
 from __future__ import annotations
 
