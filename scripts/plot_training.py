@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the picture; .png, which is also added to a name without an ending"
+    )
     args = parser.parse_args(argv)
 
     from wan.training.metrics import METRICS_FILE, draw_metrics, read_metrics
@@ -27,11 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         print("error: matplotlib is not there; install it with pip install matplotlib", file=sys.stderr)
         return 2
     try:
-        draw_metrics(rows, args.out)
+        # As matplotlib would, which does not say so.
+        out = args.out if args.out.suffix else args.out.with_suffix(".png")
+        draw_metrics(rows, out)
     except (OSError, ValueError) as error:
         print(f"error: {args.out} cannot be written ({error}); give a .png in a folder that is there", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
     return 0
 
 

@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 STOPPED = 143
+# Set for the programs that `accelerate launch` starts.
+LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"
+PR_SET_PDEATHSIG = 1
+
+
+def stop_with_launcher() -> None:
+    """Have SIGTERM sent to this process when its launcher ends: that of one process passes on none that it gets.
+
+    Linux alone can. Started from a shell, a run may outlive that.
+    """
+    if sys.platform == "linux" and LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: optimizer.lr=1e-5")
     args = parser.parse_args(argv)
+    stop_with_launcher()
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
 
     from nabla import InputError

@@ -117,6 +117,9 @@ def test_sigterm_ends_a_run_with_a_checkpoint_to_go_on_from(pretrained, random_n
 def test_metrics_are_drawn(pretrained, tmp_path, capsys):
     run, picture = pretrained[0]["out"], tmp_path / "run.png"
     assert plot_training.main([run, "--out", str(picture)]) == 0 and iio.imread(picture).shape[0] > 500
+    capsys.readouterr()
+    assert plot_training.main([run, "--out", str(tmp_path / "bare")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'bare.png'}\n" and (tmp_path / "bare.png").is_file()
     for folder, out, reason in ((tmp_path, "run.png", "has no rows"), (run, "/no/run.png", "cannot be written")):
         assert plot_training.main([str(folder), "--out", out]) == 2 and reason in capsys.readouterr().err
 

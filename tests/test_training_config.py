@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import yaml
 from training_runs import TRANSFORMER
 
 from nabla import InputError
+from wan import checkpoint
 from wan.checkpoint import Checkpoint
 from wan.config import CONFIG_FOLDER, SamplingSettings, VideoSettings, read_settings
-from wan.training.config import LoraSettings, TrainingSettings
+from wan.training.config import CHANGEABLE, LoraSettings, TrainingSettings
 from wan.training.export import defaults_of
-from wan.training.models import add_lora, new_transformer
+from wan.training.models import add_lora, new_transformer, open_parts
 from wan.training.objective import sigmas_of
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.schema import with_overrides
@@ -106,6 +109,22 @@ def test_every_config_of_training_is_right():
     for file in files:
         kind = PrepareSettings if file.name.startswith("prepare") else kinds.get(file.stem, TrainingSettings)
         kind.from_dict(read_settings(file))
+
+
+def test_the_docs_list_what_a_continuation_may_change():
+    docs = (CONFIG_FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = docs.partition("These may change: ")[2].partition(";")[0]
+    assert set(re.findall("`([a-z_]+)`", listed)) == set(CHANGEABLE)
+
+
+def test_a_hub_checkpoint_that_cannot_be_had_is_named_as_training_takes_it(monkeypatch):
+    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    with pytest.raises(InputError, match=r"pass --ckpt_dir DIR \(checkpoint=DIR to training\), or"):
+        open_parts("Wan-AI/Wan2.1-T2V-1.3B")
+
+
+def offline(*_: object, **__: object) -> None:
+    raise OSError("no network")
 
 
 def test_a_new_transformer_takes_no_size_for_granted():

@@ -347,6 +347,33 @@ for _ in read(Broken(), range(3), workers=1):
     assert ended.returncode == 1 and "number 0 is broken" in ended.stderr
 
 
+def test_data_that_are_not_all_there_or_damaged_are_refused_in_one_line(prepared, tmp_path):
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-10])
+
+    for name, spoil, message in (
+        (
+            "shard-000001.safetensors",
+            Path.unlink,
+            r"lacks 1 of its 3 shards, the first shard-000001.safetensors; start ",
+        ),
+        (
+            "shard-000002.safetensors",
+            Path.unlink,
+            r"lacks 1 of its 3 shards, the first shard-000002.safetensors; start ",
+        ),
+        ("prepared.json", cut, r"prepared.json cannot be read as JSON .*; prepare the data again"),
+        ("prepared.json", Path.unlink, r"prepared.json is missing; prepare the data again"),
+        ("dropped.safetensors", cut, r"dropped.safetensors is damaged .*; remove it and start scripts/prepare_data.py"),
+    ):
+        data = Path(shutil.copytree(prepared, tmp_path / "data"))
+        spoil(data / name)
+        with pytest.raises(InputError, match=message) as refused:
+            Clips([str(data)], 512)
+        assert "\n" not in str(refused.value)
+        shutil.rmtree(data)
+
+
 def test_text_is_dropped_as_often_as_asked_and_noise_levels_fill_their_range(prepared):
     clips = Clips([str(prepared)], 512)
     batches = Batches(clips, UNIFORM, seed=0, batch_size=4, micro_batch=4)

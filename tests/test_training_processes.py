@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -83,6 +85,32 @@ def test_a_run_killed_outright_goes_on_exactly(alone, tmp_path):
     assert process.returncode == -signal.SIGKILL, said
     assert len(exact_rows(tmp_path / "run")) < len(rows)
     assert train(content) == rows
+
+
+def has_begun(run: Path) -> bool:
+    return (run / METRICS_FILE).is_file() and bool(exact_rows(run))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_run_whose_launcher_is_told_to_end_leaves_a_checkpoint_and_ends(alone, tmp_path):
+    run = tmp_path / "run"
+    content = alone[0] | {"out": str(run), "steps": 10_000, "every": {"checkpoint": 10_000}}
+    config = write_config(content, tmp_path / "config.yaml")
+    options = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, SCRIPT, "--config", config]
+    process = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not has_begun(run) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        # Until the run, which writes there too, has ended.
+        _, said = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGTERM and "start again in the same way to go on" in said, said
+    assert (run / "latest" / "model" / "transformer").is_dir()
 
 
 def test_two_processes_train_a_vae(tmp_path):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from training_runs import settings_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from training_runs import settings_dict, train
 
 from wan.training.config import TrainingSettings
 from wan.training.evaluation import shared_batches, validation_losses
+from wan.training.stopping import Diverged
 from wan.training.trainer import Trainer
 
 
@@ -23,7 +29,7 @@ def test_clips_give_the_same_losses_together_as_one_by_one(random_nano, prepared
         objective = trainer.settings.objective
         with torch.no_grad():
             return validation_losses(
-                trainer.transformer, trainer.validation, count, micro_batch, objective, trainer.accelerator
+                trainer.transformer, trainer.validation, count, micro_batch, objective, trainer.accelerator, 0
             )
 
     single = losses(1)
@@ -33,6 +39,19 @@ def test_clips_give_the_same_losses_together_as_one_by_one(random_nano, prepared
         # Compiled blocks compile once for a size of clips.
         assert len(set(shapes)) == len({shape[2:] for shape in shapes}) and len(shapes) <= 2 * count
         assert max(shape[0] for shape in shapes) <= micro_batch
+
+
+def test_a_loss_that_is_not_finite_names_its_clip(random_nano, prepared, tmp_path):
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
+    shard = data / "shard-000001.safetensors"
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    save_file(tensors | {"3.latents": tensors["3.latents"] * torch.inf}, shard, metadata)
+    content = settings_dict(random_nano, prepared, tmp_path / "run", steps=1, data={"validation": str(data)})
+    where = r"dense nan at timestep \d+\.\d of sample 3 of .*shard-000001.*\('colour number 3'\)"
+    with pytest.raises(Diverged, match=rf"^after step 0: the validation loss is not finite: {where}; sparse nan "):
+        train(content)
 
 
 @pytest.mark.parametrize("processes", (1, 2, 3))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -16,6 +19,7 @@ from wan.checkpoint import Checkpoint
 from wan.convert import convert
 from wan.training.measure import background_colour, measured
 
+ROOT = Path(generate.__file__).parent
 SHIPPED = Path(generate.SMALL_CHECKPOINT)
 
 
@@ -49,6 +53,46 @@ def test_it_brings_ratios_that_are_those_of_its_own_settings():
     own = Checkpoint.open(SHIPPED).resolve({"prompt": "a cat", "cache": f"mag:0.06:{SHIPPED / 'mag_ratios.json'}"})
     assert len(own.cache.ratios) == own.sampling.steps and own.cache.measured_on["checkpoint"] == SHIPPED.name
     assert measured_otherwise(own) is None
+
+
+@pytest.fixture
+def make(tmp_path):
+    """The script that makes it, run with a `python` that writes down its arguments, where torch sees so many GPUs."""
+    script = tmp_path / "scripts" / "train_shapes.sh"
+    script.parent.mkdir()
+    shutil.copy(ROOT / script.relative_to(tmp_path), script)
+    python = tmp_path / "python"
+
+    def run(gpus: int, *stages: str) -> tuple[list[str], str]:
+        python.write_text(f"""#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else echo "$*"; fi\n""")
+        python.chmod(0o755)
+        env = os.environ | {"PYTHON": str(python)}
+        done = subprocess.run(["bash", script, *stages], env=env, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines(), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "gpus, used", ((1, (1, 1, 1)), (2, (2, 2, 2)), (3, (2, 2, 2)), (6, (4, 4, 4)), (7, (4, 4, 4)), (20, (16, 16, 16)))
+)
+def test_it_is_trained_on_the_gpus_that_can_share_a_batch(make, gpus, used):
+    lines, said = make(gpus, "vae", "256", "distill")
+    trained = [line for line in lines if "/train" in line.split(" --config")[0]]
+    assert [int(line.partition("nproc_per_node=")[2].split()[0]) for line in trained] == list(used)
+    assert [line.partition("micro_batch=")[2] for line in trained[1:]] == [str(64 // used[1]), str(16 // used[2])]
+    assert said.count(f"of {gpus} GPUs are used") == (3 if used[0] < gpus else 0)
+    # Samples are dealt out one by one.
+    assert sum(f"nproc_per_node={gpus} scripts/prepare_data.py" in line for line in lines) == 2
+
+
+def test_it_is_shipped_in_place_of_an_earlier_one(make, tmp_path):
+    earlier = tmp_path / "runs" / "wan-shapes"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").touch()
+    ((line,), _) = make(1, "ship")
+    assert line.startswith("scripts/convert_checkpoint.py ") and "--out runs/wan-shapes " in line
+    assert not earlier.exists()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.config import SamplingSettings, Settings, attention_config, read_settings, resolve
+from wan.config import LORA_FILE, SamplingSettings, Settings, attention_config, read_settings, resolve
 from wan.weights import CheckpointError, read_json
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -138,6 +138,11 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
     """Whether a folder is in the published layout, and its transformer's configuration; only for text-to-video."""
     index = folder / "model_index.json"
     if not index.is_file():
+        if any((folder / inner / LORA_FILE).is_file() for inner in ("", "lora")):
+            raise CheckpointError(
+                f"{folder} holds a LoRA and no weights of a transformer; give it as --lora, and with --ckpt_dir the "
+                "checkpoint that it was trained on"
+            )
         config = read_json(folder / "config.json")
         if config.get("model_type", "t2v") != "t2v":
             raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
@@ -178,6 +183,6 @@ def _download(name: str, patterns: list[str], left_out: list[str] | None = None)
         reason = str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {name} is not a directory here and could not be downloaded ({reason}); get it on a connected "
-            f"machine with 'hf download {name} --local-dir DIR' and pass --ckpt_dir DIR, or run without it on random "
-            "weights: 'python scripts/make_random_checkpoint.py --model nano --out DIR'"
+            f"machine with 'hf download {name} --local-dir DIR' and pass --ckpt_dir DIR (checkpoint=DIR to training), "
+            "or run without it on random weights: 'python scripts/make_random_checkpoint.py --model nano --out DIR'"
         ) from error

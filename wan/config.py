@@ -40,6 +40,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 LORA_ENDING = ".safetensors"
 MAX_FPS = 240
 MAX_SEED = 2**31
+# As diffusers names it.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 
@@ -106,13 +108,18 @@ def check_positions(video: VideoSettings, most: int) -> None:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA and the scale of what it adds to the weights. The path is made absolute."""
+    """A LoRA and the scale of what it adds to the weights. The path is made absolute.
+
+    file: or a folder that has one of training's: a checkpoint of a run, or the folder `lora` in it
+    """
 
     file: str
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "file", absolute_path("lora file", self.file))
+        given = Path(absolute_path("lora file", self.file))
+        inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if path.is_file())
+        object.__setattr__(self, "file", str(next(inside, given)))
         if not is_number(self.scale):
             raise InputError(f"lora scale {self.scale!r} is not a number; 1.0 is usual")
 

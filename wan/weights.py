@@ -25,16 +25,16 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, incomplete, damaged or of another kind."""
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of a checkpoint."""
+def read_json(path: Path, remedy: str = "download the checkpoint again") -> dict:
+    """A JSON object from a file of a checkpoint, or of something else that is mended by `remedy`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; download the checkpoint again") from None
+        raise CheckpointError(f"{path} is missing; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; download it again")
+        raise CheckpointError(f"{path} does not hold a JSON object; {remedy}")
     return content
 
 
@@ -183,6 +183,8 @@ def _more(names: list[str]) -> str:
 def weight_file(name: str, file: str | Path, endings: tuple[str, ...]) -> Path:
     """The path of a file of weights; raises `InputError` unless it is there and ends as it must, so in no pickle."""
     path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{name} {file} is a folder; give the {' or '.join(endings)} file itself")
     if path.suffix not in endings:
         raise InputError(
             f"{name} {file} must end in {' or '.join(endings)}; other formats can hold code and are not read"

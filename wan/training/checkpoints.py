@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -19,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.files import PARTIAL, remove, whole
+from wan.files import PARTIAL, hold, remove, whole
 
 STATE = "state"
 LATEST = "latest"
@@ -28,20 +30,38 @@ SCHEDULES = ("matrix_schedule", "schedule")
 
 
 class Checkpoints:
-    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them."""
+    """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them.
+
+    The first process holds the run's folder until `close`. Raises `InputError` if it cannot be written or is in use.
+    """
 
     def __init__(self, run: Path, keep: int, accelerator: Accelerator):
+        self.lock: TextIO | None = None
         self.run, self.keep, self.accelerator = run, keep, accelerator
         self.folder = run / "checkpoints"
+        refused: list[str | None] = [None]
         if accelerator.is_main_process:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"out {run} cannot be written ({error.strerror}); choose another") from None
-            for left in self.folder.glob(f"{PARTIAL}*"):
-                remove(left)
-            self._link()
-        accelerator.wait_for_everyone()
+                self._take()
+            except InputError as error:
+                refused = [str(error)]
+        # All end with the same line: of those who wait for one that has ended, each would fail in another way.
+        if why := broadcast_object_list(refused)[0]:
+            raise InputError(why)
+
+    def _take(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.run)
+        except OSError as error:
+            raise InputError(f"out {self.run} cannot be written ({error.strerror}); choose another") from None
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            remove(left)
+        self._link()
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def last(self) -> Path | None:
         """The checkpoint of the highest step, or None."""
@@ -138,8 +158,31 @@ class State:
             dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:
-        with _without_warning_of_one_process():
-            dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+        """Raises `InputError` if the state of a checkpoint is damaged."""
+        try:
+            with _without_warning_of_one_process(), _without_root_log():
+                dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+        except dcp.CheckpointException as error:
+            failure, _ = next(iter(error.failures.values()))
+            reason = " ".join(f"{type(failure).__name__} {failure}".split())[:200]
+            raise InputError(
+                f"{checkpoint / STATE} is damaged ({reason}); remove {checkpoint} to go on from the one before it"
+            ) from error
+
+
+@contextmanager
+def _without_root_log() -> Iterator[None]:
+    """Without what torch itself logs, with tracebacks, of files that it then raises an error for."""
+    root = logging.getLogger()
+    root.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        root.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 @contextmanager

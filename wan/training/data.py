@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
+from nabla.config import is_count
 from wan.checks import PATCH
 from wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
-from wan.training.prepare import DROPPED_FILE, Clip, list_clips
+from wan.training.prepare import DROPPED_FILE, RECORD_FILE, SHARD_NAME, SHARDS, Clip, list_clips
 from wan.training.reading import read
+from wan.weights import read_json
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
@@ -42,22 +44,26 @@ class Batch(NamedTuple):
 
 
 class Clips:
-    """The prepared clips of folders, and the text states of a clip without its text.
+    """The prepared clips of folders, and the text states of a clip without its text; `files` hold them.
 
-    Raises `InputError` for folders without clips, of different texts, or with more rows of text than `text_length`.
+    Raises `InputError` for a folder that does not hold all that was to be prepared, whole, or not as the first does,
+    and for more rows of text than `text_length`.
     """
 
     def __init__(self, folders: Sequence[str], text_length: int):
+        self.files: list[Path] = []
         self.text_length, self.clips, dropped = text_length, [], []
         for folder in folders:
             path = Path(folder).expanduser()
             if not (path / DROPPED_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
+            check_whole(path)
             found = list_clips(path)
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
             self.clips += found
-            dropped.append(load_file(path / DROPPED_FILE)["text"])
+            dropped.append(_dropped_text(path / DROPPED_FILE))
+            self.files += [path / DROPPED_FILE, *dict.fromkeys(clip.file for clip in found)]
             if not torch.equal(dropped[0], dropped[-1]):
                 raise InputError(f"{folder} and {folders[0]} differ in text encoder or dropped_text; prepare one anew")
         self.dropped = dropped[0]
@@ -112,6 +118,30 @@ class Clips:
     def describe(self, number: int) -> str:
         clip: Clip = self.clips[number]
         return f"sample {clip.index} of {clip.file} ({clip.caption!r})"
+
+
+def check_whole(folder: Path) -> None:
+    """Raise `InputError` unless a folder holds all shards of the dataset that its record names."""
+    record = read_json(folder / RECORD_FILE, "prepare the data again, into another folder")
+    there = {path.name for path in folder.glob(SHARDS)}
+    count, size = record.get("samples"), record.get("clips_per_shard")
+    # Of a dataset without a length, the shards before the last are known.
+    shards = -(-count // size) if is_count(count) and is_count(size) and size else len(there)
+    missing = [name for name in map(SHARD_NAME.format, range(shards)) if name not in there]
+    if missing:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of its {shards} shards, the first {missing[0]}; start "
+            "scripts/prepare_data.py again in the same way to make them"
+        )
+
+
+def _dropped_text(path: Path) -> Tensor:
+    try:
+        return load_file(path)["text"]
+    except (SafetensorError, KeyError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); remove it and start scripts/prepare_data.py again in the same way"
+        ) from None
 
 
 @functools.lru_cache(OPEN_SHARDS)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from wan.jobs import words_of
 from wan.latents import decode
-from wan.sampling import denoise, make_solver
+from wan.sampling import TRAIN_TIMESTEPS, denoise, make_solver
 from wan.training.config import ObjectiveSettings, Samples
 from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
+from wan.training.stopping import Diverged
 from wan.video import make_folder, to_frames, write_image, write_video
 
 
@@ -28,16 +29,18 @@ def validation_losses(
     micro_batch: int,
     objective: ObjectiveSettings,
     accelerator: Accelerator,
+    step: int,
 ) -> dict[str, float]:
     """The flow-matching loss over the first `count` clips, each with its own fixed noise and noise level.
 
     With attention "dense", and also "sparse" where the transformer's is. Clips of one size are taken together, at most
-    `micro_batch` by a process.
+    `micro_batch` by a process. Raises `Diverged`, with the step after which this is, naming clips whose loss is not
+    finite.
     """
     applied = transformer.nabla
     variants = {"dense": True} | ({"sparse": False} if applied.sparse else {})
     count = min(count, len(clips))
-    sums = torch.zeros(len(variants), device=accelerator.device)
+    losses = torch.zeros(len(variants), count, device=accelerator.device)
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
         for own, counted in shared_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
@@ -47,10 +50,21 @@ def validation_losses(
             for n, switched_off in enumerate(variants.values()):
                 applied.switched_off = switched_off
                 prediction = velocity(transformer, latents, batch.sigmas, batch.text)
-                sums[n] += errors(prediction, batch.noise - batch.latents)[:counted].sum()
+                losses[n, own[:counted]] = errors(prediction, batch.noise - batch.latents)[:counted]
     applied.switched_off = False
-    means = accelerator.reduce(sums) / count
-    return dict(zip(variants, means.tolist()))
+    of_all = dict(zip(variants, accelerator.reduce(losses).cpu()))
+    _check_finite(of_all, clips, objective, step)
+    return {name: own.mean().item() for name, own in of_all.items()}
+
+
+def _check_finite(losses: dict[str, Tensor], clips: Clips, objective: ObjectiveSettings, step: int) -> None:
+    bad = []
+    for name, own in losses.items():
+        for number in (~own.isfinite()).nonzero().flatten().tolist():
+            sigma = fixed_batch(clips, objective, number, len(own)).sigmas.item()
+            bad.append(f"{name} {own[number]} at timestep {TRAIN_TIMESTEPS * sigma:.1f} of {clips.describe(number)}")
+    if bad:
+        raise Diverged(f"after step {step}: the validation loss is not finite: {'; '.join(bad)}")
 
 
 def shared_batches(numbers: list[int], most: int, rank: int, processes: int) -> list[tuple[list[int], int]]:

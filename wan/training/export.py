@@ -20,7 +20,7 @@ from wan import parts
 from wan.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.config import attention_to_dict
 from wan.convert import write_index, write_part
-from wan.files import whole
+from wan.files import remove, whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_STEM
 from wan.training.config import TrainingSettings
 from wan.training.schema import overlaid, plain
@@ -28,14 +28,20 @@ from wan.training.schema import overlaid, plain
 PARTS = ("vae", "text_encoder", "tokenizer")
 
 
-def provide_parts(base: Checkpoint, folder: Path) -> None:
-    """The VAE, text encoder and tokenizer of a checkpoint in diffusers' layout: links to such, else copies."""
+def provide_parts(base: Checkpoint, folder: Path, anew: bool) -> None:
+    """The VAE, text encoder and tokenizer of a checkpoint in diffusers' layout: links to such, else copies.
+
+    anew: in place of those that are there, which may be another checkpoint's
+    """
     for name in PARTS:
-        if (folder / name).exists():
+        if anew:
+            remove(folder / name)
+        elif (folder / name).exists():
             continue
         with whole(folder / name) as partial:
             if not base.published:
-                partial.symlink_to(base.folder / name)
+                # Not to links in the checkpoint of another run, which that run removes when it has later ones.
+                partial.symlink_to((base.folder / name).resolve())
             elif name == "vae":
                 write_part(parts.vae_part(base), partial, MODEL_STEM)
             elif name == "text_encoder":

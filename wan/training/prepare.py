@@ -151,7 +151,7 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
     path = out / RECORD_FILE
-    earlier = read_json(path) if path.is_file() else record
+    earlier = read_json(path, "choose another out") if path.is_file() else record
     _check_same(out, earlier, record)
     if not leads:
         return

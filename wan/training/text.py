@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from wan.checkpoint import TEXT_LENGTH
 from wan.config import DTYPES, read_settings
-from wan.files import remove, whole
+from wan.files import hold, remove, whole
 from wan.training.attributes import ATTRIBUTES
 from wan.training.metrics import Metrics
 from wan.training.reader import EncoderSettings, Reader
@@ -140,6 +140,8 @@ class TextTrainer:
             earlier = TextSettings.from_dict(read_settings(path))
             check_continues(settings, earlier, CHANGEABLE)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.folder)
             if not (self.folder / TOKENIZER).is_dir():
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)
                 captions = (shapes.described(index)[1] for index in range(len(shapes)))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
@@ -23,11 +22,10 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.checks import PATCH
-from wan.config import check_positions, read_settings
-from wan.files import whole
+from wan.config import check_positions
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
-from wan.training.config import CHANGEABLE, TrainingSettings
+from wan.training.config import TrainingSettings
 from wan.training.data import Batch, Batches, Clips
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
@@ -43,13 +41,12 @@ from wan.training.models import (
 )
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
-from wan.training.schema import check_continues
+from wan.training.record import check_record, inputs_of, write_record
 from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
 from wan.video import check_encoder
 
 log = logging.getLogger("wan")
 
-SETTINGS_FILE = "settings.yaml"
 # Others wait while the first process converts or writes whole checkpoints.
 PATIENCE = timedelta(hours=2)
 
@@ -98,10 +95,10 @@ class Trainer:
         self._build_models()
         for clips in filter(None, (self.clips, self.validation)):
             clips.check_fit(self.transformer.config)
+        self.inputs = inputs_of(settings, self.base, self.clips, self.validation)
         last = self.checkpoints.last()
         if last is not None:
-            earlier = TrainingSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
-            check_continues(settings, earlier, CHANGEABLE)
+            check_record(self.folder, settings, self.inputs)
             self.state.load(last)
             log.info("going on from %s", last)
         self.sampler = self._make_sampler()
@@ -113,6 +110,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
         self.model = None
+        self.checkpoints.close()
         let_go(self.accelerator)
 
     def _build_models(self) -> None:
@@ -148,9 +146,8 @@ class Trainer:
             log.info("all %d steps are done: %s", state.step, self.checkpoints.last())
             return
         if self.accelerator.is_main_process:
-            with whole(self.folder / SETTINGS_FILE) as partial:
-                partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
-            provide_parts(self.base, self.folder / "parts")
+            write_record(self.folder, settings, self.inputs)
+            provide_parts(self.base, self.folder / "parts", anew=state.step == 0)
             self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
@@ -242,15 +239,13 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        if self.validation is None:
+        held_out, own, step = self.validation, self.settings, self.state.step
+        if held_out is None:
             return {}
         with self._inference():
-            own = self.settings
             losses = validation_losses(
-                self.transformer, self.validation, own.data.clips, own.micro_batch, own.objective, self.accelerator
+                self.transformer, held_out, own.data.clips, own.micro_batch, own.objective, self.accelerator, step
             )
-        if not all(map(math.isfinite, losses.values())):
-            raise Diverged(f"after step {self.state.step}: the validation losses {losses} are not finite")
         return {f"validation_{name}": loss for name, loss in losses.items()}
 
     def _sample(self) -> None:

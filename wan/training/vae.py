@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.config import read_settings
-from wan.files import whole
+from wan.files import hold, whole
 from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
@@ -59,6 +59,7 @@ class VaeTrainer:
         self.folder = Path(settings.out).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.folder) if self.leads else None
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
         self._build()
@@ -77,6 +78,8 @@ class VaeTrainer:
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
         self.model = None
+        if self.lock is not None:
+            self.lock.close()
         let_go(self.accelerator)
 
     def _build(self) -> None:
