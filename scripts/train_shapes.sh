@@ -58,7 +58,7 @@ for stage in $stages; do
         text) "$python" scripts/train_text.py --config training/shapes_text.yaml ;;
         vae) spread "$(sharing 16)" scripts/train_vae.py --config training/shapes_vae.yaml ;;
         128) parts; data 128 24000 0 256; train 128 256 ;;
-        256) parts; data 256 20000 200000 128; train 256 64 ;;
+        256) parts; data 256 40000 200000 128; train 256 128 ;;
         512) parts; data 512 3000 400000 64; train 512 16 ;;
         distill) train distill 16 ;;
         ship) ship ;;

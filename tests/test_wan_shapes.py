@@ -80,7 +80,7 @@ def test_it_is_trained_on_the_gpus_that_can_share_a_batch(make, gpus, used):
     lines, said = make(gpus, "vae", "256", "distill")
     trained = [line for line in lines if "/train" in line.split(" --config")[0]]
     assert [int(line.partition("nproc_per_node=")[2].split()[0]) for line in trained] == list(used)
-    assert [line.partition("micro_batch=")[2] for line in trained[1:]] == [str(64 // used[1]), str(16 // used[2])]
+    assert [line.partition("micro_batch=")[2] for line in trained[1:]] == [str(128 // used[1]), str(16 // used[2])]
     assert said.count(f"of {gpus} GPUs are used") == (3 if used[0] < gpus else 0)
     # Samples are dealt out one by one.
     assert sum(f"nproc_per_node={gpus} scripts/prepare_data.py" in line for line in lines) == 2
