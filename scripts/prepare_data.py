@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
     from wan.training.sources import open_dataset
+    from wan.training.stopping import stop_with_launcher
 
+    stop_with_launcher()
     try:
         settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         source = open_dataset(settings.dataset, settings.options)

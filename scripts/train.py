@@ -7,28 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 STOPPED = 143
-# Set for the programs that `accelerate launch` starts.
-LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"
-PR_SET_PDEATHSIG = 1
-
-
-def stop_with_launcher() -> None:
-    """Have SIGTERM sent to this process when its launcher ends: that of one process passes on none that it gets.
-
-    Linux alone can. Started from a shell, a run may outlive that.
-    """
-    if sys.platform == "linux" and LAUNCHED in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,16 +21,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: optimizer.lr=1e-5")
     args = parser.parse_args(argv)
-    stop_with_launcher()
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
 
     from nabla import InputError
     from wan.config import read_settings
     from wan.training.config import TrainingSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped
+    from wan.training.stopping import Diverged, Stopped, stop_with_launcher
     from wan.training.trainer import Trainer
 
+    stop_with_launcher()
     try:
         settings = TrainingSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         with contextlib.closing(Trainer(settings)) as trainer:

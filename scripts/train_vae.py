@@ -34,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     from nabla import InputError
     from wan.config import read_settings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped
+    from wan.training.stopping import Diverged, Stopped, stop_with_launcher
     from wan.training.vae import VaeTrainer
     from wan.training.vae_settings import VaeSettings
 
+    stop_with_launcher()
     try:
         settings = VaeSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         # Batches are of a few sizes, so the search for the fastest convolutions pays.

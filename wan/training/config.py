@@ -176,7 +176,7 @@ class SampleSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", texts("prompts", self.prompts))
         for prompt in self.prompts:
-            check_prompt(prompt)
+            check_prompt(prompt, "in samples")
         for name in ("sampling", "video"):
             check_mapping(name, getattr(self, name))
             object.__setattr__(self, name, {k: v for k, v in getattr(self, name).items() if v is not None})

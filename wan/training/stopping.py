@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import signal
+import sys
 from typing import Any
 
 from accelerate import Accelerator
+
+# Set for the programs that `accelerate launch` starts.
+LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"
+PR_SET_PDEATHSIG = 1
 
 
 class Diverged(RuntimeError):
@@ -41,3 +48,12 @@ def let_go(accelerator: Accelerator) -> None:
     """
     accelerator.free_memory()
     gc.collect()
+
+
+def stop_with_launcher() -> None:
+    """Have SIGTERM sent to this process when its launcher ends: that of one process passes on none that it gets.
+
+    Linux alone can. Started from a shell, a run may outlive that.
+    """
+    if sys.platform == "linux" and LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
