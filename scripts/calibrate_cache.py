@@ -32,7 +32,7 @@ from wan.video import check_writable, write_json
 log = logging.getLogger("wan")
 
 # What generate.py does and this does not.
-UNFIT = "task cache save_dir log report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
+UNFIT = "task cache save_dir log_file report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
 
 
 def main() -> int:
