@@ -254,7 +254,7 @@ def test_ratios_are_measured_as_flags_config_and_lines_of_prompts_say(calibrate,
     first, second = made["videos"]
     assert (first["seed"], first["size"], first["frame_num"]) == (0, [32, 32], 5)
     assert second == line | {"size": [48, 32]}
-    for flag in ("--log=run.jsonl", "--cache=mag"):
+    for flag in ("--log_file=run.jsonl", "--cache=mag"):
         assert calibrate(flag)[0] == 2
         assert f"{flag.partition('=')[0]} is not for measuring ratios" in capsys.readouterr().err
 
