@@ -191,6 +191,8 @@ def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, 
     browser.expand("attention")
     browser.until(lambda: browser.value("amount") == "0.02")
     assert (browser.value("frames"), browser.value("steps")) == ("485", "200")
+    browser.write(window="3-3-3")
+    browser.until(lambda: browser.value("algorithm") == "keep-0.02_sta-3-3-3")
     browser.click("generate")
     browser.hears("Step ")
     assert "of 200" in browser.said
