@@ -202,6 +202,7 @@ def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, 
 
 def test_a_preset_sets_the_controls_and_keeps_the_prompt(browser):
     browser.open()
+    assert browser.one("#about").text.split()[-3:] == ["Runs", "nano", "."]
     browser.write(prompt="A red circle", steps="3")
     assert browser.value("steps") == "3"
     browser.write("\ue007", preset="turbo_8")

@@ -13,7 +13,16 @@ import gradio as gr
 from nabla import InputError
 from wan.config import Settings, read_made_with
 from wan.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
-from wan.page.layout import LEAST_AMOUNT, Controls, about_preset, amount_label, has_amount, has_window, most_of
+from wan.page.layout import (
+    LEAST_AMOUNT,
+    Controls,
+    about_preset,
+    amount_label,
+    has_amount,
+    has_window,
+    most_of,
+    what_runs,
+)
 from wan.page.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.status import READY, made_html, notes_html, progress_html, said_html
 from wan.page.studio import Job, Made, Progress, Studio
@@ -93,7 +102,7 @@ class Events:
         return self._show(settings, settings.prompt) | {
             c.preset: None,
             c.chosen: None,
-            c.about: f"From `{name}`. Runs `{settings.checkpoint}`.",
+            c.about: f"From `{name}`. {what_runs(settings)}",
             c.said: said_html(f"Loaded the settings of {name}", "done") + notes_html(notes),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import gradio as gr
 
@@ -139,7 +140,13 @@ def most_of(form: Form) -> dict[str, int]:
 def about_preset(presets: Presets, name: str, settings: Settings) -> str:
     """What a preset's file says of it, and what runs."""
     comment = presets.describe(name)
-    return " ".join(filter(None, (comment, f"Runs `{settings.checkpoint}`.")))
+    return " ".join(filter(None, (comment, what_runs(settings))))
+
+
+def what_runs(settings: Settings) -> str:
+    """A sentence for whoever opens the page, who need not know where a folder lies."""
+    name = settings.checkpoint
+    return f"Runs `{Path(name).name if Path(name).is_absolute() else name}`."
 
 
 def _sampling(form: Form) -> dict[str, gr.components.Component]:
