@@ -91,7 +91,6 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, monkeypa
     assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9"]) == 0
     plain, *exact, loose = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert plain["what"] == "64x48x5: 5 steps, keep-0.5" and loose["what"].endswith(", mag:1e+09")
-    assert all(row["processor_s"] > 0 for row in (plain, *exact, loose))
     assert [row["psnr"] for row in exact] == [100, 100] and loose["psnr"] < 100 and loose["speedup"] > 0
     # The first step warms up, three are reused, and one is computed.
     assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]

@@ -25,6 +25,7 @@ from wan.checks import (
     check_video,
     parse_size,
 )
+from wan.weights import SAFETENSORS
 
 T = TypeVar("T")
 
@@ -37,7 +38,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "背景人很多，倒着走"
 )
 DTYPES = ("bfloat16", "float16", "float32")
-LORA_ENDING = ".safetensors"
 MAX_FPS = 240
 MAX_SEED = 2**31
 # As diffusers names it.
@@ -137,7 +137,7 @@ class LoraFile:
         try:
             number = float(scale)
         except ValueError:
-            if file.endswith(LORA_ENDING) and not scale.endswith(LORA_ENDING):
+            if file.endswith(SAFETENSORS) and not scale.endswith(SAFETENSORS):
                 raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
             return cls(given)
         return cls(file, number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from wan.cache_settings import THRESHOLDS, CacheSettings
 from wan.config import VideoSettings, changed
 from wan.fp8 import apply_fp8
 from wan.fused_gelu import fuse_gelu
-from wan.observer import Observer
 from wan.pipeline import WanT2V
 from wan.quality import psnr
 from wan.random_checkpoint import random_transformer
@@ -112,17 +110,16 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     # Both ways of guidance are warm then.
     sampled(pipe, others[:1], SEED - 2)
     what = f"{label(pipe.video)}: {pipe.sampling.steps} steps, {pipe.transformer.nabla.config.algorithm}"
-    exact, times, busy = sampled(pipe, prompts, SEED)
-    plain = row_of(what, times) | {"processor_s": busy}
+    exact, times = sampled(pipe, prompts, SEED)
+    plain = row_of(what, times)
     yield plain
     for settings in asked(args.cache, ratios):
         cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
-        cached, times, busy = sampled(pipe, prompts, SEED)
+        cached, times = sampled(pipe, prompts, SEED)
         # The count is that of the last video.
         row = row_of(f"{what}, {settings.kind}:{settings.threshold:g}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
-        row |= {"processor_s": busy}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
         yield row | {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)} | peak(args)
     remove_cache(pipe.transformer)
@@ -139,23 +136,10 @@ def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
         yield settings
 
 
-class Busy(Observer):
-    """Seconds for which processors sample, all threads together: other programs of a machine hardly change them."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def stage_begins(self, name: str) -> None:
-        self.start = time.process_time()
-
-    def stage_ends(self, name: str, seconds: float) -> None:
-        self.seconds += time.process_time() - self.start if name == "sampling" else 0.0
-
-
-def sampled(pipe: WanT2V, prompts: list[str], seed: int) -> tuple[list[Tensor], list[float], float]:
-    """A video a prompt, (frames, H, W, 3) uint8, the milliseconds that each took to sample, and `Busy`, of all."""
-    videos, times, busy = [], [], Busy()
+def sampled(pipe: WanT2V, prompts: list[str], seed: int) -> tuple[list[Tensor], list[float]]:
+    """A video a prompt, (frames, H, W, 3) uint8, and the milliseconds that each took to sample."""
+    videos, times = [], []
     for number, prompt in enumerate(prompts):
-        videos.append(torch.from_numpy(pipe.generate(prompt, seed=seed + number, observer=busy)))
+        videos.append(torch.from_numpy(pipe.generate(prompt, seed=seed + number)))
         times.append(1000 * pipe.seconds["sampling"])
-    return videos, times, round(busy.seconds, 2)
+    return videos, times

@@ -57,7 +57,7 @@ class Clips:
             path = Path(folder).expanduser()
             if not (path / DROPPED_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
-            check_whole(path)
+            check_shards(path)
             found = list_clips(path)
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
@@ -120,7 +120,7 @@ class Clips:
         return f"sample {clip.index} of {clip.file} ({clip.caption!r})"
 
 
-def check_whole(folder: Path) -> None:
+def check_shards(folder: Path) -> None:
     """Raise `InputError` unless a folder holds all shards of the dataset that its record names."""
     record = read_json(folder / RECORD_FILE, "prepare the data again, into another folder")
     there = {path.name for path in folder.glob(SHARDS)}
