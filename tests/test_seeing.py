@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_parallel import PROGRAMS, finish, start
+from starting import finish, fork
+from test_parallel import PROGRAMS
 from torch._dynamo.testing import CompileCounter
 
 import generate
@@ -432,7 +433,7 @@ def test_processes_that_share_a_video_put_their_shares_together(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(random_checkpoint.MODELS, "three heads", sizes)
         random_checkpoint.write("three heads", tmp_path / "checkpoint", torch.float32)
-    code, out, said = finish(start(2, PROGRAMS / "watched.py", tmp_path / "checkpoint", cwd=tmp_path))
+    code, out, said = finish(fork(2, PROGRAMS / "watched.py", tmp_path / "checkpoint", cwd=tmp_path))
     assert code == 0, said
     results = [json.loads(line) for line in out.splitlines()]
     assert len(results) == 4
