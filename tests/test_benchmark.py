@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starting import Forked, finish, fork
 
 import wan
 from scripts import benchmark
@@ -28,13 +29,13 @@ SCRIPT = Path(benchmark.__file__)
         ("training", "64x48x5: attention, dense, sdpa"),
     ),
 )
-def test_modes(mode, first):
+def test_modes(mode, first, tmp_path):
     flags = [mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
     flags += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
     # In a process of its own: compiles are counted, and kernels that were tried would be chosen in other tests.
-    run = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    *table, record = run.stdout.splitlines()
+    code, out, said = finish(Forked(SCRIPT, *flags, cwd=tmp_path))
+    assert code == 0, said
+    *table, record = out.splitlines()
     record = json.loads(record)
     assert record["mode"] == mode and record["machine"]["torch"] == torch.__version__
     rows = record["rows"]
@@ -63,26 +64,25 @@ def test_runs_within_budgets_beside_the_one_without():
     assert table[-1].startswith("64x48x5: 0.001 GB: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU")
 
 
-def test_several_processes_against_one(capsys):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def test_several_processes_against_one(tmp_path, monkeypatch, capsys):
     flags = "parallel --quick --size 64*48 --frame_num 5 --device cpu --layers 1 --steps 2".split()
     # A dozen compiles for each process: that compiled blocks of several processes are right is tested with the layouts.
-    env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
-    run = subprocess.run([*torchrun, str(SCRIPT), *flags], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    code, out, said = finish(fork(2, SCRIPT, *flags, cwd=tmp_path))
+    assert code == 0, said
+    rows = json.loads(out.splitlines()[-1])["rows"]
     found = {row["what"].removeprefix("64x48x5: "): row for row in rows}
     assert found["2 guided steps, keep-0.1, one GPU and ulysses"]["psnr"] > 100
     assert all(found[f"forward, uneven heads, dealt {how}"]["speedup"] > 0 for how in ("in turn", "by what they kept"))
     assert benchmark.main(flags) == 2 and "start it with torchrun" in capsys.readouterr().err
 
 
-def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, monkeypatch, capsys):
+def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path, monkeypatch, capsys):
     flags = "cache --quick --size 64*48 --frame_num 5 --device cpu".split()
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    run = subprocess.run([sys.executable, str(SCRIPT), *flags, "--no_dense"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout.splitlines()[-1])["rows"]
+    code, out, said = finish(Forked(SCRIPT, *flags, "--no_dense", cwd=tmp_path))
+    assert code == 0, said
+    rows = json.loads(out.splitlines()[-1])["rows"]
     name = "64x48x5: a step, keep-0.1"
     ends = ["", *(f", {kind}, {what}" for kind in ("first_block", "mag") for what in ("nothing reused", "reused"))]
     assert [row["what"] for row in rows] == [name + end for end in ends]
@@ -103,9 +103,9 @@ def test_float8_needs_a_gpu(capsys):
     assert benchmark.main(flags) == 2 and "error: fp8 does not work on cpu" in capsys.readouterr().err
 
 
-def test_bad_sizes_are_one_line():
-    run = subprocess.run([sys.executable, str(SCRIPT), "mask", "--size", "3*3"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: size 3*3") and run.stderr.count("\n") == 1
+def test_bad_sizes_are_one_line(tmp_path):
+    code, _, said = finish(Forked(SCRIPT, "mask", "--size", "3*3", cwd=tmp_path))
+    assert code == 2 and said.startswith("error: size 3*3") and said.count("\n") == 1
 
 
 def test_random_transformer_is_the_checkpoint_s_model(random_nano):

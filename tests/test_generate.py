@@ -13,6 +13,7 @@ import pytest
 import torch
 import weight_files
 from safetensors.torch import load_file
+from starting import Forked, finish
 from torch.distributed.run import get_args_parser
 
 import generate
@@ -409,9 +410,5 @@ def test_random_checkpoint_script(tmp_path):
     )
     assert made.returncode == 0, made.stderr
     assert json.loads((tmp_path / "x" / "config.json").read_text())["sparse_algo"] == "nabla-0.7"
-    bad = subprocess.run([*script, "--out", str(tmp_path / "y"), "--sparse_algo", "x"], capture_output=True, text=True)
-    assert (
-        bad.returncode == 2
-        and bad.stderr.startswith("error: attention algorithm 'x'")
-        and not (tmp_path / "y").exists()
-    )
+    code, _, said = finish(Forked(*script[1:], "--out", tmp_path / "y", "--sparse_algo", "x", cwd=tmp_path))
+    assert code == 2 and said.startswith("error: attention algorithm 'x'") and not (tmp_path / "y").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from starting import Forked, finish
 from training_runs import exact_rows, settings_dict, train
 
 import generate
@@ -118,10 +117,9 @@ def test_two_runs_in_one_folder_are_refused(base, random_nano, prepared, tmp_pat
     config.write_text(yaml.safe_dump(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2})))
     before = sorted(tmp_path.rglob("*"))
     with hold(tmp_path / "run"):
-        command = [sys.executable, ROOT / "scripts" / "train.py", "--config", config]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'run'} is in use by another run")
+        code, _, said = finish(Forked(ROOT / "scripts" / "train.py", "--config", config, cwd=tmp_path))
+    assert code == 2 and said.count("error: ") == 1, said
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'run'} is in use by another run")
     assert sorted(tmp_path.rglob("*")) == before
 
 
