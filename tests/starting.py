@@ -94,6 +94,8 @@ def _run(argv: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    # What the program starts itself, it starts as it would if nobody had forked it.
+    multiprocessing.set_start_method(None, force=True)
     _run_script(argv)
 
 

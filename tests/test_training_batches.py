@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from starting import Forked, finish
 
 from nabla import InputError
 from wan.training.config import ObjectiveSettings
@@ -62,17 +61,18 @@ def test_clips_larger_than_the_rotary_table_are_refused_before_a_run(prepared):
         clips.check_fit(config | {"rope_max_seq_len": 2})
 
 
-def test_an_error_in_a_worker_ends_the_program():
-    code = """
+def test_an_error_in_a_worker_ends_the_program(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""
 from wan.training.reading import read
 class Broken:
     def __getitem__(self, number):
         raise RuntimeError(f"number {number} is broken")
 for _ in read(Broken(), range(3), workers=1):
     pass
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and "number 0 is broken" in ended.stderr
+""")
+    code, _, said = finish(Forked(program, cwd=tmp_path), seconds=60)
+    assert code == 1 and "number 0 is broken" in said
 
 
 def test_data_that_are_not_all_there_or_damaged_are_refused_in_one_line(prepared, tmp_path):
