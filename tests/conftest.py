@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 import wan.attention
 
 DATA = Path(__file__).parent / "data"
+# Begun first, so that workers end together.
+SLOWEST = ("parallel", "benchmark", "training_processes", "doctor", "training", "wan_shapes", "page_browser", "speed_ups")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}.py" for name in SLOWEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

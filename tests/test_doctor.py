@@ -97,8 +97,11 @@ def test_a_kernel_that_fails_its_check_is_told_and_is_not_fatal(run, monkeypatch
 
 def test_quick_checks_nothing(run, monkeypatch):
     monkeypatch.setattr(backends, "_fault", lambda *_: pytest.fail("checked"))
+    imported, import_fault = [], packages._import_fault
+    monkeypatch.setattr(packages, "_import_fault", lambda name: imported.append(name) or import_fault(name))
     code, said, errors = run("--quick")
     assert code == 0 and errors == "" and "installed; not checked" in said
+    assert "torch" in imported and "gradio" not in imported and "gradio" in said
 
 
 def test_without_ffmpeg_it_is_broken(run, monkeypatch):

@@ -22,10 +22,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    parser.add_argument("--quick", action="store_true", help="leave out the checks of the kernels, which compile")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out the checks of the kernels, which compile, and that of gradio, whose import takes long",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
-    found = packages()
+    found = packages(args.quick)
     broken = needed_faults(found)
     facts: dict[str, Any] = {"packages": found}
     if not broken:

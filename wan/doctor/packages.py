@@ -27,6 +27,10 @@ OPTIONAL = {
 }
 
 
+# Takes longer to import than all the others together, and the page alone uses it.
+SLOW = "gradio"
+
+
 @dataclass(frozen=True)
 class Package:
     """version: None if it is missing; problem: what is wrong with it, or ""; install: what would mend that"""
@@ -39,12 +43,19 @@ class Package:
     install: str
 
 
-def packages() -> tuple[Package, ...]:
-    """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py and app.py use."""
+def packages(quick: bool = False) -> tuple[Package, ...]:
+    """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py and app.py use.
+
+    All are imported, but for `SLOW` if `quick`.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = dict(_split(line) for lines in project["optional-dependencies"].values() for line in lines)
     needed = [_look(name, least, "", True, name) for name, least in map(_split, project["dependencies"])]
-    return *needed, *(_look(name, extras[name], purpose, False, how) for name, (purpose, how) in OPTIONAL.items())
+    optional = [
+        _look(name, extras[name], purpose, False, how, imports=not (quick and name == SLOW))
+        for name, (purpose, how) in OPTIONAL.items()
+    ]
+    return *needed, *optional
 
 
 def needed_faults(found: tuple[Package, ...]) -> list[str]:
@@ -58,7 +69,7 @@ def _split(requirement: str) -> tuple[str, str]:
     return name, least
 
 
-def _look(name: str, least: str, purpose: str, needed: bool, how: str) -> Package:
+def _look(name: str, least: str, purpose: str, needed: bool, how: str, imports: bool = True) -> Package:
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -66,7 +77,7 @@ def _look(name: str, least: str, purpose: str, needed: bool, how: str) -> Packag
     problem = "missing" if found is None else ""
     if found is not None and _numbers(found) < _numbers(least):
         problem = f"{found} is older than {least}"
-    if not problem:
+    if not problem and imports:
         problem = _import_fault(MODULES.get(name, name))
     wanted = f'"{name}>={least}"' if how == name else how
     return Package(name, purpose, needed, found, problem, f"pip install {wanted}")
