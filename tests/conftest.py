@@ -13,7 +13,16 @@ import wan.attention
 
 DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
-SLOWEST = ("parallel", "benchmark", "training_processes", "doctor", "training", "wan_shapes", "page_browser", "speed_ups")
+SLOWEST = (
+    "parallel",
+    "benchmark",
+    "training_processes",
+    "doctor",
+    "training",
+    "wan_shapes",
+    "page_browser",
+    "speed_ups",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
