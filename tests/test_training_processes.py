@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from starting import finish, fork
+from starting import finish, fork, start
 from test_train_vae import content as vae_content
 from training_runs import exact_rows, settings_dict, train
 
@@ -116,7 +116,7 @@ def test_a_run_whose_launcher_is_told_to_end_leaves_a_checkpoint_and_ends(alone,
 def test_two_processes_train_a_vae(tmp_path):
     content = vae_content(tmp_path / "run", cuts=[{"batch": 2, "size": "16*16", "frames": 5, "clips": 4}], steps=3)
     path = write_config(content, tmp_path / "config.yaml")
-    code, _, said = finish(fork(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
+    code, _, said = finish(start(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
     assert code == 0, said
     rows = read_metrics(tmp_path / "run" / METRICS_FILE)
     assert [row["step"] for row in rows] == [1, 2, 3, 3] and rows[-1]["psnr_32*32"] > 0
