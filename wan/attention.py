@@ -262,16 +262,19 @@ class NablaProcessor(WanAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         rotary = Rotary(*rotary_emb)
         fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
-        norms, qkv = (attn.norm_q, attn.norm_k, None), []
-        for n, norm in enumerate(norms):
+        norms, qkv = (attn.norm_q, attn.norm_k, None), [None] * 3
+        # v, which is not normalised, first: each is on its way to other processes while the next one is made.
+        for n in (2, 0, 1):
             x = (attn.to_q, attn.to_k, attn.to_v)[n](hidden_states) if fused is None else fused[n]
             # Autocast normalises in float32.
-            x = x if norm is None else norm(x).type_as(x)
-            qkv.append(x.unflatten(2, (attn.heads, -1)))
+            x = x if norms[n] is None else norms[n](x).type_as(x)
+            x = x.unflatten(2, (attn.heads, -1))
+            qkv[n] = x if exchange is None else exchange.send(x, n, plan.tokens, rotary)
+        how = plan, rotary, attn.nabla_kept, attn.nabla_share
         if exchange is None:
-            out = nabla.attend(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share)
+            out = nabla.attend(*qkv, *how)
         else:
-            out = attend_together(*qkv, plan, rotary, attn.nabla_kept, attn.nabla_share, exchange)
+            out = attend_together(qkv, len(hidden_states), attn.heads, *how, exchange)
         out = out.flatten(2)
         for layer in attn.to_out:
             out = layer(out)

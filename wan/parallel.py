@@ -47,19 +47,27 @@ class Exchange(NamedTuple):
     def own_heads(self, heads: int) -> int:
         return shares(heads, self.size)[self.rank]
 
-    def for_heads(self, qkv: list[Tensor], tokens: int) -> list[Tensor]:
-        """q, k and v (B, own tokens, H, D) -> (B, tokens, own heads, D)."""
+    def send(self, x: Tensor, number: int, tokens: int, rotary: Rotary) -> list[Tensor]:
+        """Begin to swap q, k or v, `number` 0 to 2, (B, own tokens, H, D); the result is for `for_heads`."""
+        if self.rotates_first and number < 2:
+            x = rotate(x, rotary)
+        if self.peers is None:
+            return [self._send_heads(x, tokens)]
+        parts = [x.index_select(2, heads) for heads in self.order.split(shares(x.shape[2], self.size))]
+        self.peers.send(parts, number)
+        return parts
+
+    def for_heads(self, sent: list[list[Tensor]], batch: int, heads: int, tokens: int) -> list[Tensor]:
+        """q, k and v, begun to be swapped by all processes: (B, tokens, own heads, D)."""
         if self.peers is not None:
-            return self.peers.swap_for_heads(qkv, self.order)
-        # All are sent before the first is waited for.
-        sent = [self._send_heads(x, tokens) for x in qkv]
-        batch, _, _, width = qkv[0].shape
-        return [collectives.wait_tensor(x).view(tokens, batch, -1, width).transpose(0, 1) for x in sent]
+            return self.peers.for_heads(sum(sent, []))
+        shape = tokens, batch, self.own_heads(heads), -1
+        return [collectives.wait_tensor(x).view(shape).transpose(0, 1) for (x,) in sent]
 
     def for_tokens(self, out: Tensor, heads: int) -> Tensor:
         """The way back: (B, tokens, own heads, D) -> (B, own tokens, H, D)."""
         if self.peers is not None:
-            return self.peers.swap_for_tokens(out, self.order)
+            return self.peers.for_tokens(out, self.order.split(shares(heads, self.size))[self.rank])
         (batch, tokens, own, width), counts = out.shape, shares(heads, self.size)
         of_tokens = shares(tokens, self.size)
         sent = self._send(out.transpose(0, 1).flatten(), batch * width, own, of_tokens, of_tokens[self.rank], counts)
@@ -86,20 +94,22 @@ class Exchange(NamedTuple):
 
 
 def attend_together(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    sent: list[list[Tensor]],
+    batch: int,
+    heads: int,
     plan: Plan,
     rotary: Rotary,
     kept: KeptBlocks | None,
     share: Tensor | None,
     exchange: Exchange,
 ) -> Tensor:
-    """`nabla.attend` where each process has some of the tokens (B, own tokens, heads, D), and attends to some heads."""
-    heads = q.shape[2]
-    if exchange.rotates_first:
-        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
-    out = nabla.attend(*exchange.for_heads([q, k, v], plan.tokens), plan, rotary, kept, share)
+    """`nabla.attend` where each process has some of the tokens, and attends to some heads.
+
+    sent: of q, k and v, by `Exchange.send`; batch, heads: of all of them
+    Returns (B, own tokens, heads, D).
+    """
+    qkv = exchange.for_heads(sent, batch, heads, plan.tokens)
+    out = nabla.attend(*qkv, plan, None if exchange.rotates_first else rotary, kept, share)
     return exchange.for_tokens(out, heads)
 
 

@@ -1,11 +1,13 @@
 """GPUs that reach each other's memory swap tokens for heads by writing each row where another process reads it.
 
-NCCL's all-to-all packs rows into buffers, sends them at two thirds of what NVLink carries, and unpacks them. Here one
-kernel reads each row once and writes it, over NVLink, to its place on the GPU that needs it.
+NCCL's all-to-all packs rows into buffers, sends them at two thirds of what NVLink carries, and unpacks them. Here q, k
+and v are copied to where they are needed by the engines that a GPU has for that, beside its matrix products; the output
+by a kernel that reads each row once and writes it, over NVLink, to its place.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 import weakref
 from typing import NamedTuple
@@ -19,8 +21,6 @@ from nabla.gpu import tl, triton
 
 # Tokens that a program copies, of one head.
 TOKENS = 16
-# What a row of a `Buffer.table` says of a process: see `_copy_rows`.
-COLUMNS = 8
 
 
 def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -41,36 +41,39 @@ def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(answers)
 
 
-class Buffer(NamedTuple):
-    """Memory of this process that the others write into.
-
-    rows: (tensors, B, tokens, heads, D), what is written
-    table: (processes, COLUMNS) int64, which rows go where
-    """
-
-    rows: Tensor
-    table: Tensor
-
-
 class Peers(NamedTuple):
     """Where q, k and v of a process's own heads arrive, and where the output of its own tokens does.
 
     Both are written in turn, layer by layer. Who writes one has waited until all had filled the other, which they do
     after reading what it held before, so nothing is overwritten that is still to be read.
+
+    heads: (3, B, tokens, own heads, D); tokens: (B, own tokens, H, D)
+    table: (processes, 3) int64: of each process the address of its `tokens`, its first token, and how many it has
     """
 
-    heads: Buffer
-    tokens: Buffer
+    heads: Tensor
+    tokens: Tensor
+    table: Tensor
 
-    def swap_for_heads(self, qkv: list[Tensor], order: Tensor) -> list[Tensor]:
-        """q, k and v (B, own tokens, H, D) -> (B, tokens, own heads, D); `order` is that of `Exchange`."""
-        _write_rows(qkv, self.heads.rows, self.heads.table, order, True)
-        return list(self.heads.rows.unbind())
+    def send(self, parts: list[Tensor], number: int) -> None:
+        """Let q, k or v, `number` 0 to 2, be on its way to all processes, beside what the GPU does next.
 
-    def swap_for_tokens(self, out: Tensor, order: Tensor) -> Tensor:
-        """(B, tokens, own heads, D) -> (B, own tokens, H, D), which stands until the next layer's is written."""
-        _write_rows([out], self.tokens.rows, self.tokens.table, order, False)
-        return self.tokens.rows[0]
+        parts: for each process its heads (B, own tokens, its heads, D); they have to stand until `for_heads`
+        """
+        _send_parts(parts, number, self.heads)
+
+    def for_heads(self, sent: list[Tensor]) -> list[Tensor]:
+        """q, k and v (B, tokens, own heads, D), once all processes have sent theirs; `sent`: parts of this one."""
+        _await_parts(sent, self.heads)
+        return list(self.heads.unbind())
+
+    def for_tokens(self, out: Tensor, order: Tensor) -> Tensor:
+        """(B, tokens, own heads, D) -> (B, own tokens, H, D), which stands until the next layer's is written.
+
+        order: which of all heads the own ones are, (own heads,) int64
+        """
+        _write_rows(out, self.tokens, self.table, order)
+        return self.tokens
 
 
 def make_peers(
@@ -80,70 +83,115 @@ def make_peers(
 
     tokens, heads: how many each process has; width: D; like: a tensor of the dtype and device
     """
-    rank, every = group.rank(), range(group.size())
-    starts = [(sum(tokens[:n]), sum(heads[:n])) for n in every]
-    arrive = (3, batch, sum(tokens), heads[rank], width), 3 * batch * sum(tokens) * max(heads) * width
-    leave = (1, batch, tokens[rank], sum(heads), width), batch * max(tokens) * sum(heads) * width
-    # First token here, how many; first token there, tokens there; heads to write, heads there; their place in order.
-    to_heads = [[0, tokens[rank], starts[rank][0], sum(tokens), heads[n], heads[n], starts[n][1]] for n in every]
-    to_tokens = [[starts[n][0], tokens[n], 0, tokens[n], heads[rank], sum(heads), starts[rank][1]] for n in every]
-    return Peers(_buffer(group, *arrive, to_heads, like), _buffer(group, *leave, to_tokens, like))
+    rank, firsts = group.rank(), [sum(tokens[:n]) for n in range(group.size())]
+    arriving = _memory(group, [(3, batch, sum(tokens), count, width) for count in heads], like)
+    leaving = _memory(group, [(batch, count, sum(heads), width) for count in tokens], like)
+    own = slice(firsts[rank], firsts[rank] + tokens[rank])
+    # To the next process first and to this one last, so that not all of them write to one at once.
+    others = [(rank + n) % group.size() for n in range(1, group.size() + 1)]
+    places = [(n, arriving.every[n][:, :, own]) for n in others]
+    table = [[memory.data_ptr(), *of] for memory, *of in zip(leaving.every, firsts, tokens)]
+    _share(arriving, Shared(arriving.handle, places, torch.cuda.Stream(like.device)))
+    _share(leaving, Shared(leaving.handle))
+    return Peers(arriving.own, leaving.own, torch.tensor(table, device=like.device))
+
+
+class Memory(NamedTuple):
+    """Memory of this process, that of every process as this one reaches it, and torch's handle of it."""
+
+    own: Tensor
+    every: list[Tensor]
+    handle: object
+
+
+def _memory(group: dist.ProcessGroup, shapes: list[tuple[int, ...]], like: Tensor) -> Memory:
+    """shapes: of each process; all get memory for the largest, since it is given out alike."""
+    rank, most = group.rank(), max(map(math.prod, shapes))
+    memory = symmetric_memory.empty(most, dtype=like.dtype, device=like.device)
+    handle = symmetric_memory.rendezvous(memory, group)
+    every = [handle.get_buffer(n, shape, like.dtype) for n, shape in enumerate(shapes)]
+    return Memory(memory[: math.prod(shapes[rank])].view(shapes[rank]), every, handle)
 
 
 class Shared(NamedTuple):
-    """What writing into a `Buffer` takes beside it.
+    """What writing into memory takes beside it.
 
     handle: torch's, of the memory of all processes
-    tokens, heads: the most that one process gets of this one
+    places: processes, and where in their memory tokens of this one go
+    beside: where these are copied, beside what the GPU does next
     """
 
     handle: object
-    tokens: int
-    heads: int
+    places: list[tuple[int, Tensor]] | None = None
+    beside: torch.cuda.Stream | None = None
 
 
 # By address: operators take nothing but tensors and values, and a value would be compiled in, anew for other memory.
 _SHARED: dict[int, Shared] = {}
 
 
-def _buffer(group: dist.ProcessGroup, shape: tuple[int, ...], most: int, rows: list[list[int]], like: Tensor) -> Buffer:
-    """most: elements of the largest of all processes' shapes, since they are given out alike."""
-    memory = symmetric_memory.empty(most, dtype=like.dtype, device=like.device)
-    handle = symmetric_memory.rendezvous(memory, group)
-    addresses = [handle.get_buffer(rank, (most,), like.dtype).data_ptr() for rank in range(group.size())]
-    table = [[address, *row] for address, row in zip(addresses, rows)]
-    written, address = memory[: torch.Size(shape).numel()].view(shape), memory.data_ptr()
-    _SHARED[address] = Shared(handle, max(row[1] for row in rows), max(row[4] for row in rows))
-    weakref.finalize(written, _SHARED.pop, address, None)
-    return Buffer(written, torch.tensor(table, device=like.device))
+def _share(memory: Memory, shared: Shared) -> None:
+    address = memory.own.data_ptr()
+    _SHARED[address] = shared
+    weakref.finalize(memory.own, _SHARED.pop, address, None)
 
 
-@torch.library.custom_op("wan::write_rows", mutates_args=("written",))
-def _write_rows(rows: list[Tensor], written: Tensor, table: Tensor, order: Tensor, to_heads: bool) -> None:
-    """Copy rows to where `table` says, and wait until all processes have filled `written`."""
+def _shared(written: Tensor) -> Shared:
     shared = _SHARED.get(written.data_ptr())
     if shared is None:
         raise RuntimeError("the memory that other GPUs write into was copied, and what they write would be lost")
-    batch, width = len(rows[0]), rows[0].shape[3]
-    if rows[0].dtype != written.dtype or len(rows) != len(written) or batch != written.shape[1]:
-        own, wanted = (f"{len(x)} of {tuple(x[0].shape)} {x[0].dtype}" for x in (rows, written))
+    return shared
+
+
+def _check_rows(x: Tensor, shape: torch.Size, written: Tensor) -> None:
+    if x.dtype != written.dtype or x.shape != shape:
+        own, wanted = f"{tuple(x.shape)} {x.dtype}", f"{tuple(shape)} {written.dtype}"
         raise RuntimeError(f"rows to swap are {own}, but there is memory for {wanted}")
+
+
+@torch.library.custom_op("wan::send_parts", mutates_args=("written",))
+def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
+    """Begin to copy a part to each process, where it is the number-th tensor of these tokens."""
+    shared = _shared(written)
+    shared.beside.wait_stream(torch.cuda.current_stream(written.device))
+    with torch.cuda.stream(shared.beside):
+        for process, place in shared.places:
+            _check_rows(parts[process], place.shape[1:], written)
+            # A sample is one piece of memory here and there, which needs no kernel, for which products would wait.
+            for sample, there in zip(parts[process], place[number]):
+                there.copy_(sample)
+
+
+@torch.library.custom_op("wan::await_parts", mutates_args=("written",))
+def _await_parts(sent: list[Tensor], written: Tensor) -> None:
+    """Wait until all processes have filled `written`; what this one has sent has to stand until now."""
+    shared = _shared(written)
     with torch.cuda.device(written.device):
-        for number, x in enumerate(rows):
-            x = x if x.stride(3) == 1 else x.contiguous()
-            _copy_rows[(len(table) * triton.cdiv(shared.tokens, TOKENS), shared.heads, batch)](
-                x,
-                table,
-                order,
-                len(table),
-                number * batch,
-                *x.stride()[:3],
-                width,
-                TO_HEADS=to_heads,
-                COLUMNS=COLUMNS,
-                TOKENS=TOKENS,
-                WIDTH=triton.next_power_of_2(width),
-            )
+        torch.cuda.current_stream().wait_stream(shared.beside)
+        shared.handle.barrier(channel=0)
+
+
+@torch.library.custom_op("wan::write_rows", mutates_args=("written",))
+def _write_rows(x: Tensor, written: Tensor, table: Tensor, order: Tensor) -> None:
+    """Copy rows to where `table` says, and wait until all processes have filled `written`."""
+    shared = _shared(written)
+    batch, tokens, heads, width = x.shape
+    _check_rows(x, torch.Size((len(written), tokens, len(order), written.shape[3])), written)
+    x = x if x.stride(3) == 1 else x.contiguous()
+    with torch.cuda.device(written.device):
+        # Of the processes those with most tokens have `tokens / processes`, rounded up.
+        programs = len(table) * triton.cdiv(triton.cdiv(tokens, len(table)), TOKENS), heads, batch
+        _copy_rows[programs](
+            x,
+            table,
+            order,
+            len(table),
+            *x.stride()[:3],
+            written.shape[2],
+            width,
+            TOKENS=TOKENS,
+            WIDTH=triton.next_power_of_2(width),
+        )
         shared.handle.barrier(channel=0)
 
 
@@ -155,30 +203,23 @@ if triton is not None:
         table,
         order,
         processes,
-        samples_before,
         of_batch,
         of_token,
         of_head,
+        heads_there,
         width,
-        TO_HEADS: tl.constexpr,
-        COLUMNS: tl.constexpr,
         TOKENS: tl.constexpr,
         WIDTH: tl.constexpr,
     ):
         """Rows of a head and some tokens to one process; those for all processes are on their way at once."""
-        row = table + tl.program_id(0) % processes * COLUMNS
-        head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        row = table + tl.program_id(0) % processes * 3
         first, count = tl.load(row + 1), tl.load(row + 2)
-        there, tokens_there = tl.load(row + 3), tl.load(row + 4)
-        heads, heads_there, place = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-        if head < heads:
-            token = (tl.program_id(0) // processes * TOKENS + tl.arange(0, TOKENS))[:, None]
-            column = tl.arange(0, WIDTH)[None, :]
-            inside = (token < count) & (column < width)
-            other = tl.load(order + place + head)
-            here, head_there = (other, head) if TO_HEADS else (head, other)
-            source = x + sample * of_batch + (first + token) * of_token + here * of_head + column
-            to = ((samples_before + sample) * tokens_there + there + token) * heads_there + head_there
-            # Nothing is known of an address from memory, and what is not aligned is written two bytes at a time.
-            address = tl.multiple_of(tl.load(row).to(tl.pointer_type(x.dtype.element_ty)), 16)
-            tl.store(address + to * width + column, tl.load(source, mask=inside), mask=inside)
+        head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        token = (tl.program_id(0) // processes * TOKENS + tl.arange(0, TOKENS))[:, None]
+        column = tl.arange(0, WIDTH)[None, :]
+        inside = (token < count) & (column < width)
+        source = x + sample * of_batch + (first + token) * of_token + head * of_head + column
+        to = (sample * count + token) * heads_there + tl.load(order + head)
+        # Nothing is known of an address from memory, and what is not aligned is written two bytes at a time.
+        address = tl.multiple_of(tl.load(row).to(tl.pointer_type(x.dtype.element_ty)), 16)
+        tl.store(address + to * width + column, tl.load(source, mask=inside), mask=inside)
