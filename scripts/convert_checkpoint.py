@@ -1,4 +1,4 @@
-"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back, or in another dtype."""
+"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back, in another dtype or attention."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored by default"
     )
+    parser.add_argument("--sparse_algo", help="attention that it runs with where nothing says else; its own by default")
     args = parser.parse_args(arguments)
 
     import torch
@@ -25,10 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     from wan.checkpoint import Checkpoint
     from wan.convert import convert
 
+    dtype = args.dtype and getattr(torch, args.dtype)
     try:
-        not_carried = convert(
-            Checkpoint.open(args.ckpt_dir), args.out, args.layout, args.dtype and getattr(torch, args.dtype)
-        )
+        not_carried = convert(Checkpoint.open(args.ckpt_dir), args.out, args.layout, dtype, args.sparse_algo)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -224,6 +224,18 @@ def test_generate_makes_the_same_picture_from_both(own, as_published, tmp_path, 
     assert all("attention: nabla-0.6, layers 1 dense" in text and "3 steps" in text for text in said)
 
 
+@pytest.mark.parametrize("layout", ("published", "diffusers"))
+def test_another_attention_takes_the_place_of_its_own(copy, tmp_path, layout, capsys):
+    assert Checkpoint.open(copy).resolve({"prompt": "cat"}).attention.dense_layers == (1,)
+    flags = ["--ckpt_dir", str(copy), "--layout", layout, "--sparse_algo"]
+    assert convert_checkpoint.main([*flags, "keep-0.3", "--out", str(tmp_path / "out")]) == 0
+    attention = Checkpoint.open(tmp_path / "out").resolve({"prompt": "cat"}).attention
+    assert (attention.keep, attention.threshold, attention.dense_layers) == (0.3, None, (1,))
+    capsys.readouterr()
+    assert convert_checkpoint.main([*flags, "keep-3", "--out", str(tmp_path / "bad")]) == 2
+    assert capsys.readouterr().err.startswith("error: keep 3") and not (tmp_path / "bad").exists()
+
+
 def test_what_is_left_behind_is_said(copy, nano, tmp_path, capsys):
     edit_json(copy / SCHEDULER, flow_shift=9.0)
     (copy / "LICENSE.txt").touch()

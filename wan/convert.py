@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import diffusers
 import torch
+import yaml
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
@@ -21,7 +23,7 @@ from transformers import UMT5EncoderModel
 from nabla import InputError
 from wan import parts, published
 from wan.checkpoint import DEFAULTS_FILE, OWN_KEYS, TEXT_LENGTH, TOKENIZER_FOLDER, Checkpoint
-from wan.config import SamplingSettings
+from wan.config import SamplingSettings, attention_config
 from wan.files import whole
 from wan.parts import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, TIED, VAE_FILE
 from wan.sampling import TRAIN_TIMESTEPS
@@ -54,19 +56,29 @@ class Models(NamedTuple, Generic[T]):
     text_encoder: T
 
 
-def convert(checkpoint: Checkpoint, out: Path, layout: str, dtype: torch.dtype | None = None) -> list[str]:
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    layout: str,
+    dtype: torch.dtype | None = None,
+    sparse_algorithm: str | None = None,
+) -> list[str]:
     """Write a checkpoint to the new folder `out` in a layout, one of `LAYOUTS`; whole, or nothing of it.
 
     dtype: of the weights; as they are stored if None
+    sparse_algorithm: the attention that it is to run with where nothing says else; its own if None
     The transformer, VAE, text encoder, tokenizer, attention and defaults of generate.py are carried. Returns a line for
     each thing of the checkpoint that is not.
     Raises `CheckpointError` for a checkpoint that is damaged, or says what the other layout cannot, and `InputError`
-    if there is nothing to change or `out` is not free.
+    if there is nothing to change, `out` is not free or the algorithm not understood.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
-    if checkpoint.published == (layout == "published") and dtype is None:
-        raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, or a dtype")
+    if checkpoint.published == (layout == "published") and dtype is None and sparse_algorithm is None:
+        raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, a dtype or an attention")
+    defaults = _defaults(checkpoint, sparse_algorithm)
+    if sparse_algorithm is not None:
+        checkpoint = replace(checkpoint, config=checkpoint.config | {"sparse_algo": sparse_algorithm})
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
     models = Models(
@@ -87,9 +99,21 @@ def convert(checkpoint: Checkpoint, out: Path, layout: str, dtype: torch.dtype |
         if tokenizer is not None:
             folder = TOKENIZER_FOLDER if layout == "published" else "tokenizer"
             shutil.copytree(checkpoint.tokenizer_folder, partial / folder)
-        if (checkpoint.folder / DEFAULTS_FILE).is_file():
-            shutil.copyfile(checkpoint.folder / DEFAULTS_FILE, partial / DEFAULTS_FILE)
+        if defaults is not None:
+            (partial / DEFAULTS_FILE).write_text(defaults, encoding="utf-8")
     return not_carried
+
+
+def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | None:
+    """The text of a checkpoint's defaults file, as it stands, or with another attention than it names; None without."""
+    file = checkpoint.folder / DEFAULTS_FILE
+    defaults = checkpoint.settings_layers[0]
+    if sparse_algorithm is not None:
+        attention = defaults.get("attention", {}) | {"algorithm": sparse_algorithm}
+        attention_config(attention)
+        if "attention" in defaults:
+            return yaml.safe_dump(defaults | {"attention": attention}, allow_unicode=True, sort_keys=False)
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def write_part(
