@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-BACKEND_NAMES = ("auto", "cudnn", "flex", "reference")
+BACKEND_NAMES = ("auto", "cudnn", "flex", "gather", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
 MAX_BLOCK = 1024
 

@@ -34,9 +34,9 @@ def install(monkeypatch):
     return install
 
 
-def test_a_cpu_takes_the_reference_and_says_why():
+def test_a_cpu_takes_gather_and_says_why():
     line = nabla.plan(GRID, CONFIG, "cpu").describe()
-    assert "backend reference, grid" in line
+    assert "backend gather, grid" in line
     assert "cudnn: needs an NVIDIA GPU of compute capability 9.0 or more; flex: compiles for long on a CPU" in line
 
 

@@ -22,7 +22,7 @@ SCRIPT = Path(benchmark.__file__)
 @pytest.mark.parametrize(
     "mode, first",
     (
-        ("mask", "64x48x5: lists, keep-0.1, reference"),
+        ("mask", "64x48x5: lists, keep-0.1, gather"),
         ("attention", "64x48x5: dense, sdpa"),
         ("forward", "64x48x5: dense, sdpa"),
         ("pipeline", "64x48x5: decode, fast, float32"),

@@ -84,8 +84,9 @@ def test_as_a_program_it_says_all_for_people_and_for_programs(run):
     code, said, _ = run("--device", "cpu", "--json")
     facts = json.loads(said)
     assert code == 0 and facts["ok"] and facts["broken"] == []
-    assert {one["name"]: one["usable"] for one in facts["kernels"]} == {"cudnn": False, "flex": True, "reference": True}
-    assert [one["name"] for one in facts["kernels"] if one["chosen"]] == ["reference"]
+    usable = {one["name"]: one["usable"] for one in facts["kernels"]}
+    assert usable == {"cudnn": False, "flex": True, "gather": True, "reference": True}
+    assert [one["name"] for one in facts["kernels"] if one["chosen"]] == ["gather"]
     assert facts["machine"]["torch"] == torch.__version__ and facts["advice"]["commands"]
 
 

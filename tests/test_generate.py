@@ -53,7 +53,7 @@ def test_writes_the_video_and_its_settings_and_can_make_it_again(run, tmp_path):
     assert frames.shape == (5, 48, 64, 3)
     meta = iio.immeta("out.mp4")
     assert meta["fps"] == 16 and "h264" in meta["codec"]
-    assert "attention: nabla-0.7, backend reference, grid 2x3x4 = 24 tokens, 2 blocks of 64 tokens, 2 of them" in said
+    assert "attention: nabla-0.7, backend gather, grid 2x3x4 = 24 tokens, 2 blocks of 64 tokens, 2 of them" in said
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["settings"]["sampling"]["seed"] == 1 and record["made_with"]["versions"]["torch"] == torch.__version__
     again = generate.main(["--config", "out.json", "--save_file", "again.mp4", "--device", "cpu"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import nabla
 from nabla import InputError, NablaConfig
 from nabla.attention import KeptBlocks
-from nabla.backends import reference
+from nabla.backends import BACKENDS, reference
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import Rotary, rotate
 from nabla.selection import blocks_to_keep, keep_mass
@@ -181,7 +181,8 @@ def test_kept_blocks_are_written_and_taken_again():
     assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
     reused = nabla.attend(other_q, other_k, v, plan, kept=KeptBlocks(kept, True))
     tiles = [plan.selection.layout.to_tiles(x) for x in (other_q, other_k, v)]
-    wanted = reference.attend(*tiles, reference.prepare(kept, plan.selection.layout))
+    backend = BACKENDS[plan.backend]
+    wanted = backend.attend(*tiles, backend.prepare(kept, plan.selection.layout))
     assert torch.equal(reused, plan.selection.layout.to_raster(wanted))
     assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
 

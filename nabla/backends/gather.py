@@ -1,0 +1,90 @@
+"""Block-sparse attention on a CPU: of every query block, dense attention to a copy of the key blocks that it keeps.
+
+The copies are few at a time, so that they stay in the cache, where making them costs little beside the products.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nabla import probe
+from nabla.selection import Selection
+from nabla.tiling import TileLayout
+
+DTYPES = None
+HEAD_SIZES = None
+# Query blocks that keep few are taken together, up to so many numbers of their keys, for a call costs as much as they.
+KEY_NUMBERS = 2**18
+
+
+class Blocks(NamedTuple):
+    """Kept blocks (B or 1, heads or 1, N, N) bool, and which slots hold a token, or None where all tiles are full."""
+
+    kept: Tensor
+    valid: Tensor | None
+
+
+def missing(device: torch.device, block: int) -> str:
+    """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+    return "" if device.type == "cpu" else "is for CPUs alone"
+
+
+def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+    # They would hold every copy, whose memory grows with the square of the length; `reference` makes its masks anew.
+    return "has no backward"
+
+
+def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
+    """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
+    return Blocks(blocks, layout.valid if layout.has_partial_tiles else None)
+
+
+def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
+    """The blocks that block means q and k (B, heads, N, D) choose, prepared."""
+    return prepare(selection.blocks(q, k), selection.layout)
+
+
+def kept_counts(blocks: Blocks) -> Tensor:
+    """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
+    return blocks.kept.sum(dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
+    return block_sparse(q, k, v, *blocks)
+
+
+# An operator, since how much is copied depends on the blocks, of which no compiler can make one graph.
+@torch.library.custom_op("nabla::gather", mutates_args=())
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Optional[Tensor]) -> Tensor:
+    probe.see(lambda: kept.sum(dim=-1), lambda heads: kept[:, heads])
+    return probe.run(probe.ATTENTION, _attend, q, k, v, kept, valid)
+
+
+@block_sparse.register_fake
+def _(q: Tensor, *_) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None) -> Tensor:
+    blocks = kept.shape[-1]
+    # By block, of all heads one after the other: (B * heads * N, block, D).
+    q_blocks, k_blocks, v_blocks = (x.reshape(-1, x.shape[2] // blocks, x.shape[3]) for x in (q, k, v))
+    kept = kept.expand(*q.shape[:2], -1, -1).reshape(-1, blocks)
+    out = torch.empty_like(q_blocks)
+    counts = kept.sum(dim=-1)
+    for count in counts.unique().tolist():
+        # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
+        at_once = max(torch.get_num_threads(), KEY_NUMBERS // (count * k_blocks[0].numel()))
+        for rows in (counts == count).nonzero().squeeze(1).split(at_once):
+            keys = kept[rows].nonzero()[:, 1].view(-1, count)
+            mask = None if valid is None else valid[keys].flatten(1)[None, :, None]
+            numbers = (keys + (rows - rows % blocks)[:, None]).flatten()
+            copies = (x.index_select(0, numbers).view(1, len(rows), -1, x.shape[-1]) for x in (k_blocks, v_blocks))
+            out[rows] = F.scaled_dot_product_attention(q_blocks[rows][None], *copies, attn_mask=mask)[0]
+    return out.view(q.shape)
