@@ -82,9 +82,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None)
         # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
         at_once = max(torch.get_num_threads(), KEY_NUMBERS // (count * k_blocks[0].numel()))
         for rows in (counts == count).nonzero().squeeze(1).split(at_once):
-            keys = kept[rows].nonzero()[:, 1].view(-1, count)
+            keys = kept.index_select(0, rows).nonzero()[:, 1].view(-1, count)
             mask = None if valid is None else valid[keys].flatten(1)[None, :, None]
             numbers = (keys + (rows - rows % blocks)[:, None]).flatten()
             copies = (x.index_select(0, numbers).view(1, len(rows), -1, x.shape[-1]) for x in (k_blocks, v_blocks))
-            out[rows] = F.scaled_dot_product_attention(q_blocks[rows][None], *copies, attn_mask=mask)[0]
+            queries = q_blocks.index_select(0, rows)[None]
+            out.index_copy_(0, rows, F.scaled_dot_product_attention(queries, *copies, attn_mask=mask)[0])
     return out.view(q.shape)
