@@ -87,7 +87,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add("--steps", type=int, help=f"pipeline, cache: sampling steps, {STEPS} by default, of which the first warms up")
     add("--ckpt_dir", help="cache: a checkpoint whose videos to compare, of its own size and steps by default")
-    add("--cache", nargs="*", default=CACHES, help="with it: kind:threshold[:ratios]; mag measures its ratios itself")
+    of_caches = "with it: kind:threshold[:ratios], or taylorseer:interval; mag measures its ratios itself"
+    add("--cache", nargs="*", default=CACHES, help=of_caches)
     add("--prompt", nargs="*", help="with it: what videos show, by default sentences of `shapes`")
     add("--count", type=int, default=4, help="with it: how many sentences")
     add("--sparse_algo", help="with it: attention, the checkpoint's own by default")

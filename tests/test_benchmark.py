@@ -88,12 +88,16 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path
     assert [row["what"] for row in rows] == [name + end for end in ends]
     assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2
     flags += ["--ckpt_dir", str(random_nano), "--steps", "5", "--count", "2", "--sparse_algo", "keep-0.5"]
-    assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9"]) == 0
-    plain, *exact, loose = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9", "taylorseer:2"]) == 0
+    plain, *exact, loose, predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert plain["what"] == "64x48x5: 5 steps, keep-0.5" and loose["what"].endswith(", mag:1e+09")
     assert [row["psnr"] for row in exact] == [100, 100] and loose["psnr"] < 100 and loose["speedup"] > 0
     # The first step warms up, three are reused, and one is computed.
     assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]
+    # Every second one of the four.
+    assert predicted["what"].endswith(", taylorseer:2") and predicted["reused"] == "4 of 10" and predicted["psnr"] < 100
+    assert benchmark.main([*flags, "--cache", "taylorseer:1"]) == 2
+    assert "the interval is not a whole number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "none"]) == 2 and "the first row is without" in capsys.readouterr().err
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import TaylorSeerCacheConfig, WanTransformer3DModel
 from torch import Tensor
 
 from nabla import InputError, NablaConfig
@@ -22,10 +23,12 @@ from wan.fused_gelu import fuse_gelu
 from wan.pipeline import WanT2V
 from wan.quality import psnr
 from wan.random_checkpoint import random_transformer
-from wan.step_cache import apply_cache, calibrated, remove_cache
+from wan.step_cache import StepCache, apply_cache, calibrated, remove_cache
 from wan.training.sentences import of_shapes
 
 SEED = 1000
+# Compared, and not offered.
+TAYLORSEER = "taylorseer"
 # JSON has no infinity.
 MOST_PSNR = 100.0
 
@@ -89,7 +92,9 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     threshold 0 shows what it changes that guidance branches run apart, which on a GPU may else be one batch.
     """
     # Wrong ones are found before anything is loaded.
-    list(asked(args.cache, [1.0]))
+    intervals = [taylor_interval(given) for given in args.cache if given.startswith(TAYLORSEER)]
+    caches = [given for given in args.cache if not given.startswith(TAYLORSEER)]
+    list(asked(caches, [1.0]))
     pipe = WanT2V.from_pretrained(
         args.ckpt_dir,
         args.sparse_algo,
@@ -113,16 +118,63 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     exact, times = sampled(pipe, prompts, SEED)
     plain = row_of(what, times)
     yield plain
-    for settings in asked(args.cache, ratios):
-        cache = apply_cache(pipe.transformer, settings)
+    for settings in [*asked(caches, ratios), *intervals]:
+        is_ours = isinstance(settings, CacheSettings)
+        cache = apply_cache(pipe.transformer, settings) if is_ours else apply_taylorseer(pipe.transformer, settings)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
         # The count is that of the last video.
-        row = row_of(f"{what}, {settings.kind}:{settings.threshold:g}", times)
+        name = f"{settings.kind}:{settings.threshold:g}" if is_ours else f"{TAYLORSEER}:{settings}"
+        row = row_of(f"{what}, {name}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
         yield row | {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)} | peak(args)
     remove_cache(pipe.transformer)
+
+
+class TaylorSeer(StepCache):
+    """diffusers' TaylorSeer in its light form: between full forwards the last layer's output goes on along a line.
+
+    To be compared with what can be chosen, after as many first steps in full; for one process.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, interval: int):
+        super().__init__(transformer, CacheSettings("first_block"))
+        self.interval = interval
+
+    def _prepare(self, steps: int, first: int) -> None:
+        self.first = first
+        if self.transformer.is_cache_enabled:
+            self.transformer.disable_cache()
+        self.transformer.enable_cache(
+            TaylorSeerCacheConfig(
+                cache_interval=self.interval,
+                disable_cache_before_step=first,
+                taylor_factors_dtype=torch.float32,
+                use_lite_mode=True,
+            )
+        )
+
+    @contextmanager
+    def branch(self, name: str, step: int) -> Iterator[None]:
+        with self.transformer.cache_context(name, step_index=step):
+            yield
+        self.forwards += 1
+        self.reused += step >= self.first and (step - self.first - 1) % self.interval != 0
+
+
+def apply_taylorseer(transformer: WanTransformer3DModel, interval: int) -> TaylorSeer:
+    remove_cache(transformer)
+    transformer.step_cache = TaylorSeer(transformer, interval)
+    return transformer.step_cache
+
+
+def taylor_interval(given: str) -> int:
+    """The steps from one full forward to the next of `taylorseer:INTERVAL`."""
+    interval = given.partition(":")[2]
+    if not interval.isdecimal() or int(interval) < 2:
+        raise InputError(f"cache {given}: the interval is not a whole number of steps from 2; write {TAYLORSEER}:3")
+    return int(interval)
 
 
 def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
