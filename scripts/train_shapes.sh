@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Train the checkpoint wan-shapes from nothing, on as many GPUs as can share a batch, into runs/wan-shapes. Cut at any
-# moment, it goes on where it stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, distill,
-# ship. Without the first two the transformer is trained beside the text encoder and the VAE of checkpoints/wan-shapes.
+# moment, it goes on where it stopped. Words after the script's name choose stages: text, vae, 128, 256, 512, both,
+# distill, ship. Without the first two the transformer is trained beside the text encoder and the VAE of
+# checkpoints/wan-shapes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-stages=${*:-text vae 128 256 512 distill ship}
+stages=${*:-text vae 128 256 512 both distill ship}
 
 spread() {  # over how many processes, a program of training, and its arguments
     local processes=$1
@@ -41,27 +42,29 @@ data() {  # size, clips to train on, number of the first, clips to validate on
         options.split=held_out
 }
 
-train() {  # stage, clips in a batch
-    local processes
+train() {  # stage, clips in a batch, the most that a GPU takes at once
+    local processes micro
     processes=$(sharing "$2")
-    spread "$processes" scripts/train.py --config "training/shapes_$1.yaml" "micro_batch=$(($2 / processes))"
+    micro=$(($2 / processes))
+    spread "$processes" scripts/train.py --config "training/shapes_$1.yaml" "micro_batch=$((micro < $3 ? micro : $3))"
 }
 
-ship() {  # in place of what was shipped before
+ship() {  # in place of what was shipped before, to run with the share that was measured to be enough
     rm -rf runs/wan-shapes
     "$python" scripts/convert_checkpoint.py --ckpt_dir runs/shapes_distill/run/latest/ema --layout diffusers \
-        --out runs/wan-shapes --dtype float16
+        --out runs/wan-shapes --dtype float16 --sparse_algo keep-0.7
 }
 
 for stage in $stages; do
     case $stage in
         text) "$python" scripts/train_text.py --config training/shapes_text.yaml ;;
         vae) spread "$(sharing 16)" scripts/train_vae.py --config training/shapes_vae.yaml ;;
-        128) parts; data 128 24000 0 256; train 128 256 ;;
-        256) parts; data 256 40000 200000 128; train 256 128 ;;
-        512) parts; data 512 3000 400000 64; train 512 16 ;;
-        distill) train distill 16 ;;
+        128) parts; data 128 24000 0 256; train 128 256 256 ;;
+        256) parts; data 256 40000 200000 128; train 256 128 128 ;;
+        512) parts; data 512 3000 400000 64; train 512 64 16 ;;
+        both) train both 64 32 ;;
+        distill) train distill 16 16 ;;
         ship) ship ;;
-        *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, distill, ship" >&2; exit 2 ;;
+        *) echo "error: stage $stage is not one of text, vae, 128, 256, 512, both, distill, ship" >&2; exit 2 ;;
     esac
 done
