@@ -169,11 +169,13 @@ def test_where_blocks_came_from_and_what_is_said_of_steps_that_a_cache_cut_short
     assert ("mean of the layers that ran" in said) == (cache is not None and cache["kind"] == "first_block")
 
 
-def test_watching_changes_nothing_and_leaves_nothing(pipe):
+def test_watching_changes_nothing_and_leaves_nothing(pipe, capsys):
     wan.apply_attention(pipe.transformer, NABLA)
     plain = sample(pipe, None)
     before = [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in pipe.transformer.blocks]
     assert torch.equal(sample(pipe, Recorder(examples=True, progress=True)), plain)
+    said = capsys.readouterr().err
+    assert "sampling |" in said and "start" not in said.split("\r")[-1]
     assert before == [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in pipe.transformer.blocks]
     assert all(block.attn1.nabla_share is None for block in pipe.transformer.blocks) and probe._listening is None
 

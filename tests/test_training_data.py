@@ -281,6 +281,10 @@ def test_several_folders_are_taken_together(prepared, encoder, tmp_path):
     one, more, both = Clips(folders[:1], 512), Clips(folders[1:], 512), Clips(folders, 512)
     assert len(both) == len(one) + len(more) and both.buckets.keys() == one.buckets.keys()
     assert torch.equal(both.load(len(one) + 2)[0], more.load(2)[0])
+    record = tmp_path / "more" / "prepared.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"vae": "another"}))
+    with pytest.raises(InputError, match="more and .* differ in vae; prepare one anew"):
+        Clips(folders, 512)
     prepare(Colours(3), settings_for(tmp_path / "other", dropped_text="nothing"), encoder)
     with pytest.raises(InputError, match="differ in text encoder or dropped_text"):
         Clips([folders[0], str(tmp_path / "other")], 512)

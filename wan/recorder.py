@@ -78,7 +78,7 @@ class Recorder(Observer):
         looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
         examples = looked_at if self.keeps_examples and pipe.leads else ()
         watch = Watch(pipe.transformer, pipe.device, pipe.processes, self.times, examples)
-        with self._line(pipe, sampling.steps), watch as self.watch:
+        with self._line(pipe, sampling.steps, "sampling"), watch as self.watch:
             yield
             self._settle(0)
 
@@ -90,12 +90,14 @@ class Recorder(Observer):
         self._settle(self.lag)
 
     @contextmanager
-    def _line(self, pipe: WanT2V, steps: int) -> Iterator[None]:
-        """A line of progress, unless there is one or this process shows none."""
+    def _line(self, pipe: WanT2V, steps: int, stage: str | None = None) -> Iterator[None]:
+        """A line of progress, that begins in a stage, unless there is one or this process shows none."""
         if self.progress or not self.shows or (pipe.processes is not None and pipe.processes.rank > 0):
             yield
             return
         self.progress = Progress(steps)
+        if stage is not None:
+            self.progress.stage(stage)
         try:
             yield
         finally:

@@ -29,6 +29,8 @@ from wan.weights import read_json
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
 # To open a shard takes as long as to read many small clips; an open one is a mapping of the file and no file handle.
 OPEN_SHARDS = 1024
+# What a folder's record names by fingerprints, and clips that are trained on together must share.
+MADE_BY = ("vae", "text_encoder")
 
 
 class Batch(NamedTuple):
@@ -52,12 +54,12 @@ class Clips:
 
     def __init__(self, folders: Sequence[str], text_length: int):
         self.files: list[Path] = []
-        self.text_length, self.clips, dropped = text_length, [], []
+        self.text_length, self.clips, dropped, records = text_length, [], [], []
         for folder in folders:
             path = Path(folder).expanduser()
             if not (path / DROPPED_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
-            check_shards(path)
+            records.append(check_shards(path))
             found = list_clips(path)
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
@@ -66,6 +68,10 @@ class Clips:
             self.files += [path / DROPPED_FILE, *dict.fromkeys(clip.file for clip in found)]
             if not torch.equal(dropped[0], dropped[-1]):
                 raise InputError(f"{folder} and {folders[0]} differ in text encoder or dropped_text; prepare one anew")
+            for part in MADE_BY:
+                one, other = records[0].get(part), records[-1].get(part)
+                if one != other and None not in (one, other):
+                    raise InputError(f"{folder} and {folders[0]} differ in {part}; prepare one anew")
         self.dropped = dropped[0]
         self._check_lengths()
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
@@ -120,8 +126,8 @@ class Clips:
         return f"sample {clip.index} of {clip.file} ({clip.caption!r})"
 
 
-def check_shards(folder: Path) -> None:
-    """Raise `InputError` unless a folder holds all shards of the dataset that its record names."""
+def check_shards(folder: Path) -> dict[str, Any]:
+    """A folder's record. Raises `InputError` unless the folder holds all shards of the dataset that it names."""
     record = read_json(folder / RECORD_FILE, "prepare the data again, into another folder")
     there = {path.name for path in folder.glob(SHARDS)}
     count, size = record.get("samples"), record.get("clips_per_shard")
@@ -133,6 +139,7 @@ def check_shards(folder: Path) -> None:
             f"{folder} lacks {len(missing)} of its {shards} shards, the first {missing[0]}; start "
             "scripts/prepare_data.py again in the same way to make them"
         )
+    return record
 
 
 def _dropped_text(path: Path) -> Tensor:
