@@ -69,7 +69,7 @@ def test_generate_takes_a_checkpoint_as_it_is(pretrained, which, tmp_path, monke
     flags = ["--ckpt_dir", str(folder), "--prompt", "A red cat", "--base_seed", "0", "--device", "cpu"]
     assert generate.main([*flags, "--save_file", "out.mp4"]) == 0
     said = capsys.readouterr().err
-    assert "nabla-0.5, backend reference, grid 2x2x3 = 12 tokens, 4 blocks of 4" in said and "1 steps" in said
+    assert "nabla-0.5, backend gather, grid 2x2x3 = 12 tokens, 4 blocks of 4" in said and "1 steps" in said
     video = iio.imread("out.mp4").astype(int)
     (sample,) = folder.parents[1].glob("samples/*/*.mp4") if which == "ema" else [Path("out.mp4")]
     # Samples are made with the moving averages.

@@ -27,5 +27,6 @@ apply_attention(transformer, NablaConfig(keep=0.5))
 inputs = torch.randn(1, 16, 2, 16, 16), torch.tensor([500.0]), torch.randn(1, 8, 32)
 with torch.no_grad():
     _, (code,) = run_and_get_code(transformer, *inputs)
-calls = {"all_to_all_single": "s", "wait_tensor": "w", "_scaled_dot_product_flash_attention_for_cpu": "a"}
+attention = {"gather": "a", "_scaled_dot_product_flash_attention_for_cpu": "a"}
+calls = {"all_to_all_single": "s", "wait_tensor": "w"} | attention
 print("".join(calls[name] for name in re.findall(rf"torch\.ops\.\w+\.({'|'.join(calls)})\.default\(", code)))
