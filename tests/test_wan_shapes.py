@@ -86,6 +86,12 @@ def test_it_is_trained_on_the_gpus_that_can_share_a_batch(make, gpus, used):
     assert sum(f"nproc_per_node={gpus} scripts/prepare_data.py" in line for line in lines) == 2
 
 
+@pytest.mark.parametrize("gpus, micro", ((1, ("16", "32")), (4, ("16", "16")), (8, ("8", "8"))))
+def test_a_gpu_takes_no_more_large_clips_at_once_than_fit(make, gpus, micro):
+    lines, _ = make(gpus, "512", "both")
+    assert tuple(line.partition("micro_batch=")[2] for line in lines if "scripts/train.py" in line) == micro
+
+
 def test_it_is_shipped_in_place_of_an_earlier_one(make, tmp_path):
     earlier = tmp_path / "runs" / "wan-shapes"
     earlier.mkdir(parents=True)
