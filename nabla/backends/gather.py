@@ -81,11 +81,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None)
     for count in counts.unique().tolist():
         # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
         at_once = max(torch.get_num_threads(), KEY_NUMBERS // (count * k_blocks[0].numel()))
+        # Memory that is asked for anew each time comes page by page, which takes as long as to fill it.
+        held = [x.new_empty(at_once * count, *x.shape[1:]) for x in (k_blocks, v_blocks)]
         for rows in (counts == count).nonzero().squeeze(1).split(at_once):
             keys = kept.index_select(0, rows).nonzero()[:, 1].view(-1, count)
             mask = None if valid is None else valid[keys].flatten(1)[None, :, None]
             numbers = (keys + (rows - rows % blocks)[:, None]).flatten()
-            copies = (x.index_select(0, numbers).view(1, len(rows), -1, x.shape[-1]) for x in (k_blocks, v_blocks))
+            copies = (
+                torch.index_select(x, 0, numbers, out=to[: len(numbers)]).view(1, len(rows), -1, x.shape[-1])
+                for x, to in zip((k_blocks, v_blocks), held)
+            )
             queries = q_blocks.index_select(0, rows)[None]
             out.index_copy_(0, rows, F.scaled_dot_product_attention(queries, *copies, attn_mask=mask)[0])
     return out.view(q.shape)
