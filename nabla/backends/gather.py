@@ -78,11 +78,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None)
     kept = kept.expand(*q.shape[:2], -1, -1).reshape(-1, blocks)
     out = torch.empty_like(q_blocks)
     counts = kept.sum(dim=-1)
+    threads, most = torch.get_num_threads(), KEY_NUMBERS // k_blocks[0].numel()
+    # Memory that is asked for anew each time comes page by page, which takes as long as to fill it.
+    copied = min(int(counts.sum()), max(threads * int(counts.max()), most))
+    held = [x.new_empty(copied, *x.shape[1:]) for x in (k_blocks, v_blocks)]
     for count in counts.unique().tolist():
         # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
-        at_once = max(torch.get_num_threads(), KEY_NUMBERS // (count * k_blocks[0].numel()))
-        # Memory that is asked for anew each time comes page by page, which takes as long as to fill it.
-        held = [x.new_empty(at_once * count, *x.shape[1:]) for x in (k_blocks, v_blocks)]
+        at_once = max(threads, most // count)
         for rows in (counts == count).nonzero().squeeze(1).split(at_once):
             keys = kept.index_select(0, rows).nonzero()[:, 1].view(-1, count)
             mask = None if valid is None else valid[keys].flatten(1)[None, :, None]

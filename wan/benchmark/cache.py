@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import TaylorSeerCacheConfig, WanTransformer3DModel
@@ -118,13 +119,13 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     exact, times = sampled(pipe, prompts, SEED)
     plain = row_of(what, times)
     yield plain
-    for settings in [*asked(caches, ratios), *intervals]:
-        is_ours = isinstance(settings, CacheSettings)
-        cache = apply_cache(pipe.transformer, settings) if is_ours else apply_taylorseer(pipe.transformer, settings)
+    compared = [(f"{one.kind}:{one.threshold:g}", partial(apply_cache, settings=one)) for one in asked(caches, ratios)]
+    compared += [(f"{TAYLORSEER}:{one}", partial(apply_taylorseer, interval=one)) for one in intervals]
+    for name, apply in compared:
+        cache = apply(pipe.transformer)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
         # The count is that of the last video.
-        name = f"{settings.kind}:{settings.threshold:g}" if is_ours else f"{TAYLORSEER}:{settings}"
         row = row_of(f"{what}, {name}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
