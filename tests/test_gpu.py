@@ -6,7 +6,9 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
+import diffusers_pipeline
 import pytest
 import torch
 import torch.nn.functional as F
@@ -304,6 +306,17 @@ def test_gguf_with_a_lora_follows_its_weights_unpacked(random_nano, tmp_path, of
         )
         videos.append(pipe.generate("a cat", **settings).astype(float))
     assert abs(videos[0] - videos[1]).mean() < 12
+
+
+@pytest.mark.parametrize("offload", (False, True))
+def test_the_pipeline_of_diffusers_with_a_lora_and_offloaded_blocks_equals_ours(nano, tmp_path, offload):
+    device = torch.device("cuda", 0)
+    model = wan.WanT2V.from_pretrained(nano, "dense", "cpu").transformer
+    lora = weight_files.write_lora(tmp_path / "style.safetensors", weight_files.draw_factors(model), "diffusers")
+    prepare = partial(diffusers_pipeline.offload_blocks, device=device) if offload else lambda transformer: None
+    exact = diffusers_pipeline.own_latents(nano, lora, device)
+    latents = diffusers_pipeline.latents_of_diffusers(nano, lora, prepare, device)
+    assert relative_error(latents, exact) < 1e-4
 
 
 def test_the_fast_decoder_is_the_published_one_within_45_db():

@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.activations import GELU
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+import generate
 import wan
 from nabla import InputError, NablaConfig
 from wan.attention import compile_blocks
@@ -35,6 +37,14 @@ def test_the_fast_decoder_is_the_published_one(vae):
     torch.testing.assert_close(decode(fast, latents), exact, rtol=0, atol=1e-5)
     convolutions = [module for module in fast.decoder.modules() if isinstance(module, WanCausalConv3d)]
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last_3d) for conv in convolutions)
+
+
+def test_the_decoder_of_what_ships_is_the_published_one_on_a_cpu():
+    """Its layers are large enough for oneDNN."""
+    pipe = wan.WanT2V.from_pretrained(generate.SMALL_CHECKPOINT, device="cpu")
+    latents = torch.randn(1, 16, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    published = AutoencoderKLWan.from_pretrained(generate.SMALL_CHECKPOINT, subfolder="vae", torch_dtype=torch.float32)
+    torch.testing.assert_close(pipe.decode(latents), decode(published, latents), rtol=0, atol=1e-5)
 
 
 def test_the_fast_encoder_is_the_published_one(vae):

@@ -1,4 +1,4 @@
-"""A faster VAE on a GPU: half precision, channels last, and fewer passes over the pictures.
+"""A faster VAE: channels last, fewer passes over the pictures, half precision on a GPU and oneDNN on a CPU.
 
 Its time goes to passes over 81 full-size pictures of 96 channels more than to convolutions: the normalisation as
 written takes ten, and every convolution copies its input to pad it.
@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
 from torch import Tensor, nn
+
+# From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
+# leaves the middle layers of a clip to kernels that take five times as long.
+ONEDNN_LEAST = 2**20 if torch.backends.mkldnn.is_available() else float("inf")
 
 
 def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
@@ -45,9 +49,9 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
                 weight.data = weight.data.contiguous(memory_format=layout)
 
 
-def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    """The decoder's type on a GPU, beside a transformer of `dtype`."""
-    return given or (torch.float32 if dtype == torch.float32 else torch.float16)
+def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype, device: str = "cuda") -> torch.dtype:
+    """The decoder's type on a kind of device, beside a transformer of `dtype`."""
+    return given or (torch.float32 if dtype == torch.float32 or device == "cpu" else torch.float16)
 
 
 def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
@@ -62,7 +66,11 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None)
         frames -= cache_x.shape[2]
     if frames > 0:
         x = F.pad(x, (0, 0, 0, 0, frames, 0))
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, top, left), conv.dilation, conv.groups)
+    padding = 0, top, left
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    if on_cpu and x.numel() >= ONEDNN_LEAST:
+        return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups)
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:

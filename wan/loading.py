@@ -87,8 +87,7 @@ def load_models(
     vae = text_encoder = None
     if leads:
         vae = vae_part.load(torch.float32, home)
-        if vae_dtype is not None or device.type == "cuda":
-            speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype))
+        speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     if t5_fsdp:
         text_encoder = text_part.load(
             dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.sharing)
@@ -126,8 +125,7 @@ def _load_planned(
     cpu = torch.device("cpu")
     home = cpu if plan.in_turns else device
     vae = parts.vae_part(checkpoint).load(torch.float32, home)
-    if vae_dtype is not None or device.type == "cuda":
-        speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype))
+    speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
     adapters = [read_lora(file, transformer_part.model) for file in lora]
     packer = make_packer(transformer_part.model, transformer_part.model.blocks, plan.packing, device, home)
