@@ -12,6 +12,7 @@ import torch
 import weight_files
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
+from torch import nn
 
 import generate
 import wan
@@ -278,3 +279,23 @@ def test_memory_does_not_go_with_several_processes_or_a_forced_offload():
         check_memory(24, gpu, object(), None)
     with pytest.raises(InputError, match="leave offload_model out"):
         check_memory("auto", gpu, None, False)
+
+
+def test_what_was_on_a_device_is_again_where_it_was_without_a_copy():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[0].bias = model[1].bias
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: (weight.data_ptr(), weight.detach().clone()) for name, weight in before.items()}
+    with pytest.raises(RuntimeError, match="out of memory"), placed(model, torch.device("meta"), offload=True):
+        assert all(weight.is_meta for weight in model.parameters())
+        raise RuntimeError("out of memory")
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        assert weight is before[name] and weight.data_ptr() == values[name][0] and torch.equal(weight, values[name][1])
+
+
+def test_what_was_converted_on_a_device_stays_so():
+    model = nn.Linear(4, 4)
+    with placed(model, CPU, offload=True):
+        model.bias.data = model.bias.data.to(torch.float64)
+        kept = model.bias.detach().clone()
+    assert model.weight.dtype == torch.float32 and torch.equal(model.bias, kept)

@@ -285,6 +285,8 @@ def test_several_folders_are_taken_together(prepared, encoder, tmp_path):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"vae": "another"}))
     with pytest.raises(InputError, match="more and .* differ in vae; prepare one anew"):
         Clips(folders, 512)
+    with pytest.raises(InputError, match="more and .* differ in vae; prepare one anew"):
+        Clips(folders[1:], 512, beside=one)
     prepare(Colours(3), settings_for(tmp_path / "other", dropped_text="nothing"), encoder)
     with pytest.raises(InputError, match="differ in text encoder or dropped_text"):
         Clips([folders[0], str(tmp_path / "other")], 512)

@@ -38,9 +38,20 @@ def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[n
     if not offload or is_sharded(module):
         yield module
         return
+    waiting = [
+        (owner, name, parameter, parameter.data)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.device.type == "cpu"
+    ]
     try:
         yield module.to(device)
     finally:
+        # Weights change in type at most, and to copy them back would take longer than to bring them there.
+        for owner, name, parameter, data in waiting:
+            if owner._parameters[name].dtype == data.dtype:
+                parameter.data = data
+                owner._parameters[name] = parameter
         module.to("cpu")
 
 

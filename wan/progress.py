@@ -5,27 +5,29 @@ from __future__ import annotations
 from tqdm import tqdm
 
 LINE = "{desc:<8} |{bar:24}| step {n_fmt} of {total_fmt}{postfix}"
-TIMED_LINE = "{desc:<8} |{bar:24}| step {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
 
 class Progress:
     """The line, on stderr; `close` leaves it there."""
 
     def __init__(self, steps: int):
-        self.bar = tqdm(total=steps, desc="start", unit="step", bar_format=LINE, dynamic_ncols=True)
+        self.bar = tqdm(total=steps, desc="start", bar_format=LINE, dynamic_ncols=True)
+        self.kept = ""
 
     def stage(self, name: str) -> None:
-        self.bar.bar_format = LINE
-        if name == "sampling":
-            # Else the text encoder's time would count as a step's.
-            self.bar.reset()
-            self.bar.bar_format = TIMED_LINE
+        self.bar.set_postfix_str(self.kept, refresh=False)
         self.bar.set_description_str(name)
 
-    def step(self, kept: float | None) -> None:
-        """A step is done, of which layers kept such a share of the blocks."""
+    def step(self, seconds: float, kept: float | None) -> None:
+        """A step is done, which took so long, and of which layers kept such a share of the blocks.
+
+        Not by the clock: of a GPU a step is known to be done when part of the next one is.
+        """
         if kept is not None:
-            self.bar.set_postfix_str(f"kept {kept:.1%}", refresh=False)
+            self.kept = f"kept {kept:.1%}"
+        left = tqdm.format_interval((self.bar.total - self.bar.n - 1) * seconds)
+        said = f"{seconds:.2f} s a step", f"{left} left", self.kept
+        self.bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
         self.bar.update()
 
     def close(self) -> None:

@@ -115,7 +115,8 @@ class Recorder(Observer):
                 self.examples = found
             if self.progress:
                 step = self.records[-1]
-                self.progress.step(step["kept"] if step["layers_run"] == len(seen.kernels) else None)
+                kept = step["kept"] if step["layers_run"] == len(seen.kernels) else None
+                self.progress.step(step["ms"] / 1000, kept)
 
     def _add(self, made: list[Record]) -> None:
         self.records += made

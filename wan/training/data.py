@@ -45,34 +45,50 @@ class Batch(NamedTuple):
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 
+class Made(NamedTuple):
+    """A folder, its record, and the text states of a clip without its text."""
+
+    folder: str
+    record: dict[str, Any]
+    dropped: Tensor
+
+    def check_like(self, other: Made) -> None:
+        """Raise `InputError` unless both were made by the same models, as far as they say."""
+        if not torch.equal(self.dropped, other.dropped):
+            raise InputError(
+                f"{self.folder} and {other.folder} differ in text encoder or dropped_text; prepare one anew"
+            )
+        for part in MADE_BY:
+            one, two = self.record.get(part), other.record.get(part)
+            if one != two and None not in (one, two):
+                raise InputError(f"{self.folder} and {other.folder} differ in {part}; prepare one anew")
+
+
 class Clips:
     """The prepared clips of folders, and the text states of a clip without its text; `files` hold them.
 
+    beside: clips that these must have been prepared like, those of training for a validation's
     Raises `InputError` for a folder that does not hold all that was to be prepared, whole, or not as the first does,
     and for more rows of text than `text_length`.
     """
 
-    def __init__(self, folders: Sequence[str], text_length: int):
+    def __init__(self, folders: Sequence[str], text_length: int, beside: Clips | None = None):
         self.files: list[Path] = []
-        self.text_length, self.clips, dropped, records = text_length, [], [], []
+        self.text_length, self.clips, first = text_length, [], None if beside is None else beside.first
         for folder in folders:
             path = Path(folder).expanduser()
             if not (path / DROPPED_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
-            records.append(check_shards(path))
+            own = Made(folder, check_shards(path), _dropped_text(path / DROPPED_FILE))
             found = list_clips(path)
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
             self.clips += found
-            dropped.append(_dropped_text(path / DROPPED_FILE))
             self.files += [path / DROPPED_FILE, *dict.fromkeys(clip.file for clip in found)]
-            if not torch.equal(dropped[0], dropped[-1]):
-                raise InputError(f"{folder} and {folders[0]} differ in text encoder or dropped_text; prepare one anew")
-            for part in MADE_BY:
-                one, other = records[0].get(part), records[-1].get(part)
-                if one != other and None not in (one, other):
-                    raise InputError(f"{folder} and {folders[0]} differ in {part}; prepare one anew")
-        self.dropped = dropped[0]
+            first = first or own
+            own.check_like(first)
+        self.first = first
+        self.dropped = first.dropped
         self._check_lengths()
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):

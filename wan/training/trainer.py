@@ -81,7 +81,7 @@ class Trainer:
             warn_of_another_attention(self.base, settings.attention)
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
-        self.validation = None if held_out is None else Clips([held_out], self.base.text_length)
+        self.validation = None if held_out is None else Clips([held_out], self.base.text_length, self.clips)
         self.batches = Batches(
             self.clips,
             settings.objective,
