@@ -89,8 +89,9 @@ def make_parser() -> Parser:
     )
     add(
         "--cache",
-        metavar="KIND[:THRESHOLD[:RATIOS]]",
-        help="reuse what blocks computed in earlier steps: first_block, mag, none; such as first_block:0.05",
+        metavar="KIND[:LIMIT[:RATIOS]]",
+        help="reuse what blocks computed in earlier steps: first_block:THRESHOLD, mag:THRESHOLD:RATIOS, "
+        "taylorseer:INTERVAL, none; such as taylorseer:2",
     )
     add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
     add("--cfg_size", type=int, help="under torchrun: 2 runs the guidance branches side by side (default: chosen)")

@@ -48,6 +48,7 @@ MODES = {
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)
 STEPS = 3
 CACHES = ["first_block:0", *(f"{kind}:{threshold}" for kind in THRESHOLDS for threshold in (0.02, 0.05, 0.1, 0.2))]
+CACHES += ["taylorseer:2", "taylorseer:3"]
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
 
 
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add("--steps", type=int, help=f"pipeline, cache: sampling steps, {STEPS} by default, of which the first warms up")
     add("--ckpt_dir", help="cache: a checkpoint whose videos to compare, of its own size and steps by default")
-    of_caches = "with it: kind:threshold[:ratios], or taylorseer:interval; mag measures its ratios itself"
+    of_caches = "with it: kind:threshold[:ratios] or taylorseer:interval; mag measures its ratios itself"
     add("--cache", nargs="*", default=CACHES, help=of_caches)
     add("--prompt", nargs="*", help="with it: what videos show, by default sentences of `shapes`")
     add("--count", type=int, default=4, help="with it: how many sentences")

@@ -14,6 +14,7 @@ from starting import Forked, finish, fork
 
 import wan
 from scripts import benchmark
+from wan.cache_settings import COPIES
 from wan.random_checkpoint import random_transformer
 
 SCRIPT = Path(benchmark.__file__)
@@ -84,9 +85,9 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path
     assert code == 0, said
     rows = json.loads(out.splitlines()[-1])["rows"]
     name = "64x48x5: a step, keep-0.1"
-    ends = ["", *(f", {kind}, {what}" for kind in ("first_block", "mag") for what in ("nothing reused", "reused"))]
+    ends = ["", *(f", {kind}, {what}" for kind in COPIES for what in ("nothing reused", "reused"))]
     assert [row["what"] for row in rows] == [name + end for end in ends]
-    assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2
+    assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2 + ["0 of 6", "2 of 6"]
     flags += ["--ckpt_dir", str(random_nano), "--steps", "5", "--count", "2", "--sparse_algo", "keep-0.5"]
     assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9", "taylorseer:2"]) == 0
     plain, *exact, loose, predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -97,7 +98,7 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path
     # Every second one of the four.
     assert predicted["what"].endswith(", taylorseer:2") and predicted["reused"] == "4 of 10" and predicted["psnr"] < 100
     assert benchmark.main([*flags, "--cache", "taylorseer:1"]) == 2
-    assert "the interval is not a whole number" in capsys.readouterr().err
+    assert "interval 1 is not a whole number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "none"]) == 2 and "the first row is without" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 import sys
@@ -29,6 +30,10 @@ KINDS = tuple(LOOSE)
 
 def settings(kind: str, threshold: float, **changes) -> CacheSettings:
     return CacheSettings(kind, threshold, ratios=RATIOS if kind == "mag" else None, **changes)
+
+
+def loose(kind: str) -> CacheSettings:
+    return settings(kind, LOOSE[kind]) if kind in LOOSE else CacheSettings(kind)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +153,48 @@ def test_mag_decides_by_the_error_that_ratios_predict(pipe):
         assert cache.reused == len(reuses)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "interval, warmup, dense_steps, computed",
+    (
+        (2, 0.34, 0, {0, 1, 3, 5}),
+        (3, 0.34, 0, {0, 1, 3}),
+        (2, 0, 3, {0, 1, 2, 4}),
+        (9, 0, 0, {0, 2}),
+        (2, 1, 0, set(range(6))),
+    ),
+)
+@pytest.mark.parametrize("refresh", (1, 3))
+def test_taylorseer_goes_on_along_a_line_in_each_branch(pipe, interval, warmup, dense_steps, computed, refresh):
+    wan.apply_attention(pipe.transformer, replace(SPARSE, dense_steps=dense_steps, mask_refresh=refresh))
+    exact = sample_along_a_line(pipe, computed)
+    cache = apply_cache(pipe.transformer, CacheSettings("taylorseer", interval=interval, warmup=warmup))
+    torch.testing.assert_close(sample(pipe), exact, rtol=0, atol=1e-5)
+    assert (cache.forwards, cache.reused) == (12, 12 - 2 * len(computed))
+
+
+def sample_along_a_line(pipe, computed: set[int]) -> torch.Tensor:
+    """With forwards in some steps, and between them what the last two of the branch had, carried on."""
+    full, known, calls, ran = pipe.transformer.forward, {0: [], 1: []}, itertools.count(), []
+
+    def forward(*args, **others):
+        step, branch = divmod(next(calls), 2)
+        points = known[branch]
+        ran.append(step in computed)
+        if ran[-1]:
+            points.append((step, full(*args, **others)[0]))
+            return points[-1][1:]
+        (last, value), (before, earlier) = points[-1], points[-2] if len(points) > 1 else (-1, points[-1][1])
+        return (value + (value - earlier) / (last - before) * (step - last),)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.transformer, "forward", forward)
+        patch.setattr("wan.attention.ran_in_full", lambda _: ran[-1])
+        return sample(pipe)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "taylorseer"))
 def test_a_video_owes_nothing_to_the_one_before_even_if_that_was_cut_off(pipe, kind):
-    cache = apply_cache(pipe.transformer, settings(kind, LOOSE[kind]))
+    cache = apply_cache(pipe.transformer, loose(kind))
     first = sample(pipe)
     sample(pipe, seed=1, steps=4)
     assert torch.equal(sample(pipe), first)
@@ -171,15 +215,15 @@ def test_guidance_runs_branch_by_branch_whatever_room_there_is(pipe, monkeypatch
     assert torch.equal(sample(pipe), apart)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "taylorseer"))
 def test_compiled_blocks_stay_one_graph(nano, kind):
     pipe = wan.WanT2V.from_pretrained(nano, SPARSE)
     plain, counter = sample(pipe), CompileCounter()
     for block in pipe.transformer.blocks:
         block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
-    apply_cache(pipe.transformer, settings(kind, 0))
+    apply_cache(pipe.transformer, settings(kind, 0) if kind in LOOSE else CacheSettings(kind, warmup=1))
     assert torch.equal(sample(pipe), plain) and counter.frame_count == 1
-    cache = apply_cache(pipe.transformer, settings(kind, LOOSE[kind]))
+    cache = apply_cache(pipe.transformer, loose(kind))
     sample(pipe)
     assert counter.frame_count == 1 and cache.reused > 0
 
@@ -299,6 +343,7 @@ def test_flags_beat_the_config_and_none_switches_off():
     lower = own | {"cache": {"kind": "first_block", "threshold": 0.1}}
     assert resolve(lower).cache == CacheSettings("first_block", 0.1)
     assert resolve({"cache": "first_block"}, lower).cache == CacheSettings("first_block", 0.05)
+    assert resolve({"cache": "taylorseer:3"}, lower).cache == CacheSettings("taylorseer", interval=3)
     assert resolve({"cache": "none"}, lower).cache is None and resolve({"cache": False}, lower).cache is None
     assert resolve(own).cache is None
     again = resolve(resolve(lower).to_dict())
@@ -308,7 +353,12 @@ def test_flags_beat_the_config_and_none_switches_off():
 @pytest.mark.parametrize(
     "given, message",
     (
-        ("first-block", "cache 'first-block' is not known; use one of none, first_block, mag"),
+        ("first-block", "cache 'first-block' is not known; use one of none, first_block, mag, taylorseer"),
+        ("taylorseer:1", "cache interval 1 is not a whole number of steps from 2"),
+        ("taylorseer:2.5", "cache interval 2.5 is not a whole number of steps from 2"),
+        ("taylorseer:2:ratios.json", "cannot be read"),
+        ({"kind": "taylorseer", "threshold": 0.1}, "cache taylorseer has no use for threshold 0.1; leave it out"),
+        ({"kind": "mag", "interval": 2}, "cache mag has no use for interval 2; leave it out"),
         ("first_block:much", "'much' is not a number"),
         ("first_block:-1", "cache threshold -1.0 is not a number of at least 0"),
         ("first_block:nan", "cache threshold nan is not a number"),

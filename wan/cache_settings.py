@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 # Thresholds that diffusers sets by default; not measured on Wan.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
 OFF = (None, False, "none")
-# Of the hidden states, that both guidance branches keep.
-COPIES = {"first_block": 6, "mag": 4}
+# Of the hidden states, that both guidance branches keep; TaylorSeer's are of the last layer, which is far narrower.
+COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}
+INTERVAL = 2
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class CacheSettings:
     kind: `first_block` computes the first block of every forward, and reuses what the others added when it was last
         computed while the first one's own addition changed by less than the threshold, relatively; `mag` is MagCache
         (arXiv 2506.09045), which knows from ratios measured beforehand how much additions change from step to step, and
-        reuses them while the error that these predict is below the threshold
-    threshold: 0 never reuses; None takes that of `THRESHOLDS`
+        reuses them while the error that these predict is below the threshold; `taylorseer` (arXiv 2503.06923) computes
+        every few steps, and between them has the last layer's output go on along the line through the last two
+    threshold: 0 never reuses; None takes that of `THRESHOLDS`; not of `taylorseer`
     warmup: the share of a video's steps, from its first, that are computed in any case; dense steps always are
-    max_skips: after so many forwards of a guidance branch that reuse, one is computed
+    max_skips: after so many forwards of a guidance branch that reuse, one is computed; not of `taylorseer`
+    interval: of `taylorseer`, from one computed step to the next
     ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
         the nearest are taken
     measured_on: the `conditions` that ratios hold for, which their file says too; None if that is not known
@@ -42,15 +45,24 @@ class CacheSettings:
     threshold: float | None = None
     warmup: float = 0.2
     max_skips: int = 3
+    interval: int | None = None
     ratios: tuple[float, ...] | None = None
     measured_on: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in THRESHOLDS:
-            raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(THRESHOLDS)}")
-        if self.threshold is None:
+        if self.kind not in COPIES:
+            raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(COPIES)}")
+        by_interval = self.kind == "taylorseer"
+        other = "threshold" if by_interval else "interval"
+        if getattr(self, other) is not None:
+            raise InputError(f"cache {self.kind} has no use for {other} {getattr(self, other)!r}; leave it out")
+        if by_interval and self.interval is None:
+            object.__setattr__(self, "interval", INTERVAL)
+        if by_interval and not (is_count(self.interval) and self.interval > 1):
+            raise InputError(f"cache interval {self.interval!r} is not a whole number of steps from 2")
+        if not by_interval and self.threshold is None:
             object.__setattr__(self, "threshold", THRESHOLDS[self.kind])
-        if not is_number(self.threshold) or self.threshold < 0:
+        if not by_interval and (not is_number(self.threshold) or self.threshold < 0):
             raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
@@ -70,7 +82,9 @@ class CacheSettings:
 
     @classmethod
     def parse(cls, given: object, ratios: Sequence[float] | None = None) -> CacheSettings | None:
-        """From `none`, `kind`, `kind:threshold`, `mag:threshold:ratios.json`, or a mapping; None where it is off.
+        """From `none`, `kind`, `kind:threshold`, `mag:threshold:ratios.json`, `taylorseer:interval`, or a mapping.
+
+        None where it is off.
 
         ratios: for a string that names no file of them
         """
@@ -84,15 +98,19 @@ class CacheSettings:
         if not isinstance(given, str):
             raise InputError(f"cache {given!r} is neither none, nor kind:threshold, nor a mapping of settings")
         kind, _, rest = given.partition(":")
-        threshold, _, file = rest.partition(":")
+        limit, _, file = rest.partition(":")
         try:
-            number = float(threshold) if threshold else None
+            number = float(limit) if limit else None
         except ValueError:
-            raise InputError(f"cache {given!r}: {threshold!r} is not a number; write kind:threshold[:file]") from None
+            raise InputError(f"cache {given!r}: {limit!r} is not a number; write kind:threshold[:file]") from None
+        if kind == "taylorseer":
+            interval = int(number) if number is not None and number.is_integer() else number
+            return cls(kind, interval=interval, ratios=file or ratios)
         return cls(kind, number, ratios=file or ratios)
 
     def describe(self) -> str:
-        return f"{self.kind}, threshold {self.threshold}"
+        limit = "threshold" if self.interval is None else "interval"
+        return f"{self.kind}, {limit} {getattr(self, limit)}"
 
 
 def conditions(settings: Settings) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, WanTransformer3DModel
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK, FBCHeadBlockHook
 from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
+from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK, TaylorSeerCacheHook
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
@@ -25,13 +26,17 @@ from nabla import InputError
 from wan.cache_settings import CacheSettings
 from wan.parallel import all_gather
 
-LEADERS = {FirstBlockCacheConfig: _FBC_LEADER_BLOCK_HOOK, MagCacheConfig: _MAG_CACHE_LEADER_BLOCK_HOOK}
+LEADERS = {
+    FirstBlockCacheConfig: _FBC_LEADER_BLOCK_HOOK,
+    MagCacheConfig: _MAG_CACHE_LEADER_BLOCK_HOOK,
+    TaylorSeerCacheConfig: _TAYLORSEER_CACHE_HOOK,
+}
 
 
 def apply_cache(transformer: WanTransformer3DModel, settings: CacheSettings) -> StepCache:
     """Put a step cache on a transformer, in place; `remove_cache` takes it off. For `WanT2V`, which says the steps."""
     remove_cache(transformer)
-    kinds = {"first_block": FirstBlockCache, "mag": MagCache}
+    kinds = {"first_block": FirstBlockCache, "mag": MagCache, "taylorseer": TaylorSeer}
     transformer.step_cache = kinds[settings.kind](transformer, settings)
     return transformer.step_cache
 
@@ -51,10 +56,19 @@ def ran_in_full(transformer: WanTransformer3DModel) -> bool:
     config = getattr(transformer, "_cache_config", None)
     if config is None:
         return True
-    if type(config) not in LEADERS:
+    by_steps = isinstance(config, TaylorSeerCacheConfig)
+    if type(config) not in LEADERS or (by_steps and not config.use_lite_mode):
         known = " or ".join(kind.__name__ for kind in LEADERS)
-        raise InputError(f"{type(config).__name__} does not say which blocks it leaves out; use {known}")
-    return _leader(transformer, config).state_manager.get_state().should_compute
+        raise InputError(f"{type(config).__name__} does not say which blocks it leaves out; use {known} in lite mode")
+    leader = _leader(transformer, config)
+    state = leader.state_manager.get_state()
+    return _is_computed(leader, state.current_step) if by_steps else state.should_compute
+
+
+def _is_computed(hook: TaylorSeerCacheHook, step: int) -> bool:
+    """As the hook itself has it, which keeps it to itself."""
+    before, after = hook.disable_cache_before_step, hook.disable_cache_after_step
+    return step < before or (step - before - 1) % hook.cache_interval == 0 or (after is not None and step >= after)
 
 
 class StepCache:
@@ -172,6 +186,21 @@ class MagCache(StepCache):
         )
         # The hooks share this one; to put on new ones would change the order of hooks.
         vars(self.config).update(vars(config))
+
+
+class TaylorSeer(StepCache):
+    """diffusers' light form: no block runs between computed steps. Decides by steps alone, so all processes alike."""
+
+    def __init__(self, transformer: WanTransformer3DModel, settings: CacheSettings):
+        super().__init__(transformer, settings)
+        config = TaylorSeerCacheConfig(settings.interval, taylor_factors_dtype=torch.float32, use_lite_mode=True)
+        transformer.enable_cache(config)
+
+    def _prepare(self, steps: int, first: int) -> None:
+        for module in (*self.transformer.blocks, self.transformer.proj_out):
+            hook = HookRegistry.check_if_exists_or_initialize(module).get_hook(_TAYLORSEER_CACHE_HOOK)
+            # Before any step is computed there is nothing to go on from.
+            hook.disable_cache_before_step = max(first, 1)
 
 
 class Calibration(StepCache):

@@ -17,6 +17,7 @@ from wan.step_cache import SharedDecision, apply_cache
 ATTENTION = NablaConfig(threshold=0.4, dense_steps=1)
 STEPS = 6
 FIRST = CacheSettings("first_block", 1e6, warmup=0, max_skips=2)
+TAYLORSEER = CacheSettings("taylorseer", interval=3, warmup=0)
 MAG = CacheSettings("mag", 1e6, warmup=0, max_skips=2, ratios=(1.0, 1.1, 0.9, 1.1, 0.9, 1.1))
 
 
@@ -27,7 +28,7 @@ def cases(processes: Processes, checkpoint: Path) -> Iterator[dict[str, object]]
             processes.lay_out(layout)
             form = {"dit_fsdp": sharded, "t5_fsdp": sharded}
             pipe = WanT2V.from_pretrained(checkpoint, ATTENTION, processes=processes, **form)
-            for settings in (FIRST, MAG):
+            for settings in (FIRST, MAG, TAYLORSEER):
                 yield compare(processes, pipe, checkpoint, settings) | {"sharded": sharded}
             if layout.ulysses == 2:
                 yield compare(processes, pipe, checkpoint, between(pipe)) | {"disagree": True}

@@ -5,31 +5,27 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
-from diffusers import TaylorSeerCacheConfig, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from nabla import InputError, NablaConfig
 from wan.attention import apply_attention, compile_blocks
 from wan.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
 from wan.benchmark.transformer import step_row
-from wan.cache_settings import THRESHOLDS, CacheSettings
+from wan.cache_settings import COPIES, CacheSettings
 from wan.config import VideoSettings, changed
 from wan.fp8 import apply_fp8
 from wan.fused_gelu import fuse_gelu
 from wan.pipeline import WanT2V
 from wan.quality import psnr
 from wan.random_checkpoint import random_transformer
-from wan.step_cache import StepCache, apply_cache, calibrated, remove_cache
+from wan.step_cache import apply_cache, calibrated, remove_cache
 from wan.training.sentences import of_shapes
 
 SEED = 1000
-# Compared, and not offered.
-TAYLORSEER = "taylorseer"
 # JSON has no infinity.
 MOST_PSNR = 100.0
 
@@ -53,14 +49,16 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
             name = f"{label(video)}: a step, {config.algorithm}{' fp8' if args.fp8 else ''}"
             plain = step_of(args, name, transformer, video)
             yield plain
-            for kind in THRESHOLDS:
+            for kind in COPIES:
                 for what, settings in extremes(kind).items():
                     row = step_of(args, f"{name}, {kind}, {what}", transformer, video, settings)
                     yield row | {"of_uncached": round(row["ms"] / plain["ms"], 4)}
 
 
 def extremes(kind: str) -> dict[str, CacheSettings]:
-    """A cache that keeps but never reuses, and one that reuses from the second step on."""
+    """A cache that keeps but never reuses, and one that reuses from the second step on, of TaylorSeer but the third."""
+    if kind == "taylorseer":
+        return {"nothing reused": CacheSettings(kind, warmup=1), "reused": CacheSettings(kind, warmup=0, interval=1000)}
     never = CacheSettings(kind, 0, warmup=0, ratios=(2.0,) if kind == "mag" else None)
     # Ratios of 1 predict no error.
     always = replace(never, threshold=1e9, max_skips=1000, ratios=never.ratios and (1.0,))
@@ -93,9 +91,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     threshold 0 shows what it changes that guidance branches run apart, which on a GPU may else be one batch.
     """
     # Wrong ones are found before anything is loaded.
-    intervals = [taylor_interval(given) for given in args.cache if given.startswith(TAYLORSEER)]
-    caches = [given for given in args.cache if not given.startswith(TAYLORSEER)]
-    list(asked(caches, [1.0]))
+    list(asked(args.cache, [1.0]))
     pipe = WanT2V.from_pretrained(
         args.ckpt_dir,
         args.sparse_algo,
@@ -119,10 +115,9 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     exact, times = sampled(pipe, prompts, SEED)
     plain = row_of(what, times)
     yield plain
-    compared = [(f"{one.kind}:{one.threshold:g}", partial(apply_cache, settings=one)) for one in asked(caches, ratios)]
-    compared += [(f"{TAYLORSEER}:{one}", partial(apply_taylorseer, interval=one)) for one in intervals]
-    for name, apply in compared:
-        cache = apply(pipe.transformer)
+    for settings in asked(args.cache, ratios):
+        name = f"{settings.kind}:{settings.threshold if settings.interval is None else settings.interval:g}"
+        cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
         # The count is that of the last video.
@@ -131,51 +126,6 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
         yield row | {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)} | peak(args)
     remove_cache(pipe.transformer)
-
-
-class TaylorSeer(StepCache):
-    """diffusers' TaylorSeer in its light form: between full forwards the last layer's output goes on along a line.
-
-    To be compared with what can be chosen, after as many first steps in full; for one process.
-    """
-
-    def __init__(self, transformer: WanTransformer3DModel, interval: int):
-        super().__init__(transformer, CacheSettings("first_block"))
-        self.interval = interval
-
-    def _prepare(self, steps: int, first: int) -> None:
-        self.first = first
-        if self.transformer.is_cache_enabled:
-            self.transformer.disable_cache()
-        self.transformer.enable_cache(
-            TaylorSeerCacheConfig(
-                cache_interval=self.interval,
-                disable_cache_before_step=first,
-                taylor_factors_dtype=torch.float32,
-                use_lite_mode=True,
-            )
-        )
-
-    @contextmanager
-    def branch(self, name: str, step: int) -> Iterator[None]:
-        with self.transformer.cache_context(name, step_index=step):
-            yield
-        self.forwards += 1
-        self.reused += step >= self.first and (step - self.first - 1) % self.interval != 0
-
-
-def apply_taylorseer(transformer: WanTransformer3DModel, interval: int) -> TaylorSeer:
-    remove_cache(transformer)
-    transformer.step_cache = TaylorSeer(transformer, interval)
-    return transformer.step_cache
-
-
-def taylor_interval(given: str) -> int:
-    """The steps from one full forward to the next of `taylorseer:INTERVAL`."""
-    interval = given.partition(":")[2]
-    if not interval.isdecimal() or int(interval) < 2:
-        raise InputError(f"cache {given}: the interval is not a whole number of steps from 2; write {TAYLORSEER}:3")
-    return int(interval)
 
 
 def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
