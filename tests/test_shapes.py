@@ -79,6 +79,9 @@ def test_items_depend_on_seed_and_index_alone():
     assert sum(rough.described(n)[1] != plain.described(n)[1] for n in range(9)) > 4
     turning = Shapes(3, 9, turning=1.0)
     assert all(any(one.spin != "none" for one in turning.described(n)[0].shapes) for n in range(9))
+    both = Shapes(3, 9, turning=1.0, several=1.0)
+    for scene in (both.described(n)[0] for n in range(9)):
+        assert len(scene.shapes) > 1 and any(one.spin != "none" for one in scene.shapes)
     assert len({text for seed in range(3) for _, text in Shapes(seed, 4, (16, 16), frames=1)}) > 8
     with pytest.raises(IndexError):
         whole[6]
@@ -272,7 +275,9 @@ def test_a_shape_in_pieces_is_of_no_kind():
     assert (shape.kind, shape.colour, shape.motion, shape.spin) == ("unclear", "red", "still", "none")
 
 
-@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}, {"turning": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}, {"turning": -0.1}, {"several": "x"}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=str(*wrong.values())):
         Shapes(**{"seed": 0, "count": 1} | wrong)

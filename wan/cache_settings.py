@@ -52,18 +52,14 @@ class CacheSettings:
     def __post_init__(self) -> None:
         if self.kind not in COPIES:
             raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(COPIES)}")
-        by_interval = self.kind == "taylorseer"
-        other = "threshold" if by_interval else "interval"
-        if getattr(self, other) is not None:
-            raise InputError(f"cache {self.kind} has no use for {other} {getattr(self, other)!r}; leave it out")
-        if by_interval and self.interval is None:
-            object.__setattr__(self, "interval", INTERVAL)
-        if by_interval and not (is_count(self.interval) and self.interval > 1):
-            raise InputError(f"cache interval {self.interval!r} is not a whole number of steps from 2")
-        if not by_interval and self.threshold is None:
-            object.__setattr__(self, "threshold", THRESHOLDS[self.kind])
-        if not by_interval and (not is_number(self.threshold) or self.threshold < 0):
-            raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
+        if self.kind == "taylorseer":
+            self._check_limit("interval", INTERVAL, "threshold")
+            if not is_count(self.interval) or self.interval < 2:
+                raise InputError(f"cache interval {self.interval!r} is not a whole number of steps from 2")
+        else:
+            self._check_limit("threshold", THRESHOLDS[self.kind], "interval")
+            if not is_number(self.threshold) or self.threshold < 0:
+                raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
         if not is_count(self.max_skips):
@@ -79,6 +75,13 @@ class CacheSettings:
                 if self.kind == "mag"
                 else f"cache {self.kind} has no use for ratios; leave them out"
             )
+
+    def _check_limit(self, own: str, usual: float, other: str) -> None:
+        """Give a kind's own limit its usual value if it has none, and refuse that of other kinds."""
+        if getattr(self, other) is not None:
+            raise InputError(f"cache {self.kind} has no use for {other} {getattr(self, other)!r}; leave it out")
+        if getattr(self, own) is None:
+            object.__setattr__(self, own, usual)
 
     @classmethod
     def parse(cls, given: object, ratios: Sequence[float] | None = None) -> CacheSettings | None:

@@ -25,6 +25,7 @@ class Shapes:
     split: "train", or "held_out" for scenes with combinations of attributes that training never sees
     rough: the share of captions that are made rougher, with words misspelt, unknown or left out
     turning: the share of scenes that are drawn again until a shape of theirs turns, which is hardest to learn
+    several: the share that are drawn again until they have more than one shape
     device: where videos are drawn, and stay
     """
 
@@ -38,18 +39,19 @@ class Shapes:
         offset: int = 0,
         rough: float = 0.0,
         turning: float = 0.0,
+        several: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, number in (("seed", seed), ("count", count), ("offset", offset)):
             check_whole(name, number)
         if split not in SPLITS:
             raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
-        for name, share in (("rough", rough), ("turning", turning)):
+        for name, share in (("rough", rough), ("turning", turning), ("several", several)):
             if not is_number(share) or not 0 <= share <= 1:
                 raise InputError(f"{name} {share!r} is not a number from 0 to 1")
         self.seed, self.count, self.size, self.frames = seed, count, size, frames
         self.split, self.offset, self.device = split, offset, device
-        self.rough, self.turning = rough, turning
+        self.rough, self.turning, self.several = rough, turning, several
 
     def __len__(self) -> int:
         return self.count
@@ -65,8 +67,9 @@ class Shapes:
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
         scene = sample_scene(rng, self.split)
         # Nothing more is drawn where a share is 0, so that items stay what they are without them.
-        if self.turning and chance(rng, self.turning):
-            while all(shape.spin == "none" for shape in scene.shapes):
-                scene = sample_scene(rng, self.split)
+        turns = self.turning and chance(rng, self.turning)
+        least = 2 if self.several and chance(rng, self.several) else 1
+        while len(scene.shapes) < least or (turns and all(shape.spin == "none" for shape in scene.shapes)):
+            scene = sample_scene(rng, self.split)
         sentence = caption(scene, rng)
         return scene, roughened(sentence, rng) if self.rough and chance(rng, self.rough) else sentence

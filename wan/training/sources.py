@@ -186,11 +186,12 @@ def shapes(
     offset: int = 0,
     rough: float = 0.0,
     turning: float = 0.0,
+    several: float = 0.0,
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
     check_video((width, height), frame_num)
-    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning)
+    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several)
 
 
 DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}
