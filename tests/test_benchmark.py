@@ -14,7 +14,7 @@ from starting import Forked, finish, fork
 
 import wan
 from scripts import benchmark
-from wan.cache_settings import COPIES
+from wan.cache_settings import KINDS
 from wan.random_checkpoint import random_transformer
 
 SCRIPT = Path(benchmark.__file__)
@@ -85,7 +85,7 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path
     assert code == 0, said
     rows = json.loads(out.splitlines()[-1])["rows"]
     name = "64x48x5: a step, keep-0.1"
-    ends = ["", *(f", {kind}, {what}" for kind in COPIES for what in ("nothing reused", "reused"))]
+    ends = ["", *(f", {kind}, {what}" for kind in KINDS for what in ("nothing reused", "reused"))]
     assert [row["what"] for row in rows] == [name + end for end in ends]
     assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2 + ["0 of 6", "2 of 6"]
     flags += ["--ckpt_dir", str(random_nano), "--steps", "5", "--count", "2", "--sparse_algo", "keep-0.5"]

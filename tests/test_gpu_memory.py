@@ -71,7 +71,7 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
     if packing is not None:
         pytest.importorskip("torchao")
     if packing == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no float8 here")
+        pytest.skip("float8 needs a GPU of compute capability 8.9")
     made = {}
 
     def place(model):
@@ -127,7 +127,7 @@ def test_a_planned_pipeline_follows_the_plain_one(random_nano, packing, in_turns
     if packing is not None:
         pytest.importorskip("torchao")
     if packing == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no float8 here")
+        pytest.skip("float8 needs a GPU of compute capability 8.9")
     auto, settings = NablaConfig(threshold=0.5), dict(size=(256, 208), frame_num=9, seed=1, steps=2)
     plain = wan.WanT2V.from_pretrained(random_nano, auto, "cuda", torch.bfloat16).generate("a cat", **settings)
     for text, text_packing in (("stream", None), ("gpu", "int8"), ("gpu", None), ("cpu", None)):

@@ -72,7 +72,8 @@ class BlockStream:
         self.inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
         self.host: list[Tensor] = []
         self._fill_host(pinned and device.type == "cuda")
-        self._move_rest(torch.device("cpu"))
+        for tensor in self._rest():
+            tensor.data = tensor.data.to("cpu")
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
         self.whole: list[Tensor] = []
@@ -88,8 +89,10 @@ class BlockStream:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Hold buffers, kept blocks and all that is outside of blocks on the device."""
+        waiting = [(tensor, tensor.data) for tensor in self._rest()]
         try:
-            self._move_rest(self.device)
+            for tensor, data in waiting:
+                tensor.data = data.to(self.device)
             for number in range(self.kept):
                 self.whole.append(self.host[number].to(self.device))
                 self._put(number, self.whole[number])
@@ -100,13 +103,14 @@ class BlockStream:
             yield
         finally:
             self._close()
+            for tensor, data in waiting:
+                tensor.data = data
 
     def _close(self) -> None:
         if self.copying is not None:
             torch.cuda.synchronize(self.device)
         for number, memory in enumerate(self.host):
             self._put(number, memory)
-        self._move_rest(torch.device("cpu"))
         self.buffers, self.whole = [], []
         self.holds, self.arrived, self.used = [None, None], [None, None], [None, None]
 
@@ -131,10 +135,8 @@ class BlockStream:
         for leaf in self.leaves[number]:
             leaf.put(memory)
 
-    def _move_rest(self, device: torch.device) -> None:
-        for tensor in _tensors(self.module()):
-            if id(tensor) not in self.inside:
-                tensor.data = tensor.data.to(device)
+    def _rest(self) -> list[Tensor]:
+        return [tensor for tensor in _tensors(self.module()) if id(tensor) not in self.inside]
 
     @torch.compiler.disable
     def _before(self, number: int, *_: object) -> None:

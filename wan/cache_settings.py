@@ -20,6 +20,7 @@ THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
 OFF = (None, False, "none")
 # Of the hidden states, that both guidance branches keep; TaylorSeer's are of the last layer, which is far narrower.
 COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}
+KINDS = tuple(COPIES)
 INTERVAL = 2
 
 
@@ -50,8 +51,8 @@ class CacheSettings:
     measured_on: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in COPIES:
-            raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(COPIES)}")
+        if self.kind not in KINDS:
+            raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(KINDS)}")
         if self.kind == "taylorseer":
             self._check_limit("interval", INTERVAL, "threshold")
             if not is_count(self.interval) or self.interval < 2:
@@ -111,9 +112,14 @@ class CacheSettings:
             return cls(kind, interval=interval, ratios=file or ratios)
         return cls(kind, number, ratios=file or ratios)
 
+    @property
+    def short(self) -> str:
+        """As `parse` takes it, without ratios."""
+        return f"{self.kind}:{self.threshold if self.interval is None else self.interval:g}"
+
     def describe(self) -> str:
-        limit = "threshold" if self.interval is None else "interval"
-        return f"{self.kind}, {limit} {getattr(self, limit)}"
+        limit = f"threshold {self.threshold}" if self.interval is None else f"interval {self.interval}"
+        return f"{self.kind}, {limit}"
 
 
 def conditions(settings: Settings) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None)
     if frames > 0:
         x = F.pad(x, (0, 0, 0, 0, frames, 0))
     padding = 0, top, left
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    if on_cpu and x.numel() >= ONEDNN_LEAST:
+    could = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    if could and x.numel() >= ONEDNN_LEAST:
         return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups)
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 

@@ -18,7 +18,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK, FBCHeadBlockHook
 from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
-from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK, TaylorSeerCacheHook
+from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
@@ -60,15 +60,8 @@ def ran_in_full(transformer: WanTransformer3DModel) -> bool:
     if type(config) not in LEADERS or (by_steps and not config.use_lite_mode):
         known = " or ".join(kind.__name__ for kind in LEADERS)
         raise InputError(f"{type(config).__name__} does not say which blocks it leaves out; use {known} in lite mode")
-    leader = _leader(transformer, config)
-    state = leader.state_manager.get_state()
-    return _is_computed(leader, state.current_step) if by_steps else state.should_compute
-
-
-def _is_computed(hook: TaylorSeerCacheHook, step: int) -> bool:
-    """As the hook itself has it, which keeps it to itself."""
-    before, after = hook.disable_cache_before_step, hook.disable_cache_after_step
-    return step < before or (step - before - 1) % hook.cache_interval == 0 or (after is not None and step >= after)
+    state = _leader(transformer, config).state_manager.get_state()
+    return state.last_update_step == state.current_step if by_steps else state.should_compute
 
 
 class StepCache:

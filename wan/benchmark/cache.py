@@ -15,7 +15,7 @@ from nabla import InputError, NablaConfig
 from wan.attention import apply_attention, compile_blocks
 from wan.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
 from wan.benchmark.transformer import step_row
-from wan.cache_settings import COPIES, CacheSettings
+from wan.cache_settings import KINDS, CacheSettings
 from wan.config import VideoSettings, changed
 from wan.fp8 import apply_fp8
 from wan.fused_gelu import fuse_gelu
@@ -49,7 +49,7 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
             name = f"{label(video)}: a step, {config.algorithm}{' fp8' if args.fp8 else ''}"
             plain = step_of(args, name, transformer, video)
             yield plain
-            for kind in COPIES:
+            for kind in KINDS:
                 for what, settings in extremes(kind).items():
                     row = step_of(args, f"{name}, {kind}, {what}", transformer, video, settings)
                     yield row | {"of_uncached": round(row["ms"] / plain["ms"], 4)}
@@ -116,12 +116,11 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     plain = row_of(what, times)
     yield plain
     for settings in asked(args.cache, ratios):
-        name = f"{settings.kind}:{settings.threshold if settings.interval is None else settings.interval:g}"
         cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
         # The count is that of the last video.
-        row = row_of(f"{what}, {name}", times)
+        row = row_of(f"{what}, {settings.short}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
         yield row | {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)} | peak(args)
