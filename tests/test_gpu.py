@@ -29,11 +29,13 @@ from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, keep_count, keep_mass
 from nabla.tiling import TileLayout
 from wan import random_checkpoint, records
+from wan.cache_settings import CacheSettings
 from wan.fast_vae import decoder_dtype, speed_up_decoder
 from wan.fused_gelu import linear_gelu
 from wan.latents import decode
 from wan.random_checkpoint import MODELS, random_transformer
 from wan.run_log import read_log
+from wan.step_cache import apply_cache
 from wan.watch import Watch
 
 pytestmark = pytest.mark.gpu
@@ -289,6 +291,22 @@ def test_a_lora_under_float8_and_compiled_blocks_is_the_lora_merged(random_nano,
     pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", torch.bfloat16, fp8=True, lora=lora)
     assert abs(pipe.generate("a cat", **settings).astype(float) - plain.generate("a cat", **settings)).mean() < 12
     assert "Float8" in type(pipe.transformer.blocks[0].ffn.net[2].weight).__name__
+
+
+@pytest.mark.parametrize("cache", ("first_block:0.3", "mag:0.3", "taylorseer:2"))
+def test_step_caches_in_compiled_blocks_follow_those_in_float32(random_nano, cache):
+    ratios = {"ratios": (1.0,) * 6} if cache.startswith("mag") else {}
+    settings = dict(size=(256, 208), frame_num=9, seed=1, steps=6)
+    videos, reused = [], []
+    for dtype, compiles in ((torch.float32, False), (torch.bfloat16, True)):
+        pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", dtype, compile=compiles, cache="none")
+        applied = apply_cache(pipe.transformer, CacheSettings.parse(cache, **ratios))
+        videos.append(pipe.generate("a cat", **settings).astype(float))
+        again = pipe.generate("a cat", **settings)
+        assert (again == videos[-1]).all()
+        reused.append(applied.reused)
+    assert reused[0] == reused[1] > 0
+    assert abs(videos[0] - videos[1]).mean() < 12
 
 
 @pytest.mark.parametrize("offload", (False, True))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import imageio.v3 as iio
 import pytest
 import torch
+import weight_files
+from safetensors.torch import load_file, save_file
 
 import generate
 import wan
@@ -154,3 +157,20 @@ def test_generate_plans_says_so_and_limits_itself(random_nano, tmp_path, monkeyp
     assert (
         said.startswith("error: memory: 9 frames of 256*208 do not fit into 0.0 GB of the GPU") and "would do" in said
     )
+
+
+def test_a_gguf_file_under_a_budget_follows_its_weights_unpacked(random_nano, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    state = load_file(next(random_nano.glob("*.safetensors")))
+    save_file(weight_files.write_gguf(tmp_path / "packed.gguf", state), tmp_path / "exact.safetensors")
+    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--size", "256*208", "--frame_num", "9"]
+    flags += ["--sample_steps", "2", "--memory", "4", "--base_seed", "1"]
+    for name in ("packed.gguf", "exact.safetensors"):
+        files = ["--transformer", str(tmp_path / name), "--save_file", f"{name}.mp4"]
+        assert generate.main([*flags, *files]) == 0
+        said = capsys.readouterr().err
+        assert "memory: transformer " in said and "peak memory: host" in said
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    packed, exact = (iio.imread(f"{name}.mp4").astype(float) for name in ("packed.gguf", "exact.safetensors"))
+    assert abs(packed - exact).mean() < 12

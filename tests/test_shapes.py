@@ -19,7 +19,8 @@ from wan.training.captions import caption
 from wan.training.colours import COLOURS
 from wan.training.drawing import render
 from wan.training.measure import background_colour, measured, score
-from wan.training.scenes import KINDS, MOTIONS, Background, Scene, Shape, is_held_out, sample_scene
+from wan.training.random_scenes import TAKEN, sample_scene
+from wan.training.scenes import KINDS, MOTIONS, Background, Scene, Shape, is_held_out
 from wan.training.shapes import Shapes
 from wan.training.variants import variant
 from wan.training.words import COLOUR_WORDS, NOUNS
@@ -82,6 +83,9 @@ def test_items_depend_on_seed_and_index_alone():
     both = Shapes(3, 9, turning=1.0, several=1.0)
     for scene in (both.described(n)[0] for n in range(9)):
         assert len(scene.shapes) > 1 and any(one.spin != "none" for one in scene.shapes)
+    short = Shapes(3, 9, brief=1.0)
+    assert not any(short.described(n)[0].background.said for n in range(9))
+    assert [short.described(n)[0].shapes for n in range(9)] == [plain.described(n)[0].shapes for n in range(9)]
     assert len({text for seed in range(3) for _, text in Shapes(seed, 4, (16, 16), frames=1)}) > 8
     with pytest.raises(IndexError):
         whole[6]
@@ -110,6 +114,20 @@ def test_scenes_are_as_rich_as_promised():
             ends = np.array([one.start, one.end])
             assert (ends > one.radius[0]).all() and (ends < 1 - one.radius[0]).all()
             assert one.motion == "still" or np.abs(ends[1] - ends[0]).max() > 0.25
+
+
+def test_scenes_of_shapes_that_resemble_each_other():
+    drawn = [sample_scene(np.random.default_rng((7, i)), alike=1.0) for i in range(400)]
+    pairs = [scene.shapes for scene in drawn if len(scene.shapes) > 1 and scene.relation == "apart"]
+    shared = {name: np.mean([len({getattr(one, name) for one in pair}) == 1 for pair in pairs]) for name in TAKEN}
+    assert all(abs(shared[name] - share) < 0.2 for name, share in TAKEN.items()), shared
+    assert not any(map(is_held_out, drawn))
+    for scene in drawn:
+        assert scene.background.colour not in {one.colour for one in scene.shapes}
+        if scene.relation != "apart":
+            assert len({one.colour for one in scene.shapes[:2]}) == 2
+    texts = [caption(scene, np.random.default_rng(i)).lower() for i, scene in enumerate(drawn)]
+    assert sum(bool(re.search(r"\b(two|2|pair of|three|3) [a-z]+ [a-z]+s\b", text)) for text in texts) > 5
 
 
 def test_pictures_are_the_same_at_every_size():
@@ -225,6 +243,10 @@ def test_measurements_read_degraded_pictures():
     videos = (degraded(render(scene, (128, 128), 13), i) for i, scene in enumerate(drawn[:24]))
     right = [score(video, said(scene))["all"] for video, scene in zip(videos, drawn)]
     assert sum(right) >= 23
+    alike = [sample_scene(np.random.default_rng((3, i)), alike=1.0) for i in range(40)]
+    alike = [scene for scene in alike if len({one.colour for one in scene.shapes}) < len(scene.shapes)]
+    right = [score(degraded(render(scene, (128, 128), 13), i), said(scene)) for i, scene in enumerate(alike)]
+    assert len(right) >= 5 and all(one["all"] and one["count"] for one in right)
     wide = render(drawn[0], (208, 128), 17)
     assert score(wide, said(drawn[0]))["all"] and background_colour(wide) == drawn[0].background.colour
 
@@ -266,6 +288,28 @@ def test_wrong_videos_score_as_wrong():
         measured(video.float())
 
 
+def test_shapes_of_one_colour_are_told_apart():
+    def at(y: float, **changes) -> Shape:
+        moving = shape("triangle", "green", **changes)
+        return dataclasses.replace(moving, start=(moving.start[0], y), end=(moving.end[0], y))
+
+    above, below = at(0.25), at(0.75, motion="left")
+    video = render(scene_of(above, below), (208, 128), 17)
+    found = measured(video)
+    assert {(one.kind, one.colour) for one in found} == {("triangle", "green")}
+    assert sorted(one.motion for one in found) == ["left", "right"]
+    assert all(score(video, said(scene_of(above, below))).values())
+    # One of them alone is what the sentence says; two of it are not.
+    twice = score(video, said(scene_of(above)))
+    assert twice == {name: name not in ("kind", "all", "count") for name in twice}
+    once = score(render(scene_of(above), (128, 128), 17), said(scene_of(above, below)))
+    assert not (once["kind"] or once["count"])
+    # One that another hides in part is still one.
+    bar = shape("square", "blue", "still", radius=(0.12, 0.12))
+    hidden = render(scene_of(shape("circle", radius=(0.2, 0.2)), bar, relation="behind"), (128, 128), 17)
+    assert sorted(one.colour for one in measured(hidden)) == ["blue", "red"]
+
+
 def test_a_shape_in_pieces_is_of_no_kind():
     y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
     pieces = ((x - 64).abs() - 14).square() + (y - 64).square() < 36
@@ -276,7 +320,16 @@ def test_a_shape_in_pieces_is_of_no_kind():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"split": "test"}, {"count": -1}, {"rough": 1.5}, {"turning": -0.1}, {"several": "x"}]
+    "wrong",
+    [
+        {"split": "test"},
+        {"count": -1},
+        {"rough": 1.5},
+        {"turning": -0.1},
+        {"several": "x"},
+        {"alike": 2},
+        {"brief": None},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match=str(*wrong.values())):

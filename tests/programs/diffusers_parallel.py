@@ -46,19 +46,23 @@ def error_of_pipeline(processes: Processes, checkpoint: Path) -> float:
 
     def split_and_offload(transformer: WanTransformer3DModel) -> None:
         enable(transformer, processes)
-        diffusers_pipeline.offload_blocks(transformer)
+        diffusers_pipeline.offload_blocks(transformer, device)
 
+    device = processes.device
     with tempfile.TemporaryDirectory() as folder:
         factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(checkpoint, "dense").transformer)
         lora = weight_files.write_lora(Path(folder) / "style.safetensors", factors, "diffusers")
-        exact = diffusers_pipeline.own_latents(checkpoint, lora)
-        latents = diffusers_pipeline.latents_of_diffusers(checkpoint, lora, split_and_offload)
+        exact = diffusers_pipeline.own_latents(checkpoint, lora, device)
+        latents = diffusers_pipeline.latents_of_diffusers(checkpoint, lora, split_and_offload, device)
     return ((latents - exact).norm() / exact.norm()).item()
 
 
 def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:
-    """What `transformer.enable_parallelism` does, which fails on a CPU where it counts devices."""
+    """`transformer.enable_parallelism`, and what it does on a CPU, where it fails at counting devices."""
     config = ContextParallelConfig(ulysses_degree=processes.count)
+    if processes.device.type == "cuda":
+        transformer.enable_parallelism(config=config)
+        return
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     config.setup(processes.rank, processes.count, torch.device("cpu"), mesh)
     parallel = type("ParallelConfig", (), {"context_parallel_config": config})

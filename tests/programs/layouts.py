@@ -1,7 +1,7 @@
 """Under torchrun: the latents of checkpoints in every layout against one process's, a JSON line a case.
 
-With two processes on a CPU also those of compiled blocks, those with step caches, and outputs under diffusers' own
-context parallelism: in the same run, since each start takes long.
+With two processes also those of diffusers' pipeline, and on a CPU those of compiled blocks, those with step caches, and
+outputs under diffusers' own context parallelism: in the same run, since each start takes long.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main(device: str, checkpoints: list[Path]) -> None:
                 say(processes, what="cached", **result)
             for error in errors(processes):
                 say(processes, what="diffusers", error=error)
+        # diffusers' own parallelism divides heads evenly.
+        if processes.count == 2 and Checkpoint.open(checkpoints[0]).heads % 2 == 0:
             say(processes, what="pipeline of diffusers", error=error_of_pipeline(processes, checkpoints[0]))
 
 

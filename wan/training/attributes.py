@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wan.training.colours import COLOURS
 from wan.training.scenes import (
-    COLOURS,
     GROWTHS,
     KINDS,
     MOTIONS,

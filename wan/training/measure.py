@@ -1,8 +1,8 @@
 """Reading shapes, colours and motions off a video by plain image measurements, to score a generator by what it shows.
 
-The background is a line of colours between the tones at the frame's border; what lies off it is foreground. Each shape
-has a colour of its own, so the foreground's colours tell how many shapes there are and which pixels are whose. A kind
-is the silhouette that fits best over all rotations; motion, growth and spin are straight lines fitted over time.
+The background is a line of colours between the tones at the frame's border; what lies off it is foreground. Its colours
+tell which pixels are whose, and shapes of one colour are told apart where they stay apart. A kind is the silhouette
+that fits best over all rotations; motion, growth and spin are straight lines fitted over time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nabla import InputError
 from wan.training.attributes import MOST_SHAPES, said_of_shapes
 from wan.training.colours import COLOURS, GLOW, SHADE, mix, pattern_tone, texture_tone
 from wan.training.scenes import MOTIONS, SIZES, STEPS, place_of
+from wan.training.separate import separated
 from wan.training.silhouettes import SYMMETRIES, best_kind, centroids, pixel_grid, unit_area
 
 # Videos are measured at this many pixels on the shorter side.
@@ -61,7 +62,7 @@ class Found:
 
 
 def measured(video: Tensor) -> list[Found]:
-    """The shapes seen in (frames, height, width, 3) uint8, at most three, each of another colour.
+    """The shapes seen in (frames, height, width, 3) uint8, at most three of a colour and of three colours.
 
     Raises `InputError` for a tensor of another form.
     """
@@ -79,7 +80,9 @@ def measured(video: Tensor) -> list[Found]:
     # Mixtures at edges may have any colour, so they go with the pure pixels around them.
     around = F.avg_pool2d(owned, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
     masks = (around == around.amax(0)) & foreground
-    found = [_describe(mask.float(), colour) for mask, colour in zip(masks, colours)]
+    found = [
+        _describe(part, colour) for mask, colour in zip(masks, colours) for part in separated(mask.float(), MOST_SHAPES)
+    ]
     return [shape for shape in found if shape is not None]
 
 
@@ -88,7 +91,8 @@ def score(video: Tensor, named: Mapping[str, str]) -> dict[str, bool]:
 
     "colour", "kind" and "direction" hold if every shape has a found one of its own that fits in this attribute,
     "all" if every shape has one that fits in all three at once, "count" if nothing more is found than these, and
-    "background" if its colour is right. What is not said is right whatever it is.
+    "background" if its colour is right. What is not said is right whatever it is; a shape that is there once more
+    than is said is not one of its kind.
     """
     found, wanted = measured(video), said_of_shapes(named)
     results = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
@@ -103,7 +107,14 @@ def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: t
     def fits(shape: Found, said: Mapping[str, str]) -> bool:
         return all(name not in said or getattr(shape, name) == said[name] for name in attributes)
 
-    return any(all(map(fits, chosen, wanted)) for chosen in itertools.permutations(found, len(wanted)))
+    def is_doubled(chosen: tuple[Found, ...]) -> bool:
+        colours = {shape.colour for shape in chosen}
+        return "kind" in attributes and sum(shape.colour in colours for shape in found) > len(chosen)
+
+    return any(
+        all(map(fits, chosen, wanted)) and not is_doubled(chosen)
+        for chosen in itertools.permutations(found, len(wanted))
+    )
 
 
 def background_colour(video: Tensor) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from nabla import InputError
 from nabla.config import is_number
 from wan.training.captions import caption
 from wan.training.drawing import render
+from wan.training.random_scenes import sample_scene
 from wan.training.roughen import roughened
-from wan.training.scenes import SPLITS, Scene, chance, sample_scene
+from wan.training.scenes import SPLITS, Scene, chance
 from wan.training.schema import check_whole
 
 
@@ -26,6 +29,8 @@ class Shapes:
     rough: the share of captions that are made rougher, with words misspelt, unknown or left out
     turning: the share of scenes that are drawn again until a shape of theirs turns, which is hardest to learn
     several: the share that are drawn again until they have more than one shape
+    alike: the share, of scenes of several shapes that do not cross, whose shapes resemble the first, colour included
+    brief: the share of captions that leave out the background
     device: where videos are drawn, and stay
     """
 
@@ -40,18 +45,21 @@ class Shapes:
         rough: float = 0.0,
         turning: float = 0.0,
         several: float = 0.0,
+        alike: float = 0.0,
+        brief: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, number in (("seed", seed), ("count", count), ("offset", offset)):
             check_whole(name, number)
         if split not in SPLITS:
             raise InputError(f"split {split!r} is not known; use one of {', '.join(SPLITS)}")
-        for name, share in (("rough", rough), ("turning", turning), ("several", several)):
+        shares = {"rough": rough, "turning": turning, "several": several, "alike": alike, "brief": brief}
+        for name, share in shares.items():
             if not is_number(share) or not 0 <= share <= 1:
                 raise InputError(f"{name} {share!r} is not a number from 0 to 1")
         self.seed, self.count, self.size, self.frames = seed, count, size, frames
         self.split, self.offset, self.device = split, offset, device
-        self.rough, self.turning, self.several = rough, turning, several
+        self.rough, self.turning, self.several, self.alike, self.brief = shares.values()
 
     def __len__(self) -> int:
         return self.count
@@ -65,11 +73,13 @@ class Shapes:
         if not 0 <= index < self.count:
             raise IndexError(f"index {index} is outside the {self.count} items")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
-        scene = sample_scene(rng, self.split)
+        scene = sample_scene(rng, self.split, self.alike)
         # Nothing more is drawn where a share is 0, so that items stay what they are without them.
         turns = self.turning and chance(rng, self.turning)
         least = 2 if self.several and chance(rng, self.several) else 1
         while len(scene.shapes) < least or (turns and all(shape.spin == "none" for shape in scene.shapes)):
-            scene = sample_scene(rng, self.split)
+            scene = sample_scene(rng, self.split, self.alike)
+        if self.brief and chance(rng, self.brief):
+            scene = replace(scene, background=replace(scene.background, said=frozenset()))
         sentence = caption(scene, rng)
         return scene, roughened(sentence, rng) if self.rough and chance(rng, self.rough) else sentence

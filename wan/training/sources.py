@@ -187,11 +187,13 @@ def shapes(
     rough: float = 0.0,
     turning: float = 0.0,
     several: float = 0.0,
+    alike: float = 0.0,
+    brief: float = 0.0,
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
     check_video((width, height), frame_num)
-    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several)
+    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several, alike, brief)
 
 
 DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}

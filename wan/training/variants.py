@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from wan.training.random_scenes import unlike
 from wan.training.scenes import Scene, Shape, chance
 
 TWIN_SHARE, SHORT_SHARE = 0.25, 0.15
-# How often a shape takes these from the first; it takes all else always.
-TAKEN = {"kind": 0.75, "colour": 0.5, "motion": 0.7}
 
 
 def variant(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -23,7 +22,7 @@ def variant(scene: Scene, rng: np.random.Generator) -> Scene:
 def _with_twins(scene: Scene, rng: np.random.Generator) -> Scene:
     first, *others = scene.shapes
     first = replace(first, said=first.said - {"place"})
-    own = {name for name, share in TAKEN.items() if not chance(rng, share)}
+    own = unlike(rng)
     twins = (replace(first, **{name: getattr(other, name) for name in own}) for other in others)
     return replace(scene, shapes=(first, *twins))
 
