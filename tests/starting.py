@@ -53,7 +53,7 @@ class Forked:
 def start(count: int, *command: object, cwd: Path, how: tuple[str, ...] = STANDALONE) -> subprocess.Popen:
     """A program under torchrun, in a process group of its own."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={count}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen([*torchrun, *map(str, command)], cwd=cwd, env=env, **pipes)
 
