@@ -97,6 +97,10 @@ def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path
     assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]
     # Every second one of the four.
     assert predicted["what"].endswith(", taylorseer:2") and predicted["reused"] == "4 of 10" and predicted["psnr"] < 100
+    ratios = tmp_path / "ratios.json"
+    ratios.write_text(json.dumps({"ratios": [1.0, 1.0], "measured_on": {"steps": 7, "attention": "keep-0.5"}}))
+    assert benchmark.main([*flags, "--cache", f"mag:0.1:{ratios}"]) == 0
+    assert "measured with steps 7, and this runs with steps 5" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "taylorseer:1"]) == 2
     assert "interval 1 is not a whole number" in capsys.readouterr().err
     assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err

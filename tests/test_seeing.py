@@ -23,6 +23,7 @@ from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import rotate
 from wan import Observer, Recorder, WanT2V, memory, random_checkpoint, records
 from wan.cache_settings import CacheSettings
+from wan.progress import Progress
 from wan.report import draw_report, drawn_of
 from wan.report_figure import figure_of
 from wan.run_log import RunLog, read_log
@@ -54,6 +55,16 @@ def sample(pipe, observer, guide_scale=5.0, steps=3):
 
 def kinds(records, kind):
     return [record for record in records if record["kind"] == kind]
+
+
+def test_time_left_is_of_recent_steps_and_not_of_the_first(capsys):
+    line = Progress(10)
+    # The first compiles, the third is left out by a cache.
+    for seconds in (30.0, 10.0, 0.0, 10.0):
+        line.step(seconds, None)
+    line.close()
+    said = capsys.readouterr().err.split("\r")[-1]
+    assert "step 4 of 10, 10.00 s a step, 00:40 left" in said
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import runpy
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import wan
 from nabla import InputError, NablaConfig
 from wan.cache_settings import CacheSettings, measured_otherwise
 from wan.config import resolve
-from wan.step_cache import apply_cache, calibrated, ran_in_full, remove_cache
+from wan.step_cache import LEADERS, apply_cache, calibrated, ran_in_full, remove_cache
 
 SPARSE = NablaConfig(threshold=0.4)
 RATIOS = (1.0, 1.1, 0.95, 1.05, 0.98, 1.02)
@@ -119,6 +121,23 @@ def test_what_is_reused_is_what_the_branch_computed_last(pipe, kind, changes, de
     reused = sample(pipe)
     assert torch.equal(reused, exact) and cache.reused == 2 * len(reuses)
     assert bool(reuses) != torch.equal(reused, plain)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "taylorseer"))
+def test_a_cache_that_is_taken_off_keeps_nothing(pipe, kind):
+    cache = apply_cache(pipe.transformer, loose(kind))
+    cache.begin(6, dense_steps=0)
+    inputs = torch.randn(1, 16, 2, 16, 16), torch.tensor([500]), torch.randn(1, 7, pipe.transformer.config.text_dim)
+    with cache.branch("cond", 0):
+        pipe.transformer(*inputs)
+    leader = pipe.transformer.blocks[0]._diffusers_hook.get_hook(LEADERS[type(pipe.transformer._cache_config)])
+    state = weakref.ref(leader.state_manager._state_cache["cond"])
+    gc.disable()
+    try:
+        remove_cache(pipe.transformer)
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", KINDS)

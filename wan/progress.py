@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 from tqdm import tqdm
 
 LINE = "{desc:<8} |{bar:24}| step {n_fmt} of {total_fmt}{postfix}"
+# The steps that tell how long those to come take: dense ones take longer, those that a cache leaves out less.
+RECENT = 6
 
 
 class Progress:
@@ -13,6 +18,7 @@ class Progress:
     def __init__(self, steps: int):
         self.bar = tqdm(total=steps, desc="start", bar_format=LINE, dynamic_ncols=True)
         self.kept = ""
+        self.recent: deque[float] = deque(maxlen=RECENT)
 
     def stage(self, name: str) -> None:
         self.bar.set_postfix_str(self.kept, refresh=False)
@@ -25,7 +31,11 @@ class Progress:
         """
         if kept is not None:
             self.kept = f"kept {kept:.1%}"
-        left = tqdm.format_interval((self.bar.total - self.bar.n - 1) * seconds)
+        if self.bar.n == 1:
+            # The first compiles.
+            self.recent.clear()
+        self.recent.append(seconds)
+        left = tqdm.format_interval((self.bar.total - self.bar.n - 1) * statistics.mean(self.recent))
         said = f"{seconds:.2f} s a step", f"{left} left", self.kept
         self.bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
         self.bar.update()

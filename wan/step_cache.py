@@ -42,8 +42,10 @@ def apply_cache(transformer: WanTransformer3DModel, settings: CacheSettings) -> 
 
 
 def remove_cache(transformer: WanTransformer3DModel) -> None:
-    """Take off what `apply_cache` put on; nothing happens to others."""
+    """Take off what `apply_cache` put on, and free what it keeps; nothing happens to others."""
     if hasattr(transformer, "step_cache"):
+        # Hooks that are taken off live on, in reference cycles, until Python looks for those.
+        transformer._reset_stateful_cache()
         transformer.disable_cache()
         del transformer.step_cache
 

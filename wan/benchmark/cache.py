@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ from nabla import InputError, NablaConfig
 from wan.attention import apply_attention, compile_blocks
 from wan.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
 from wan.benchmark.transformer import step_row
-from wan.cache_settings import KINDS, CacheSettings
-from wan.config import VideoSettings, changed
+from wan.cache_settings import KINDS, CacheSettings, measured_otherwise
+from wan.config import Settings, VideoSettings, changed
 from wan.fp8 import apply_fp8
 from wan.fused_gelu import fuse_gelu
 from wan.pipeline import WanT2V
@@ -87,7 +88,7 @@ def step_of(
 def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Sampling of whole videos without a cache, then with each, in the checkpoint's own settings where none are given.
 
-    MagCache's ratios are measured first, on other sentences and seeds, unless a cache names a file of them. A cache of
+    MagCache's ratios are measured first, on other sentences and seeds, for caches that name no file of them. A cache of
     threshold 0 shows what it changes that guidance branches run apart, which on a GPU may else be one batch.
     """
     # Wrong ones are found before anything is loaded.
@@ -115,7 +116,11 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     exact, times = sampled(pipe, prompts, SEED)
     plain = row_of(what, times)
     yield plain
+    attention = pipe.transformer.nabla.config
+    run = Settings(args.ckpt_dir, prompts[0], fp8=args.fp8, attention=attention, sampling=pipe.sampling)
     for settings in asked(args.cache, ratios):
+        if line := measured_otherwise(replace(run, cache=settings)):
+            print(f"warning: {line}", file=sys.stderr)
         cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
         cached, times = sampled(pipe, prompts, SEED)
