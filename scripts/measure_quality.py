@@ -62,7 +62,8 @@ def parse_args() -> argparse.Namespace:
     add("--sentences", type=Path, help="sentences of people instead, such as tests/data/shapes_sentences.yaml")
     add("--size", help="width*height, the checkpoint's own by default")
     add("--frame_num", type=int, help="frames, the checkpoint's own by default")
-    add("--seed", type=int, default=1000)
+    add("--seed", type=int, default=1000, help="of the first video; each has the next")
+    add("--sentence_seed", type=int, help="of the data set's sentences, that of the videos by default")
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
     add("--shift", type=float, help="of the noise levels, the checkpoint's own by default")
@@ -132,7 +133,7 @@ def kept_in(kept: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
 def asked_for(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
     """Sentences and what they say of shapes."""
     if args.sentences is None:
-        return of_shapes(args.count, args.seed, args.split)
+        return of_shapes(args.count, args.seed if args.sentence_seed is None else args.sentence_seed, args.split)
     return [(text, named) for text, named in read_sentences(args.sentences) if "shapes" in named][: args.count]
 
 

@@ -62,7 +62,9 @@ class Found:
 
 
 def measured(video: Tensor) -> list[Found]:
-    """The shapes seen in (frames, height, width, 3) uint8, at most three of a colour and of three colours.
+    """The shapes seen in (frames, height, width, 3) uint8, of at most three colours.
+
+    Two or three of one colour are told apart if they are of like size and lie apart most of the time.
 
     Raises `InputError` for a tensor of another form.
     """
@@ -91,8 +93,8 @@ def score(video: Tensor, named: Mapping[str, str]) -> dict[str, bool]:
 
     "colour", "kind" and "direction" hold if every shape has a found one of its own that fits in this attribute,
     "all" if every shape has one that fits in all three at once, "count" if nothing more is found than these, and
-    "background" if its colour is right. What is not said is right whatever it is; a shape that is there once more
-    than is said is not one of its kind.
+    "background" if its colour is right. What is not said is right whatever it is. A shape of which there is
+    another of the same colour, more than is said, is not one of its kind.
     """
     found, wanted = measured(video), said_of_shapes(named)
     results = {"colour": ("colour",), "kind": ("kind",), "direction": ("motion",), "all": ("colour", "kind", "motion")}
@@ -108,8 +110,9 @@ def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: t
         return all(name not in said or getattr(shape, name) == said[name] for name in attributes)
 
     def is_doubled(chosen: tuple[Found, ...]) -> bool:
-        colours = {shape.colour for shape in chosen}
-        return "kind" in attributes and sum(shape.colour in colours for shape in found) > len(chosen)
+        colours = {shape.colour for shape, said in zip(chosen, wanted) if "kind" in said}
+        seen, meant = (sum(shape.colour in colours for shape in shapes) for shapes in (found, chosen))
+        return "kind" in attributes and seen > meant
 
     return any(
         all(map(fits, chosen, wanted)) and not is_doubled(chosen)

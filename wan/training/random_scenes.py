@@ -70,6 +70,18 @@ def unlike(rng: np.random.Generator) -> Set[str]:
     return {name for name, share in TAKEN.items() if not chance(rng, share)}
 
 
+def resembling(first: Shape, other: Shape, own: Set[str]) -> Shape:
+    """The first shape again, but with what it has of its own from the other."""
+    twin = replace(first, **{name: getattr(other, name) for name in own})
+    if _turns_visibly(twin.kind, twin.shading):
+        return twin
+    return replace(twin, spin="none", said=twin.said - {"spin", "spinning"})
+
+
+def without_place(shape: Shape) -> Shape:
+    return replace(shape, said=shape.said - {"place"})
+
+
 def _draw_scene(rng: np.random.Generator, count: int, crossing: bool, split: str, is_alike: bool) -> Scene | None:
     """Shapes drawn one after another until each fits with those before; None if one finds no room."""
     background = _draw_background(rng)
@@ -81,7 +93,7 @@ def _draw_scene(rng: np.random.Generator, count: int, crossing: bool, split: str
         for _ in range(TRIES):
             shape = _draw_shape(rng, alone=count == 1)
             if is_alike:
-                shape = _draw_twin(rng, shapes[0], shape, own) if shapes else _without_place(shape)
+                shape = _draw_twin(rng, shapes[0], shape, own) if shapes else without_place(shape)
             if (
                 _is_allowed(shape, split, slot)
                 and _stands_out(shape, shapes, background, is_alike)
@@ -135,15 +147,9 @@ def _turns_visibly(kind: str, shading: str) -> bool:
     return kind not in ("circle", "ring") or shading in ("striped", "checkered")
 
 
-def _without_place(shape: Shape) -> Shape:
-    return replace(shape, said=shape.said - {"place"})
-
-
 def _draw_twin(rng: np.random.Generator, first: Shape, other: Shape, own: Set[str]) -> Shape:
-    """The first shape again at another place, but with what it has of its own from the other."""
-    twin = replace(first, **{name: getattr(other, name) for name in own})
-    if not _turns_visibly(twin.kind, twin.shading):
-        twin = replace(twin, spin="none", said=twin.said - {"spin", "spinning"})
+    """A shape that resembles the first, at a place of its own."""
+    twin = resembling(first, other, own)
     start, end = _draw_path(rng, twin.motion, max(twin.radius), shortest=0.6)
     return replace(twin, start=start, end=end, angle=_draw_angle(rng, twin.spin))
 

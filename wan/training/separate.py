@@ -18,7 +18,8 @@ LEAST_LASTING = 0.6  # of the frames in which any part is seen
 def separated(mask: Tensor, most: int) -> list[Tensor]:
     """A mask (frames, height, width) of 0 and 1, or one for each of the shapes, at most `most`, that mostly lie apart.
 
-    Frames that do not show as many parts as there are shapes are empty in all of these masks.
+    More than `most` are taken for one in pieces. Frames that do not show as many parts as there are shapes are empty in
+    all of the masks.
     """
     labels = _labels(mask)
     parts = [_parts(frame) for frame in labels]
@@ -31,16 +32,16 @@ def separated(mask: Tensor, most: int) -> list[Tensor]:
     for number, names in enumerate(parts):
         if len(names) == count:
             seen = torch.stack([labels[number] == name for name in names]).float()
-            order = _as_before(centroids(seen), last)
-            shapes[:, number] = seen[order]
-            last = centroids(seen[order])
+            centres = centroids(seen)
+            order = _as_before(centres, centres if last is None else last)
+            shapes[:, number], last = seen[order], centres[order]
     return list(shapes)
 
 
-def _as_before(centres: Tensor, last: Tensor | None) -> list[int]:
+def _as_before(centres: Tensor, last: Tensor) -> list[int]:
     """The order in which centres (n, 2) are nearest to those of the frame before."""
     orders = map(list, itertools.permutations(range(len(centres))))
-    return min(orders, key=lambda order: 0.0 if last is None else float((centres[order] - last).norm(dim=1).sum()))
+    return min(orders, key=lambda order: float((centres[order] - last).norm(dim=1).sum()))
 
 
 def _parts(labels: Tensor) -> list[int]:
@@ -51,10 +52,10 @@ def _parts(labels: Tensor) -> list[int]:
 
 
 def _labels(mask: Tensor) -> Tensor:
-    """Numbers (frames, height, width), the same within what is connected in a frame, 0 where the mask is."""
+    """Numbers (frames, height, width), the same within what is connected in a frame, 0 where the mask is 0."""
     # At half the size, so that the number soon reaches all of a part, and a line of one pixel does not cut it.
     coarse = F.max_pool2d(mask[:, None], 2, ceil_mode=True)
-    labels = torch.arange(1.0, coarse.numel() + 1, device=mask.device).view_as(coarse) * coarse
+    labels = torch.arange(1.0, coarse[0].numel() + 1, device=mask.device).view_as(coarse[0]) * coarse
     while not torch.equal(labels, spread := F.max_pool2d(labels, 3, 1, 1) * coarse):
         labels = spread
     height, width = mask.shape[1:]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from wan.training.random_scenes import unlike
+from wan.training.random_scenes import resembling, unlike, without_place
 from wan.training.scenes import Scene, Shape, chance
 
 TWIN_SHARE, SHORT_SHARE = 0.25, 0.15
@@ -21,10 +21,8 @@ def variant(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def _with_twins(scene: Scene, rng: np.random.Generator) -> Scene:
     first, *others = scene.shapes
-    first = replace(first, said=first.said - {"place"})
-    own = unlike(rng)
-    twins = (replace(first, **{name: getattr(other, name) for name in own}) for other in others)
-    return replace(scene, shapes=(first, *twins))
+    first, own = without_place(first), unlike(rng)
+    return replace(scene, shapes=(first, *(resembling(first, other, own) for other in others)))
 
 
 def _shortened(scene: Scene, rng: np.random.Generator) -> Scene:
