@@ -53,7 +53,7 @@ class Forked:
 def start(count: int, *command: object, cwd: Path, how: tuple[str, ...] = STANDALONE) -> subprocess.Popen:
     """A program under torchrun, in a process group of its own."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={count}"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    env = os.environ | {"PYTHONPATH": _path()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen([*torchrun, *map(str, command)], cwd=cwd, env=env, **pipes)
 
@@ -76,13 +76,18 @@ def finish(process: subprocess.Popen | Forked, seconds: float = 180) -> tuple[in
     return process.returncode, out, said
 
 
+def _path() -> str:
+    """The project before the caller's own packages."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 @functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", _path())
         forkserver.ensure_running()
     return context
 

@@ -12,13 +12,25 @@ LINE = "{desc:<8} |{bar:24}| step {n_fmt} of {total_fmt}{postfix}"
 RECENT = 6
 
 
+class Pace:
+    """How long steps to come will take, by the last ones."""
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=RECENT)
+
+    def seconds_left(self, seconds: float, steps: int) -> float:
+        """For so many steps, after one that took `seconds`."""
+        self.recent.append(seconds)
+        return steps * statistics.mean(self.recent)
+
+
 class Progress:
     """The line, on stderr; `close` leaves it there."""
 
     def __init__(self, steps: int):
         self.bar = tqdm(total=steps, desc="start", bar_format=LINE, dynamic_ncols=True)
         self.kept = ""
-        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.pace = Pace()
 
     def stage(self, name: str) -> None:
         self.bar.set_postfix_str(self.kept, refresh=False)
@@ -32,10 +44,9 @@ class Progress:
         if kept is not None:
             self.kept = f"kept {kept:.1%}"
         if self.bar.n == 1:
-            # The first compiles.
-            self.recent.clear()
-        self.recent.append(seconds)
-        left = tqdm.format_interval((self.bar.total - self.bar.n - 1) * statistics.mean(self.recent))
+            # The first compiled.
+            self.pace = Pace()
+        left = tqdm.format_interval(self.pace.seconds_left(seconds, self.bar.total - self.bar.n - 1))
         said = f"{seconds:.2f} s a step", f"{left} left", self.kept
         self.bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
         self.bar.update()

@@ -29,6 +29,7 @@ from wan.observer import Observer
 from wan.page.preview import Preview
 from wan.pipeline import WanT2V
 from wan.processes import pick_device
+from wan.progress import Pace
 from wan.run import Request, check_output, settle, unexpected
 from wan.sampling import Cancelled
 from wan.video import make_folder
@@ -229,7 +230,7 @@ class _Teller(Observer):
 
     def __init__(self, job: Job, preview: Preview, steps: int):
         self.job, self.preview, self.steps = job, preview, steps
-        self.first_at: float | None = None
+        self.pace, self.last_at = Pace(), 0.0
 
     def stage_begins(self, name: str) -> None:
         self.job.tell(stage={"text": READING, "sampling": SAMPLING, "decode": DECODING}[name])
@@ -242,8 +243,9 @@ class _Teller(Observer):
     def step_ends(self, step: int, clean: Tensor) -> None:
         self.job.check()
         now = time.perf_counter()
-        left = None if self.first_at is None else (now - self.first_at) / step * (self.steps - step - 1)
-        self.first_at = self.first_at or now
+        # The first step compiles.
+        left = None if step == 0 else self.pace.seconds_left(now - self.last_at, self.steps - step - 1)
+        self.last_at = now
         picture = self.preview.see(clean)
         news = {} if picture is None else {"preview": picture}
         self.job.tell(step=step + 1, seconds_left=left, **news)

@@ -29,7 +29,7 @@ class Shapes:
     rough: the share of captions that are made rougher, with words misspelt, unknown or left out
     turning: the share of scenes that are drawn again until a shape of theirs turns, which is hardest to learn
     several: the share that are drawn again until they have more than one shape
-    alike: the share, of scenes of several shapes that do not cross, whose shapes resemble the first, colour included
+    alike: the share, of scenes of several shapes that do not cross, whose shapes share kind, colour or motion
     brief: the share of captions that leave out the background
     device: where videos are drawn, and stay
     """
