@@ -13,10 +13,25 @@ from typing import Any
 BACKEND_NAMES = ("auto", "cudnn", "flex", "gather", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
 MAX_BLOCK = 1024
+MAX_MESSAGE = 2000
+
+
+def printable(text: object) -> str:
+    """Text of one line that no terminal obeys: control characters, line breaks and lone surrogates are escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text))
 
 
 class InputError(ValueError):
-    """An input that its giver can mend; the message is one line: the value, what is allowed, what to do."""
+    """An input that its giver can mend; the message is one line: the value, what is allowed, what to do.
+
+    What a message shows of files and prompts reaches terminals and logs, so control characters in it are escaped, and
+    a value of any length leaves the message short enough to read.
+    """
+
+    def __init__(self, message: str):
+        text = printable(message)
+        half = MAX_MESSAGE // 2
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]} [...] {text[-half:]}")
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,17 @@
 """Wan2.1 text-to-video generation with block-sparse attention, as a small patch around diffusers' classes."""
 
-import sys
+from __future__ import annotations
 
-try:
-    import transformers  # noqa: F401, I001  before diffusers, which else prints about a circular import
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
     from wan.attention import apply_attention, remove_attention
     from wan.checkpoint import Checkpoint
     from wan.observer import Observer
     from wan.pipeline import WanT2V
     from wan.recorder import Recorder
     from wan.weights import CheckpointError
-except Exception:
-    # The doctor is there to say what is missing or broken, and what is broken may raise anything.
-    if sys.orig_argv[1:3] != ["-m", "wan.doctor"]:
-        raise
 
 __all__ = [
     "Checkpoint",
@@ -25,3 +22,21 @@ __all__ = [
     "apply_attention",
     "remove_attention",
 ]
+# Imported when first asked for: a program parses its flags, and minds Ctrl-C, before the seconds that torch takes.
+_MODULES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "weights",
+    "Observer": "observer",
+    "Recorder": "recorder",
+    "WanT2V": "pipeline",
+    "apply_attention": "attention",
+    "remove_attention": "attention",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Before diffusers, which else prints about a circular import with some versions of huggingface_hub.
+    import_module("transformers")
+    return getattr(import_module(f"wan.{_MODULES[name]}"), name)

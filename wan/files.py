@@ -2,38 +2,116 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import logging
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from safetensors import SafetensorError
+
 from nabla import InputError
 
 log = logging.getLogger("wan")
 
 PARTIAL = ".partial-"
+MARK = re.compile(rf"{re.escape(PARTIAL)}(?P<host>[0-9a-f]{{6}})-(?P<process>\d+)-")
 LOCK = ".lock"
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, remedy: str = "free some space, or choose another place") -> Iterator[Path]:
     """A path beside `path` for a file or a new folder, which takes its place if the body succeeds, else is removed.
 
-    What an earlier program that was killed left there half-written is removed first.
+    It is on the disk before it takes the place, and has the permissions that the umask gives. What earlier programs
+    that were killed left half-written in that folder is removed first. Raises `InputError`, with a remedy, if the
+    operating system will not write it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(PARTIAL + path.name)
-    remove(partial)
+    partial = path.with_name(f"{_mark()}{path.name}")
     try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         remove(partial)
-        raise
+        try:
+            yield partial
+            _settle(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+        except BaseException:
+            remove(partial)
+            raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+    except SafetensorError as error:
+        # Its library words an operating system's error so, and raises this for no other while writing.
+        if "I/O error" not in str(error):
+            raise
+        raise InputError(f"{path} cannot be written ({error}); {remedy}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what programs of this machine that have ended left half-written in a folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        marked = MARK.match(left.name)
+        if marked and marked["host"] == _host() and not _runs(int(marked["process"])):
+            remove(left)
+
+
+def _mark() -> str:
+    """Whose half-written file a name is: the host's, as a few letters, and the process's."""
+    return f"{PARTIAL}{_host()}-{os.getpid()}-"
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    """The process's, which can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _settle(path: Path) -> None:
+    """Have all of a file or folder on the disk, readable to whom the umask lets: safetensors gives its owner alone."""
+    if path.is_symlink():
+        return
+    mask = _umask()
+    for one in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if one.is_symlink():
+            continue
+        one.chmod((0o777 if one.is_dir() else 0o666) & ~mask)
+        _sync(one)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # Some file systems cannot sync a folder, and what was written there is as safe as it gets.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
 
 
 def remove(path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What a program says on stderr, and how it ends: by its own end, an input to mend, Ctrl-C or a signal.
+
+Imports nothing heavy, so that a program can guard the seconds in which torch is imported too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+INTERRUPTED = 130
+# Those that a batch system, a container or a closed terminal ends a program by. Windows has no SIGHUP.
+ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Ended(BaseException):
+    """A signal asks the program to end: like `KeyboardInterrupt` it passes all that cleans up on its way out."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def printable(text: object) -> str:
+    """Text of one line that no terminal obeys: control characters, line breaks and lone surrogates are escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text))
+
+
+def say(text: str) -> None:
+    """A line on stderr; one that cannot be written is lost, for a run that took hours must not die of a message."""
+    with suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+class Handler(logging.Handler):
+    """Records as single lines on stderr, whatever it is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+def log_to_stderr() -> None:
+    """Have the program's own log, and warnings of libraries, written to stderr."""
+    logging.basicConfig(format="%(message)s", handlers=[Handler()], force=True)
+    logging.getLogger("wan").setLevel(logging.INFO)
+
+
+def run_program(
+    main: Callable[..., int | None], *args: Any, interrupted: str = "interrupted; no half-written file is left"
+) -> int:
+    """Run a program's main function and give its exit code; bugs keep their tracebacks.
+
+    2 for an input to mend, after a line that says how; 130 for Ctrl-C, and 128 and its number for a signal, once all
+    that is half-written is removed. main: raises `InputError` for inputs, which is imported only when needed
+    """
+    before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS if _is_ours(number)}
+    try:
+        return main(*args) or 0
+    except KeyboardInterrupt:
+        say(interrupted)
+        return INTERRUPTED
+    except Ended as end:
+        say(interrupted.replace("interrupted", f"ended by {signal.Signals(end.number).name}", 1))
+        return 128 + end.number
+    except ValueError as error:
+        from nabla import InputError
+
+        if not isinstance(error, InputError):
+            raise
+        say(f"error: {error}")
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    # A second one while the first is cleaned up after would leave what it removes.
+    signal.signal(number, signal.SIG_IGN)
+    raise Ended(number)
+
+
+def _is_ours(number: int) -> bool:
+    """Whether a signal would end the program now: nohup has it ignored, a test or a trainer handles it itself."""
+    return signal.getsignal(number) == signal.SIG_DFL
+
+
+def exit_with(code: int) -> NoReturn:
+    """End the program, without a complaint of Python about a stdout or stderr that is gone."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            # Flushed once more while Python ends, and lost there.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.exit(code)

@@ -1,0 +1,183 @@
+"""YAML and JSON that may come from anyone, as plain values: bounded, no key twice, nothing that a record cannot hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+# Far beyond what settings and indexes of checkpoints need, and read within a second.
+MAX_BYTES = 16 * 2**20
+MAX_NODES = 100_000
+MAX_DEPTH = 100
+MAX_DIGITS = 64
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark; raises `OSError`, and `ValueError` for too large a one."""
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
+    return content.decode("utf-8-sig")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises `OSError`, and `ValueError` as `parse_json` does."""
+    return parse_json(read_text(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file. Raises `OSError`, and `ValueError` as `parse_yaml` does."""
+    return parse_yaml(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON; raises `ValueError`, in one short line, for what is not JSON, or beyond what is allowed.
+
+    Beyond that are a key that stands twice in an object, numbers that are not finite, and nesting without end.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_whole_number,
+            parse_float=_number,
+            parse_constant=_not_finite,
+        )
+        _check_depth(value)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of YAML, of mappings with texts as keys, lists, texts, numbers, true, false and null alone.
+
+    Raises `ValueError`, in one short line, for anything else, as `parse_json` does; also for aliases that stand for
+    more than a file of settings can mean. What YAML would read as a date stays text.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    finally:
+        loader.dispose()
+
+
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+
+
+class _Loader(yaml.SafeLoader):
+    """Of the types of YAML those that JSON has too."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        # Before the merge of "<<", whose keys others may replace.
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise ValueError(f"{_place(key_node)}: a key is no text; put it in quotes")
+            if key_node.value in seen:
+                raise ValueError(f"{_place(key_node)}: the key {key_node.value[:60]!r} stands twice; keep one")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+    def int_(self, node: yaml.ScalarNode) -> int:
+        # Before Python's own limit, which hexadecimal numbers pass, and with a line for people.
+        if len(node.value) > MAX_DIGITS:
+            raise ValueError(f"{_place(node)}: a number of {len(node.value)} digits; the most is {MAX_DIGITS}")
+        return self.construct_yaml_int(node)
+
+    def float_(self, node: yaml.ScalarNode) -> float:
+        value = self.construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise ValueError(f"{_place(node)}: {node.value[:60]!r} is not a finite number")
+        return value
+
+    def other(self, node: yaml.Node) -> NoReturn:
+        raise ValueError(f"{_place(node)}: {node.tag[:60]!r} is not a type that is read; write a text, number or list")
+
+
+# YAML's own resolvers without dates, on a copy, since yaml keeps them on the class.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.yaml_constructors = {
+    f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
+    for kind in ("null", "bool", "str", "seq", "map")
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.int_)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.float_)
+_Loader.add_constructor(None, _Loader.other)
+
+
+def _place(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+
+def _count_nodes(root: yaml.Node) -> None:
+    """Refuse what its aliases make too large, without following one twice, and what contains itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise ValueError(f"{_place(node)}: it contains itself; an alias may not stand within what it names")
+        if len(above) > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        if id(node) not in sizes:
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(size(child, (*above, id(node))) for child in flat)
+            if sizes[id(node)] > MAX_NODES:
+                raise ValueError(f"it stands for more than {MAX_NODES} values; settings need far fewer")
+        return sizes[id(node)]
+
+    size(root, ())
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        containers = (one for one in level if isinstance(one, (dict, list)))
+        level = [inner for one in containers for inner in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:60]!r} stands twice in one object; keep one")
+        found[key] = value
+    return found
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; the most is {MAX_DIGITS}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text[:60]} is not a finite number")
