@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wan.console import exit_with, log_to_stderr, printable, run_program
+
+MAX_MESSAGE = 2000
 # What runs if nothing names a checkpoint, and what is said then.
 SMALL_CHECKPOINT = str(Path(__file__).resolve().parent / "checkpoints" / "wan-shapes")
 ABOUT_SMALL = (
@@ -23,7 +24,7 @@ TASKS = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {printable(message)[:MAX_MESSAGE]} (see --help)\n")
 
 
 def boolean(text: str) -> bool:
@@ -63,6 +64,7 @@ def make_parser() -> Parser:
     )
     add("--save_dir", type=Path, help="where the videos of --prompt_file go (default: the working directory)")
     add("--save_file", type=Path, help="output, .mp4 (or .png for t2i); the settings go beside it as .json")
+    add("--overwrite", action="store_true", help="make videos again that are there; else none takes another's place")
     add("--sample_solver", help="unipc or dpm++")
     add("--sample_steps", type=int)
     add("--sample_shift", type=float)
@@ -155,48 +157,44 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("wan").setLevel(logging.INFO)
+    log_to_stderr()
+    return run_program(make, args)
+
+
+def make(args: argparse.Namespace) -> None:
+    """Make what the flags ask for."""
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
-    from nabla import InputError
     from wan.budget import parse_memory
     from wan.making import Options
     from wan.run import Request, run
 
-    try:
-        options = Options(
-            device=args.device,
-            offload=args.offload_model,
-            t5_cpu=args.t5_cpu,
-            compile=args.compile,
-            replicas=args.replicas,
-            cfg_size=args.cfg_size,
-            ulysses_size=args.ulysses_size,
-            dit_fsdp=args.dit_fsdp,
-            t5_fsdp=args.t5_fsdp,
-            memory=None if args.memory is None else parse_memory(args.memory),
-            log=args.log_file,
-            report=args.report,
-        )
-        request = Request(
-            flag_settings(args),
-            config=args.config,
-            task=args.task,
-            default_checkpoint=SMALL_CHECKPOINT if args.task is None else TASKS[args.task],
-            about_default=ABOUT_SMALL if args.task is None else None,
-            save_file=args.save_file,
-            prompt_file=args.prompt_file,
-            save_dir=args.save_dir,
-        )
-        run(request, options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; no half-written file is left", file=sys.stderr)
-        return 130
-    return 0
+    options = Options(
+        device=args.device,
+        offload=args.offload_model,
+        t5_cpu=args.t5_cpu,
+        compile=args.compile,
+        replicas=args.replicas,
+        cfg_size=args.cfg_size,
+        ulysses_size=args.ulysses_size,
+        dit_fsdp=args.dit_fsdp,
+        t5_fsdp=args.t5_fsdp,
+        memory=None if args.memory is None else parse_memory(args.memory),
+        log=args.log_file,
+        report=args.report,
+        overwrite=args.overwrite,
+    )
+    request = Request(
+        flag_settings(args),
+        config=args.config,
+        task=args.task,
+        default_checkpoint=SMALL_CHECKPOINT if args.task is None else TASKS[args.task],
+        about_default=ABOUT_SMALL if args.task is None else None,
+        save_file=args.save_file,
+        prompt_file=args.prompt_file,
+        save_dir=args.save_dir,
+    )
+    run(request, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

@@ -27,15 +27,24 @@ ROOT = Path(generate.__file__).parent
 
 @pytest.fixture
 def run(random_nano, tmp_path, monkeypatch, capsys):
-    """Run generate.py in an empty directory: `run(*flags)` -> (exit code, what it printed, files it left)."""
+    """Run generate.py in an empty directory: `run(*flags)` -> (exit code, what it printed, files it left).
+
+    It may make a video again where there is one, unless told otherwise.
+    """
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags: str, ckpt_dir: Path | str | None = random_nano, prompt: str | None = "A red circle"):
+    def run(
+        *flags: str,
+        ckpt_dir: Path | str | None = random_nano,
+        prompt: str | None = "A red circle",
+        overwrite: bool = True,
+    ):
         small = {"--size": "64*48", "--frame_num": "5", "--sample_steps": "2", "--base_seed": "1", "--device": "cpu"}
         small |= {"--save_file": "out.mp4"}
         small |= {} if ckpt_dir is None else {"--ckpt_dir": str(ckpt_dir)}
         small |= {} if prompt is None else {"--prompt": prompt}
         defaults = [word for flag, value in small.items() if flag not in flags for word in (flag, value)]
+        defaults += ["--overwrite"] if overwrite else []
         try:
             code = generate.main([*defaults, *flags])
         except SystemExit as left:
@@ -138,7 +147,7 @@ def test_without_save_file_the_prompt_names_the_video(random_nano, tmp_path, mon
     flags += ["--sample_steps", "1", "--sample_guide_scale", "1"]
     for frames, suffix in (("5", ".mp4"), ("1", ".png")):
         assert generate.main([*flags, "--frame_num", frames]) == 0
-        assert len(list(tmp_path.glob(f"A-cat-at-night_*{suffix}"))) == 1
+        assert len(list(tmp_path.glob(f"A-cat-at-night-????????{suffix}"))) == 1
 
 
 def test_other_flags_of_wan(run):
@@ -289,7 +298,7 @@ def test_without_ffmpeg_nothing_is_begun(run, monkeypatch):
     assert (code, files) == (
         2,
         [],
-    ) and said == "error: videos need ffmpeg, and there is none; pip install imageio-ffmpeg\n"
+    ) and said.startswith("error: videos need ffmpeg, and there is none; pip install imageio-ffmpeg, or let ")
 
 
 def test_a_prompt_that_is_not_unicode(run):
@@ -360,14 +369,57 @@ def test_a_machine_without_memory_is_one_line(run, monkeypatch):
     assert (code, files) == (2, []) and "the machine ran out of memory; try a smaller --size" in said.splitlines()[-1]
 
 
-def test_a_write_that_fails_leaves_nothing(run, monkeypatch):
-    def full_disk(path, *_, **__):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+def test_an_encoder_that_fails_leaves_nothing_and_what_was_there(run, tmp_path, monkeypatch):
+    run()
+    before = [(path, path.read_bytes()) for path in (tmp_path / "out.mp4", tmp_path / "out.json")]
+    real = video.encoder()
+    dying = tmp_path / "dying"
+    # Without its last frames, or cut, both with code 0; or whole, with another code.
+    ends = (f'head -c {3 * 64 * 48 * 3} | {real} "$@"', f'{real} "$@"; truncate -s 300 "$out"', f'{real} "$@"; exit 3')
+    for end in ends:
+        dying.write_text(
+            f'#!/bin/bash\nfor out; do :; done\ncase $out in *out.mp4) {end};; *) exec {real} "$@";; esac\n'
+        )
+        dying.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(dying))
+        code, said, files = run("--base_seed", "2")
+        assert code == 2 and "out.mp4 could not be written: encoder" in said.splitlines()[-1]
+        assert str(dying) in said.splitlines()[-1] and files == ["dying", "out.json", "out.mp4"]
+        assert all(path.read_bytes() == content for path, content in before)
 
-    monkeypatch.setattr(video.imageio, "mimwrite", full_disk)
-    code, said, files = run()
-    assert (code, files) == (2, []) and "out.mp4 cannot be written (No space left on device)" in said
+
+@pytest.mark.parametrize("named", ("/none/ffmpeg", "no_h264", "cannot_write"))
+def test_an_encoder_that_cannot_write_is_found_before_anything_is_loaded(run, tmp_path, monkeypatch, named):
+    scripts = {
+        "no_h264": "echo Unknown encoder libx264 >&2; exit 1",
+        "cannot_write": "echo Permission denied >&2; exit 1",
+    }
+    if named in scripts:
+        (tmp_path / named).write_text(f"#!/bin/sh\n{scripts[named]}\n")
+        (tmp_path / named).chmod(0o755)
+        named = str(tmp_path / named)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", named)
+    code, said, files = run(ckpt_dir="nobody/none")
+    assert code == 2 and said.count("\n") == 1 and f"encoder {named} " in said and "libx264" in said
+    assert not [name for name in files if name.endswith((".mp4", ".json"))]
+
+
+def test_a_finished_video_is_not_replaced_unless_told(run, tmp_path):
+    run()
+    before = (tmp_path / "out.mp4").read_bytes(), (tmp_path / "out.json").read_bytes()
+    code, said, _ = run(overwrite=False)
+    assert code == 0 and said.splitlines()[-1] == "made already: out.mp4; --overwrite makes it again"
+    for other in (["--base_seed", "2"], ["--base_seed", "-1"], ["--sample_steps", "3"]):
+        code, said, _ = run(*other, overwrite=False)
+        assert code == 2 and "out.mp4 is there already; give --overwrite to replace it, or choose another" in said
+    assert before == ((tmp_path / "out.mp4").read_bytes(), (tmp_path / "out.json").read_bytes())
+    code, said, _ = run("--frame_num", "1", "--save_file", "out.png")
+    assert code == 2 and "out.json is the record of out.mp4; choose another --save_file" in said
+    (tmp_path / "out.mp4").write_bytes(b"half")
+    assert run(overwrite=False)[0] == 0 and (tmp_path / "out.mp4").read_bytes() == before[0]
+    (tmp_path / "out.json").unlink()
+    code, said, _ = run(overwrite=False)
+    assert code == 2 and "out.mp4 is there already, without its record; give --overwrite" in said
 
 
 def test_bugs_keep_their_traceback(run, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -19,7 +20,8 @@ from starting import Forked, finish, fork, start
 import generate
 from nabla import InputError
 from wan import random_checkpoint
-from wan.jobs import read_prompts
+from wan.config import resolve
+from wan.jobs import name_of, names_of, read_prompts
 from wan.parallel import dealt, interleaved, shares
 from wan.processes import Layout, choose_layout
 
@@ -34,10 +36,10 @@ SMALL = "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu 
 def run_prompts(random_nano, tmp_path, capsys):
     """Make the videos of prompts by one process, and return what it says."""
 
-    def run(prompts: str, *flags: str) -> str:
+    def run(prompts: str, *flags: str, code: int = 0) -> str:
         (tmp_path / "prompts.txt").write_text(prompts)
         files = ["--prompt_file", str(tmp_path / "prompts.txt"), "--save_dir", str(tmp_path)]
-        assert generate.main([*files, "--ckpt_dir", str(random_nano), *SMALL, *flags]) == 0
+        assert generate.main([*files, "--ckpt_dir", str(random_nano), *SMALL, *flags]) == code
         return capsys.readouterr().err
 
     return run
@@ -163,12 +165,13 @@ def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_na
     code, _, said = finish(fork(2, ROOT / "generate.py", *flags, cwd=tmp_path))
     assert code == 0, said
     assert "layout: 2 processes: 2 replicas" in said
-    names = ["A-cat.mp4", "A-red-circle.mp4", "One-picture.png", "boat.mp4"]
     made = tmp_path / "made"
-    assert [name for name in files(made) if not name.endswith(".json")] == names
+    names = [name for name in files(made) if not name.endswith(".json")]
+    plain = [re.sub("-[0-9a-f]{8}", "", name) for name in names]
+    assert plain == ["A-cat.mp4", "A-red-circle.mp4", "One-picture.png", "boat.mp4"]
     assert iio.imread(made / "boat.mp4").shape[1:3] == (48, 32)
     (made / "boat.mp4").unlink()
-    (made / "A-cat.json").unlink()
+    (made / names[0]).write_bytes(b"half a video")
     times = {name: (made / name).stat().st_mtime_ns for name in names[1:3]}
     # Of a single process, torchrun says no more.
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
@@ -183,7 +186,7 @@ def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_na
     (
         ("killed_in_sampling", "1", "error: process 0 lost another, which was killed or cut off"),
         ("unreadable_shard", "1", "is truncated or corrupt"),
-        ("full_disk", "0", "error: out.mp4 cannot be written (No space left on device); choose another --save_file"),
+        ("full_disk", "0", "error: out.mp4 cannot be written (No space left on device); free some space"),
         ("broken_code", "1", "ZeroDivisionError: a bug"),
     ),
 )
@@ -267,12 +270,27 @@ def test_heads_are_dealt_so_that_all_have_as_much_to_do():
         assert sorted(interleaved(40, parts).tolist()) == list(range(40))
 
 
-def test_names_of_prompts_do_not_depend_on_their_lines(tmp_path):
+def test_names_of_prompts_are_those_that_lines_give(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text(
-        '\ufeff{"prompt": "A cat", "name": "A-dog"}\nA dog\n\nA cat, asleep\r\nA cat,  asleep!\n', encoding="utf-8"
+    path.write_text('\ufeff{"prompt": "A cat", "name": "A-dog.mp4"}\nA dog\n\nA cat, asleep\r\n', encoding="utf-8")
+    assert [name for _, name in read_prompts(path)] == ["A-dog", None, None]
+
+
+def test_a_name_belongs_to_what_a_video_shows():
+    def settings(**values):
+        return resolve({"checkpoint": "a/b", "prompt": "A cat, asleep!"} | values)
+
+    own = name_of(settings())
+    assert re.fullmatch("A-cat-asleep-[0-9a-f]{8}", own) and name_of(settings(sampling={"seed": -1})) == own
+    others = (
+        {"prompt": "A cat, asleep?"},
+        {"sampling": {"seed": 1}},
+        {"sampling": {"steps": 3}},
+        {"video": {"fps": 8}},
+        {"lora": ["x.safetensors"]},
     )
-    assert [name for _, name in read_prompts(path)] == ["A-dog", "A-dog-2", "A-cat-asleep", "A-cat-asleep-2"]
+    assert len({own, *(name_of(settings(**other)) for other in others)}) == 6
+    assert names_of([settings(), settings(sampling={"seed": 1}), settings()])[::2] == [own, f"{own}-2"]
 
 
 @pytest.mark.parametrize(
@@ -296,9 +314,28 @@ def test_wrong_lines_of_a_prompt_file(line, message, tmp_path):
         read_prompts(path)
 
 
-def test_a_video_made_otherwise_is_made_again(run_prompts, tmp_path):
-    run_prompts("A cat")
-    first = (tmp_path / "A-cat.mp4").read_bytes()
-    assert "1 are made already" in run_prompts("A cat")
+def test_what_is_made_is_decided_by_records_and_stays(run_prompts, tmp_path):
+    run_prompts("A cat\nA cat\n")
+    first = {path: path.read_bytes() for path in tmp_path.glob("A-cat-*.mp4")}
+    assert len(first) == 2 and "2 are made already" in run_prompts("A cat\nA cat\n")
     assert "0 are made already" in run_prompts("A cat", "--sample_steps", "3")
-    assert (tmp_path / "A-cat.mp4").read_bytes() != first
+    assert "of which 2 are made already" in run_prompts("A dog\nA cat\nA cat\n")
+    moved, other = list(first)
+    for path in (moved, moved.with_suffix(".json")):
+        path.rename(path.with_stem("mine"))
+    record = json.loads((tmp_path / "mine.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(record | {"file": record["file"] | {"name": "mine.mp4"}}))
+    assert "2 are made already" in run_prompts("A cat\nA cat\n")
+    assert (tmp_path / "mine.mp4").read_bytes() == first[moved] and other.read_bytes() == first[other]
+
+
+def test_a_named_video_made_otherwise_is_replaced_only_if_told(run_prompts, tmp_path):
+    line = '{"prompt": "A cat", "name": "one"}'
+    run_prompts(line)
+    first = (tmp_path / "one.mp4").read_bytes()
+    assert "1 are made already" in run_prompts(line)
+    said = run_prompts(line, "--sample_steps", "3", code=2)
+    assert "one.mp4 is there already; give --overwrite to replace it, or choose another name" in said
+    assert (tmp_path / "one.mp4").read_bytes() == first
+    run_prompts(line, "--sample_steps", "3", "--overwrite")
+    assert (tmp_path / "one.mp4").read_bytes() != first

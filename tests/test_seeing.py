@@ -358,9 +358,11 @@ def test_log_and_report_from_the_command_line(run):
 
 def test_each_video_of_a_prompt_file_has_its_own(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("A cat\nA dog\n")
-    assert run("--prompt_file", "prompts.txt", "--log", "run.jsonl")[2] == sorted(
-        ["A-cat.json", "A-cat.png", "A-dog.json", "A-dog.png", "prompts.txt", "run-A-cat.jsonl", "run-A-dog.jsonl"]
-    )
+    files = run("--prompt_file", "prompts.txt", "--log", "run.jsonl")[2]
+    names = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    assert [name[:-9] for name in names] == ["A-cat", "A-dog"]
+    endings = (f"{name}.json" for name in names), (f"run-{name}.jsonl" for name in names)
+    assert files == sorted(["prompts.txt", *(f"{name}.png" for name in names), *endings[0], *endings[1]])
 
 
 def test_files_of_a_prompt_file_are_checked_before_anything_is_made(run, tmp_path):
@@ -372,9 +374,9 @@ def test_files_of_a_prompt_file_are_checked_before_anything_is_made(run, tmp_pat
     said = run("--prompt_file", "long.txt")[1]
     assert said.endswith("(File name too long); choose another name in the file of prompts, or --save_dir\n")
     (tmp_path / "long.txt").unlink()
-    # While it is drawn its name is longer.
+    (tmp_path / "prompts.txt").write_text('{"prompt": "A dog", "name": "%s"}\n' % ("x" * 246))
     code, said, files = run("--prompt_file", "prompts.txt", "--report", "report.png")
-    assert (code, files) == (2, ["prompts.txt"]) and f"report-{'x' * 240}.png cannot be written (File name too" in said
+    assert (code, files) == (2, ["prompts.txt"]) and f"report-{'x' * 246}.png cannot be written (File name too" in said
     (tmp_path / "prompts.txt").write_text('{"prompt": "A cat", "name": "b"}\n{"prompt": "A cat", "name": "a-b"}\n')
     code, said, files = run("--prompt_file", "prompts.txt", "--report", "a.png")
     assert (code, files) == (2, ["prompts.txt"]) and "report a-b.png is the picture's own file; choose another" in said

@@ -32,9 +32,32 @@ def printable(text: object) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stderr; one that cannot be written is lost, for a run that took hours must not die of a message."""
-    with suppress(OSError, ValueError):
-        print(printable(text), file=sys.stderr, flush=True)
+    """A line on stderr; lost if that cannot be written, see `Stream`."""
+    # Without a stderr, print would take stdout.
+    if sys.stderr is not None:
+        print(printable(text), file=Stream(sys.stderr), flush=True)
+
+
+class Stream:
+    """A stream of the program that is given no error: whoever read it may have gone, or its disk be full.
+
+    A run that took hours must not die of its messages, whichever library writes them.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Handler(logging.Handler):
@@ -58,7 +81,10 @@ def run_program(
     2 for an input to mend, after a line that says how; 130 for Ctrl-C, and 128 and its number for a signal, once all
     that is half-written is removed. main: raises `InputError` for inputs, which is imported only when needed
     """
+    _fill_closed()
     before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS if _is_ours(number)}
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Stream(one or open(os.devnull, "w")) for one in streams)
     try:
         return main(*args) or 0
     except KeyboardInterrupt:
@@ -75,8 +101,18 @@ def run_program(
         say(f"error: {error}")
         return 2
     finally:
+        sys.stdout, sys.stderr = streams
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _fill_closed() -> None:
+    """Have something behind stdin, stdout and stderr: else the next file opened would get their messages."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _end(number: int, _: object) -> NoReturn:

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,23 +35,45 @@ def whole(path: Path, remedy: str = "free some space, or choose another place") 
     that were killed left half-written in that folder is removed first. Raises `InputError`, with a remedy, if the
     operating system will not write it.
     """
-    partial = path.with_name(f"{_mark()}{path.name}")
-    try:
+    # Not by its name, which may be as long as names can be.
+    partial = path.with_name(_mark() + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
+    with written(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         remove(partial)
         try:
             yield partial
-            _settle(partial)
+            settle(partial)
             os.replace(partial, path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             remove(partial)
             raise
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder in a folder, for files that are moved into place when all are whole; it is removed in any case.
+
+    What earlier programs that were killed left there is removed first. Raises `OSError`.
+    """
+    sweep(folder)
+    own = Path(tempfile.mkdtemp(prefix=_mark(), dir=folder))
+    try:
+        yield own
+    finally:
+        remove(own)
+
+
+@contextmanager
+def written(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what an operating system or safetensors raises for a file that cannot be written into one line."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
     except SafetensorError as error:
-        # Its library words an operating system's error so, and raises this for no other while writing.
+        # So its library words an operating system's error; others are bugs.
         if "I/O error" not in str(error):
             raise
         raise InputError(f"{path} cannot be written ({error}); {remedy}") from error
@@ -90,7 +113,7 @@ def _umask() -> int:
     return mask
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Have all of a file or folder on the disk, readable to whom the umask lets: safetensors gives its owner alone."""
     if path.is_symlink():
         return
@@ -99,10 +122,10 @@ def _settle(path: Path) -> None:
         if one.is_symlink():
             continue
         one.chmod((0o777 if one.is_dir() else 0o666) & ~mask)
-        _sync(one)
+        sync(one)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,18 +1,19 @@
-"""A file of prompts: a video for each line."""
+"""A file of prompts: a video for each line, and the names of videos."""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nabla import InputError
 from wan.checks import check_prompt
-from wan.config import Settings, read_settings, resolve
+from wan.config import Settings, resolve
+from wan.sidecars import comparable
 
 KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
 # Where each stands in the schema of the YAML files.
@@ -21,12 +22,11 @@ SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "
 Layer = dict[str, Any]
 
 
-def read_prompts(path: Path) -> list[tuple[Layer, str]]:
-    """Settings that each line of a file of prompts makes, and the name of its video's file, without an ending.
+def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
+    """Settings that each line of a file of prompts makes, and the name that it gives its video's file, or None.
 
     A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num" and
-    "name"; empty lines are skipped. A name that is not given is made of the prompt's first words, with a number where
-    several begin alike. Raises `InputError` with the line's number for anything else.
+    "name", which has no ending; empty lines are skipped. Raises `InputError` with the line's number for anything else.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -40,15 +40,7 @@ def read_prompts(path: Path) -> list[tuple[Layer, str]]:
     for number, _, name in jobs:
         if name is not None and numbers.setdefault(name, number) != number:
             raise InputError(f"{path}, lines {numbers[name]} and {number}: both are named {name!r}; name one otherwise")
-    named = []
-    for number, layer, name in jobs:
-        if name is None:
-            words = words_of(layer["prompt"])
-            numbered = (f"{words}-{copy}" for copy in itertools.count(2))
-            name = next(n for n in itertools.chain([words], numbered) if n not in numbers)
-            numbers[name] = number
-        named.append((layer, name))
-    return named
+    return [(layer, name) for _, layer, name in jobs]
 
 
 def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
@@ -86,20 +78,17 @@ def words_of(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].rstrip("-") or "video"
 
 
-def is_made(path: Path, settings: Settings) -> bool:
-    """Whether a video stands at `path` whose record says that it was made with these settings, whatever seed they drew.
+def name_of(settings: Settings) -> str:
+    """A file name, without an ending, that belongs to what a video shows: its prompt, settings and seed."""
+    what = json.dumps(comparable(settings), sort_keys=True, ensure_ascii=False)
+    return f"{words_of(settings.prompt)}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
-    Videos and records are written whole, the record last, so that an interrupted one has none.
-    """
-    record = path.with_suffix(".json")
-    # Unlike pathlib these say no of a name that is too long.
-    if not (os.path.isfile(path) and os.path.isfile(record)):
-        return False
-    try:
-        made = resolve(read_settings(record)).to_dict()
-    except InputError:
-        return False
-    wanted: Mapping[str, Any] = settings.to_dict()
-    if wanted["sampling"]["seed"] in (None, -1):
-        made["sampling"]["seed"] = wanted["sampling"]["seed"]
-    return made == wanted
+
+def names_of(every: Iterable[Settings]) -> list[str]:
+    """The names of several videos, with a number for those that are asked for more than once."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in map(name_of, every):
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names

@@ -26,11 +26,11 @@ from wan.processes import Processes
 from wan.recorder import Recorder
 from wan.remaking import otherwise_packed
 from wan.report import draw_report
-from wan.video import write_image, write_json, write_video
+from wan.sidecars import Video, free_path
+from wan.video import record_of, write_with_record
 
 log = logging.getLogger("wan")
 
-Video = tuple[Settings, Path]
 VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao", "peft", "gguf")
 
 
@@ -40,6 +40,7 @@ class Options:
     None: by default.
 
     log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
+    overwrite: let a video take the place of one that is finished
     again: where the settings are from, which if it is the record of a video says how its weights were packed
     """
 
@@ -56,6 +57,7 @@ class Options:
     log: Path | None = None
     report: Path | None = None
     named_apart: bool = False
+    overwrite: bool = False
     again: str | None = None
 
 
@@ -155,23 +157,23 @@ def make(
     made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": asdict(pipe.plan)}
     if pipe.processes is not None:
         made_with["layout"] = asdict(pipe.processes.layout)
-    # A record beside a video says that it is whole and made so.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    record = {"settings": settings.to_dict(), "made_with": made_with}
-    if path.suffix == ".png":
-        write_image(path, frames[0])
-    else:
-        write_video(path, frames, video.fps)
-    write_json(path.with_suffix(".json"), record)
+    if not options.overwrite and (free := free_path(path)) != path:
+        log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
+        path = free
+    write_with_record(path, frames, video.fps, {"settings": settings.to_dict(), "made_with": made_with})
     stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
     peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
     log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
-    log.info("wrote %s and %s", path, path.with_suffix(".json"))
+    log.info("wrote %s and %s", path, record_of(path))
     if options.log is not None:
         log.info("log: %s", options.log)
     if options.report is not None:
-        draw_report(recorder.records, options.report, recorder.examples)
-        log.info("report: %s", options.report)
+        try:
+            draw_report(recorder.records, options.report, recorder.examples)
+            log.info("report: %s", options.report)
+        except InputError as error:
+            # As a log that a full disk ends: the videos to come are worth more.
+            log.warning("warning: no report: %s", error)
 
 
 def named_after(path: Path, options: Options) -> Options:

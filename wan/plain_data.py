@@ -1,4 +1,4 @@
-"""YAML and JSON that may come from anyone, as plain values: bounded, no key twice, nothing that a record cannot hold."""
+"""YAML and JSON that may come from anyone, as plain values: bounded, no key twice, all that a record can hold."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 from nabla import InputError
 from nabla.tiling import TileLayout
 from nabla.window import window_blocks
-from wan.files import PARTIAL, whole
+from wan.files import whole
 from wan.records import Record
 from wan.video import check_writable
 from wan.watch import DENSE, Example
@@ -55,7 +55,7 @@ def check_report(path: Path) -> None:
         raise InputError(f"report {path} needs matplotlib, which is not installed; pip install matplotlib")
     if path.suffix != ENDING:
         raise InputError(f"report {path} must end in {ENDING}")
-    check_writable(path, "--report", PARTIAL)
+    check_writable(path, "--report")
 
 
 def draw_report(records: Sequence[Record], path: str | Path, examples: Sequence[Example] = ()) -> Drawn:
@@ -71,12 +71,9 @@ def draw_report(records: Sequence[Record], path: str | Path, examples: Sequence[
     from wan.report_figure import figure_of
 
     figure = figure_of(records[0], drawn)
-    try:
-        with whole(path) as partial:
-            about = {"Description": records[0].get("prompt") or ""}
-            figure.savefig(partial, dpi=DPI, format="png", metadata=about)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another --report") from error
+    with whole(path, "choose another --report") as partial:
+        about = {"Description": records[0].get("prompt") or ""}
+        figure.savefig(partial, dpi=DPI, format="png", metadata=about)
     return drawn
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nabla import InputError
+from nabla.config import is_count
 from wan.budget import check_memory
 from wan.cache_settings import measured_otherwise
 from wan.checkpoint import Checkpoint
 from wan.config import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
-from wan.jobs import is_made, read_prompts, words_of
-from wan.making import Options, Video, make_all, named_after
+from wan.jobs import names_of, read_prompts
+from wan.making import Options, make_all, named_after
 from wan.processes import Processes, choose_layout, pick_device, started_by_torchrun
 from wan.report import check_report
 from wan.run_log import check_log
+from wan.sidecars import Video, check_free, is_made, still_to_make
 from wan.single_file import open_transformer
-from wan.video import check_encoder, check_writable, make_folder
+from wan.video import check_encoder, check_writable, make_folder, record_of, to_json
 from wan.weights import SAFETENSORS, CheckpointError, weight_file
 
 log = logging.getLogger("wan")
@@ -61,10 +63,15 @@ def run(request: Request, options: Options) -> None:
             log.setLevel(logging.INFO if processes.rank == 0 else logging.WARNING)
             _run(request, options, processes.device, processes)
         return
-    for name in ("replicas", "cfg_size", "ulysses_size", "dit_fsdp", "t5_fsdp"):
+    for name in ("replicas", "cfg_size", "ulysses_size"):
         asked = getattr(options, name)
-        if asked not in (None, 1, False) or asked is True:
+        if asked is not None and (not is_count(asked) or asked == 0):
+            raise InputError(f"{name} {asked!r} is not a positive integer; leave it out to have it chosen")
+        if asked not in (None, 1):
             raise InputError(f"{name} {asked} needs several processes; start with torchrun")
+    for name in ("dit_fsdp", "t5_fsdp"):
+        if getattr(options, name):
+            raise InputError(f"{name} True needs several processes; start with torchrun")
     _run(request, options, pick_device(options.device), None)
 
 
@@ -110,7 +117,9 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     from_file = {} if config is None else read_settings(config)
     if "checkpoint" not in flags:
         _check_task(request.task, config, from_file.get("checkpoint"))
-    jobs = [({}, None)] if request.prompt_file is None else read_prompts(request.prompt_file)
+    jobs: list[tuple[dict[str, Any], str | None]] = [({}, None)]
+    if request.prompt_file is not None:
+        jobs = read_prompts(request.prompt_file)
     settings = resolve(jobs[0][0], flags, from_file, {"checkpoint": request.default_checkpoint})
     if request.save_file is not None:
         check_output(request.save_file)
@@ -123,16 +132,19 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
         weight_file("lora", lora.file, (SAFETENSORS,))
     checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
     checkpoint.require_tokenizer()
-    videos = []
-    for layer, name in jobs:
+    every = []
+    for layer, _ in jobs:
         settings = checkpoint.resolve(layer, flags, from_file)
         settings = replace(settings, dtype=settings.dtype or own_dtype)
         check_positions(settings.video, checkpoint.positions)
-        path = request.save_file or default_path(settings)
-        if name is not None:
-            path = (request.save_dir or Path()) / f"{name}{ending(settings)}"
-        videos.append((settings, path))
-    return checkpoint, videos
+        # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
+        every.append(settings if request.prompt_file else replace(settings, sampling=settings.sampling.with_seed()))
+    folder = request.save_dir or Path()
+    names = (given or own for (_, given), own in zip(jobs, names_of(every)))
+    paths = [request.save_file or folder / f"{name}{ending(one)}" for name, one in zip(names, every)]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise InputError(f"two prompts would both be {twice[0]}; name one otherwise")
+    return checkpoint, list(zip(every, paths))
 
 
 def _check_files(options: Options, pictures: Set[Path]) -> None:
@@ -158,19 +170,30 @@ def _say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request
 
 
 def _still_to_make(videos: list[Video], request: Request, options: Options) -> list[Video]:
-    """The videos that are not made yet, each with a seed, all of them writable, with their logs and reports."""
-    flag = "--save_file"
+    """The videos that are not made yet, each with a seed, all of them writable, with their logs and reports.
+
+    Raises `InputError` if one would take the place of another that is finished, unless that is asked for.
+    """
     if request.prompt_file is not None:
         flag = "name in the file of prompts, or --save_dir"
-        make_folder(request.save_dir or Path())
-        left = [(settings, path) for settings, path in videos if not is_made(path, settings)]
-        log.info("prompts: %d, of which %d are made already", len(videos), len(videos) - len(left))
-        videos = left
+        folder = request.save_dir or Path()
+        make_folder(folder)
+        if not options.overwrite:
+            named = [name is not None for _, name in read_prompts(request.prompt_file)]
+            left = still_to_make(videos, folder, named)
+            log.info("prompts: %d, of which %d are made already", len(videos), len(videos) - len(left))
+            videos = left
         pictures = {path.absolute() for _, path in videos}
         for _, path in videos:
             _check_files(named_after(path, options), pictures)
+    else:
+        flag = "--save_file"
+        if not options.overwrite and is_made(videos[0][1], videos[0][0]):
+            log.info("made already: %s; --overwrite makes it again", videos[0][1])
+            return []
     for settings, path in videos:
         check_output(path, settings, flag)
+        check_free(path, settings, flag, options.overwrite)
     return [(replace(settings, sampling=settings.sampling.with_seed()), path) for settings, path in videos]
 
 
@@ -215,11 +238,6 @@ def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     return lines
 
 
-def default_path(settings: Settings) -> Path:
-    """A file name in the working directory from the prompt's first words and the time."""
-    return Path(f"{words_of(settings.prompt)}_{datetime.now():%Y%m%d-%H%M%S}{ending(settings)}")
-
-
 def ending(settings: Settings) -> str:
     return ".png" if settings.video.frame_num == 1 else ".mp4"
 
@@ -234,12 +252,18 @@ def check_output(path: Path, settings: Settings | None = None, flag: str = "--sa
         kind = f".mp4 for {settings.video.frame_num} frames" if many else ".mp4, or in .png for one frame"
         raise InputError(f"save_file {path} must end in {kind}")
     if path.suffix == ".mp4":
-        check_encoder()
-    record = path.with_suffix(".json")
+        check_encoder(path.parent)
     check_writable(path, flag)
-    check_writable(record, flag)
-    if record.exists():
+    check_writable(record_of(path), flag)
+    if record_of(path).exists():
         try:
-            read_settings(record)
+            read_settings(record_of(path))
         except InputError:
-            raise InputError(f"{record} exists and is not the record of a video; choose another {flag}") from None
+            raise InputError(
+                f"{record_of(path)} exists and is not the record of a video; choose another {flag}"
+            ) from None
+    if settings is not None:
+        try:
+            to_json(settings.to_dict())
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the settings of {path} cannot be written as its record ({error}); change them") from None

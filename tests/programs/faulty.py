@@ -36,11 +36,10 @@ def unreadable_shard() -> None:
 
 
 def full_disk() -> None:
-    def mimwrite(path, *args, **kwargs):
-        path.write_bytes(b"half")
+    def digest(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    video.imageio.mimwrite = mimwrite
+    video.digest = digest
 
 
 def broken_code() -> None:
