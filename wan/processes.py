@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError
+from wan.console import ENDING_SIGNALS, Ended, say
 
 # Others wait in a collective while one decodes, and torchrun ends the run if one dies: no time-out is needed for that.
 TIMEOUT = timedelta(days=7)
 START_TIMEOUT = timedelta(minutes=10)
+INTERRUPTS = (signal.SIGINT, *ENDING_SIGNALS)
 # What a process may take to clean up after a signal, if it is not stuck in a library.
 GRACE_SECONDS = 3.0
 LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited", re.IGNORECASE)
@@ -220,16 +222,16 @@ def _report(error: BaseException) -> int:
     """Say why this process ends, and return its exit code."""
     rank = os.environ["RANK"]
     if isinstance(error, InputError):
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; no half-written file is left", file=sys.stderr)
+    if isinstance(error, (KeyboardInterrupt, Ended)):
+        say("interrupted; no half-written file is left")
         return 130
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
         reason = " ".join(str(error).split())[:500]
-        print(f"error: process {rank} lost another, which was killed or cut off: {reason}", file=sys.stderr)
+        say(f"error: process {rank} lost another, which was killed or cut off: {reason}")
     else:
-        print(f"process {rank} failed:", file=sys.stderr)
+        say(f"process {rank} failed:")
         traceback.print_exception(error)
     return 1
 
@@ -242,7 +244,7 @@ def _leave(code: int) -> NoReturn:
 
 
 class _Watch:
-    """Makes SIGINT and SIGTERM interrupt the main thread, and end the process if that is stuck.
+    """Makes SIGINT, SIGTERM and SIGHUP interrupt the main thread, and end the process if that is stuck.
 
     Python handles signals between its own instructions alone, so a process that waits in a library would ignore them.
     """
@@ -252,16 +254,16 @@ class _Watch:
         self.receiving, sending = socket.socketpair()
         sending.setblocking(False)
         self.sending = sending
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in INTERRUPTS:
             signal.signal(number, signal.default_int_handler)
         # Written to whichever thread a signal meets.
         signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while self.receiving.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
+        while self.receiving.recv(1)[0] not in INTERRUPTS:
             pass
         time.sleep(GRACE_SECONDS)
         if self.processes is None or self.processes.fails_first():
-            print("interrupted", file=sys.stderr, flush=True)
+            say("interrupted")
         os._exit(130)
