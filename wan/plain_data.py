@@ -12,7 +12,9 @@ import yaml
 
 # Far beyond what settings and indexes of checkpoints need, and read within a second.
 MAX_BYTES = 16 * 2**20
-MAX_NODES = 100_000
+# YAML, which people write, is read far more slowly.
+MAX_YAML = 2**20
+MAX_NODES = 30_000
 MAX_DEPTH = 100
 MAX_DIGITS = 64
 
@@ -61,8 +63,11 @@ def parse_yaml(text: str) -> Any:
     Raises `ValueError`, in one short line, for anything else, as `parse_json` does; also for aliases that stand for
     more than a file of settings can mean. What YAML would read as a date stays text.
     """
-    loader = _Loader(text)
+    if len(text) > MAX_YAML:
+        raise ValueError(f"it is larger than {MAX_YAML // 2**20} MiB")
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -72,15 +77,30 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(TOO_DEEP) from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
+    except (ArithmeticError, LookupError, TypeError) as error:
+        # PyYAML's own, of values that are not of the type that a tag gives them, and of characters beyond Unicode.
+        raise ValueError(f"a value is not of its type ({str(error)[:100]}); write it without a tag") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+TOO_MANY = f"it stands for more than {MAX_NODES} values; settings need far fewer"
+# So many letters of a text count as a value, since aliases may repeat a long one.
+LETTERS = 1000
 
 
 class _Loader(yaml.SafeLoader):
     """Of the types of YAML those that JSON has too."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > MAX_NODES:
+            raise ValueError(TOO_MANY)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         # Before the merge of "<<", whose keys others may replace.
@@ -141,9 +161,10 @@ def _count_nodes(root: yaml.Node) -> None:
         if id(node) not in sizes:
             children = node.value if isinstance(node, yaml.CollectionNode) else []
             flat = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
-            sizes[id(node)] = 1 + sum(size(child, (*above, id(node))) for child in flat)
+            own = 1 if isinstance(node, yaml.CollectionNode) else 1 + len(node.value) // LETTERS
+            sizes[id(node)] = own + sum(size(child, (*above, id(node))) for child in flat)
             if sizes[id(node)] > MAX_NODES:
-                raise ValueError(f"it stands for more than {MAX_NODES} values; settings need far fewer")
+                raise ValueError(TOO_MANY)
         return sizes[id(node)]
 
     size(root, ())
