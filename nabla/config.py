@@ -14,6 +14,8 @@ BACKEND_NAMES = ("auto", "cudnn", "flex", "gather", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
 MAX_BLOCK = 1024
 MAX_MESSAGE = 2000
+# Of blocks, steps and layers: far beyond any, and within all integers that kernels compute with.
+MAX_COUNT = 10**9
 
 
 def printable(text: object) -> str:
@@ -29,9 +31,13 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        text = printable(message)
-        half = MAX_MESSAGE // 2
-        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]} [...] {text[-half:]}")
+        # Clipped before too, since escaping takes long for what a file may hold.
+        super().__init__(_clipped(printable(_clipped(message))))
+
+
+def _clipped(text: str) -> str:
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} [...] {text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,16 @@ class NablaConfig:
             raise InputError(
                 f"tile {self.tile} holds {self.block} tokens; at most {MAX_BLOCK} are allowed, 64 are usual"
             )
-        if not is_count(self.dense_steps):
+        if not is_count(self.dense_steps) or self.dense_steps > MAX_COUNT:
             raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
-        if not is_count(self.mask_refresh) or self.mask_refresh == 0:
+        if not is_count(self.mask_refresh) or not 1 <= self.mask_refresh <= MAX_COUNT:
             raise InputError(f"mask_refresh {self.mask_refresh!r}: give a whole number of sampling steps, 1 or more")
         if self.mask_refresh > 1 and not self.selects:
             raise InputError(f"mask_refresh {self.mask_refresh} has no use for {self.kind}, whose blocks do not change")
         layers = self.dense_layers
-        if not isinstance(layers, (list, tuple, range)) or not all(map(is_count, layers)):
+        if not isinstance(layers, (list, tuple, range)) or not all(
+            is_count(layer) and layer <= MAX_COUNT for layer in layers
+        ):
             raise InputError(f"dense_layers {layers!r}: give a list of layer numbers, counted from 0")
         object.__setattr__(self, "dense_layers", tuple(sorted(set(layers))))
         if self.backend not in BACKEND_NAMES:
@@ -183,6 +191,10 @@ def is_number(value: object) -> bool:
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(is_count(n) and n > 0 for n in value):
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 3
+        or not all(is_count(n) and 0 < n <= MAX_COUNT for n in value)
+    ):
         raise InputError(f"{name} {value!r} is not three positive integers (frames, rows, columns)")
     return tuple(map(int, value))

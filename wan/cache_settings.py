@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
+from wan.checks import MAX_STEPS, check_path
+from wan.plain_data import parse_json, read_json
 
 if TYPE_CHECKING:
     from wan.config import Settings
 
 # Thresholds that diffusers sets by default; not measured on Wan.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
-OFF = (None, False, "none")
 # Of the hidden states, that both guidance branches keep; TaylorSeer's are of the last layer, which is far narrower.
 COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}
 KINDS = tuple(COPIES)
@@ -55,21 +56,23 @@ class CacheSettings:
             raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(KINDS)}")
         if self.kind == "taylorseer":
             self._check_limit("interval", INTERVAL, "threshold")
-            if not is_count(self.interval) or self.interval < 2:
-                raise InputError(f"cache interval {self.interval!r} is not a whole number of steps from 2")
+            if not is_count(self.interval) or not 2 <= self.interval <= MAX_STEPS:
+                raise InputError(
+                    f"cache interval {self.interval!r} is not a whole number of steps from 2 to {MAX_STEPS}"
+                )
         else:
             self._check_limit("threshold", THRESHOLDS[self.kind], "interval")
             if not is_number(self.threshold) or self.threshold < 0:
                 raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
-        if not is_count(self.max_skips):
-            raise InputError(f"cache max_skips {self.max_skips!r} is not a whole number of steps; 3 is usual")
+        if not is_count(self.max_skips) or self.max_skips > MAX_STEPS:
+            raise InputError(
+                f"cache max_skips {self.max_skips!r} is not a whole number of steps up to {MAX_STEPS}; 3 is usual"
+            )
         ratios, measured_on = _read(self.ratios) if isinstance(self.ratios, str) else (self.ratios, self.measured_on)
-        if measured_on is not None and not isinstance(measured_on, Mapping):
-            raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
         object.__setattr__(self, "ratios", _checked(ratios))
-        object.__setattr__(self, "measured_on", measured_on)
+        object.__setattr__(self, "measured_on", _recordable(measured_on))
         if (self.kind == "mag") != (self.ratios is not None):
             raise InputError(
                 "cache mag needs the ratios of the checkpoint; measure them with scripts/calibrate_cache.py"
@@ -92,8 +95,10 @@ class CacheSettings:
 
         ratios: for a string that names no file of them
         """
-        if given in OFF or isinstance(given, cls):
-            return given if isinstance(given, cls) else None
+        if isinstance(given, cls):
+            return given
+        if given is None or given is False or given == "none":
+            return None
         if isinstance(given, Mapping):
             allowed = [item.name for item in fields(cls)]
             if unknown := sorted(map(str, given.keys() - set(allowed))):
@@ -152,12 +157,29 @@ def measured_otherwise(settings: Settings) -> str | None:
 
 def _read(name: str) -> tuple[Any, Any]:
     """The ratios of a file, and what they were measured on."""
+    check_path("cache ratios", name)
     path = Path(os.path.expanduser(name))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["ratios"], content.get("measured_on")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or "ratios" not in content:
+        raise InputError(f"cache ratios {path} has no 'ratios'; write it with scripts/calibrate_cache.py")
+    return content["ratios"], content.get("measured_on")
+
+
+def _recordable(measured_on: object) -> dict[str, Any] | None:
+    """What ratios hold for as the record of a video will have it, which must not fail when the video is made."""
+    if measured_on is None:
+        return None
+    if not isinstance(measured_on, Mapping):
+        raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
+    try:
+        text = json.dumps(dict(measured_on), allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+        return parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"cache measured_on cannot be written to a record ({error}); give plain values") from None
 
 
 def _checked(given: Any) -> tuple[float, ...] | None:

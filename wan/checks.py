@@ -14,6 +14,10 @@ VAE_STRIDE = (4, 8, 8)
 PATCH = (1, 2, 2)
 SOLVERS = ("unipc", "dpm++")
 MAX_STEPS = 1000
+# Ten times what anyone uses; far beyond, numbers overflow on the way.
+MAX_SHIFT = MAX_GUIDE_SCALE = 100
+# Bytes of a name within a folder, and of a whole path.
+MAX_NAME, MAX_PATH = 255, 4095
 
 
 def parse_size(size: object) -> tuple[int, int]:
@@ -48,11 +52,12 @@ def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) ->
         raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
     if not is_count(steps) or not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
-    if not is_number(shift) or shift <= 0:
-        raise InputError(f"shift {shift!r} is not a positive number; 5.0 is usual")
-    if not is_number(guide_scale) or guide_scale < 1:
+    if not is_number(shift) or not 0 < shift <= MAX_SHIFT:
+        raise InputError(f"shift {shift!r} is not a positive number up to {MAX_SHIFT}; 5.0 is usual")
+    if not is_number(guide_scale) or not 1 <= guide_scale <= MAX_GUIDE_SCALE:
         raise InputError(
-            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance); 5.0 is usual"
+            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance) and at most "
+            f"{MAX_GUIDE_SCALE}; 5.0 is usual"
         )
 
 
@@ -60,7 +65,22 @@ def absolute_path(name: str, file: object) -> str:
     """A path made absolute; raises `InputError` for a value that is none. There need not be a file."""
     if not isinstance(file, str) or not file:
         raise InputError(f"{name} {file!r} is not the path of a file")
+    check_path(name, file)
     return os.path.abspath(os.path.expanduser(file))
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise `InputError` for a text that no file's path can be; name: of the setting."""
+    try:
+        content = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} {path!r} is not valid Unicode ({error.reason}); retype it") from None
+    if b"\0" in content:
+        raise InputError(f"{name} {path!r} holds a null character, which no path can; retype it")
+    longest = max(map(len, content.split(b"/")))
+    if longest > MAX_NAME or len(content) > MAX_PATH:
+        what = f"a name of {longest} bytes" if longest > MAX_NAME else f"a path of {len(content)} bytes"
+        raise InputError(f"{name} {path!r} is too long: {what}; a name has at most {MAX_NAME}, a path {MAX_PATH}")
 
 
 def check_text(name: str, text: object) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
@@ -19,12 +17,14 @@ from wan.checks import (
     VAE_STRIDE,
     absolute_path,
     check_keys,
+    check_path,
     check_prompt,
     check_sampling,
     check_text,
     check_video,
     parse_size,
 )
+from wan.plain_data import read_json, read_yaml
 from wan.weights import SAFETENSORS
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_FPS = 240
 MAX_SEED = 2**31
+MAX_LORA_SCALE = 100
 # As diffusers names it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _CHOICE = ("algorithm", "threshold", "keep", "window")
@@ -118,10 +119,11 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         given = Path(absolute_path("lora file", self.file))
-        inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if path.is_file())
+        inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if os.path.isfile(path))
         object.__setattr__(self, "file", str(next(inside, given)))
-        if not is_number(self.scale):
-            raise InputError(f"lora scale {self.scale!r} is not a number; 1.0 is usual")
+        if not is_number(self.scale) or abs(self.scale) > MAX_LORA_SCALE:
+            limits = f"from -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"
+            raise InputError(f"lora scale {self.scale!r} is not a number {limits}; 1.0 is usual")
 
     @classmethod
     def parse(cls, given: object) -> LoraFile:
@@ -162,6 +164,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, str) or not self.checkpoint:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
+        check_path("checkpoint", self.checkpoint)
         check_prompt(self.prompt)
         if self.transformer is not None:
             object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
@@ -251,16 +254,14 @@ def read_made_with(name: str | Path) -> dict[str, Any]:
 
 
 def _read(name: str | Path) -> tuple[Path, Any]:
-    try:
-        candidates = [Path(name).expanduser(), CONFIG_FOLDER / name]
-        path = next((path for path in candidates if path.is_file()), None)
-    except (OSError, RuntimeError):
-        path = None
+    check_path("config", str(name))
+    # Not by pathlib, which raises for a home that is not known.
+    candidates = [os.path.expanduser(name), CONFIG_FOLDER / name]
+    path = next((Path(path) for path in candidates if os.path.isfile(path)), None)
     if path is None:
         known = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
         raise InputError(f"config {str(name)!r} is neither a file nor one of {known}")
     try:
-        text = path.read_text(encoding="utf-8")
-        return path, json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return path, (read_json if path.suffix == ".json" else read_yaml)(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None

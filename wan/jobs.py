@@ -13,6 +13,7 @@ from typing import Any
 from nabla import InputError
 from wan.checks import check_prompt
 from wan.config import Settings, resolve
+from wan.plain_data import parse_json
 from wan.sidecars import comparable
 
 KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
@@ -47,7 +48,7 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     given: Layer = {"prompt": line.strip()}
     if line.lstrip().startswith("{"):
         try:
-            given = json.loads(line)
+            given = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
     if unknown := given.keys() - set(KEYS):

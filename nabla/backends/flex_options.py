@@ -139,12 +139,16 @@ def cache_file() -> Path:
 
 @functools.cache
 def _read(path: Path) -> dict[str, Options]:
-    """What the file holds, nothing if it is damaged; kept, so that a disk that cannot be written costs one trial."""
+    """What the file holds that is whole; kept, so that a disk that cannot be written costs one trial."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return {key: each for key, each in known.items() if _are_options(each)} if isinstance(known, dict) else {}
+
+
+def _are_options(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(number, int) for number in value.values())
 
 
 def _write(path: Path, known: dict[str, Options]) -> None:

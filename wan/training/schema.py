@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-import yaml
-
 from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.checks import check_keys
+from wan.checks import check_keys, check_path
+from wan.plain_data import parse_yaml
 
 EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
 
@@ -27,9 +26,9 @@ def with_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dic
         if not equals or not all(path.split(".")):
             raise InputError(f"{override!r} is not of the form key=value or section.key=value")
         try:
-            layer: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"{override!r}: its value is not YAML; put it in quotes") from None
+            layer: Any = parse_yaml(text)
+        except ValueError as error:
+            raise InputError(f"{override!r}: its value cannot be read ({error}); a text may need quotes") from None
         for key in reversed(path.split(".")):
             layer = {key: layer}
         changed = overlaid(changed, layer)
@@ -92,6 +91,7 @@ def check_texts(settings: Any, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(settings, name), str) or not getattr(settings, name):
             raise InputError(f"{name} {getattr(settings, name)!r} is not a text; give a path or a name")
+        check_path(name, getattr(settings, name))
 
 
 def check_choice(settings: Any, name: str, allowed: tuple[str, ...]) -> None:

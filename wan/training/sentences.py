@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from nabla import InputError
+from wan.plain_data import read_yaml
 from wan.text import clean_prompt
 from wan.training.attributes import ATTRIBUTES, attributes, numbers, said
 from wan.training.captions import caption
@@ -87,11 +87,11 @@ def read_sentences(path: Path) -> list[tuple[str, dict[str, str]]]:
     so, `background` (the same for the background) and `relation`. Raises `InputError` for what is not of this form.
     """
     try:
-        read = [(item["text"], _named(item)) for item in yaml.safe_load(path.read_text(encoding="utf-8"))]
+        read = [(item["text"], _named(item)) for item in read_yaml(path)]
         for _, named in read:
             numbers(named)
         return read
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(f"sentences {path} cannot be read ({reason}); see tests/data/shapes_sentences.yaml") from None
 
