@@ -210,10 +210,11 @@ def pick_device(name: str | None) -> torch.device:
         own = f"cuda:{index}"
         torch.cuda.set_device(index)
     try:
-        device = torch.device(own or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(chosen if own is None else own)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # an unknown or the meta device; a build of torch without it
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError, OverflowError) as error:  # unknown, meta, or not in this torch
+        reason = str(error).strip().splitlines()[0][:300]
         raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
 
