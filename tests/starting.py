@@ -43,6 +43,10 @@ class Forked:
 
     returncode = property(poll)
 
+    def has_begun(self) -> bool:
+        """Whether it has come to the program itself."""
+        return os.path.exists(self._outputs[-1])
+
     def communicate(self, timeout: float) -> tuple[str, str]:
         self._process.join(timeout)
         if self.poll() is None:
