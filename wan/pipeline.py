@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +17,8 @@ from nabla import InputError
 from wan import memory, pretrained
 from wan.attention import many_compiles
 from wan.checks import check_prompt
-from wan.config import SamplingSettings, VideoSettings, changed, check_positions
+from wan.config import LoraFile, SamplingSettings, VideoSettings, changed, check_positions
+from wan.finite import check_decoded, check_latents
 from wan.latents import decode, encode
 from wan.observer import Observer
 from wan.parallel import gather_guidance
@@ -25,9 +27,11 @@ from wan.processes import Processes
 from wan.recorder import observed
 from wan.sampling import denoise, make_solver, told_steps
 from wan.step_cache import StepCache
-from wan.text import pad_rows, pad_text, tokenize
+from wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.video import to_frames
 from wan.weights import CheckpointError
+
+log = logging.getLogger("wan")
 
 
 class WanT2V:
@@ -41,6 +45,7 @@ class WanT2V:
         has a VAE, a text encoder unless that is sharded, and the result
     seconds: how long each stage of the last `generate` took
     plan: of memory, by which the models were loaded, or None
+    lora: what was merged into the transformer
     """
 
     from_pretrained = classmethod(pretrained.from_pretrained)
@@ -73,13 +78,24 @@ class WanT2V:
         self.processes = processes
         self.seconds: dict[str, float] = {}
         self.plan: Plan | None = None
+        self.lora: Sequence[LoraFile] = ()
+        self._cut: set[str] = set()
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
 
     def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training; too long ones are cut."""
+        """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training.
+
+        Too long ones are cut, which the log says once of each.
+        """
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
-        return tokenize(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts, self.text_length)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        for prompt in prompts:
+            note = None if prompt in self._cut else cut_note(self.tokenizer, prompt, self.text_length)
+            if note is not None:
+                self._cut.add(prompt)
+                log.warning("warning: %s", note)
+        return tokenize(self.tokenizer, prompts, self.text_length)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -146,10 +162,7 @@ class WanT2V:
                 gather=gather,
                 **({} if cache is None else {"in_branch": cache.branch}),
             )
-        if not latents.isfinite().all():
-            in_half = self.transformer.dtype == torch.float16
-            hint = "try --dtype bfloat16" if in_half else "look at the weights, and at LoRA files and their scales"
-            raise InputError(f"sampling ended in values that are not finite; {hint}")
+        check_latents(latents, sampling, self.transformer.dtype, self.lora)
         return latents.view(noise.shape)
 
     @torch.no_grad()
@@ -163,10 +176,11 @@ class WanT2V:
     def decode(self, latents: Tensor) -> Tensor:
         """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w); batch optional.
 
-        Tiled where memory asks for it, see `wan.latents.decode`.
+        Tiled where memory asks for it, see `wan.latents.decode`. Raises `InputError` for a video that is not finite.
         """
         with memory.placed(self.vae, self.device, self.offload) as vae:
             video = decode(vae, _batched(latents, 5).to(self.device))
+        check_decoded(video, latents)
         return video if latents.ndim == 5 else video[0]
 
     def generate(

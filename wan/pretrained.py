@@ -142,7 +142,7 @@ def from_settings(
         video=settings.video,
         processes=processes,
     )
-    pipe.plan = plan
+    pipe.plan, pipe.lora = plan, settings.lora
     _put_on(pipe, settings, device.type == "cuda" if compile is None else compile)
     return pipe
 

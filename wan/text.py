@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from nabla import InputError
 
+# Of a text in a message.
+WORDS_SHOWN, LETTERS_SHOWN = 8, 60
+
 
 def clean_prompt(prompt: str) -> str:
     """Mend broken encodings, resolve HTML entities twice, fold white space, as was done for training."""
@@ -30,6 +33,22 @@ def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, T
         return_tensors="pt",
     )
     return tokens.input_ids, tokens.attention_mask
+
+
+def cut_note(tokenizer: Any, prompt: str, length: int) -> str | None:
+    """A line if a prompt has more tokens than `tokenize` takes: how many, how many are taken, and what is cut off."""
+    text = clean_prompt(prompt)
+    special = tokenizer.num_special_tokens_to_add()
+    # The tokenizer's own warning says nothing of what is cut.
+    starts = [start for start, _ in tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping]
+    if len(starts) <= length:
+        return None
+    taken = max(length - special, 0)
+    words = " ".join(text[starts[taken] :].split()[:WORDS_SHOWN])[:LETTERS_SHOWN]
+    return (
+        f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts) - special} tokens, of which the text encoder "
+        f"takes {taken}: cut off are {words + '...'!r}; say the important first, or shorten it"
+    )
 
 
 def pad_rows(text: Tensor, length: int) -> Tensor:

@@ -1,0 +1,33 @@
+"""Numbers that overflowed: found where they are made, and said with what can make them so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nabla import InputError
+from wan.config import LoraFile, SamplingSettings
+
+
+def check_latents(latents: Tensor, sampling: SamplingSettings, dtype: torch.dtype, lora: Sequence[LoraFile]) -> None:
+    """Raise `InputError` unless sampled latents are finite. dtype: of the transformer; lora: what it has merged."""
+    if latents.isfinite().all():
+        return
+    ran = f"{sampling.steps} steps of {sampling.solver}, shift {sampling.shift}, guide_scale {sampling.guide_scale}"
+    files = ", ".join(f"{one.file}:{one.scale:g}" for one in lora)
+    hints = ["try --dtype bfloat16"] if dtype == torch.float16 else []
+    hints += [f"lower the scales of LoRA files ({files})"] if files else []
+    hints += ["go back to usual values where these are not", "look at the transformer's weights"]
+    raise InputError(f"sampling ended in values that are not finite, with {ran}; {', or '.join(hints)}")
+
+
+def check_decoded(video: Tensor, latents: Tensor) -> None:
+    """Raise `InputError` unless a video that a VAE has decoded from latents is finite."""
+    # Of the extremes, which takes no memory of the video's size.
+    if torch.stack(video.aminmax()).isfinite().all():
+        return
+    if not latents.isfinite().all():
+        raise InputError("the latents to decode have values that are not finite; look at what they were made by")
+    raise InputError("the VAE decodes to values that are not finite; its weights are damaged, so get them again")
