@@ -6,24 +6,30 @@ Tensors may have Wan's or diffusers' names; here they always have Wan's, so that
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan import names
-from wan.weights import SAFETENSORS, CheckpointError, Part, WeightFiles, damage, open_tensors, weight_file
+from wan import names, quantisation
+from wan.checks import PATCH
+from wan.gguf_header import check_gguf
+from wan.reading import CheckpointError, damage
+from wan.weights import SAFETENSORS, Part, WeightFiles, open_tensors, stored_types, weight_file
+
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
 
 GGUF = ".gguf"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("scale_weight", "weight_scale")
-# Of products in float8, and marks of the format.
-NOT_NEEDED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16")
 FIRST = "patch_embedding.weight"
 
 
@@ -48,32 +54,58 @@ class ScaledFile(WeightFiles):
         self.where = file
         self.stored: dict[str, str] = {}
         self.scales: dict[str, str] = {}
+        lost = []
         for name in self.shapes:
             layer, _, last = name.rpartition(".")
-            if last in SCALES:
-                self.scales[_published(f"{layer}.weight")] = name
-            elif last not in NOT_NEEDED:
-                self.stored[_published(name)] = name
-        lost = set(self.shapes) - {*self.stored.values(), *self.scales.values()}
-        if strange := [name for name in lost if name.rpartition(".")[2] not in NOT_NEEDED]:
-            raise CheckpointError(f"{file} holds {min(strange)!r} under another name again; it cannot be read")
+            if last in quantisation.SCALES:
+                to, key = self.scales, _published(f"{layer}.weight")
+            elif last in quantisation.NOT_NEEDED or last == quantisation.MARKER:
+                continue
+            else:
+                quantisation.check_name(file, name)
+                to, key = self.stored, _published(name)
+            lost += [name] if key in to else []
+            to[key] = name
+        if lost:
+            raise CheckpointError(f"{file} holds {min(lost)!r} under another name again; it cannot be read")
         if idle := self.scales.keys() - self.stored.keys():
             raise CheckpointError(f"{file} has a scale for {min(idle)!r}, which is missing; download it again")
+        self._check_quantisation()
         self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
+    def _check_quantisation(self) -> None:
+        """Raise `CheckpointError` for what is no plain number, nor float8 that a scale alone makes one."""
+        file, types = self.files[0], stored_types(self.files[0])
+        markers = [name for name in self.shapes if name.rpartition(".")[2] == quantisation.MARKER]
+        with open_tensors(file) as (_, read):
+            for name in markers:
+                if types[name] != "U8" or len(self.shapes[name]) != 1:
+                    raise CheckpointError(f"{file}: {name!r} is no text in bytes, as a mark of quantisation must be")
+                quantisation.check_marker(file, name, bytes(read(name).tolist()))
+        for name in self.stored.values():
+            if types[name] not in (*FLOATS, *FLOAT8):
+                raise CheckpointError(
+                    f"{file} is quantised in a way that is not read: {name!r} is stored as {types[name]}; "
+                    f"{quantisation.USE}"
+                )
+        for name, scale in self.scales.items():
+            shape, weight = self.shapes[scale], self.shapes[self.stored[name]]
+            one_a_row = bool(shape) and bool(weight) and shape[0] == weight[0] and set(shape[1:]) <= {1}
+            if types[scale] not in FLOATS or not (math.prod(shape) == 1 or one_a_row):
+                raise CheckpointError(
+                    f"{file}: a scale is {shape}; only one, or one a row, is read ({scale!r} of {types[scale]})"
+                )
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        types = stored_types(self.files[0])
         with open_tensors(self.files[0]) as (_, read):
             for name, stored in self.stored.items():
                 tensor = read(stored)
-                tensor = tensor.float() if tensor.dtype in FLOAT8 else tensor
+                tensor = tensor.float() if types[stored] in FLOAT8 else tensor
                 if name in self.scales:
-                    tensor = self._scaled(tensor, read(self.scales[name]))
+                    scale = read(self.scales[name])
+                    tensor = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
                 yield name, tensor
-
-    def _scaled(self, tensor: Tensor, scale: Tensor) -> Tensor:
-        if scale.numel() not in (1, len(tensor)):
-            raise CheckpointError(f"{self.where}: a scale is {tuple(scale.shape)}; only one, or one a row, is read")
-        return tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
 
 
 class GgufFile(WeightFiles):
@@ -85,14 +117,46 @@ class GgufFile(WeightFiles):
         from gguf import GGMLQuantizationType, GGUFReader
 
         with damage(file):
+            check_gguf(file)
             tensors = GGUFReader(file).tensors
         self.files, self.where = [file], file
+        self._check_types(tensors)
         # Their axes are listed from the innermost.
         self.shapes = {_published(t.name): tuple(map(int, reversed(t.shape))) for t in tensors}
+        if len(self.shapes) != len(tensors):
+            raise CheckpointError(f"{file} holds a tensor under another name again; it cannot be read")
+        if FIRST in self.shapes:
+            self.shapes[FIRST] = self._patch_shape(self.shapes[FIRST])
         # What stays packed, unless diffusers has a type for it.
         plain = GGMLQuantizationType.F32, GGMLQuantizationType.F16
         self.packed = {_published(t.name): int(t.n_bytes) for t in tensors if t.tensor_type not in plain}
         self.packed_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+
+    def _check_types(self, tensors: Sequence[ReaderTensor]) -> None:
+        from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+        from gguf import GGMLQuantizationType
+
+        read = {*map(int, SUPPORTED_GGUF_QUANT_TYPES), *(GGMLQuantizationType[name] for name in ("F32", "F16", "BF16"))}
+        for tensor in tensors:
+            if tensor.tensor_type not in read:
+                known = ", ".join(sorted(GGMLQuantizationType(kind).name for kind in read))
+                raise CheckpointError(
+                    f"{self.where}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which is not read; "
+                    f"use a file of {known}"
+                )
+
+    def _patch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The five axes of the patch's weights, which GGUF, having four at most, may hold folded into fewer."""
+        if len(shape) == 5:
+            return shape
+        width = self.shapes.get("patch_embedding.bias", (0,))[0]
+        per_row = math.prod(shape) // width if width else 0
+        channels = per_row // math.prod(PATCH)
+        if not width or math.prod(shape) != width * channels * math.prod(PATCH) or not channels:
+            raise CheckpointError(
+                f"{self.where}: {FIRST} is {shape}, which is not the weights of a patch of {PATCH}; use another file"
+            )
+        return (width, channels, *PATCH)
 
     def bytes(self, dtype: torch.dtype) -> int:
         return self.packed_bytes
@@ -120,6 +184,7 @@ def load_gguf(part: Part, dtype: torch.dtype, device: torch.device | str) -> Wan
         part.model.save_config(folder)
         try:
             stored = load_gguf_checkpoint(str(file))
+            _unfold_patch(stored, part.weights.shapes[FIRST])
             model = WanTransformer3DModel.from_single_file(
                 {part.names[_published(name)]: tensor for name, tensor in stored.items()},
                 config=folder,
@@ -141,6 +206,17 @@ def _unpack_all_but_layers(model: WanTransformer3DModel, dtype: torch.dtype) -> 
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, GGUFParameter) and not (isinstance(module, GGUFLinear) and name == "weight"):
                 setattr(module, name, nn.Parameter(dequantize_gguf_tensor(parameter).to(dtype)))
+
+
+def _unfold_patch(stored: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Give the patch's weights their five axes, in place; folded axes lie in the same order."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    name = next(name for name in stored if _published(name) == FIRST)
+    weights = stored[name]
+    if isinstance(weights, GGUFParameter):
+        weights = dequantize_gguf_tensor(weights)
+    stored[name] = torch.as_tensor(weights).reshape(shape)
 
 
 def _published(name: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,26 +16,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nabla import InputError
+from wan.quantisation import check_header
+from wan.reading import CheckpointError, damage, exists, read_json, require_file
+
+__all__ = ["CheckpointError", "Part", "WeightFiles", "check_names", "open_tensors", "read_json", "weight_file"]
 
 SAFETENSORS = ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class CheckpointError(InputError):
-    """A checkpoint that is missing, incomplete, damaged or of another kind."""
-
-
-def read_json(path: Path, remedy: str = "download the checkpoint again") -> dict:
-    """A JSON object from a file of a checkpoint, or of something else that is mended by `remedy`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; {remedy}")
-    return content
+# Of safetensors, in its names: what a tensor may be for its values to be what they say.
+STORED = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+    "BOOL",
+)
 
 
 class WeightFiles:
@@ -58,21 +63,22 @@ class WeightFiles:
     def find(cls, folder: Path, stem: str) -> WeightFiles:
         """The safetensors of a folder whose names start with `stem`: as the index lists them, or a single file."""
         index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+        if exists(index):
             listed = read_json(index).get("weight_map")
             plain = isinstance(listed, dict) and all(isinstance(n, str) and Path(n).name == n for n in listed.values())
             if not plain:
                 raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
             names = sorted(set(listed.values()))
         else:
-            names = sorted(path.name for path in folder.glob(f"{stem}*.safetensors"))
+            with damage(folder):
+                found = sorted(os.listdir(folder)) if exists(folder) else []
+            names = [name for name in found if name.startswith(stem) and name.endswith(SAFETENSORS)]
             if len(names) > 1 and f"{stem}.safetensors" in names:
                 names = [f"{stem}.safetensors"]
         if not names:
             raise CheckpointError(f"{folder} has no {stem}*.safetensors; the checkpoint is incomplete")
         for name in names:
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing; download the checkpoint again")
+            require_file(folder / name)
         return cls([folder / name for name in names])
 
     def bytes(self, dtype: torch.dtype) -> int:
@@ -183,39 +189,62 @@ def _more(names: list[str]) -> str:
 def weight_file(name: str, file: str | Path, endings: tuple[str, ...]) -> Path:
     """The path of a file of weights; raises `InputError` unless it is there and ends as it must, so in no pickle."""
     path = Path(file)
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         raise InputError(f"{name} {file} is a folder; give the {' or '.join(endings)} file itself")
     if path.suffix not in endings:
         raise InputError(
             f"{name} {file} must end in {' or '.join(endings)}; other formats can hold code and are not read"
         )
-    if not path.is_file():
+    if not exists(path):
         raise InputError(f"{name} {file} is not a file; check the path")
+    require_file(path)
     return path
 
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
     """Shapes of a file's tensors and a function that reads one."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; download the checkpoint again")
+    require_file(file)
     if file.suffix != SAFETENSORS:
         with damage(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            _check_plain(file, tensors)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         yield shapes, tensors.__getitem__
         return
     with damage(file):
         opened = safe_open(file, framework="pt")
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    yield shapes, opened.get_tensor
+        check_header(file, opened.metadata() or {})
+        views = {name: opened.get_slice(name) for name in opened.keys()}
+        for name, view in views.items():
+            if view.get_dtype() not in STORED:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} is stored as {view.get_dtype()}, which is not read; "
+                    "use a file in bfloat16, float16, float32 or scaled float8"
+                )
+        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+
+    def read(name: str) -> Tensor:
+        with damage(file):
+            return opened.get_tensor(name)
+
+    yield shapes, read
 
 
-@contextmanager
-def damage(file: Path) -> Iterator[None]:
-    """Turn whatever a library raises for a damaged file, and a pickle raises nearly anything, into one clear line."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file} is truncated or corrupt ({reason}); download it again") from error
+def stored_types(file: Path) -> dict[str, str]:
+    """Of a safetensors file that `open_tensors` takes: the type of each tensor, in the file's words."""
+    with damage(file), safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+
+
+def _check_plain(file: Path, tensors: object) -> None:
+    """Raise `CheckpointError` for a pickle of anything but dense tensors by name."""
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{file} does not hold tensors by their names; use the published file")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{file}: {name!r} is no tensor; use the published file, of weights alone")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{file}: tensor {name!r} is sparse or quantised; only dense tensors are read")
+        if tensor.device.type != "cpu":
+            raise CheckpointError(f"{file}: tensor {name!r} has no data ({tensor.device}); use the published file")
