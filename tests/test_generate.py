@@ -267,7 +267,7 @@ def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, dam
         ("--dit_fsdp", "dit_fsdp True needs several processes"),
         ("--lora none.safetensors:0.5 --ckpt_dir nobody/none", "none.safetensors is not a file; check the path"),
         ("--lora style.pt", "style.pt must end in .safetensors; other formats can hold code and are not read"),
-        ("--lora style.safetensors:inf", "lora scale inf is not a number; 1.0 is usual"),
+        ("--lora style.safetensors:inf", "lora scale inf is not a number from -100 to 100; 1.0 is usual"),
         ("--transformer w.pth --ckpt_dir nobody/none", "w.pth must end in .safetensors or .gguf; other formats can"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
@@ -200,7 +201,7 @@ def _still_to_make(videos: list[Video], request: Request, options: Options) -> l
 def _check_task(task: str | None, config: str | None, named: object) -> None:
     """Raise `InputError` if a task asks for a model of another size than the hub id that a config names."""
     size = (task or "").rpartition("-")[2]
-    if isinstance(named, str) and not Path(named).is_dir() and size not in named:
+    if isinstance(named, str) and size not in named and not os.path.isdir(named):
         raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")
 
 
