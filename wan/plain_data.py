@@ -94,13 +94,18 @@ LETTERS = 1000
 class _Loader(yaml.SafeLoader):
     """Of the types of YAML those that JSON has too."""
 
-    composed = 0
+    composed = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.composed += 1
         if self.composed > MAX_NODES:
             raise ValueError(TOO_MANY)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         # Before the merge of "<<", whose keys others may replace.
