@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,20 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.config import LORA_FILE, SamplingSettings, Settings, attention_config, read_settings, resolve
-from wan.weights import CheckpointError, read_json
+from wan.reading import CheckpointError, exists, read_json, unreadable
 
 TOKENIZER_FOLDER = "google/umt5-xxl"
 DEFAULTS_FILE = "defaults.yaml"
 TEXT_LENGTH = 512
 ROTARY_POSITIONS = 1024
+# Eight times Wan's; a text encoder's memory grows with its square.
+MAX_TEXT_LENGTH = 4096
+MAX_POSITIONS = 2**15
+TRANSFORMER_CLASS = "WanTransformer3DModel"
+PART_CLASSES = ("AutoencoderKLWan", "UMT5EncoderModel", "UniPCMultistepScheduler")
+WAN22_FOLDERS = ("high_noise_model", "low_noise_model")
+VAE_FILE = "Wan2.1_VAE.pth"
+WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 # What a transformer's configuration may say beyond what diffusers takes.
 OWN_KEYS = ("sparse_algo", "text_len")
 CONFIGURATIONS = ["config.json", "model_index.json", "transformer/config.json"]
@@ -71,7 +80,8 @@ class Checkpoint:
     @property
     def positions(self) -> int:
         """Of the transformer's rotary table, along each axis."""
-        return self.config.get("rope_max_seq_len", ROTARY_POSITIONS)
+        # The published layout has no word for them.
+        return ROTARY_POSITIONS if self.published else self.config.get("rope_max_seq_len", ROTARY_POSITIONS)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -84,7 +94,7 @@ class Checkpoint:
         Raises `InputError` if the file is not a mapping of settings, or names a checkpoint or a prompt.
         """
         path = self.folder / DEFAULTS_FILE
-        defaults = read_settings(path) if path.is_file() else {}
+        defaults = read_settings(path) if exists(path) else {}
         if unfit := {"checkpoint", "prompt"} & defaults.keys():
             raise CheckpointError(f"{path} may not name a {sorted(unfit)[0]}; remove it")
         return defaults, self.own_algorithm
@@ -119,7 +129,7 @@ class Checkpoint:
 
     def require_tokenizer(self) -> None:
         """Raise `CheckpointError` if there is no tokenizer, without which a prompt cannot be encoded."""
-        if not (self.tokenizer_folder / "tokenizer.json").is_file():
+        if not exists(self.tokenizer_folder / "tokenizer.json"):
             raise CheckpointError(
                 f"{self.tokenizer_folder / 'tokenizer.json'} is missing, so prompts cannot be read; "
                 "download the checkpoint again"
@@ -127,26 +137,36 @@ class Checkpoint:
 
 
 def _directory(name: str | Path) -> Path | None:
+    """The folder of this name, None for what may be a hub id; raises `CheckpointError` for any other path."""
     try:
         folder = Path(name).expanduser()
-        return folder.resolve() if str(name) and folder.is_dir() else None
-    except (OSError, RuntimeError):
+        if not str(name) or not exists(folder):
+            return None
+        folder = folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         return None
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {name} is a single file; give it as --transformer (transformer: in a config), and with "
+            "--ckpt_dir the folder of its base checkpoint, which has the VAE, the text encoder and the tokenizer"
+        )
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(unreadable(folder, error)) from None
+    return folder
 
 
 def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
     """Whether a folder is in the published layout, and its transformer's configuration; only for text-to-video."""
     index = folder / "model_index.json"
-    if not index.is_file():
-        if any((folder / inner / LORA_FILE).is_file() for inner in ("", "lora")):
-            raise CheckpointError(
-                f"{folder} holds a LoRA and no weights of a transformer; give it as --lora, and with --ckpt_dir the "
-                "checkpoint that it was trained on"
-            )
+    if not exists(index):
+        _check_published_folder(folder)
         config = read_json(folder / "config.json")
-        if config.get("model_type", "t2v") != "t2v":
-            raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
-        _check_text_length(folder / "config.json", config)
+        _check_text_to_video(folder, config)
+        _check_lengths(folder / "config.json", config)
         return True, config
     pipeline = read_json(index)
     kind = pipeline.get("_class_name")
@@ -156,21 +176,69 @@ def _read_configuration(folder: Path) -> tuple[bool, dict[str, Any]]:
     if kind != "WanPipeline":
         raise CheckpointError(f"{folder} is a {kind}; only Wan2.1 text-to-video checkpoints are supported")
     config = read_json(folder / "transformer" / "config.json")
-    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel" or config.get("image_dim"):
-        raise CheckpointError(f"{folder / 'transformer'} is not a text-to-video WanTransformer3DModel")
-    _check_text_length(folder / "transformer" / "config.json", config)
+    if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS or config.get("image_dim"):
+        raise CheckpointError(f"{folder / 'transformer'} is not a text-to-video {TRANSFORMER_CLASS}")
+    _check_lengths(folder / "transformer" / "config.json", config)
     return False, config
 
 
-def _check_text_length(file: Path, config: Mapping[str, Any]) -> None:
-    length = config.get("text_len", TEXT_LENGTH)
-    if not is_count(length) or length == 0:
-        raise CheckpointError(f"{file}: text_len is {length!r}, not a positive integer")
+def _check_published_folder(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder of another kind than the published one, in words for what it is."""
+    if any(exists(folder / inner / LORA_FILE) for inner in ("", "lora")):
+        raise CheckpointError(
+            f"{folder} holds a LoRA and no weights of a transformer; give it as --lora, and with --ckpt_dir the "
+            "checkpoint that it was trained on"
+        )
+    if any(exists(folder / expert) for expert in WAN22_FOLDERS):
+        raise CheckpointError(
+            f"{folder} is Wan2.2, of two transformers ({', '.join(WAN22_FOLDERS)}); only Wan2.1 text-to-video "
+            "checkpoints are supported, such as Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    if exists(folder / "config.json"):
+        return
+    for inner in sorted(folder.iterdir()):
+        if exists(inner / "model_index.json") or (exists(inner / "config.json") and exists(inner / VAE_FILE)):
+            raise CheckpointError(f"{folder} is the folder above a checkpoint; give {inner}")
+    if exists(folder / VAE_FILE):
+        return
+    if single := sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")):
+        raise CheckpointError(
+            f"{folder} has no config.json, and so is no checkpoint; it holds {single[0]!r}, which may be given as "
+            "--transformer with the folder of its base checkpoint as --ckpt_dir"
+        )
+
+
+def _check_text_to_video(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("_class_name")
+    if kind == TRANSFORMER_CLASS or kind in PART_CLASSES or config.get("model_type") == "umt5":
+        above = folder.parent
+        found = (
+            f"give {above}" if exists(above / "model_index.json") else "give the folder above, with model_index.json"
+        )
+        raise CheckpointError(f"{folder} is one part of a checkpoint in diffusers' layout; {found}")
+    if kind == "VaceWanModel" or config.get("vace_layers"):
+        raise CheckpointError(f"{folder} is a VACE model; only Wan2.1 text-to-video ('t2v') checkpoints are supported")
+    if config.get("model_type", "t2v") != "t2v":
+        raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
+
+
+def _check_lengths(file: Path, config: Mapping[str, Any]) -> None:
+    for key, most in (("text_len", MAX_TEXT_LENGTH), ("rope_max_seq_len", MAX_POSITIONS)):
+        value = config.get(key, 1)
+        if not is_count(value) or value == 0:
+            raise CheckpointError(f"{file}: {key} is {value!r}, not a positive integer")
+        if value > most:
+            raise CheckpointError(f"{file}: {key} is {value}, but can be at most {most}")
 
 
 def check_hub_id(name: str) -> None:
     """Raise `CheckpointError` for what is not of the form owner/name; whether there is such a one is not looked up."""
     parts = name.split("/")
+    if name.endswith(WEIGHT_ENDINGS):
+        raise CheckpointError(
+            f"checkpoint {name!r} is a name of a file of weights, which is not here; --ckpt_dir takes a folder, and "
+            "--transformer such a file"
+        )
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..") or name.startswith("~"):
         raise CheckpointError(f"checkpoint {name!r} is neither a directory nor a hub id of the form owner/name")
 
@@ -179,7 +247,7 @@ def _download(name: str, patterns: list[str], left_out: list[str] | None = None)
     check_hub_id(name)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {name} is not a directory here and could not be downloaded ({reason}); get it on a connected "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,38 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from nabla.config import is_number
+from nabla import InputError
+from nabla.config import is_count, is_number
 from wan import published
-from wan.checkpoint import OWN_KEYS, Checkpoint
+from wan.checkpoint import OWN_KEYS, VAE_FILE, Checkpoint
 from wan.checks import PATCH, VAE_STRIDE
 from wan.lora import Adapter, attach, merging
+from wan.part_configs import check_transformer, check_vae, text_config
+from wan.reading import CheckpointError, damage, exists, read_json, require_file
 from wan.single_file import FIRST, GgufFile, load_gguf, open_transformer
-from wan.weights import CheckpointError, Part, WeightFiles, read_json
+from wan.weights import Part, WeightFiles
 
 MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-VAE_FILE = "Wan2.1_VAE.pth"
 PAD_TOKEN = "<pad>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# The rotary embedding divides a head's channels among three axes.
+MIN_HEAD = 6
+# Parts of names of tensors that only other kinds of Wan have.
+OTHER_KINDS = {
+    "img_emb.": "image-to-video",
+    "image_embedder.": "image-to-video",
+    "k_img": "image-to-video",
+    "add_k_proj": "image-to-video",
+    "vace": "VACE",
+    "control_adapter": "a camera or control model",
+    "ref_conv": "a control model",
+    "audio_": "speech-to-video",
+    "motion_encoder": "an animation model",
+}
 # The text encoder's second name for `shared.weight`, under which a file may hold it again.
 TIED = "encoder.embed_tokens.weight"
 
@@ -37,15 +54,22 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
     """
     folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
     weights = WeightFiles.find(folder, MODEL_STEM) if file is None else open_transformer(file)
-    if checkpoint.published:
-        with _fits(WanTransformer3DModel, weights):
-            model = published.transformer(checkpoint.config, weights.shapes)
-    else:
-        model = _model(WanTransformer3DModel, checkpoint.config, weights)
-    if tuple(model.config.patch_size) != PATCH:
-        raise CheckpointError(f"{folder} is not a transformer of Wan2.1: its patch must be {PATCH}")
+    _check_kind(weights)
     if file is not None:
-        _check_size(model, weights, checkpoint)
+        _check_size(weights, checkpoint)
+    with _fits(WanTransformer3DModel, weights):
+        if checkpoint.published:
+            model = published.transformer(checkpoint.config, weights.shapes)
+        else:
+            # A file has published names, by which its layers are counted the same.
+            check_transformer(checkpoint.config, weights.shapes)
+            model = _model(WanTransformer3DModel, checkpoint.config)
+    if tuple(model.config.patch_size) != PATCH:
+        raise CheckpointError(f"{weights.where} is not a transformer of Wan2.1: its patch must be {PATCH}")
+    if model.config.attention_head_dim % 2 or model.config.attention_head_dim < MIN_HEAD or model.config.freq_dim % 2:
+        raise CheckpointError(
+            f"{weights.where}: its heads' and frequencies' sizes must be even, and heads of {MIN_HEAD} at least"
+        )
     return _part(model, weights, checkpoint.published or file is not None)
 
 
@@ -86,7 +110,10 @@ def vae_part(checkpoint: Checkpoint) -> Part:
             model = published.vae(weights.shapes)
     else:
         weights = WeightFiles.find(checkpoint.folder / "vae", MODEL_STEM)
-        model = _model(AutoencoderKLWan, read_json(checkpoint.folder / "vae" / "config.json"), weights)
+        config = read_json(checkpoint.folder / "vae" / "config.json")
+        with _fits(AutoencoderKLWan, weights):
+            check_vae(config, weights.shapes)
+            model = _model(AutoencoderKLWan, config)
     own, where = model.config, weights.files[0].parent
     strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
     if strides != VAE_STRIDE or own.patch_size is not None:
@@ -109,7 +136,7 @@ def text_encoder_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
         weights = WeightFiles.find(checkpoint.folder / "text_encoder", TEXT_ENCODER_STEM)
         config = read_json(checkpoint.folder / "text_encoder" / "config.json")
         with _fits(UMT5EncoderModel, weights), torch.device("meta"):
-            model = UMT5EncoderModel(UMT5Config(**config))
+            model = UMT5EncoderModel(text_config(config, weights.shapes))
     return _part(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
 
 
@@ -120,12 +147,14 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
     Raises `CheckpointError` if it is damaged or gives ids beyond the text encoder's vocabulary.
     """
     folder = checkpoint.tokenizer_folder
-    if not (folder / "tokenizer.json").is_file():
+    if not exists(folder / "tokenizer.json"):
         return None
-    try:
+    for name in TOKENIZER_FILES:
+        if exists(folder / name):
+            require_file(folder / name)
+    # tokenizers raises bare Exception for a damaged file
+    with damage(folder):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise CheckpointError(f"{folder} is truncated or corrupt ({error}); download it again") from error
     tokenizer.pad_token = tokenizer.pad_token or PAD_TOKEN
     if PAD_TOKEN not in tokenizer.get_vocab() or len(tokenizer) > vocabulary:
         raise CheckpointError(
@@ -134,10 +163,10 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _model(kind: type[nn.Module], config: dict[str, Any], weights: WeightFiles) -> nn.Module:
+def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     """A model of diffusers by its configuration, on the meta device."""
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in OWN_KEYS}
-    with _fits(kind, weights), torch.device("meta"):
+    with torch.device("meta"):
         return kind(**settings)
 
 
@@ -147,11 +176,27 @@ def _part(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_floa
     return Part(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
 
-def _check_size(model: WanTransformer3DModel, weights: WeightFiles, checkpoint: Checkpoint) -> None:
-    own, shapes = model.config, weights.shapes
-    there = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}), shapes[FIRST][0]
-    here = own.num_layers, own.num_attention_heads * own.attention_head_dim
-    if there != here:
+def _check_kind(weights: WeightFiles) -> None:
+    """Raise `CheckpointError` for the tensors of another kind of Wan."""
+    for sign, kind in OTHER_KINDS.items():
+        if found := [name for name in weights.shapes if sign in name]:
+            raise CheckpointError(
+                f"{weights.where} is a transformer of {kind}: {min(found)!r} does not belong to this model, which is "
+                "Wan2.1 text-to-video; give one of that"
+            )
+
+
+def _check_size(weights: WeightFiles, checkpoint: Checkpoint) -> None:
+    config, shapes = checkpoint.config, weights.shapes
+    there = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}), (*shapes[FIRST], 0)[0]
+    if checkpoint.published:
+        width = config.get("dim")
+    else:
+        heads, size = config.get("num_attention_heads", 40), config.get("attention_head_dim", 128)
+        width = heads * size if is_count(heads) and is_count(size) else None
+    here = config.get("num_layers", 40), width
+    # What is no size is found when the model is made.
+    if all(map(is_count, here)) and there != here:
         raise CheckpointError(
             f"{weights.where} has {there[0]} blocks of width {there[1]}, but checkpoint {checkpoint.name} is of "
             f"{here[0]} blocks of width {here[1]}; name its own base checkpoint with --ckpt_dir"
@@ -163,6 +208,8 @@ def _fits(kind: type[nn.Module], weights: WeightFiles) -> Iterator[None]:
     """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         where, reason = weights.where, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{where}: its configuration does not fit {kind.__name__}: {reason}") from error

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from nabla.config import is_count
 from wan import names
+from wan.part_configs import check_eps, check_layers, numbers, positive
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What says the same in the JSON and in diffusers' configuration.
@@ -37,11 +37,16 @@ def tensor_name(model: nn.Module) -> Callable[[str], str]:
 
 def transformer(config: Mapping[str, Any], shapes: Shapes) -> WanTransformer3DModel:
     """The transformer of a JSON and tensors of these shapes, on the meta device."""
-    sizes = {own: _positive(config, key) for key, own in SAME_SIZE.items()}
+    sizes = {own: positive(key, config.get(key)) for key, own in SAME_SIZE.items()}
+    width = positive("dim", config.get("dim"))
+    if width % sizes["num_attention_heads"]:
+        raise ValueError(f"dim {width} is not {sizes['num_attention_heads']} heads (num_heads) of one size")
+    check_eps("eps", config.get("eps"))
+    check_layers(sizes["num_layers"], numbers(shapes, "blocks."))
     with torch.device("meta"):
         return WanTransformer3DModel(
             patch_size=tuple(shapes["patch_embedding.weight"][2:]),
-            attention_head_dim=_positive(config, "dim") // sizes["num_attention_heads"],
+            attention_head_dim=width // sizes["num_attention_heads"],
             text_dim=shapes["text_embedding.0.weight"][1],
             eps=float(config["eps"]),
             **sizes,
@@ -64,21 +69,16 @@ def transformer_config(model: WanTransformer3DModel, text_length: int) -> dict[s
     }
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not is_count(value) or value == 0:
-        raise ValueError(f"{key} is {value!r}, but must be a positive integer")
-    return value
-
-
 def vae(shapes: Shapes) -> AutoencoderKLWan:
     """The VAE of tensors of these shapes, on the meta device; the statistics of its latents are diffusers' defaults.
 
     The encoder's list of stages is residual blocks, then one `resample` between stages.
     """
     base = shapes["encoder.conv1.weight"][0]
-    count = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.downsamples."))
+    count = numbers(shapes, "encoder.downsamples.")
     resamples = [n for n in range(count) if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
+    if not resamples or count != (len(resamples) + 1) * (resamples[0] + 1) - 1:
+        raise ValueError(f"its encoder has {count} blocks, of which {resamples} change the size; stages differ")
     last_of_stage = [*(n - 1 for n in resamples), count - 1]
     with torch.device("meta"):
         return AutoencoderKLWan(
@@ -100,7 +100,7 @@ def text_encoder(shapes: Shapes) -> UMT5EncoderModel:
         d_model=width,
         d_kv=shapes["blocks.0.attn.q.weight"][0] // heads,
         d_ff=shapes["blocks.0.ffn.fc1.weight"][0],
-        num_layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+        num_layers=numbers(shapes, "blocks."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
     )

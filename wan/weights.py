@@ -178,6 +178,8 @@ def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -
     if extra:
         raise CheckpointError(f"{where}: tensor {extra[0]!r} does not belong to this model{_more(extra)}")
     for name, shape in expected.items():
+        if 0 in shape:
+            raise CheckpointError(f"{where}: tensor {name!r} is {shape}, which holds nothing; download it again")
         if weights.shapes[name] != shape:
             raise CheckpointError(f"{where}: tensor {name!r} is {weights.shapes[name]}, but must be {shape}")
 
