@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import re
 
 import pytest
 
@@ -123,11 +125,97 @@ def test_attention_mappings_that_do_not_fit(settings, message):
         ({"video": {"frame_num": float("nan")}}, r"frame_num nan is not of the form 4n\+1"),
         ({"video": {"size": [64.9, 48.2]}}, "is not of the form"),
         ({"video": {"size": {64: 1, 48: 2}}}, "is not of the form"),
+        ({"sampling": {"shift": 101}}, "shift 101 is not a positive number up to 100"),
+        ({"sampling": {"guide_scale": 1e30}}, "guide_scale 1e.30 is not a number of at least 1 .* at most 100"),
+        ({"lora": ["a.safetensors:-101"]}, "lora scale -101.0 is not a number from -100 to 100"),
+        ({"lora": [{"file": "a.safetensors", "scale": 1e9}]}, "lora scale 1000000000.0 is not a number from"),
+        ({"sampling": {"negative_prompt": "a " * 30_000}}, "negative_prompt has 60000 characters; shorten it"),
+        ({"cache": 0}, "cache 0 is neither none, nor"),
+        ({"cache": {"kind": "mag", "ratios": [1], "max_skips": 10**60}}, "not a whole number of steps up to 1000"),
+        ({"cache": {"kind": "taylorseer", "interval": 1e9}}, "interval 1000000000.0 is not a whole number of steps"),
+        ({"attention": {"algorithm": "sta", "window": [10**60, 1, 1]}}, "is not three positive integers"),
+        ({"attention": {"dense_steps": 10**60}}, "dense_steps 10+: give a whole number"),
     ),
 )
 def test_bad_settings(layer, message):
     with pytest.raises(InputError, match=message):
         resolve(layer, ROOM)
+
+
+@pytest.mark.parametrize("name", ("checkpoint", "transformer", "lora file", "config", "cache ratios"))
+@pytest.mark.parametrize(
+    "path, message",
+    (
+        ("n" * 300, " 'nnn.* is too long: a name of 300 bytes; a name has at most 255"),
+        ("x/" * 3000, " 'x/x.* is too long: a path of 6000 bytes"),
+        ("a\0b", r" 'a.x00b' holds a null character"),
+        ("a\ud800", r" 'a.ud800' is not valid Unicode"),
+    ),
+)
+def test_paths_that_no_file_can_have(name, path, message):
+    given = {"checkpoint": path, "transformer": path, "lora file": [path], "cache ratios": f"mag:0.1:{path}"}
+    with pytest.raises(InputError, match=name + message):
+        if name == "config":
+            read_settings(path)
+        resolve({name.split()[0]: given[name]}, ROOM)
+
+
+LOOP: dict = {}
+LOOP["x"] = LOOP
+
+
+@pytest.mark.parametrize(
+    "measured_on",
+    (
+        {"when": datetime.date(2026, 1, 1)},
+        {"x": float("nan")},
+        {"x": {1, 2}},
+        {"x": "\ud800"},
+        {"x": 10**100},
+        {1: 2, "1": 3},
+        LOOP,
+    ),
+)
+def test_what_ratios_hold_for_must_fit_a_record(measured_on):
+    with pytest.raises(InputError, match="cache measured_on cannot be written to a record"):
+        CacheSettings("mag", ratios=(1.0, 1.0), measured_on=measured_on)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    (
+        ("a.yaml", "sampling: {steps: 3}\nsampling: {shift: 3.0}", "line 2, column 1: the key 'sampling' stands twice"),
+        ("a.json", '{"settings": {"prompt": "a", "prompt": "b"}}', "the key 'prompt' stands twice in one object"),
+        ("a.yaml", "lora: " + "[" * 5000, "nested more than 100 deep"),
+        ("a.json", '{"settings":' * 100_000, "nested more than 100 deep"),
+        ("a.yaml", "lora: &a [*a]", "it contains itself"),
+        ("a.yaml", "- &a [x, x, x]\n" + "- [" + "*a," * 10_000 + "]", "stands for more than 30000 values"),
+        ("a.yaml", f"- &a {'x' * 500_000}\n" + "- *a\n" * 100, "stands for more than 30000 values"),
+        ("a.yaml", "prompt: a\n" * 200_000, "larger than 1 MiB"),
+        ("a.yaml", "video: {fps: 0x" + "f" * 5000 + "}", "a number of 5002 digits"),
+        ("a.yaml", "sampling: {shift: .nan}", "'.nan' is not a finite number"),
+        ("a.json", '{"settings": {"sampling": {"shift": NaN}}}', "NaN is not a finite number"),
+        ("a.yaml", "prompt: !!python/name:os.system", "is not a type that is read"),
+        ("a.yaml", "video: {fps: !!int ''}", "a value is not of its type"),
+        ("a.yaml", "prompt: a\x1b[2J", "special characters are not allowed"),
+    ),
+)
+def test_files_that_are_damaged_or_made_to_harm(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_settings(tmp_path / name)
+    assert str(error.value).isprintable() and len(str(error.value)) < 2100
+
+
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path):
+    for name, content in (("a.yaml", "prompt: a cat"), ("a.json", '{"settings": {"prompt": "a cat"}}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_settings(tmp_path / name) == {"prompt": "a cat"}
+
+
+def test_dates_are_texts_so_that_a_record_can_hold_them(tmp_path):
+    (tmp_path / "a.yaml").write_text("cache: {kind: mag, ratios: [1, 1], measured_on: {when: 2026-01-01}}")
+    assert resolve(read_settings(tmp_path / "a.yaml"), ROOM).cache.measured_on == {"when": "2026-01-01"}
 
 
 def test_every_config_file_loads_and_runs_what_its_name_says():

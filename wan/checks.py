@@ -16,6 +16,8 @@ SOLVERS = ("unipc", "dpm++")
 MAX_STEPS = 1000
 # Ten times what anyone uses; far beyond, numbers overflow on the way.
 MAX_SHIFT = MAX_GUIDE_SCALE = 100
+# Characters of a text, a hundred times what text encoders take; some far longer ones take long to clean.
+MAX_TEXT = 50_000
 # Bytes of a name within a folder, and of a whole path.
 MAX_NAME, MAX_PATH = 255, 4095
 
@@ -87,6 +89,8 @@ def check_text(name: str, text: object) -> None:
     """Raise `InputError` unless a value is text that can be written to a file."""
     if not isinstance(text, str):
         raise InputError(f"{name} {text!r} is not a text; put it in quotes")
+    if len(text) > MAX_TEXT:
+        raise InputError(f"{name} has {len(text)} characters; shorten it to a few hundred, the most is {MAX_TEXT}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError
 from wan.config import LoraFile, SamplingSettings
+from wan.weights import CheckpointError
+
+
+def check_vae(vae: nn.Module, where: object) -> None:
+    """Raise `CheckpointError` unless all weights are finite, before a video is made with them. where: they are from"""
+    for name, weight in vae.named_parameters():
+        if not weight.isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            remedy = "get it again" if weight.dtype == torch.float32 else "try --vae_dtype float32, or get it again"
+            raise CheckpointError(f"{where}: the VAE's {name!r} has values that are not finite in {dtype}; {remedy}")
 
 
 def check_latents(latents: Tensor, sampling: SamplingSettings, dtype: torch.dtype, lora: Sequence[LoraFile]) -> None:

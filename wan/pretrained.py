@@ -15,6 +15,7 @@ from wan.attention import apply_attention, compile_blocks
 from wan.cache_settings import CacheSettings
 from wan.checkpoint import Checkpoint
 from wan.config import LoraFile, Settings
+from wan.finite import check_vae
 from wan.loading import load_models
 from wan.parallel import apply_sequence
 from wan.planner import Plan
@@ -143,6 +144,8 @@ def from_settings(
         processes=processes,
     )
     pipe.plan, pipe.lora = plan, settings.lora
+    if pipe.vae is not None:
+        check_vae(pipe.vae, checkpoint.folder)
     _put_on(pipe, settings, device.type == "cuda" if compile is None else compile)
     return pipe
 
