@@ -190,7 +190,7 @@ def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
     (
         ("", "config video.json cannot be read"),
         ("[1]", "config video.json does not hold a mapping of settings"),
-        ("[" * 5000, "video.json is nested too deeply"),
+        ("[" * 5000, "video.json cannot be read: it is nested more than 100 deep"),
         ('{"settings": {}}' + " " * MAX_RECORD_BYTES, "video.json is larger than 64 KB"),
     ),
 )
