@@ -176,18 +176,24 @@ def wrong_lora(kind, base):
     (
         (
             "more blocks",
-            r"40 of 60 weights match the transformer, not for example 'blocks\.2\.attn1\.to_k\.lora_A\.weight'",
+            r"40 of 60 weights match .*, not for example 'diffusion_model\.blocks\.2\.cross_attn\.k\.lora_A\.weight'",
         ),
         ("wider", r"is for a blocks\.0\.attn1\.to_k\.weight of \(256, 256\), and here it is \(128, 128\)"),
         ("half", r"38 of 39 weights match the transformer"),
         ("ranks", r"is for a blocks\.1\.attn1\.to_q\.weight of \(128, 3, 7, 128\)"),
-        ("dora", r"40 of 41 weights match the transformer, not for example .*dora_scale"),
-        ("image", r"40 of 41 weights match the transformer, not for example .*norm_k_img\.diff"),
+        ("dora", r"40 of 41 weights match the transformer, not for example .*dora_scale', which is of DoRA"),
+        ("image", r"40 of 41 weights match the transformer, not for example .*norm_k_img\.diff', .*image-to-video"),
         ("difference", r"is for a blocks\.0\.attn1\.norm_q\.weight of \(64,\), and here it is \(128,\)"),
-        ("orphans", r"40 of 50 weights match the transformer, not for example 'blocks\.1\.\w+\.\w\.lora_down\.weight'"),
+        (
+            "orphans",
+            r"30 of 50 weights match the transformer, not for example 'lora_unet_blocks_1_\w+\.lora_down\.weight'",
+        ),
         ("text encoder", r"40 of 42 weights match the transformer, not for example 'lora_te_layers_0\.lora_down"),
         ("nan", r"'diffusion_model\.blocks\.1\.self_attn\.q\.lora_B\.weight' has values that are not finite"),
-        ("another model", r"0 of 1 weights match, since diffusers cannot convert their names \(ValueError "),
+        (
+            "another model",
+            r"0 of 1 weights match the transformer, not for example 'unet\.down\.lora_A\.weight'; use a LoRA",
+        ),
         ("empty", r"0 of 0 weights match the transformer"),
     ),
 )

@@ -1,35 +1,34 @@
-"""LoRA files: converted and scaled by diffusers and peft, checked against the transformer, merged into its weights."""
+"""LoRA files: checked against the transformer, and merged into its weights, or put beside those that are packed."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from nabla import InputError
-from wan import published
 from wan.config import LoraFile
-from wan.weights import SAFETENSORS, WeightFiles, damage, weight_file
+from wan.lora_names import Layer, mismatch, scale_by_peft, understand
+from wan.plain_data import parse_json
+from wan.reading import damage, exists, read_json
+from wan.weights import SAFETENSORS, WeightFiles, weight_file
 
-DIFFUSERS, WAN, MUSUBI = "transformer.", "diffusion_model.", "lora_unet_"
+log = logging.getLogger("wan")
+
+DIFFUSERS, PEFT = "transformer.", "base_model.model."
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "file"
 FACTORS = ("A.weight", "B.weight")
-PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))
-KINDS = (*PAIRS[0], *PAIRS[1], "alpha")
-# Files that were extracted from whole models hold differences beside factors: their endings, and the tensors changed.
-DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,13 @@ class Adapter:
     """A LoRA file that fits a transformer.
 
     factors, differences: by their names in diffusers' model; factors of layers, and what is added to a whole tensor
-    scaling: of the product of a layer's factors, by the layer: alpha / rank, where the file has not done that already
-    config: of peft's `LoraConfig`, from the file
+    scaling: of the product of a layer's factors, by the layer: alpha / rank, and 1 where the file has no alpha
     """
 
     file: LoraFile
     factors: Mapping[str, Tensor]
     differences: Mapping[str, Tensor]
     scaling: Mapping[str, float]
-    config: Mapping[str, Any] | None
 
     def describe(self) -> str:
         more = f" and {len(self.differences)} whole tensors" if self.differences else ""
@@ -53,7 +50,7 @@ class Adapter:
 
 
 def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
-    """Read a LoRA in diffusers', Wan's, ComfyUI's or musubi's names for a transformer on the meta device.
+    """Read a LoRA in any trainer's names, see `wan.lora_names`, for a transformer on the meta device.
 
     Raises `InputError` for a file that is not there, is damaged or is not safetensors, and for one of which nothing,
     or not all, fits the transformer.
@@ -61,32 +58,71 @@ def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
     if importlib.util.find_spec("peft") is None:
         raise InputError("lora needs peft, which is not installed; pip install peft")
     path = weight_file("lora", file.file, (SAFETENSORS,))
-    # In float32 the scaling that converters do rounds nothing.
-    tensors = {name: tensor.float() for name, tensor in WeightFiles([path])}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise InputError(f"lora {path}: {broken[0]!r} has values that are not finite; use a file without such")
-    differences, unknown = _take_differences(tensors, model)
-    strange = [name for name in tensors if not name.endswith(KINDS)]
-    factors = _convert(path, {name: tensor for name, tensor in tensors.items() if name.endswith(KINDS)}, model)
-    unknown += strange + _misfits(factors, model)
-    count = len(differences) + len(strange) + len(factors)
-    if unknown or not count:
-        raise _mismatch(path, count, unknown)
-    _check_shapes(path, factors, differences, model)
-    trial, config = copy.deepcopy(model), _config(path)
-    with damage(path):
-        _inject(trial, NAME, factors, config)
-    layers = {name.partition(".lora_")[0] for name in factors}
-    scaling = {layer: trial.get_submodule(layer).scaling[NAME] for layer in layers}
-    return Adapter(file, factors, differences, scaling, config)
+    tensors = _read(path)
+    contents = understand(path, list(tensors), model)
+    if contents.unknown or not tensors:
+        raise mismatch(path, len(tensors), contents.unknown)
+    state = model.state_dict()
+    differences = {target: tensors[name] for target, name in contents.differences.items()}
+    for target, difference in differences.items():
+        _check_shape(path, target, difference.shape, state)
+    config = _config(path, tensors)
+    factors, scaling = {}, {}
+    for target, layer in sorted(contents.layers.items()):
+        down, up = tensors[layer.down], tensors[layer.up]
+        _check_shape(path, f"{target}.weight", _product_shape(down, up), state)
+        scale = _scale(path, layer, tensors, config, target, len(down))
+        if layer.bias is not None:
+            _check_shape(path, f"{target}.bias", tensors[layer.bias].shape, state)
+            _accumulate(differences, f"{target}.bias", scale * tensors[layer.bias])
+        if down.ndim == 2 and up.ndim == 2:
+            scaling[target] = scale
+            factors |= {f"{target}.lora_{kind}": factor for kind, factor in zip(FACTORS, (down, up))}
+        else:
+            # Of a convolution, whose second factor takes one place at a time.
+            product = (up.flatten(1) @ down.flatten(1)).reshape(state[f"{target}.weight"].shape)
+            _accumulate(differences, f"{target}.weight", scale * product)
+    return Adapter(file, factors, differences, scaling)
 
 
-def _mismatch(path: Path, count: int, unknown: Sequence[str]) -> InputError:
-    sample = f", not for example {unknown[0]!r}" if unknown else ""
-    return InputError(
-        f"lora {path}: {count - len(unknown)} of {count} weights match the transformer{sample}; "
-        "use a LoRA made for text-to-video of this size"
-    )
+def _read(path: Path) -> dict[str, Tensor]:
+    """A file's tensors in float32, in which scaling rounds nothing."""
+    tensors = {}
+    for name, tensor in WeightFiles([path]):
+        if not tensor.is_floating_point() and not name.endswith(".alpha"):
+            raise InputError(f"lora {path}: {name!r} is {tensor.dtype}; use a file in float32, bfloat16 or float16")
+        tensors[name] = tensor.float()
+        if not tensors[name].isfinite().all():
+            raise InputError(f"lora {path}: {name!r} has values that are not finite; use a file without such")
+    return tensors
+
+
+def _accumulate(differences: dict[str, Tensor], name: str, difference: Tensor) -> None:
+    differences[name] = differences[name] + difference if name in differences else difference
+
+
+def _scale(
+    path: Path,
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    target: str,
+    rank: int,
+) -> float:
+    """What the product of a layer's factors is multiplied by, as the file's alpha or its configuration says."""
+    by_config = None if config is None else scale_by_peft(path, config, target, rank)
+    if layer.alpha is None:
+        return 1.0 if by_config is None else by_config
+    alpha = tensors[layer.alpha]
+    if alpha.numel() != 1:
+        raise InputError(f"lora {path}: {layer.alpha!r} is {tuple(alpha.shape)}, but an alpha must be one number")
+    by_file = alpha.item() / rank
+    if by_config is not None and abs(by_config - by_file) > 1e-3 * abs(by_file):
+        raise InputError(
+            f"lora {path}: {layer.alpha!r} makes a scale of {by_file:g}, and its configuration of {by_config:g}; "
+            "remove one of them"
+        )
+    return by_file
 
 
 def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable[[str, Tensor], Tensor]:
@@ -112,16 +148,20 @@ def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable
 @torch.no_grad()
 def attach(model: WanTransformer3DModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
     """Put adapters beside the weights of a transformer that cannot take them in, because they are packed, in place."""
-    scales = {}
+    names = []
     for number, adapter in enumerate(adapters):
         for name, difference in adapter.differences.items():
             _add(model, name, adapter.file.scale * difference, adapter.file.file)
         if adapter.factors:
             name = f"{NAME}{number}"
-            _inject(model, name, {key: factor.to(dtype) for key, factor in adapter.factors.items()}, adapter.config)
-            scales[name] = adapter.file.scale
-    if scales:
-        model.set_adapters(list(scales), list(scales.values()))
+            _inject(model, name, {key: factor.to(dtype) for key, factor in adapter.factors.items()})
+            names.append((name, adapter))
+    if names:
+        model.set_adapters([name for name, _ in names])
+    for name, adapter in names:
+        for layer, scale in adapter.scaling.items():
+            # peft would derive it from one alpha and a rank, and a file has its own for each layer.
+            model.get_submodule(layer).scaling[name] = adapter.file.scale * scale
     model.requires_grad_(False)
 
 
@@ -134,105 +174,47 @@ def _add(model: WanTransformer3DModel, name: str, difference: Tensor, file: str)
     parameter += difference.to(parameter)
 
 
-def _inject(
-    model: WanTransformer3DModel, name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any] | None
-) -> None:
+def _inject(model: WanTransformer3DModel, name: str, factors: Mapping[str, Tensor]) -> None:
     """Put peft's layers around those that have factors, as an adapter of this name."""
-    if not factors:
-        return
     with warnings.catch_warnings():
         # Several adapters are meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.load_lora_adapter(
-            dict(factors), prefix=None, adapter_name=name, metadata=config and dict(config), low_cpu_mem_usage=True
+        model.load_lora_adapter(dict(factors), prefix=None, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def _product_shape(down: Tensor, up: Tensor) -> tuple[int, ...]:
+    """The shape of the weights that two factors make; if they do not fit each other, one that no weights have."""
+    fits = down.ndim == up.ndim >= 2 and 0 < len(down) == up.shape[1] and set(up.shape[2:]) <= {1}
+    return (len(up), *down.shape[1:]) if fits else (*up.shape, *down.shape)
+
+
+def _check_shape(path: Path, name: str, shape: Sequence[int], state: Mapping[str, Tensor]) -> None:
+    wanted, shape = tuple(state[name].shape), tuple(shape)
+    if shape != wanted:
+        raise InputError(
+            f"lora {path} is for a {name} of {shape}, and here it is {wanted}; "
+            "use one made for a transformer of this size"
         )
 
 
-def _take_differences(tensors: dict[str, Tensor], model: WanTransformer3DModel) -> tuple[dict[str, Tensor], list[str]]:
-    """Take the differences out of a file's tensors: by their names in the model, and the names of those not in it.
-
-    diffusers' converter leaves those of norms and modulations out.
-    """
-    rename = published.tensor_name(model)
-    own = {rename(name): name for name in model.state_dict()}
-    found, unknown = {}, []
-    for name in list(tensors):
-        layer, _, kind = name.rpartition(".")
-        if kind in DIFFERENCES:
-            difference = tensors.pop(name)
-            target = own.get(f"{layer.removeprefix(WAN)}.{DIFFERENCES[kind]}")
-            found[target or name] = difference
-            unknown += [] if target else [name]
-    return found, unknown
-
-
-def _convert(path: Path, tensors: dict[str, Tensor], model: WanTransformer3DModel) -> dict[str, Tensor]:
-    """Factors by their names in the model, A before B, for which peft looks at the first."""
-    if not tensors:
-        return {}
-    # diffusers takes musubi's names only of files that have all layers, and ComfyUI's of any.
-    rename = published.tensor_name(model)
-    layers = [rename(name).removesuffix(".weight") for name in model.state_dict()]
-    musubi = {MUSUBI + layer.replace(".", "_"): WAN + layer for layer in layers}
-    for name in list(tensors):
-        layer, _, kind = name.partition(".")
-        if layer in musubi:
-            tensors[f"{musubi[layer]}.{kind}"] = tensors.pop(name)
-    if not any(name.startswith((DIFFUSERS, WAN, MUSUBI)) for name in tensors):
-        own = {name for name, _ in model.named_modules()}
-        prefix = DIFFUSERS if any(name.partition(".lora_")[0] in own for name in tensors) else WAN
-        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    try:
-        converted = WanLoraLoaderMixin.lora_state_dict(tensors)
-    except (KeyError, ValueError, IndexError) as error:
-        strange = [name.removeprefix(WAN) for name in tensors if not _is_known(name, tensors, set(layers))]
-        if 0 < len(strange) < len(tensors):
-            raise _mismatch(path, len(tensors), strange) from error
-        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise InputError(
-            f"lora {path}: 0 of {len(tensors)} weights match, since diffusers cannot convert their names ({reason}); "
-            "use one made for Wan2.1 text-to-video"
-        ) from error
-    return {name.removeprefix(DIFFUSERS): tensor for name, tensor in sorted(converted.items())}
-
-
-def _is_known(name: str, tensors: Mapping[str, Tensor], layers: Set[str]) -> bool:
-    """Whether a name in a file is of a layer of the model, by its published name, and no factor without the other."""
-    kind = next(kind for kind in KINDS if name.endswith(kind))
-    layer = name.removesuffix(f".{kind}")
-    pair = next((pair for pair in PAIRS if kind in pair), (kind,))
-    return layer.removeprefix(WAN) in layers and all(f"{layer}.{one}" in tensors for one in pair)
-
-
-def _misfits(factors: Mapping[str, Tensor], model: WanTransformer3DModel) -> list[str]:
-    """The names of what is not one of a pair of factors of a linear layer of the model."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    pairs = [tuple(f"{layer}.lora_{factor}" for factor in FACTORS) for layer in layers]
-    fit = {name for pair in pairs if all(one in factors for one in pair) for name in pair}
-    return [name for name in factors if name not in fit]
-
-
-def _check_shapes(
-    path: Path, factors: Mapping[str, Tensor], differences: Mapping[str, Tensor], model: WanTransformer3DModel
-) -> None:
-    state = model.state_dict()
-    shapes = {name: tuple(difference.shape) for name, difference in differences.items()}
-    for name, factor in factors.items():
-        layer, _, kind = name.partition(".lora_")
-        if kind == FACTORS[0]:
-            up = factors[f"{layer}.lora_{FACTORS[1]}"]
-            fits = factor.ndim == up.ndim == 2 and len(factor) == up.shape[1]
-            shapes[f"{layer}.weight"] = (len(up), factor.shape[1]) if fits else (*up.shape, *factor.shape)
-    for name, shape in shapes.items():
-        if shape != tuple(state[name].shape):
-            raise InputError(
-                f"lora {path} is for a {name} of {shape}, and here it is {tuple(state[name].shape)}; "
-                "use one made for a transformer of this size"
-            )
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-    """The `LoraConfig` that diffusers saves with a LoRA."""
+def _config(path: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """The `LoraConfig` that diffusers saves in a LoRA, or peft beside it."""
     with damage(path), safe_open(path, framework="pt") as opened:
         text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-        return None if text is None else {k.removeprefix(DIFFUSERS): v for k, v in json.loads(text).items()}
+    if text is not None:
+        try:
+            config = parse_json(text)
+        except ValueError as error:
+            raise InputError(f"lora {path}: {LORA_ADAPTER_METADATA_KEY} in its header is no JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise InputError(f"lora {path}: {LORA_ADAPTER_METADATA_KEY} in its header is no JSON object")
+        return {key.removeprefix(DIFFUSERS): value for key, value in config.items()}
+    beside = path.with_name(PEFT_CONFIG)
+    if path.name == PEFT_FILE and exists(beside):
+        return read_json(beside, "save the adapter again")
+    names = list(names)
+    if any(name.startswith(PEFT) for name in names) and not any(name.endswith(".alpha") for name in names):
+        log.warning(
+            "warning: lora %s has no alpha (peft keeps it in %s); it is taken to be the rank", path, PEFT_CONFIG
+        )
+    return None
