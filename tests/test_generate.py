@@ -404,6 +404,14 @@ def test_an_encoder_that_cannot_write_is_found_before_anything_is_loaded(run, tm
     assert not [name for name in files if name.endswith((".mp4", ".json"))]
 
 
+def test_without_a_compiler_nothing_is_loaded(run, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
+    monkeypatch.setenv("CXX", "/none/g++")
+    code, said, files = run("--compile", "true", ckpt_dir="nobody/none")
+    assert (code, files) == (2, []) and said.count("\n") == 1
+    assert "compile true needs a C++ compiler, and none can be run here (CXX is '/none/g++'): install g++" in said
+
+
 def test_a_finished_video_is_not_replaced_unless_told(run, tmp_path):
     run()
     before = (tmp_path / "out.mp4").read_bytes(), (tmp_path / "out.json").read_bytes()

@@ -14,6 +14,7 @@ from nabla import NablaConfig
 from wan.attention import apply_attention, compile_blocks
 from wan.cache_settings import CacheSettings
 from wan.checkpoint import Checkpoint
+from wan.compiling import check_compiler
 from wan.config import LoraFile, Settings
 from wan.finite import check_vae
 from wan.loading import load_models
@@ -118,6 +119,9 @@ def from_settings(
     Raises as `from_pretrained` does.
     """
     device = torch.device(device)
+    compile = device.type == "cuda" if compile is None else compile
+    if compile:
+        check_compiler(device)
     models = load_models(
         checkpoint,
         device,
@@ -146,7 +150,7 @@ def from_settings(
     pipe.plan, pipe.lora = plan, settings.lora
     if pipe.vae is not None:
         check_vae(pipe.vae, checkpoint.folder)
-    _put_on(pipe, settings, device.type == "cuda" if compile is None else compile)
+    _put_on(pipe, settings, compile)
     return pipe
 
 

@@ -18,6 +18,7 @@ from nabla.config import is_count
 from wan.budget import check_memory
 from wan.cache_settings import measured_otherwise
 from wan.checkpoint import Checkpoint
+from wan.compiling import check_compiler
 from wan.config import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
 from wan.fp8 import check_fp8
 from wan.jobs import names_of, read_prompts
@@ -78,6 +79,8 @@ def run(request: Request, options: Options) -> None:
 
 def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
     check_memory(options.memory, device, processes, options.offload)
+    if device.type == "cuda" if options.compile is None else options.compile:
+        check_compiler(device)
     if processes is None or processes.rank == 0:
         _check_files(options, {request.save_file.absolute()} if request.save_file else set())
     checkpoint, videos = settle(request, device)

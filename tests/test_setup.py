@@ -1,0 +1,71 @@
+"""scripts/setup.sh: whole or not there, however it is cut, and one at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    "torch.py": "def main(): print('from torch')\n",
+    "torch-2.13.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n",
+    "torch-2.13.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "torch-2.13.0.dist-info/entry_points.txt": "[console_scripts]\nsay-torch = torch:main\n",
+}
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A project of setup.sh alone, whose torch is a file of a line."""
+    with zipfile.ZipFile(tmp_path / "torch-2.13.0-py3-none-any.whl", "w") as wheel:
+        for name, text in FILES.items():
+            wheel.writestr(name, text)
+        wheel.writestr("torch-2.13.0.dist-info/RECORD", "".join(f"{name},,\n" for name in FILES))
+    folder = tmp_path / "a project"
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
+    (folder / "requirements.txt").write_text("torch==2.13.0\n")
+    return folder
+
+
+def begin(project: Path) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project.parent), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    env |= {"PYTHON": sys._base_executable}
+    command = ["bash", "scripts/setup.sh"]
+    return subprocess.Popen(
+        command,
+        cwd=project,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_set_up_that_is_cut_is_mended_by_the_next_of_which_two_at_once_wait_for_each_other(project):
+    cut = begin(project)
+    while not (project / ".venv.partial" / "bin").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.communicate()
+    assert not (project / ".venv").exists()
+    # As an earlier set-up may have left it: a Python without a pip.
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").symlink_to(sys._base_executable)
+    both = [begin(project) for _ in range(2)]
+    said = [run.communicate(timeout=120)[0] for run in both]
+    assert [run.returncode for run in both] == [0, 0], said
+    assert sum("another set-up runs in" in text for text in said) == 1
+    installed = subprocess.run([str(project / ".venv" / "bin" / "say-torch")], capture_output=True, text=True)
+    assert installed.stdout == "from torch\n" and not (project / ".venv.partial").exists()
