@@ -41,9 +41,10 @@ def test_the_fastest_that_compiles_is_remembered_in_the_process_and_on_disk(cach
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
-def test_a_damaged_file_is_made_anew(cache):
+@pytest.mark.parametrize("content", ("{ no JSON", "[" * 100_000, '{"a card": "fast"}', '{"a card": {}}', "[1]"))
+def test_a_damaged_file_is_made_anew(cache, content):
     cache.parent.mkdir()
-    cache.write_text("{ no JSON")
+    cache.write_text(content)
     assert flex_options.remembered("a card", OPTIONS, seconds) == OPTIONS[1]
     assert json.loads(cache.read_text()) == {"a card": OPTIONS[1]}
 

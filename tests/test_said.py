@@ -48,6 +48,11 @@ def test_values_that_are_not_finite_are_said_with_what_can_make_them_so(pipe):
     with pytest.raises(InputError, match="with 2 steps of unipc, shift 7.0, guide_scale 3.0; go back to") as error:
         pipe.sample(text, text, **walk)
     assert "lora" not in str(error.value).lower()
+    begun = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: begun.append(1))
+    with pytest.raises(InputError):
+        pipe.sample(text, **walk | {"steps": 50, "guide_scale": 1.0})
+    assert len(begun) == 1
     pipe.lora = (wan.config.LoraFile("style.safetensors", 50.0),)
     with pytest.raises(InputError, match="lower the scales of LoRA files .*style.safetensors:50"):
         pipe.sample(text, text, **walk)

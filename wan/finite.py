@@ -30,7 +30,7 @@ def check_latents(latents: Tensor, sampling: SamplingSettings, dtype: torch.dtyp
     hints = ["try --dtype bfloat16"] if dtype == torch.float16 else []
     hints += [f"lower the scales of LoRA files ({files})"] if files else []
     hints += ["go back to usual values where these are not", "look at the transformer's weights"]
-    raise InputError(f"sampling ended in values that are not finite, with {ran}; {', or '.join(hints)}")
+    raise InputError(f"sampling gives values that are not finite, with {ran}; {', or '.join(hints)}")
 
 
 def check_decoded(video: Tensor, latents: Tensor) -> None:

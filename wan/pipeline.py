@@ -150,6 +150,12 @@ class WanT2V:
                 tell(step)
                 observer.step_begins(step)
 
+            def after_step(step: int, clean: Tensor) -> None:
+                # What overflows mostly does at once, and the other steps may take hours.
+                if step == 0:
+                    check_latents(clean, sampling, transformer.dtype, self.lora)
+                observer.step_ends(step, clean)
+
             latents = denoise(
                 transformer,
                 latents,
@@ -158,7 +164,7 @@ class WanT2V:
                 sampling.guide_scale,
                 batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
                 at_step=at_step,
-                after_step=observer.step_ends,
+                after_step=after_step,
                 gather=gather,
                 **({} if cache is None else {"in_branch": cache.branch}),
             )
