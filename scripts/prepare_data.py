@@ -6,11 +6,12 @@ A second start makes what is missing. Each process that accelerate launches make
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wan.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,13 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: out=data/train")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("wan").setLevel(logging.INFO)
+    log_to_stderr()
+    return run_program(make, args, interrupted="interrupted; start again to make what is missing")
 
+
+def make(args: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
-    from nabla import InputError
     from wan.config import read_settings
     from wan.training.models import open_parts
     from wan.training.prepare import Encoder, prepare
@@ -34,23 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     from wan.training.stopping import stop_with_launcher
 
     stop_with_launcher()
-    try:
-        settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
-        source = open_dataset(settings.dataset, settings.options)
-        processes = PartialState(cpu=not torch.cuda.is_available())
-        vae_dtype = getattr(torch, settings.vae_dtype)
-        encoder = Encoder(open_parts(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
-        done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; start again to make what is missing", file=sys.stderr)
-        return 130
+    settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
+    source = open_dataset(settings.dataset, settings.options)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    vae_dtype = getattr(torch, settings.vae_dtype)
+    encoder = Encoder(open_parts(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
+    done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
     print(f"process {processes.process_index}: {done.clips} clips in {settings.out}, {done.skipped} samples skipped")
     processes.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

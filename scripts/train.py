@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STOPPED = 143
+from wan.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,13 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: optimizer.lr=1e-5")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    log_to_stderr()
+    return run_program(
+        train, args, interrupted="interrupted; the last whole checkpoint stands, and no half-written one is left"
+    )
 
-    from nabla import InputError
+
+def train(args: argparse.Namespace) -> int:
     from wan.config import read_settings
     from wan.training.config import TrainingSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped, stop_with_launcher
+    from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher
     from wan.training.trainer import Trainer
 
     stop_with_launcher()
@@ -35,15 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         settings = TrainingSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         with contextlib.closing(Trainer(settings)) as trainer:
             trainer.run()
-    except (InputError, Diverged, Stopped) as error:
-        print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
-        return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)
-    except KeyboardInterrupt:
-        print("interrupted; the last whole checkpoint stands, and no half-written one counts", file=sys.stderr)
-        return 130
+    except (Diverged, Stopped) as end:
+        return said(end)
     trainer.accelerator.end_training()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

@@ -6,14 +6,13 @@ A second start goes on where the first was cut. Settings may follow as key=value
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STOPPED = 143
+from wan.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,27 +21,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after so long")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: steps=100")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("wan").setLevel(logging.INFO)
+    log_to_stderr()
+    return run_program(train, args, interrupted="interrupted; the last saved state stands")
 
-    from nabla import InputError
+
+def train(args: argparse.Namespace) -> int:
     from wan.config import read_settings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped
+    from wan.training.stopping import Diverged, Stopped, said
     from wan.training.text import TextSettings, TextTrainer
 
     try:
         settings = TextSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         is_done = TextTrainer(settings).run(args.minutes)
-    except (InputError, Diverged, Stopped) as error:
-        print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
-        return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)
-    except KeyboardInterrupt:
-        print("interrupted; the last saved state stands", file=sys.stderr)
-        return 130
+    except (Diverged, Stopped) as end:
+        return said(end)
     print(f"{'trained' if is_done else 'not yet trained in full; start again to go on'}: {settings.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

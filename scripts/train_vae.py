@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STOPPED = 143
+from wan.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,15 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: optimizer.lr=1e-3")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("wan").setLevel(logging.INFO)
+    log_to_stderr()
+    return run_program(train, args, interrupted="interrupted; the last state stands")
 
+
+def train(args: argparse.Namespace) -> int:
     import torch
 
-    from nabla import InputError
     from wan.config import read_settings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped, stop_with_launcher
+    from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher
     from wan.training.vae import VaeTrainer
     from wan.training.vae_settings import VaeSettings
 
@@ -46,14 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.closing(VaeTrainer(settings)) as trainer:
             trainer.run(args.minutes)
         trainer.accelerator.end_training()
-    except (InputError, Diverged, Stopped) as error:
-        print(f"error: {error}" if not isinstance(error, Stopped) else error, file=sys.stderr)
-        return {Diverged: 1, Stopped: STOPPED}.get(type(error), 2)
-    except KeyboardInterrupt:
-        print("interrupted; the last whole state stands", file=sys.stderr)
-        return 130
+    except (Diverged, Stopped) as end:
+        return said(end)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

@@ -18,7 +18,7 @@ from training_runs import Colours
 
 from nabla import InputError
 from scripts import prepare_data
-from wan import WanT2V
+from wan import WanT2V, files
 from wan.parts import TEXT_ENCODER_FILE, VAE_FILE
 from wan.training.data import Clips
 from wan.training.models import open_parts
@@ -74,7 +74,10 @@ def test_a_second_start_makes_only_what_is_missing(encoder, tmp_path, caplog):
     assert prepare(Colours(8, bad=(1, 7)), settings_for(whole), encoder) == (6, 2)
     before = shards(whole)
     (whole / "shard-000001.safetensors").unlink()
-    (whole / ".partial-shard-000001.safetensors").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        # A process of a number that none has.
+        patch.setattr("os.getpid", lambda: 2**30)
+        (whole / files._mark()).write_bytes(b"half")
 
     class Watched(Colours):
         asked: list[int] = []

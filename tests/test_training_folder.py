@@ -131,7 +131,7 @@ def test_generate_takes_the_lora_of_any_checkpoint_by_its_folder(random_nano, pr
     video = "--prompt cat --size 48*32 --frame_num 5 --sample_steps 1 --device cpu --save_file cat.mp4".split()
     base = ["--ckpt_dir", str(random_nano)]
     for given in (model, f"{model}:1.0", model / "lora"):
-        assert generate.main([*video, *base, "--lora", str(given)]) == 0
+        assert generate.main([*video, *base, "--lora", str(given), "--overwrite"]) == 0
         assert f"lora: {model / 'lora' / 'pytorch_lora_weights.safetensors'} at 1" in capsys.readouterr().err
     for flags, message in (
         (["--ckpt_dir", str(model)], f"{model} holds a LoRA and no weights of a transformer; give it as --lora, and"),

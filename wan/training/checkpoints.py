@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.files import PARTIAL, hold, remove, whole
+from wan.files import PARTIAL, hold, remove, settle, sync, whole
+from wan.training.dcp_states import SafePlanner, SafeReader
+from wan.training.state_file import reason_of
+from wan.training.writing import together, written_state
 
 STATE = "state"
 LATEST = "latest"
@@ -69,23 +72,39 @@ class Checkpoints:
 
     @contextmanager
     def new(self, step: int) -> Iterator[Path]:
-        """A folder for all processes to write the checkpoint of a step to, which counts once the body has succeeded."""
+        """A folder for all processes to write the checkpoint of a step to, which counts once the body has succeeded.
+
+        Nothing is left of it otherwise. Raises `InputError`, in all processes, if it cannot be written.
+        """
         path = self.folder / f"step-{step:08d}"
         partial = path.with_name(PARTIAL + path.name)
-        if self.accelerator.is_main_process:
-            remove(partial)
-            partial.mkdir()
-        self.accelerator.wait_for_everyone()
-        yield partial
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            os.replace(partial, path)
-            self._link()
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                # Under its own name it would look whole if this were cut.
-                os.replace(old, old.with_name(PARTIAL + old.name))
-                remove(old.with_name(PARTIAL + old.name))
-        self.accelerator.wait_for_everyone()
+        leads = self.accelerator.is_main_process
+        try:
+            with together(self.accelerator, path):
+                if leads:
+                    remove(partial)
+                    partial.mkdir()
+            yield partial
+            self.accelerator.wait_for_everyone()
+            with together(self.accelerator, path):
+                if leads:
+                    settle(partial)
+                    self._place(partial, path)
+        except BaseException:
+            if leads:
+                # What is left then was on the disk that failed, and is swept by the next start.
+                with suppress(OSError):
+                    remove(partial)
+            raise
+
+    def _place(self, partial: Path, path: Path) -> None:
+        os.replace(partial, path)
+        sync(self.folder)
+        self._link()
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            # Under its own name it would look whole if this were cut.
+            os.replace(old, old.with_name(PARTIAL + old.name))
+            remove(old.with_name(PARTIAL + old.name))
 
     def _link(self) -> None:
         """Let `latest` lead to the last checkpoint, after a cut between the two as well."""
@@ -154,20 +173,33 @@ class State:
             self.ema.optimization_step = state["ema_steps"]
 
     def save(self, checkpoint: Path) -> None:
-        with _without_warning_of_one_process():
+        """Raises `InputError`, in all processes, if one of them cannot write."""
+        with _without_warning_of_one_process(), _without_root_log(), written_state(checkpoint.parent):
             dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:
-        """Raises `InputError` if the state of a checkpoint is damaged."""
+        """Raises `InputError` if the state of a checkpoint is damaged, or another's. No code in it is run."""
+        reader = SafeReader(checkpoint / STATE)
         try:
             with _without_warning_of_one_process(), _without_root_log():
-                dcp.load({STATE: self}, checkpoint_id=checkpoint / STATE)
+                dcp.load({STATE: self}, storage_reader=reader, planner=SafePlanner())
+            if self.step != _step_of(checkpoint):
+                raise ValueError(f"it is of step {self.step}")
         except dcp.CheckpointException as error:
             failure, _ = next(iter(error.failures.values()))
-            reason = " ".join(f"{type(failure).__name__} {failure}".split())[:200]
-            raise InputError(
-                f"{checkpoint / STATE} is damaged ({reason}); remove {checkpoint} to go on from the one before it"
-            ) from error
+            raise _damaged(checkpoint, reader.failure or failure) from error
+        except ValueError as error:
+            raise _damaged(checkpoint, error) from error
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _damaged(checkpoint: Path, failure: BaseException) -> InputError:
+    return InputError(
+        f"{checkpoint / STATE} is damaged ({reason_of(failure)}); remove {checkpoint} to go on from the one before it"
+    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from wan.training.config import ObjectiveSettings, Samples
 from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
 from wan.training.stopping import Diverged
+from wan.training.writing import together
 from wan.video import make_folder, to_frames, write_image, write_video
 
 
@@ -91,7 +92,7 @@ class Sampler:
     @torch.no_grad()
     def write(self, transformer: WanTransformer3DModel, folder: Path, accelerator: Accelerator) -> None:
         """Write a video a prompt into a folder. All processes walk, as sharded weights need; the first one decodes."""
-        sampling, video = self.settings.sampling, self.settings.video
+        sampling = self.settings.sampling
         for number, (prompt, texts) in enumerate(zip(self.settings.prompts, self.texts)):
             latents = denoise(
                 transformer,
@@ -102,15 +103,19 @@ class Sampler:
                 at_step=transformer.nabla.steps.tell,
             )
             transformer.nabla.steps.tell(None)
-            if accelerator.is_main_process:
-                make_folder(folder)
-                with torch.autocast(accelerator.device.type, enabled=False):
-                    frames = to_frames(decode(self.vae, latents)[0])
-                name = folder / f"{number:02d}-{words_of(prompt)}"
-                if video.frame_num == 1:
-                    write_image(name.with_suffix(".png"), frames[0])
-                else:
-                    write_video(name.with_suffix(".mp4"), frames, video.fps)
+            name = folder / f"{number:02d}-{words_of(prompt)}"
+            with together(accelerator, name):
+                if accelerator.is_main_process:
+                    self._write(name, latents, accelerator.device)
+
+    def _write(self, name: Path, latents: Tensor, device: torch.device) -> None:
+        make_folder(name.parent)
+        with torch.autocast(device.type, enabled=False):
+            frames = to_frames(decode(self.vae, latents)[0])
+        if self.settings.video.frame_num == 1:
+            write_image(name.with_suffix(".png"), frames[0])
+        else:
+            write_video(name.with_suffix(".mp4"), frames, self.settings.video.fps)
 
     def _noise(self, transformer: WanTransformer3DModel, seed: int, device: torch.device) -> Tensor:
         """What generate.py draws from the seed on this device."""

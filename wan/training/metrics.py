@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 
-from wan.files import whole
+from nabla import InputError
+from nabla.config import is_count
+from wan.files import whole, written
 from wan.memory import GIB
+from wan.plain_data import parse_json
+
+REMEDY = "free some space, and start again to go on"
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,15 +36,34 @@ class Metrics:
             partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        """Raises `InputError` if it cannot be written."""
+        with written(self.path, REMEDY), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of metrics, without a last one that was cut while it was written."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # A whole line ends in a line break.
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a file of metrics, without a last one that was cut while it was written.
+
+    Raises `InputError` if it cannot be read or holds something else.
+    """
+    try:
+        # A whole line ends in a line break; no more are held at once than the longest takes.
+        with path.open(encoding="utf-8") as file:
+            rows = [_row(line) for line in file if line.endswith("\n")]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a file that can be") from None
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}); remove the line, or the file: the run goes on without"
+        ) from None
+    return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        raise ValueError(f"a line is no row of a step: {line[:60]!r}")
+    return row
 
 
 def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
@@ -65,7 +89,10 @@ def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="step")
         if len(keys) > 1:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    # Made by `whole`, a folder of a name that is mistyped would be no error.
+    path.parent.stat()
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
 
 
 def speed(clips: int, tokens: int, seconds: float) -> dict[str, float]:

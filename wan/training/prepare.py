@@ -9,22 +9,24 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nabla import InputError
+from nabla.config import is_count
 from wan import parts
 from wan.checkpoint import Checkpoint
 from wan.fast_vae import speed_up_encoder
 from wan.files import whole
 from wan.latents import encode
-from wan.text import tokenize
+from wan.plain_data import parse_json
+from wan.text import cut_note, tokenize
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.reading import read
 from wan.training.sources import Checked, InOrder, Sample
@@ -95,6 +97,10 @@ class Encoder:
         states = self.text_encoder(ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
         return [state[: row.sum()] for state, row in zip(states, mask)]
 
+    def cut_notes(self, captions: list[str]) -> list[str]:
+        """A line for each caption that is longer than the text encoder takes."""
+        return [note for one in captions if (note := cut_note(self.tokenizer, one, self.length)) is not None]
+
 
 def _fingerprint(besides: bytes, *models: nn.Module) -> str:
     """Of values of every weight, rounded to what they are in any type and on any device, and of other bytes."""
@@ -162,6 +168,8 @@ def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder
             partial.write_text(json.dumps(record, indent=2, ensure_ascii=False))
     if not (out / DROPPED_FILE).is_file():
         with whole(out / DROPPED_FILE) as partial:
+            for note in encoder.cut_notes([settings.dropped_text]):
+                log.warning("warning: dropped_text: %s", note)
             (text,) = encoder.text([settings.dropped_text])
             save_file({"text": text.to(getattr(torch, settings.dtype)).contiguous()}, partial)
 
@@ -210,6 +218,8 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     with whole(path) as partial:
         save_file(tensors, partial, {RECORD_KEY: json.dumps({"clips": clips, "skipped": skipped})})
     log.info("%s: %d clips, %d skipped", path.name, len(clips), len(skipped))
+    if cut := encoder.cut_notes([clip["caption"] for clip in clips]):
+        log.warning("warning: %s: captions that are too long: %d of %d; %s", path.name, len(cut), len(clips), cut[0])
 
 
 def _shards(folder: Path) -> list[tuple[int, Path]]:
@@ -219,11 +229,24 @@ def _shards(folder: Path) -> list[tuple[int, Path]]:
 
 def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a shard says of its clips, and of the samples that could not be used."""
-    try:
+    with _reading(path):
         with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()[RECORD_KEY])
-        return record["clips"], record["skipped"]
-    except Exception as error:  # safetensors raises an error class of its own for a damaged file
+            record = parse_json(file.metadata()[RECORD_KEY])
+        clips, skipped = record["clips"], record["skipped"]
+        for sample in (*clips, *skipped):
+            if not is_count(sample["index"]):
+                raise ValueError("a sample has no number")
+        if not all(isinstance(clip["caption"], str) for clip in clips):
+            raise ValueError("a caption is no text")
+        return clips, skipped
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign shard makes of reading it into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
 
 
@@ -246,8 +269,10 @@ def list_clips(folder: Path) -> list[Clip]:
     clips: list[Clip] = []
     for _, path in _shards(folder):
         written, _ = _read_record(path)
-        with safe_open(path, "pt") as file:
+        with _reading(path), safe_open(path, "pt") as file:
             for clip in written:
                 latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))
+                if (len(latents), len(text)) != (4, 2):
+                    raise ValueError(f"sample {clip['index']} has latents of {latents} and text of {text}")
                 clips.append(Clip(path, clip["index"], clip["caption"], tuple(latents[1:]), text[0]))
     return clips

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from wan.console import ENDING_SIGNALS
+
 
 def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:
     """The items of these numbers, in order, arrays as tensors, pinned if there is a GPU. To be closed if left before.
@@ -34,5 +36,6 @@ def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | 
 
 
 def _leave_signal_to_parent(_: int) -> None:
-    """SIGTERM often goes to all processes of a run, whose last step still needs its data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Such signals often go to all processes of a run, whose last step still needs its data."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import hashlib
 import inspect
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from nabla import InputError
 from nabla.config import is_number
 from wan.checks import check_text, check_video, parse_size
 from wan.config import VideoSettings
+from wan.plain_data import parse_json
 from wan.text import clean_prompt
 from wan.training.shapes import Shapes
 
@@ -93,7 +93,7 @@ class VideoFolder:
         """The file's name and the caption of a line."""
         number, line = self.lines[index]
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = parse_json(line.decode("utf-8"))
             return str(Path(entry["file"])), entry["caption"]
         except UnicodeDecodeError as error:
             raise BadSample(f"line {number} is not UTF-8 from byte {error.start + 1} on; save it as UTF-8") from None

@@ -1,4 +1,4 @@
-"""How a run ends: its last step done, diverged, or asked by SIGTERM between two steps."""
+"""How a run ends: its last step done, diverged, or asked by a signal between two steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from wan.console import ENDING_SIGNALS, say
+
 # Set for the programs that `accelerate launch` starts.
 LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"
 PR_SET_PDEATHSIG = 1
@@ -19,23 +21,36 @@ PR_SET_PDEATHSIG = 1
 class Diverged(RuntimeError):
     """A loss or a gradient that is not finite; the message says where. No checkpoint was written of it."""
 
+    exit_code = 1
+
 
 class Stopped(Exception):
-    """The run was asked to end by SIGTERM, and did so after a step and a checkpoint."""
+    """The run was asked to end by SIGTERM or SIGHUP, and did so after a step and a checkpoint."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def said(end: Diverged | Stopped) -> int:
+    """A program's exit code for a run that ended so, which is told on stderr."""
+    say(f"error: {end}" if isinstance(end, Diverged) else str(end))
+    return end.exit_code
 
 
 class StopSignal:
-    """While it is entered, SIGTERM sets `asked` and does nothing else."""
+    """While it is entered, SIGTERM sets `asked` and does nothing else; SIGHUP too, unless it is ignored as by nohup."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        for number in ENDING_SIGNALS:
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._ask)
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         self.asked = True

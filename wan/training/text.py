@@ -37,6 +37,7 @@ from wan.training.schema import (
 )
 from wan.training.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.training.shapes import Shapes
+from wan.training.state_file import check_step, load_state, save_state
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.tokenizer import train_tokenizer
 
@@ -123,7 +124,7 @@ class TextTrainer:
         )
         self.step = 0
         if (self.folder / STATE_FILE).is_file():
-            self._load()
+            load_state(self.folder / STATE_FILE, self.device, self._take)
             log.info("going on from step %d of %s", self.step, self.folder)
         self.signal = StopSignal()
 
@@ -219,14 +220,12 @@ class TextTrainer:
 
     def _save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        with whole(self.folder / STATE_FILE) as partial:
-            torch.save(state | {"step": self.step}, partial)
+        save_state(state | {"step": self.step}, self.folder / STATE_FILE)
 
-    def _load(self) -> None:
-        state = torch.load(self.folder / STATE_FILE, map_location=self.device, weights_only=True)
+    def _take(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.step = state["step"]
+        self.step = check_step(state, self.settings.steps)
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}

@@ -43,6 +43,7 @@ from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.record import check_record, inputs_of, write_record
 from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
+from wan.training.writing import together
 from wan.video import check_encoder
 
 log = logging.getLogger("wan")
@@ -106,6 +107,8 @@ class Trainer:
         # Agreed upon by all processes, whichever got the signal when.
         self.stops = False
         self.metrics: Metrics | None = None
+        # Of the first process, told to the others with the next state.
+        self.unwritten: InputError | None = None
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
@@ -135,6 +138,8 @@ class Trainer:
         check_positions(samples.video, self.transformer.config.rope_max_seq_len)
         encoder = Encoder(self.base, self.device)
         pad = self.clips.padded
+        for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
+            log.info("warning: samples: %s", note)
         (negative,) = encoder.text([samples.sampling.negative_prompt])
         texts = [torch.stack((pad(encoder.text([p])[0]), pad(negative))).cpu() for p in samples.prompts]
         return Sampler(samples, encoder.vae, texts)
@@ -145,10 +150,11 @@ class Trainer:
         if state.step >= settings.steps:
             log.info("all %d steps are done: %s", state.step, self.checkpoints.last())
             return
-        if self.accelerator.is_main_process:
-            write_record(self.folder, settings, self.inputs)
-            provide_parts(self.base, self.folder / "parts", anew=state.step == 0)
-            self.metrics = Metrics(self.folder, state.step)
+        with together(self.accelerator, self.folder):
+            if self.accelerator.is_main_process:
+                write_record(self.folder, settings, self.inputs)
+                provide_parts(self.base, self.folder / "parts", anew=state.step == 0)
+                self.metrics = Metrics(self.folder, state.step)
         batches = self.batches.load(state.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
             if state.step == 0 and self.validation is not None:
@@ -207,7 +213,8 @@ class Trainer:
         """
         shares = [module.nabla_share for module in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
-        said = torch.stack((norm, kept, losses.new_full((), self.signal.asked)))
+        stops = self.signal.asked or self.unwritten is not None
+        said = torch.stack((norm, kept, losses.new_full((), stops)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
         self.stops = bool(gathered[:, -1].any())
         parts, processes = self.batches.parts, self.accelerator.num_processes
@@ -231,9 +238,12 @@ class Trainer:
         return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self.metrics is None:
+        if self.metrics is None or self.unwritten is not None:
             return
-        self.metrics.write(row)
+        try:
+            self.metrics.write(row)
+        except InputError as error:
+            self.unwritten = error
         if row["step"] % self.settings.every.log == 0 or any(key.startswith("validation") for key in row):
             log.info(", ".join(f"{key} {value:.5g}" for key, value in row.items()))
 
@@ -260,6 +270,9 @@ class Trainer:
         finite = torch.stack([part.detach().isfinite().all() for part in own]).all()
         if not self.accelerator.gather(finite.float()[None]).all():
             raise Diverged(f"after step {self.state.step}: weights are not finite")
+        with together(self.accelerator, self.folder):
+            if self.unwritten is not None:
+                raise self.unwritten
         with self.checkpoints.new(self.state.step) as folder:
             self.state.save(folder)
             self._export(folder / "model")
@@ -271,9 +284,12 @@ class Trainer:
         """Write the weights as they are now; of LoRA, merged ones at the end alone."""
         is_lora = self.settings.lora is not None
         state = whole_state(self.transformer, trained_only=is_lora)
-        if not self.accelerator.is_main_process:
-            return
-        if is_lora:
+        with together(self.accelerator, self.checkpoints.folder):
+            if self.accelerator.is_main_process:
+                self._write_weights(folder, state)
+
+    def _write_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
+        if self.settings.lora is not None:
             write_lora(folder / "lora", self.transformer, state)
             if self.state.step < self.settings.steps:
                 return

@@ -24,6 +24,7 @@ from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
+from wan.training.state_file import check_step, load_state, save_state
 from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
 from wan.training.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
 from wan.training.vae_export import draw, export, latent_statistics, quality
@@ -38,6 +39,7 @@ from wan.training.vae_model import (
     trained_vae,
 )
 from wan.training.vae_settings import CHANGEABLE, VaeSettings
+from wan.training.writing import together
 
 log = logging.getLogger("wan")
 
@@ -67,12 +69,14 @@ class VaeTrainer:
         if (self.folder / STATE_FILE).is_file():
             earlier = VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
             check_continues(settings, earlier, CHANGEABLE)
-            self._load()
+            load_state(self.folder / STATE_FILE, self.device, self._take)
             log.info("going on after step %d", self.step)
         self.signal = StopSignal()
         # Agreed upon by all processes: whether one was asked to stop, or its time is up.
         self.stops = False
         self.metrics: Metrics | None = None
+        # Of the first process, told to the others with the next step.
+        self.unwritten: InputError | None = None
         self.held_out: dict[str, list[Tensor]] = {}
 
     def close(self) -> None:
@@ -113,11 +117,12 @@ class VaeTrainer:
         if not minutes >= 0:
             raise InputError(f"minutes {minutes} is not a number of at least 0")
         ends = time.monotonic() + 60 * minutes
-        if self.leads:
-            with whole(self.folder / SETTINGS_FILE) as partial:
-                partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
-            self.metrics = Metrics(self.folder, self.step)
-            self.held_out = validation_videos(self.settings)
+        with together(self.accelerator, self.folder):
+            if self.leads:
+                with whole(self.folder / SETTINGS_FILE) as partial:
+                    partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
+                self.metrics = Metrics(self.folder, self.step)
+                self.held_out = validation_videos(self.settings)
         with self.signal:
             self._train(ends)
         if self.signal.asked:
@@ -125,8 +130,9 @@ class VaeTrainer:
         if self.step < self.settings.steps:
             log.info("time is up after step %d of %d; start again to go on", self.step, self.settings.steps)
             return False
-        if self.leads:
-            self._finish()
+        with together(self.accelerator, self.folder / RESULT_FOLDER):
+            if self.leads:
+                self._finish()
         return True
 
     def _train(self, ends: float) -> None:
@@ -135,21 +141,32 @@ class VaeTrainer:
         self.stops = self._agree(time.monotonic() >= ends)
         if self.step < settings.steps and not self.stops:
             pools = Pools(settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
-        first_step, saved = self.step, time.monotonic()
+        self.first_step, self.saved = self.step, time.monotonic()
         while self.step < settings.steps and not self.stops:
             row = self._step(pools.batch(self.step), ends)
-            if not self.leads:
+            if not self.leads or self.unwritten is not None:
                 continue
-            if self.step % settings.validation.every == 0:
-                row |= self._validate()
-            self.metrics.write(row)
-            if self.step % settings.log_steps == 0 or self.step == first_step + 1 or "psnr" in row:
-                log.info(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-            if time.monotonic() - saved > settings.checkpoint_seconds:
+            try:
+                self._tell(row)
+            except InputError as error:
+                self.unwritten = error
+        with together(self.accelerator, self.folder):
+            if self.unwritten is not None:
+                raise self.unwritten
+            if self.leads:
                 self._save()
-                saved = time.monotonic()
-        if self.leads:
+
+    def _tell(self, row: dict[str, float]) -> None:
+        """What the first process writes after a step."""
+        settings = self.settings
+        if self.step % settings.validation.every == 0:
+            row |= self._validate()
+        self.metrics.write(row)
+        if self.step % settings.log_steps == 0 or self.step == self.first_step + 1 or "psnr" in row:
+            log.info(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        if time.monotonic() - self.saved > settings.checkpoint_seconds:
             self._save()
+            self.saved = time.monotonic()
 
     def _agree(self, stops: bool) -> bool:
         """Whether any of the processes wants to stop."""
@@ -172,7 +189,7 @@ class VaeTrainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.ema.step(self.weights)
-        stops = self.signal.asked or time.monotonic() > ends
+        stops = self.signal.asked or time.monotonic() > ends or self.unwritten is not None
         seen = self._seen(losses.detach(), norm, made.detach(), video, latents, stops, clips.numbers)
         self.step += 1
         seconds = time.perf_counter() - start
@@ -243,21 +260,19 @@ class VaeTrainer:
             return latent_statistics(self.vae, (as_input(video, self.device) for video in videos))
 
     def _save(self) -> None:
-        with whole(self.folder / STATE_FILE) as partial:
-            torch.save(self._state(), partial)
+        save_state(self._state(), self.folder / STATE_FILE)
 
     def _state(self) -> dict[str, Any]:
         stateful = {"vae": self.vae, "ema": self.ema}
         state = {name: part.state_dict() for name, part in stateful.items()} | {"step": self.step}
         return state | {"optimizers": [part.state_dict() for part in (*self.optimizers, *self.schedules)]}
 
-    def _load(self) -> None:
-        state = torch.load(self.folder / STATE_FILE, map_location=self.device, weights_only=True)
+    def _take(self, state: dict[str, Any]) -> None:
         self.vae.load_state_dict(state["vae"])
         self.ema.load_state_dict(state["ema"])
-        for part, own in zip((*self.optimizers, *self.schedules), state["optimizers"]):
+        for part, own in zip((*self.optimizers, *self.schedules), state["optimizers"], strict=True):
             part.load_state_dict(own)
-        self.step = state["step"]
+        self.step = check_step(state, self.settings.steps)
 
 
 def is_convolution(weight: Tensor) -> bool:

@@ -1,0 +1,62 @@
+"""What runs write, where a disk may fill up: one line for all processes, and none that waits for one that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
+
+from nabla import InputError
+from wan.files import written
+
+REMEDY = "free some space, or choose another out, and start again: the last whole state stands"
+# In the messages of torch's own writer, whose errors are of no class of their own.
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+@contextmanager
+def written_state(path: Path) -> Iterator[None]:
+    """Turn what torch, safetensors or an operating system raises for a file that cannot be written into one line."""
+    with written(path, REMEDY):
+        try:
+            yield
+        except CheckpointException as error:
+            if (cause := next(filter(None, map(_cannot_be_written, error.failures.values())), None)) is None:
+                raise
+            raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
+        except RuntimeError as error:
+            if (cause := _cannot_be_written((error, None))) is None:
+                raise
+            raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
+
+
+def _cannot_be_written(failure: tuple[BaseException, object]) -> str | None:
+    """Why a file could not be written, if that is what an error is of, or one that led to it."""
+    error: BaseException | None = failure[0]
+    is_writing = False
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        is_writing |= isinstance(error, SafetensorError) and "I/O error" in str(error)
+        is_writing |= isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITER)
+        error = error.__cause__ or error.__context__
+    return "the disk may be full" if is_writing else None
+
+
+@contextmanager
+def together(accelerator: Accelerator, path: Path) -> Iterator[None]:
+    """What some of the processes write to a path: if one of them cannot, all raise its `InputError`."""
+    failure = None
+    try:
+        with written_state(path):
+            yield
+    except InputError as error:
+        failure = error
+    said = gather_object([None if failure is None else str(failure)])
+    if why := next(filter(None, said), None):
+        raise InputError(why) from failure
