@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
-import sys
 from pathlib import Path
 
 from generate import SMALL_CHECKPOINT, Parser, boolean
+from wan.console import exit_with, log_to_stderr, run_program, say
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -25,48 +24,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lora_dir", type=Path, help="LoRA files to offer, and where added ones are kept (default: SAVE_DIR/loras)")
     add("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 for every machine that reaches this one")
     add("--port", type=int, help="default: the first free one from 7860")
+    add("--allowed_host", action="append", default=[], metavar="NAME",
+        help="a further name, or name:port, that the page is reached by: that of a reverse proxy, or of this machine; "
+        "may be given several times")  # fmt: skip
+    add("--max_frames", type=int, help="most frames of a video (default: 241, or what the presets need)")
+    add("--max_pixels", type=int, help="most pixels of a frame (default: 921600, or what the presets need)")
+    add("--max_steps", type=int, help="most steps of a video (default: 100, or what the presets need)")
     add("--share", action="store_true", help="serve through a public link of gradio's too, to anyone who has it")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    log_to_stderr()
     if importlib.util.find_spec("gradio") is None:
-        print("error: the page needs gradio; pip install -r requirements-page.txt", file=sys.stderr)
+        say("error: the page needs gradio; pip install -r requirements-page.txt")
         return 2
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("wan").setLevel(logging.INFO)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_program(run, args, interrupted="interrupted")
 
 
-def run(args: argparse.Namespace) -> int:
-    from nabla import InputError
+def run(args: argparse.Namespace) -> None:
+    """Serve the page that the flags ask for, until it is interrupted."""
     from wan.budget import check_memory, parse_memory
     from wan.making import Options
+    from wan.page.limits import Limits
     from wan.page.server import Address, make_page, serve
     from wan.page.sources import LoraLibrary, Presets
     from wan.page.studio import Studio
     from wan.processes import pick_device
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
-    try:
-        address = Address(args.host, args.port, args.share)
-        memory = None if args.memory is None else parse_memory(args.memory)
-        options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
-        check_memory(memory, pick_device(args.device), None, args.offload_model)
-        presets = Presets(flags, SMALL_CHECKPOINT, args.config)
-        library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
-        with Studio(options, args.save_dir, SMALL_CHECKPOINT) as studio:
-            serve(make_page(studio, presets, library), studio, library, address)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    address = Address(args.host, args.port, args.share, tuple(args.allowed_host))
+    memory = None if args.memory is None else parse_memory(args.memory)
+    options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
+    check_memory(memory, pick_device(args.device), None, args.offload_model)
+    presets = Presets(flags, SMALL_CHECKPOINT, args.config)
+    most = {"frames": args.max_frames, "pixels": args.max_pixels, "steps": args.max_steps}
+    limits = Limits.of(most, map(presets.settings, presets.names))
+    library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
+    with Studio(options, args.save_dir, SMALL_CHECKPOINT, limits) as studio:
+        serve(make_page(studio, presets, library), library, address)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

@@ -19,6 +19,7 @@ from wan.making import Options
 from wan.page import status
 from wan.page import studio as studio_module
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
+from wan.page.limits import Limits
 from wan.page.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, Progress, Studio
 from wan.random_checkpoint import random_transformer
@@ -158,7 +159,7 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
     assert loaded.lora == (LoraFile("/loras/a.safetensors", 0.5),)
     assert notes == [
         "the video was made with /etc, and this page runs here",
-        "the video was made with transformer None, and this page runs /w.safetensors",
+        "the video was made with transformer None, and this page runs w.safetensors",
         "LoRA b.safetensors is not here; add the file",
         "the video was made in bfloat16, and this page runs float32",
     ]
@@ -252,7 +253,7 @@ def test_what_the_page_says_is_escaped():
 
 @pytest.fixture
 def studio(random_nano, tmp_path):
-    with Studio(Options(device="cpu"), tmp_path / "videos", str(random_nano)) as studio:
+    with Studio(Options(device="cpu"), tmp_path / "videos", str(random_nano), Limits(steps=1000)) as studio:
         yield studio
 
 
@@ -354,7 +355,7 @@ def test_a_job_ends_with_the_piece_of_work_in_which_it_is_cancelled(studio, stag
 
 
 def test_too_many_jobs_are_refused(studio, monkeypatch):
-    monkeypatch.setattr("wan.page.studio.MAX_WAITING", 0)
+    monkeypatch.setattr("wan.page.limits.MAX_WAITING", 0)
     job = studio.submit(SMALL | {"sampling": {"steps": 1000}})
     with pytest.raises(InputError, match="0 videos are waiting already"):
         studio.submit(SMALL)

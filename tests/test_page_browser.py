@@ -14,6 +14,7 @@ import weight_files
 
 from wan.config import read_settings, resolve
 from wan.making import Options
+from wan.page.limits import Limits
 from wan.page.studio import Studio
 from wan.random_checkpoint import random_transformer
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SECONDS = 40
+LIMITS = Limits(frames=485, steps=200)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --force-device-scale-factor=1"
@@ -104,7 +106,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def studio(random_nano, tmp_path_factory) -> Iterator[Studio]:
-    with Studio(Options(device="cpu"), tmp_path_factory.mktemp("page") / "videos", str(random_nano)) as studio:
+    with Studio(Options(device="cpu"), tmp_path_factory.mktemp("page") / "videos", str(random_nano), LIMITS) as studio:
         yield studio
 
 
@@ -124,13 +126,13 @@ def browser(studio, random_nano, tmp_path_factory) -> Iterator[Browser]:
         options.add_argument(flag)
     options.add_experimental_option("prefs", {"download.default_directory": str(studio.folder.parent / "saved")})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    url = serve(page, studio, library, Address(), wait=False)
+    url = serve(page, library, Address(), wait=False)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
         yield Browser(driver, url)
     finally:
         driver.quit()
-        page.close(verbose=False)
+        page.close()
 
 
 def test_the_page_asks_nobody_else_for_anything(browser):
@@ -177,7 +179,9 @@ def test_a_video_is_made_with_progress_and_preview_and_its_settings_make_it_agai
     browser.hears("Made in ")
     made = sorted(studio.folder.glob("*.mp4"))
     assert len(made) == 2 and all(path.read_bytes() == video.read_bytes() for path in made)
-    assert resolve(read_settings(record)) == resolve(read_settings(made[0].with_suffix(".json")))
+    shared, kept = read_settings(record), read_settings(made[0].with_suffix(".json"))
+    assert shared["checkpoint"] == Path(kept["checkpoint"]).name and str(studio.folder.parent) not in record.read_text()
+    assert resolve(shared | {"checkpoint": kept["checkpoint"]}) == resolve(kept)
 
 
 def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, random_nano, tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 
 from nabla import InputError
-from wan.config import Settings, read_made_with
+from wan.config import Settings, read_made_with, resolve
 from wan.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
+from wan.page.guard import Hearing, Presence
 from wan.page.layout import (
     LEAST_AMOUNT,
     Controls,
@@ -20,12 +22,14 @@ from wan.page.layout import (
     amount_label,
     has_amount,
     has_window,
-    most_of,
     what_runs,
 )
+from wan.page.limits import Visitor
+from wan.page.shown import record_to_share
 from wan.page.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
 from wan.page.status import READY, made_html, notes_html, progress_html, said_html
 from wan.page.studio import Job, Made, Progress, Studio
+from wan.plain_data import read_json
 from wan.sampling import Cancelled
 
 # New values or looks of controls, by control.
@@ -36,13 +40,12 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 class Events:
     """The page's events over a studio, its presets and its LoRA files. `wire` puts them on the controls."""
 
-    def __init__(self, studio: Studio, presets: Presets, library: LoraLibrary, controls: Controls):
+    def __init__(self, studio: Studio, presets: Presets, library: LoraLibrary, controls: Controls, presence: Presence):
         self.studio = studio
         self.presets = presets
         self.library = library
         self.controls = controls
-        # By the browser's session: what its button cancels.
-        self.jobs: dict[str, Job] = {}
+        self.presence = presence
 
     def wire(self, page: gr.Blocks) -> None:
         """Put the events on the controls of an open page."""
@@ -95,6 +98,7 @@ class Events:
     def load(self, upload: str, base: Settings) -> Updates:
         """The settings of a video's record into the controls."""
         record = read_record(Path(upload))
+        self.studio.limits.check(resolve(record, {"checkpoint": base.checkpoint, "prompt": "none"}))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_record(record, base, self.presets.flags, self.presets.checkpoints(), files)
         notes += packed_notes(read_made_with(upload))
@@ -111,8 +115,6 @@ class Events:
         updates: Updates = {c.form[field.name]: getattr(form, field.name) for field in fields(Form)}
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))
-        for name, most in most_of(form).items():
-            updates[c.form[name]] = gr.update(value=getattr(form, name), maximum=most)
         updates[c.form["size"]] = gr.update(choices=size_choices(settings), value=form.size)
         return updates | {c.base: settings} | self.read(form.algorithm)
 
@@ -159,11 +161,10 @@ class Events:
         idle = {c.generate: gr.update(visible=True), c.cancel: gr.update(visible=False)}
         hidden = {c.picture: gr.update(visible=False, value=None)}
         try:
-            job = self.studio.submit(self._layer(base, values))
+            job = self.studio.submit(self._layer(base, values), _visitor(request))
         except InputError as error:
             yield {c.said: said_html(str(error), "wrong")}
             return
-        self.jobs[request.session_hash] = job
         try:
             yield from self._follow(job)
             made = job.result()
@@ -179,7 +180,6 @@ class Events:
         finally:
             # Who leaves the page wants no video.
             job.cancel()
-            self.jobs.pop(request.session_hash, None)
 
     def _layer(self, base: Settings, values: Sequence[Any]) -> Mapping[str, Any]:
         form = Form(**{field.name: value for field, value in zip(fields(Form), values)})
@@ -195,7 +195,10 @@ class Events:
             c.save_record: gr.update(visible=False),
         }
         shown = None
+        hearing = Hearing(self.presence, job.visitor.session)
         for progress in job.changes():
+            if not hearing.goes_on():
+                job.cancel()
             updates: Updates = {c.said: progress_html(progress)}
             if progress.preview is not shown:
                 shown = progress.preview
@@ -203,18 +206,29 @@ class Events:
             yield updates
 
     def _show_made(self, made: Made, progress: Progress) -> Updates:
-        c, path, is_video = self.controls, str(made.path), made.path.suffix == ".mp4"
+        c, is_video = self.controls, made.path.suffix == ".mp4"
+        path = save_file_to_cache(made.path, c.video.GRADIO_CACHE)
         return {
             c.said: made_html(made, progress.notes),
             c.picture: gr.update(value=None if is_video else path, visible=not is_video),
             c.video: gr.update(value=path if is_video else None, visible=is_video),
             c.save_video: gr.update(value=path, visible=True, label="Save video" if is_video else "Save picture"),
-            c.save_record: gr.update(value=str(made.record), visible=True),
+            c.save_record: gr.update(value=_shared_record(made, Path(path).parent), visible=True),
         }
 
     def cancel(self, request: gr.Request) -> None:
-        if job := self.jobs.get(request.session_hash):
-            job.cancel()
+        self.studio.cancel(_visitor(request))
 
     def leave(self, request: gr.Request) -> None:
         self.cancel(request)
+
+
+def _visitor(request: gr.Request) -> Visitor:
+    return Visitor.at(request.client.host if request.client else None, request.session_hash)
+
+
+def _shared_record(made: Made, folder: Path) -> str:
+    """A copy of a video's record that visitors may have, beside the copy of their video."""
+    path = folder / made.record.name
+    path.write_text(record_to_share(read_json(made.record)), encoding="utf-8")
+    return str(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import gradio as gr
 
@@ -12,11 +11,13 @@ from nabla.config import BACKEND_NAMES
 from wan.checks import SOLVERS, VAE_STRIDE
 from wan.config import Settings
 from wan.page.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
+from wan.page.limits import Limits
+from wan.page.shown import name_of
 from wan.page.sources import Presets
 from wan.page.status import STARTING
 
-# Of sliders, unless settings go beyond.
-USUAL_FRAMES, USUAL_STEPS, LEAST_AMOUNT = 241, 100, 0.05
+# Of a slider, unless settings go beyond.
+LEAST_AMOUNT = 0.05
 TITLE = "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters."
 PROMPT = "A red circle moves from left to right on a white background"
 
@@ -53,7 +54,7 @@ class Controls:
         return [self.form[field.name] for field in fields(Form)]
 
 
-def lay_out(presets: Presets, lora_files: Mapping[str, str]) -> Controls:
+def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> Controls:
     """Build the controls, as the first preset sets them, into the `gr.Blocks` that is open."""
     first = presets.settings(presets.first)
     form = to_form(first)
@@ -62,7 +63,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str]) -> Controls:
     )
     with gr.Row(elem_classes="board"):
         with gr.Column(elem_classes="what", min_width=0):
-            parts = _what(presets, first, form)
+            parts = _what(presets, first, form, limits)
             generate = gr.Button("Generate", variant="primary", elem_id="generate")
             cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
         with gr.Column(elem_classes="results", min_width=0):
@@ -87,7 +88,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str]) -> Controls:
     )
 
 
-def _what(presets: Presets, first: Settings, form: Form) -> dict:
+def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict:
     prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder=PROMPT, elem_id="prompt")
     with gr.Row():
         preset = gr.Dropdown(
@@ -110,7 +111,7 @@ def _what(presets: Presets, first: Settings, form: Form) -> dict:
     with gr.Row():
         frames = gr.Slider(
             1,
-            most_of(form)["frame_num"],
+            limits.frames,
             form.frame_num,
             step=VAE_STRIDE[0],
             label="Frames",
@@ -120,7 +121,7 @@ def _what(presets: Presets, first: Settings, form: Form) -> dict:
         )
         steps = gr.Slider(
             1,
-            most_of(form)["steps"],
+            limits.steps,
             form.steps,
             step=1,
             label="Steps",
@@ -132,11 +133,6 @@ def _what(presets: Presets, first: Settings, form: Form) -> dict:
     return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
 
 
-def most_of(form: Form) -> dict[str, int]:
-    """What the sliders of a form go up to, for gradio refuses values beyond."""
-    return {"frame_num": max(USUAL_FRAMES, form.frame_num), "steps": max(USUAL_STEPS, form.steps)}
-
-
 def about_preset(presets: Presets, name: str, settings: Settings) -> str:
     """What a preset's file says of it, and what runs."""
     comment = presets.describe(name)
@@ -145,8 +141,7 @@ def about_preset(presets: Presets, name: str, settings: Settings) -> str:
 
 def what_runs(settings: Settings) -> str:
     """A sentence for whoever opens the page, who need not know where a folder lies."""
-    name = settings.checkpoint
-    return f"Runs `{Path(name).name if Path(name).is_absolute() else name}`."
+    return f"Runs `{name_of(settings.checkpoint)}`."
 
 
 def _sampling(form: Form) -> dict[str, gr.components.Component]:

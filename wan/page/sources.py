@@ -14,6 +14,7 @@ from nabla import InputError
 from wan.checkpoint import Checkpoint, check_hub_id
 from wan.config import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files import whole
+from wan.page.shown import name_of
 from wan.remaking import packing_of
 from wan.video import make_folder
 from wan.weights import SAFETENSORS, CheckpointError, WeightFiles, weight_file
@@ -109,6 +110,11 @@ class LoraLibrary:
         """Paths by name."""
         return {path.name: str(path.resolve()) for path in sorted(self.folder.glob(f"*{SAFETENSORS}"))}
 
+    def added_bytes(self) -> int:
+        """What the files that were added hold on the disk; they end in a digest."""
+        added = re.compile(rf".*-[0-9a-f]{{8}}{re.escape(SAFETENSORS)}")
+        return sum(path.lstat().st_size for path in self.folder.iterdir() if added.fullmatch(path.name))
+
     def add(self, upload: Path) -> str:
         """Take in a copy of an uploaded file, and give its name.
 
@@ -127,8 +133,10 @@ class LoraLibrary:
         try:
             with whole(self.folder / name) as partial:
                 shutil.copyfile(path, partial)
-        except OSError as error:
-            raise InputError(f"{path.name} cannot be kept ({error.strerror or error}); see --lora_dir") from error
+        except (OSError, InputError) as error:
+            # `whole` names the server's folder.
+            reason = getattr(error.__cause__ or error, "strerror", None) or "it cannot be written"
+            raise InputError(f"{path.name} cannot be kept ({reason}); see --lora_dir") from error
         return name
 
 
@@ -158,11 +166,14 @@ def from_record(
         raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
     made = resolve(record)
     notes = []
-    checkpoint = made.checkpoint if made.checkpoint in checkpoints else own.checkpoint
-    if made.checkpoint != checkpoint:
-        notes.append(f"the video was made with {made.checkpoint}, and this page runs {checkpoint}")
-    if made.transformer != own.transformer:
-        notes.append(f"the video was made with transformer {made.transformer}, and this page runs {own.transformer}")
+    names = {name_of(own.checkpoint): own.checkpoint}
+    names = {name_of(one): one for one in checkpoints} | names | {one: one for one in checkpoints}
+    checkpoint = names.get(made.checkpoint, own.checkpoint)
+    if made.checkpoint not in (checkpoint, name_of(checkpoint)):
+        notes.append(f"the video was made with {made.checkpoint}, and this page runs {name_of(checkpoint)}")
+    if made.transformer not in (own.transformer, name_of(own.transformer)):
+        runs = name_of(own.transformer)
+        notes.append(f"the video was made with transformer {made.transformer}, and this page runs {runs}")
     lora = []
     for one in made.lora:
         name = Path(one.file).name

@@ -1,10 +1,12 @@
-"""What the page says: progress, results and errors as HTML, with all that came from elsewhere escaped."""
+"""What the page says: progress, results and errors as HTML, with all that came from elsewhere escaped and
+the server's folders left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
+from wan.page.shown import without_folders
 from wan.page.studio import DECODING, LOADING, READING, SAMPLING, WAITING, Made, Progress
 
 STARTING, READY = '<div class="status">Starting</div>', '<div class="status">Ready</div>'
@@ -51,11 +53,11 @@ def made_html(made: Made, notes: Sequence[str]) -> str:
 def said_html(text: str, kind: str = "") -> str:
     """A message; `kind` is "", "done" or "wrong"."""
     role = "alert" if kind == "wrong" else "status"
-    return f'<div class="status {kind}" role="{role}">{escape(text)}</div>'
+    return f'<div class="status {kind}" role="{role}">{escape(without_folders(text))}</div>'
 
 
 def notes_html(notes: Sequence[str]) -> str:
-    return "".join(f'<div class="note">{escape(note)}</div>' for note in notes)
+    return "".join(f'<div class="note">{escape(without_folders(note))}</div>' for note in notes)
 
 
 def duration(seconds: float) -> str:

@@ -18,25 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nabla import InputError
 from wan import parts
 from wan.attention import apply_attention
 from wan.checkpoint import Checkpoint
-from wan.config import Settings
+from wan.config import Settings, resolve
 from wan.lora import read_lora
 from wan.making import Options, load, make
 from wan.observer import Observer
+from wan.page.limits import NOBODY, USUAL_LIMITS, Limits, Line, Visitor, check_waiting
 from wan.page.preview import Preview
 from wan.pipeline import WanT2V
 from wan.processes import pick_device
 from wan.progress import Pace
 from wan.run import Request, check_output, settle, unexpected
 from wan.sampling import Cancelled
+from wan.text import cut_note
 from wan.video import make_folder
 
 log = logging.getLogger("wan")
 
-MAX_WAITING = 20
 # How often a job that waits is looked at, for its place in the line may change.
 LOOK_SECONDS = 0.5
 
@@ -81,11 +81,13 @@ class Made:
 
 
 class Job:
-    """One video that was asked for."""
+    """One video that was asked for: the settings, in the schema of the YAML files, and by whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: dict[str, Any], visitor: Visitor) -> None:
+        self.layer = layer
+        self.visitor = visitor
         self.progress = Progress(WAITING)
-        self.future: Future[Made] | None = None
+        self.future: Future[Made] = Future()
         self._stopped = threading.Event()
         self._changed = threading.Event()
         self._lock = threading.Lock()
@@ -129,19 +131,23 @@ class Studio:
     """Makes videos with one pipeline, one at a time; leave it as a context to end what runs.
 
     folder: of videos and their records
+    limits: of what is asked
     """
 
-    def __init__(self, options: Options, folder: Path, default_checkpoint: str):
+    def __init__(self, options: Options, folder: Path, default_checkpoint: str, limits: Limits = USUAL_LIMITS):
         make_folder(folder)
         self.options = options
         self.device = pick_device(options.device)
         self.folder = folder
         self.default_checkpoint = default_checkpoint
+        self.limits = limits
         self._pipe: WanT2V | None = None
         self._weights: tuple = ()
         # What the pipeline's plan of memory was made for, see `_needs`.
         self._planned = 0, 0, False
+        # All that have not ended, and those of them that wait.
         self._jobs: list[Job] = []
+        self._line = Line()
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="studio")
 
@@ -153,29 +159,61 @@ class Studio:
             job.cancel()
         self._worker.shutdown()
 
-    def submit(self, layer: dict[str, Any]) -> Job:
-        """Ask for the video of settings in the schema of the YAML files; raises `InputError` if too many wait."""
+    def submit(self, layer: dict[str, Any], visitor: Visitor = NOBODY) -> Job:
+        """Ask for the video of settings in the schema of the YAML files; visitors take turns.
+
+        Raises `InputError` if settings are not allowed or beyond the limits, and if too many videos wait.
+        """
+        self.limits.check(resolve(layer, {"checkpoint": self.default_checkpoint}))
+        job = Job(layer, visitor)
         with self._lock:
-            if len(self._jobs) > MAX_WAITING:
-                raise InputError(f"{MAX_WAITING} videos are waiting already; try again later")
-            job = Job()
+            check_waiting([one.visitor for one in self._jobs], visitor)
             self._jobs.append(job)
-            job.tell(ahead=len(self._jobs) - 1)
-            job.future = self._worker.submit(self._make, layer, job)
+            self._line.join(job)
+            self._tell_places()
         job.future.add_done_callback(lambda _: self._forget(job))
+        self._worker.submit(self._make_next)
         return job
+
+    def cancel(self, visitor: Visitor) -> None:
+        """Cancel all jobs of a visitor."""
+        with self._lock:
+            jobs = [job for job in self._jobs if job.visitor == visitor]
+        # The last first, so that none begins.
+        for job in reversed(jobs):
+            job.cancel()
 
     def _forget(self, job: Job) -> None:
         with self._lock:
             self._jobs.remove(job)
-            for ahead, other in enumerate(self._jobs):
-                other.tell(ahead=ahead)
+            self._line.leave(job)
+            self._tell_places()
+
+    def _tell_places(self) -> None:
+        order = self._line.order()
+        running = len(self._jobs) - len(order)
+        for ahead, job in enumerate(order, running):
+            job.tell(ahead=ahead)
+
+    def _make_next(self) -> None:
+        """Make the video whose turn it is, if one waits: those that were cancelled left a call too many."""
+        with self._lock:
+            job = self._line.next()
+        if job is None or not job.future.set_running_or_notify_cancel():
+            return
+        try:
+            made = self._make(job.layer, job)
+        except BaseException as error:
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(made)
 
     def _make(self, layer: dict[str, Any], job: Job) -> Made:
         start = time.perf_counter()
         job.tell(stage=LOADING)
         request = Request(layer, config=None, task=None, default_checkpoint=self.default_checkpoint)
         checkpoint, [(settings, name)] = settle(request, self.device)
+        self.limits.check(settings)
         settings = replace(settings, sampling=settings.sampling.with_seed())
         path = self.folder / f"{name.stem}-{secrets.token_hex(3)}{name.suffix}"
         check_output(path, settings)
@@ -187,6 +225,7 @@ class Studio:
         before = time.perf_counter()
         pipe = self._ready(checkpoint, settings)
         loading = time.perf_counter() - before
+        job.tell(notes=notes + _cut_notes(pipe, settings))
         job.check()
         job.tell(steps=settings.sampling.steps)
         make(pipe, settings, path, self.options, loading, _Teller(job, Preview(pipe), settings.sampling.steps))
@@ -217,6 +256,13 @@ class Studio:
         elif settings.attention != self._pipe.transformer.nabla.config:
             apply_attention(self._pipe.transformer, settings.attention)
         return self._pipe
+
+
+def _cut_notes(pipe: WanT2V, settings: Settings) -> tuple[str, ...]:
+    """A line for each text of which the text encoder takes a part."""
+    texts = settings.prompt, settings.sampling.negative_prompt
+    notes = (cut_note(pipe.tokenizer, text, pipe.text_length) for text in texts)
+    return tuple(note for note in notes if note is not None)
 
 
 def _needs(settings: Settings) -> tuple[int, int, bool]:

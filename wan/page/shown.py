@@ -1,0 +1,43 @@
+"""What visitors may read: names of files, and no folder of the server."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# An absolute path of more than a name, on either kind of system.
+FOLDERS = re.compile(
+    r"(?<![\w./\\:])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\",;:()<>]+)+[/\\](?=[^/\\\s'\",;:()<>])|(?<![\w./:])/(?=\w)"
+)
+
+
+def without_folders(text: str) -> str:
+    """Text in which absolute paths are the names of their files; that of the user's folder and this one go first.
+
+    Those two may have spaces in their names, at which nothing tells where a path ends.
+    """
+    for folder in sorted({str(Path.cwd()), str(Path.home())}, key=len, reverse=True):
+        if len(folder) > 1:
+            text = re.sub(re.escape(folder) + r"(?=[/\\])", "", text)
+    return FOLDERS.sub("", text)
+
+
+def name_of(checkpoint: str | None) -> str | None:
+    """How visitors know weights: a folder or file by its name, a hub's by its id."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else checkpoint
+
+
+def record_to_share(record: Mapping[str, Any]) -> str:
+    """The text of a video's record for visitors: it names weights by `name_of`, and says no other path."""
+    settings = dict(record["settings"])
+    for key in ("checkpoint", "transformer"):
+        if key in settings:
+            settings[key] = name_of(settings[key])
+    settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]
+    return json.dumps(dict(record, settings=settings), indent=2, ensure_ascii=False) + "\n"
