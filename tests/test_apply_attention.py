@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -358,3 +359,37 @@ def test_compiled_blocks_see_one_graph_whatever_step_threshold_prompt_and_layer(
     for timestep in (900.0, 600.0, 300.0):
         forward(transformer, timestep)
     assert counter.frame_count == 2
+
+
+@torch.no_grad()
+def test_of_two_forwards_at_once_the_one_that_cannot_be_right_raises():
+    """What layers are told is of one forward: a thread's must not go on with the grid of another's."""
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, NablaConfig(threshold=0.4, tile=(1, 4, 4)))
+    wide, context = torch.randn(1, 16, 3, 16, 32), text_states(1)
+    high = wide.transpose(3, 4).contiguous()
+    right = transformer(wide, torch.tensor([500]), context, return_dict=False)[0]
+    begun, go_on, results = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.current_thread() is thread:
+            begun.set()
+            go_on.wait(30)
+
+    def forward():
+        try:
+            with torch.no_grad():
+                results.append(transformer(wide, torch.tensor([500]), context, return_dict=False)[0])
+        except InputError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=forward)
+    hook = transformer.blocks[1].register_forward_pre_hook(wait)
+    thread.start()
+    begun.wait(30)
+    transformer(high, torch.tensor([500]), context, return_dict=False)
+    go_on.set()
+    thread.join()
+    hook.remove()
+    assert isinstance(results[0], InputError) and "one at a time" in str(results[0])
+    assert (transformer(wide, torch.tensor([500]), context, return_dict=False)[0] == right).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
@@ -82,7 +83,8 @@ class AppliedAttention:
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
     these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
     None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
-    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense.
+    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense. They are
+    of one forward: of several at once, by threads, only the one that began last can be right, and others raise.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
@@ -90,6 +92,9 @@ class AppliedAttention:
         self.plans: dict[tuple, Plan] = {}
         self.steps = steps
         self.switched_off = self.watched = False
+        # Which forward the layers were told of last, and by thread which one it runs.
+        self.forwards = 0
+        self.own: dict[int, int] = {}
         self.patch = transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
         self.sequence: Sequence | None = getattr(transformer, "sequence", None)
@@ -148,6 +153,8 @@ class AppliedAttention:
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.modules:
             return
+        self.forwards += 1
+        self.own[threading.get_ident()] = self.forwards
         latents = args[0] if args else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         config, device = self.config, latents.device
@@ -230,6 +237,11 @@ class AppliedAttention:
 
     @torch.compiler.disable
     def _after_forward(self, transformer: nn.Module, *_: Any) -> None:
+        if self.modules and self.own.pop(threading.get_ident()) != self.forwards:
+            raise InputError(
+                "another thread began a forward of this transformer before this one ended, whose blocks were then "
+                "chosen for the other; run one at a time, or give each thread a transformer of its own"
+            )
         choosing, self.choosing = self.choosing, None
         # Only a forward that came to its end, through all layers, has chosen for all, and measured what they keep.
         if choosing is None and self.sequence is None or ran_in_full(transformer):
