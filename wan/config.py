@@ -29,7 +29,9 @@ from wan.weights import SAFETENSORS
 
 T = TypeVar("T")
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+# Within an installed package, or beside this one.
+_HERE = Path(__file__).resolve().parent
+CONFIG_FOLDER = next((folder for folder in (_HERE / "configs",) if folder.is_dir()), _HERE.parent / "configs")
 # The published program runs this many first steps dense when only a window is used.
 STA_DENSE_STEPS = 12
 DEFAULT_NEGATIVE_PROMPT = (

@@ -134,6 +134,8 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
         open_transformer(settings.transformer)
     for lora in settings.lora:
         weight_file("lora", lora.file, (SAFETENSORS,))
+    if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
+        _check_small(Path(settings.checkpoint))
     checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
     checkpoint.require_tokenizer()
     every = []
@@ -149,6 +151,14 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
         raise InputError(f"two prompts would both be {twice[0]}; name one otherwise")
     return checkpoint, list(zip(every, paths))
+
+
+def _check_small(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"no checkpoint is named, and the small one, {folder}, comes with the program's source but not with an "
+            "installed package; give --ckpt_dir, or --config nabla_0.7.yaml for Wan2.1 14B"
+        )
 
 
 def _check_files(options: Options, pictures: Set[Path]) -> None:

@@ -10,10 +10,11 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = "wan-nabla"
 # Where the name to import is not that of the package.
 MODULES = {"PyYAML": "yaml", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
 # Of the optional ones: what for, and how to get it.
@@ -48,14 +49,27 @@ def packages(quick: bool = False) -> tuple[Package, ...]:
 
     All are imported, but for `SLOW` if `quick`.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = dict(_split(line) for lines in project["optional-dependencies"].values() for line in lines)
-    needed = [_look(name, least, "", True, name) for name, least in map(_split, project["dependencies"])]
+    dependencies, extras = _requirements()
+    needed = [_look(name, least, "", True, name) for name, least in map(_split, dependencies)]
     optional = [
         _look(name, extras[name], purpose, False, how, imports=not (quick and name == SLOW))
         for name, (purpose, how) in OPTIONAL.items()
     ]
     return *needed, *optional
+
+
+def _requirements() -> tuple[list[str], dict[str, str]]:
+    """What the project needs, and the least versions of optional packages, by its file or, installed, its metadata."""
+    file = ROOT / "pyproject.toml"
+    if file.is_file():
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        optional = [line for lines in project["optional-dependencies"].values() for line in lines]
+        return project["dependencies"], dict(map(_split, optional))
+    lines = [line.partition(";") for line in requires(PROJECT) or []]
+    return (
+        [line.strip() for line, _, condition in lines if "extra" not in condition],
+        dict(_split(line.strip()) for line, _, condition in lines if "extra" in condition),
+    )
 
 
 def needed_faults(found: tuple[Package, ...]) -> list[str]:
