@@ -12,6 +12,7 @@ import pytest
 from nabla import InputError, NablaConfig
 from wan.cache_settings import CacheSettings
 from wan.config import CONFIG_FOLDER, STA_DENSE_STEPS, Settings, read_settings, resolve
+from wan.plain_data import parse_yaml
 from wan.sampling import make_solver
 
 ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
@@ -191,7 +192,7 @@ def test_what_ratios_hold_for_must_fit_a_record(measured_on):
         ("a.yaml", "lora: &a [*a]", "it contains itself"),
         ("a.yaml", "- &a [x, x, x]\n" + "- [" + "*a," * 10_000 + "]", "stands for more than 30000 values"),
         ("a.yaml", f"- &a {'x' * 500_000}\n" + "- *a\n" * 100, "stands for more than 30000 values"),
-        ("a.yaml", "prompt: a\n" * 200_000, "larger than 1 MiB"),
+        ("a.yaml", "prompt: a\n" * 200_000, "larger than 512 KiB"),
         ("a.yaml", "video: {fps: 0x" + "f" * 5000 + "}", "a number of 5002 digits"),
         ("a.yaml", "sampling: {shift: .nan}", "'.nan' is not a finite number"),
         ("a.json", '{"settings": {"sampling": {"shift": NaN}}}', "NaN is not a finite number"),
@@ -211,6 +212,13 @@ def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path):
     for name, content in (("a.yaml", "prompt: a cat"), ("a.json", '{"settings": {"prompt": "a cat"}}')):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         assert read_settings(tmp_path / name) == {"prompt": "a cat"}
+
+
+def test_a_key_replaces_one_that_is_merged(tmp_path):
+    text = "attention: {tile: [1, 8, 8]}\nsampling: &own {<<: &all {steps: 3, shift: 2.0}, steps: 4}\n"
+    (tmp_path / "a.yaml").write_text("video: {fps: 8}\n" + text)
+    assert read_settings(tmp_path / "a.yaml")["sampling"] == {"steps": 4, "shift": 2.0}
+    assert parse_yaml("a: {b: &c {<<: &d {x: 1}, x: 2}}\ne: {<<: *c}") == {"a": {"b": {"x": 2}}, "e": {"x": 2}}
 
 
 def test_dates_are_texts_so_that_a_record_can_hold_them(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ import yaml
 # Far beyond what settings and indexes of checkpoints need, and read within a second.
 MAX_BYTES = 16 * 2**20
 # YAML, which people write, is read far more slowly.
-MAX_YAML = 2**20
+MAX_YAML = 2**19
 MAX_NODES = 30_000
 MAX_DEPTH = 100
 MAX_DIGITS = 64
@@ -64,7 +63,7 @@ def parse_yaml(text: str) -> Any:
     more than a file of settings can mean. What YAML would read as a date stays text.
     """
     if len(text) > MAX_YAML:
-        raise ValueError(f"it is larger than {MAX_YAML // 2**20} MiB")
+        raise ValueError(f"it is larger than {MAX_YAML // 2**10} KiB")
     loader = None
     try:
         loader = _Loader(text)
@@ -107,9 +106,10 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # Before the merge of "<<", whose keys others may replace.
-        seen: set[Any] = set()
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
@@ -118,7 +118,7 @@ class _Loader(yaml.SafeLoader):
             if key_node.value in seen:
                 raise ValueError(f"{_place(key_node)}: the key {key_node.value[:60]!r} stands twice; keep one")
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return node
 
     def int_(self, node: yaml.ScalarNode) -> int:
         # Before Python's own limit, which hexadecimal numbers pass, and with a line for people.
