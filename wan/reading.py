@@ -83,6 +83,11 @@ def damage(file: Path) -> Iterator[None]:
         if lacks_memory(error) or isinstance(error, OSError):
             raise CheckpointError(unreadable(file, error)) from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if "unknown variant" in reason:
+            kind = reason.partition("unknown variant")[2].partition(",")[0].strip()
+            raise CheckpointError(
+                f"{file} holds a type of tensor that is not read ({kind}); use a file in bfloat16, float16 or float32"
+            ) from error
         raise CheckpointError(f"{file} is truncated or corrupt ({reason}); download it again") from error
 
 
