@@ -28,15 +28,14 @@ def load_state(path: Path, device: torch.device, take: Callable[[dict[str, Any]]
     """Give a state to what takes its parts over. Raises `InputError` for a damaged one, or of another model."""
     try:
         take(torch.load(path, map_location=device, weights_only=True))
-    except InputError:
-        raise
-    except torch.OutOfMemoryError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); mend that, or remove it") from error
     except DAMAGED as error:
         raise InputError(
-            f"{path} is damaged, or the state of another run ({reason_of(error)}); put back a copy, or remove it to train anew"
+            f"{path} is damaged, or the state of another run ({reason_of(error)}); put back a copy of it, or remove it "
+            "to train anew"
         ) from error
 
 

@@ -40,6 +40,7 @@ from wan.training.shapes import Shapes
 from wan.training.state_file import check_step, load_state, save_state
 from wan.training.stopping import Diverged, Stopped, StopSignal
 from wan.training.tokenizer import train_tokenizer
+from wan.training.writing import written_state
 
 log = logging.getLogger("wan")
 
@@ -147,7 +148,7 @@ class TextTrainer:
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)
                 captions = (shapes.described(index)[1] for index in range(len(shapes)))
                 tokenizer = train_tokenizer(captions, settings.vocabulary, TEXT_LENGTH)
-                with whole(self.folder / TOKENIZER) as partial:
+                with written_state(self.folder), whole(self.folder / TOKENIZER) as partial:
                     tokenizer.save_pretrained(partial)
             with whole(path) as partial:
                 partial.write_text(yaml.safe_dump(plain(asdict(settings)), sort_keys=False), encoding="utf-8")
@@ -234,6 +235,6 @@ class TextTrainer:
         """The encoder alone, in diffusers' layout beside the tokenizer."""
         encoder = UMT5EncoderModel(self.model.encoder.config)
         encoder.load_state_dict(self.model.encoder.state_dict())
-        remove(self.folder / TEXT_ENCODER)
         with whole(self.folder / TEXT_ENCODER) as partial:
             encoder.to(getattr(torch, self.settings.dtype)).save_pretrained(partial)
+            remove(self.folder / TEXT_ENCODER)

@@ -17,6 +17,8 @@ from wan.files import written
 REMEDY = "free some space, or choose another out, and start again: the last whole state stands"
 # In the messages of torch's own writer, whose errors are of no class of their own.
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+# How libraries that are written in Rust end what they say of an operating system's error.
+RUST_ERROR = "(os error "
 
 
 @contextmanager
@@ -29,7 +31,9 @@ def written_state(path: Path) -> Iterator[None]:
             if (cause := next(filter(None, map(_cannot_be_written, error.failures.values())), None)) is None:
                 raise
             raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
-        except RuntimeError as error:
+        except (OSError, InputError):
+            raise
+        except Exception as error:  # the library of tokenizers has no class of its own
             if (cause := _cannot_be_written((error, None))) is None:
                 raise
             raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
@@ -42,7 +46,7 @@ def _cannot_be_written(failure: tuple[BaseException, object]) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        is_writing |= isinstance(error, SafetensorError) and "I/O error" in str(error)
+        is_writing |= type(error) in (Exception, SafetensorError) and RUST_ERROR in str(error)
         is_writing |= isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITER)
         error = error.__cause__ or error.__context__
     return "the disk may be full" if is_writing else None
