@@ -30,6 +30,7 @@ from wan.benchmark.training import training_mode
 from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.cache_settings import THRESHOLDS
 from wan.config import VideoSettings
+from wan.console import exit_with, run_program
 from wan.fp8 import check_fp8
 from wan.making import installed_versions
 from wan.random_checkpoint import MODELS
@@ -130,4 +131,4 @@ def machine(device: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

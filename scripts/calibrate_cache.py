@@ -23,6 +23,7 @@ from wan import WanT2V
 from wan.budget import check_memory, parse_memory
 from wan.cache_settings import conditions
 from wan.config import Settings
+from wan.console import exit_with, log_to_stderr, run_program
 from wan.making import Options, load
 from wan.processes import pick_device
 from wan.run import Request, settle, unexpected
@@ -37,8 +38,7 @@ UNFIT = "task cache save_dir log_file report cfg_size ulysses_size replicas t5_f
 
 def main() -> int:
     args = parse_args()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    log.setLevel(logging.INFO)
+    log_to_stderr()
     try:
         check_writable(args.out, "--out")
         result = measure(args)
@@ -108,4 +108,4 @@ def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from PIL import Image, ImageDraw, ImageFont
+
+from wan.console import exit_with, run_program
 
 WIDTH, LABEL, NOTE, BAR, GAP, MARGIN = 1040, 170, 250, 20, 6, 16
 COLOURS = {"dense": "#9aa5b1", "keep": "#2b6cb0", "nabla": "#2f855a"}
@@ -74,4 +78,4 @@ def note(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

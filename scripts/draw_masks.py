@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from wan.console import exit_with, run_program
+
 PANEL, MARGIN, LINE = 192, 12, 18
 
 
@@ -68,4 +70,4 @@ def draw(masks, frame, args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from wan.console import exit_with, run_program
+
 FRAMES, MARGIN, TEXT_WIDTH, LINE = 5, 6, 34, 17
 
 
@@ -59,4 +61,4 @@ def draw(shapes, columns: int):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

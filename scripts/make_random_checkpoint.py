@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from wan.console import exit_with, run_program
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

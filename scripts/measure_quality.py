@@ -24,6 +24,7 @@ from torch import Tensor
 from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
 from wan.config import changed
+from wan.console import exit_with, run_program
 from wan.processes import pick_device
 from wan.quality import mass_of_layers, psnr, ssim
 from wan.training.accuracy import each_by, make_videos, shares
@@ -172,4 +173,4 @@ def save(folder: Path, videos: list, prompts: tuple[str, ...], results: list[dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(run_program(main))

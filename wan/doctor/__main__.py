@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import Any, NoReturn
 
+from wan.console import exit_with, printable, run_program
 from wan.doctor.packages import Package, needed_faults, packages
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {printable(message)} (see --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,24 +29,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
+    return run_program(report, args)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print what is found; 1 if something that is needed is broken."""
     found = packages(args.quick)
     broken = needed_faults(found)
     facts: dict[str, Any] = {"packages": found}
     if not broken:
         # Imported here, since they need the packages.
-        from nabla import InputError
         from wan.doctor.examine import examine
 
-        try:
-            facts, broken = examine(found, args.device, not args.quick)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        facts, broken = examine(found, args.device, not args.quick)
     if args.json:
         plain = {name: _plain(part) for name, part in facts.items()}
         print(json.dumps(plain | {"broken": broken, "ok": not broken}, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_text(facts, found, broken)))
+        print("\n".join(map(printable, _text(facts, found, broken))))
     return 1 if broken else 0
 
 
@@ -62,4 +62,4 @@ def _text(facts: dict[str, Any], found: tuple[Package, ...], broken: list[str]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

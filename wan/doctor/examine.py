@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
 from nabla import InputError
 from wan.budget import AUTO, budget_of
+from wan.console import say
 from wan.doctor.advice import advise
 from wan.doctor.checkpoints import checkpoints
 from wan.doctor.fits import Fit, fits
@@ -29,7 +29,7 @@ def examine(packages: tuple[Package, ...], device_name: str | None, check: bool)
         raise InputError(f"device {device_name!r} is neither a CPU nor a CUDA GPU; use cuda or cpu")
     here = machine(device)
     if check:
-        print(f"checking the kernels on {device}, which may compile for a minute", file=sys.stderr)
+        say(f"checking the kernels on {device}, which may compile for a minute")
     facts: dict[str, Any] = {
         "machine": here,
         "kernels": kernels(device, check),
