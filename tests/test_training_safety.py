@@ -307,3 +307,16 @@ def test_metrics_that_are_no_rows_are_one_line(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(InputError, match=f"^{path} is damaged"):
         read_metrics(path)
+
+
+def test_a_vae_to_start_from_is_no_pickle(tmp_path, capfd):
+    run, start = tmp_path / "run", tmp_path / "start"
+    config = write_config(tmp_path / "run.yaml", vae_content(run, steps=1))
+    assert train_vae.main(["--config", config]) == 0
+    shutil.copytree(run / "vae", start)
+    (start / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"evil": Evil(tmp_path / "mark")}, start / "diffusion_pytorch_model.bin")
+    capfd.readouterr()
+    assert train_vae.main(["--config", config, f"out={tmp_path / 'other'}", f"start={start}"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: start {start} cannot be read (") and not (tmp_path / "mark").exists()

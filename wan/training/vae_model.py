@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanUpsample,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nabla import InputError
@@ -80,7 +81,15 @@ def trained_vae(folder: str, sizes: Mapping[str, Any]) -> AutoencoderKLWan:
     """A VAE from a folder in diffusers' layout, in float32. Raises `InputError` if it is not one, or of other sizes."""
     if not (Path(folder).expanduser() / "config.json").is_file():
         raise InputError(f"start {folder} is not the folder of a VAE; it would hold a config.json")
-    vae = AutoencoderKLWan.from_pretrained(Path(folder).expanduser(), torch_dtype=torch.float32)
+    try:
+        # Else diffusers would take a pickle where there are no safetensors.
+        vae = AutoencoderKLWan.from_pretrained(
+            Path(folder).expanduser(), torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"start {folder} cannot be read ({' '.join(str(error).split())[:200]}); give the folder vae of a run"
+        ) from error
     for name, value in sizes.items():
         # Statistics are those of the weights, and found anew at the end.
         if name not in STATISTICS and vae.config.get(name) != value:
