@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nabla import InputError
+from wan.files import settle
 
 SHARD_BYTES = 5 * 2**30
 
@@ -67,6 +68,7 @@ def _writing(file: Path) -> Iterator[None]:
     """Turn what the libraries raise for a full disk, each in its own way, into one clear line."""
     try:
         yield
+        settle(file)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{file} cannot be written ({' '.join(str(error).split())[:200]}); is the disk full?"
