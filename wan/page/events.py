@@ -23,6 +23,7 @@ from wan.page.layout import (
     has_amount,
     has_window,
     what_runs,
+    within,
 )
 from wan.page.limits import Visitor
 from wan.page.shown import record_to_share
@@ -92,7 +93,7 @@ class Events:
             # Its control was only passed by, which must not undo what the others were set to.
             return {c.chosen: chosen}
         settings = self.presets.settings(name)
-        about = about_preset(self.presets, name, settings)
+        about = about_preset(self.presets, name, settings, self.studio.limits)
         return self._show(settings, prompt) | {c.chosen: name, c.about: about}
 
     def load(self, upload: str, base: Settings) -> Updates:
@@ -111,7 +112,8 @@ class Events:
         }
 
     def _show(self, settings: Settings, prompt: str) -> Updates:
-        c, form = self.controls, to_form(settings, prompt)
+        c = self.controls
+        form, _ = within(to_form(settings, prompt), self.studio.limits)
         updates: Updates = {c.form[field.name]: getattr(form, field.name) for field in fields(Form)}
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import gradio as gr
 
@@ -57,7 +57,7 @@ class Controls:
 def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> Controls:
     """Build the controls, as the first preset sets them, into the `gr.Blocks` that is open."""
     first = presets.settings(presets.first)
-    form = to_form(first)
+    form, _ = within(to_form(first), limits)
     gr.Markdown(
         "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters.", elem_classes="title"
     )
@@ -97,7 +97,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
         load_record = gr.UploadButton(
             "Load settings", file_types=[".json"], size="md", scale=1, min_width=130, elem_id="load-record"
         )
-    about = gr.Markdown(about_preset(presets, presets.first, first), elem_classes="about", elem_id="about")
+    about = gr.Markdown(about_preset(presets, presets.first, first, limits), elem_classes="about", elem_id="about")
     with gr.Row():
         size = gr.Dropdown(
             size_choices(first),
@@ -133,10 +133,17 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
     return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
 
 
-def about_preset(presets: Presets, name: str, settings: Settings) -> str:
-    """What a preset's file says of it, and what runs."""
-    comment = presets.describe(name)
-    return " ".join(filter(None, (comment, what_runs(settings))))
+def within(form: Form, limits: Limits) -> tuple[Form, str]:
+    """A form whose sliders are within the limits, and a sentence if they were beyond; gradio refuses such values."""
+    frames = min(form.frame_num, VAE_STRIDE[0] * ((limits.frames - 1) // VAE_STRIDE[0]) + 1)
+    fitting = replace(form, frame_num=frames, steps=min(form.steps, limits.steps))
+    return fitting, "" if fitting == form else f"This page makes up to {limits.frames} frames in {limits.steps} steps."
+
+
+def about_preset(presets: Presets, name: str, settings: Settings, limits: Limits) -> str:
+    """What a preset's file says of it, what runs, and whether that is less than the preset wants."""
+    _, note = within(to_form(settings), limits)
+    return " ".join(filter(None, (presets.describe(name), note, what_runs(settings))))
 
 
 def what_runs(settings: Settings) -> str:
