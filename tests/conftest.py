@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ SLOWEST = (
     "page_browser",
     "speed_ups",
 )
+
+
+def pytest_configure() -> None:
+    """Programs of tests heed the signals that a shell or nohup around the tests may have had ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -185,7 +185,7 @@ def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_na
     "fault, rank, message",
     (
         ("killed_in_sampling", "1", "error: process 0 lost another, which was killed or cut off"),
-        ("unreadable_shard", "1", "is truncated or corrupt"),
+        ("unreadable_shard", "1", "cannot be read (Input/output error); check the path and the disk"),
         ("full_disk", "0", "error: out.mp4 cannot be written (No space left on device); free some space"),
         ("broken_code", "1", "ZeroDivisionError: a bug"),
     ),
