@@ -33,13 +33,17 @@ def project(tmp_path) -> Path:
     (folder / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
     (folder / "requirements.txt").write_text("torch==2.13.0\n")
-    return folder
+    # As a home folder or a temporary one may be reached.
+    (tmp_path / "a link").symlink_to(folder)
+    return tmp_path / "a link"
 
 
-def begin(project: Path) -> subprocess.Popen:
+def begin(project: Path, **further: str) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    # Bash believes it, links and all.
+    env |= {"PWD": str(project)}
     env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project.parent), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    env |= {"PYTHON": sys._base_executable}
+    env |= {"PYTHON": sys._base_executable} | further
     command = ["bash", "scripts/setup.sh"]
     return subprocess.Popen(
         command,
@@ -69,3 +73,26 @@ def test_a_set_up_that_is_cut_is_mended_by_the_next_of_which_two_at_once_wait_fo
     assert sum("another set-up runs in" in text for text in said) == 1
     installed = subprocess.run([str(project / ".venv" / "bin" / "say-torch")], capture_output=True, text=True)
     assert installed.stdout == "from torch\n" and not (project / ".venv.partial").exists()
+
+
+def test_an_environment_is_built_anew_when_its_python_is_gone_and_left_alone_when_it_works(project):
+    venv = project / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to("/gone/python3")
+    shutil.copy(project / "requirements.txt", venv / "installed-requirements.txt")
+    said = begin(project).communicate(timeout=120)[0]
+    installed = subprocess.run([str(venv / "bin" / "say-torch")], capture_output=True, text=True)
+    assert installed.stdout == "from torch\n", said
+    # No lock is taken where nothing is to be done: the folder may be one that cannot be written.
+    (project / ".venv.lock").unlink()
+    again = begin(project)
+    assert again.communicate(timeout=120)[0] == "" and again.returncode == 0 and not (project / ".venv.lock").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_set_up_and_this_is_said(project, tmp_path):
+    stand_in = "import fcntl, os\ndef flock(*_): raise OSError(38, os.strerror(38))\nfcntl.flock = flock\n"
+    (tmp_path / "lockless").mkdir()
+    (tmp_path / "lockless" / "sitecustomize.py").write_text(stand_in)
+    run = begin(project, PYTHONPATH=str(tmp_path / "lockless"))
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and "this folder cannot be locked (Function not implemented)" in said
