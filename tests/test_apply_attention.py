@@ -6,6 +6,7 @@ import copy
 import io
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -393,3 +394,44 @@ def test_of_two_forwards_at_once_the_one_that_cannot_be_right_raises():
     hook.remove()
     assert isinstance(results[0], InputError) and "one at a time" in str(results[0])
     assert (transformer(wide, torch.tensor([500]), context, return_dict=False)[0] == right).all()
+
+
+@torch.no_grad()
+def test_a_forward_that_begins_while_another_is_told_of_its_grid_keeps_its_own(monkeypatch):
+    transformer = tiny_transformer(0)
+    wan.apply_attention(transformer, NablaConfig(threshold=0.4, tile=(1, 4, 4)))
+    wide, context = torch.randn(1, 16, 3, 16, 32), text_states(1)
+    right = transformer(wide, torch.tensor([500]), context, return_dict=False)[0]
+    planning, go_on, told, results = threading.Event(), threading.Event(), threading.Event(), []
+    plan = nabla.plan
+
+    def slow_plan(*args):
+        planning.set()
+        go_on.wait(30)
+        return plan(*args)
+
+    def wait(*_):
+        """The second's layers run when the first's have been told, over which they must not go on."""
+        if threading.current_thread() is first:
+            told.set()
+        else:
+            told.wait(30)
+
+    def forward(latents):
+        with torch.no_grad(), suppress(InputError):
+            results.append(transformer(latents, torch.tensor([500]), context, return_dict=False)[0])
+
+    monkeypatch.setattr(nabla, "plan", slow_plan)
+    first = threading.Thread(target=forward, args=(wide.transpose(3, 4).contiguous(),))
+    first.start()
+    planning.wait(30)
+    second = threading.Thread(target=forward, args=(wide,))
+    transformer.blocks[0].register_forward_pre_hook(wait)
+    second.start()
+    # Until it waits, or has set what the first one then writes over.
+    second.join(0.2)
+    go_on.set()
+    first.join()
+    second.join()
+    alike = [result for result in results if result.shape == right.shape]
+    assert len(alike) == 1 and (alike[0] == right).all()

@@ -22,6 +22,8 @@ from wan.parallel import Sequence, attend_together, exchange_of_diffusers
 from wan.step_cache import ran_in_full
 from wan.step_counter import StepCounter
 
+# Held while a forward tells the layers what to do. Of all transformers, since locks can be neither copied nor pickled.
+telling = threading.Lock()
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
 COMPILE_OPTIONS = {
@@ -151,10 +153,13 @@ class AppliedAttention:
 
     @torch.compiler.disable
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self.modules:
-            return
-        self.forwards += 1
-        self.own[threading.get_ident()] = self.forwards
+        if self.modules:
+            with telling:
+                self.forwards += 1
+                self.own[threading.get_ident()] = self.forwards
+                self._tell(transformer, args, kwargs)
+
+    def _tell(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         config, device = self.config, latents.device
@@ -238,6 +243,11 @@ class AppliedAttention:
     @torch.compiler.disable
     def _after_forward(self, transformer: nn.Module, *_: Any) -> None:
         if self.modules and self.own.pop(threading.get_ident()) != self.forwards:
+            if self.chosen or self.choosing:
+                # Its last layers may have written over the blocks that the other keeps, which can be no more right.
+                with telling:
+                    self.forwards += 1
+                    self.forget_blocks()
             raise InputError(
                 "another thread began a forward of this transformer before this one ended, whose blocks were then "
                 "chosen for the other; run one at a time, or give each thread a transformer of its own"
