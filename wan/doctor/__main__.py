@@ -44,7 +44,7 @@ def report(args: argparse.Namespace) -> int:
         facts, broken = examine(found, args.device, not args.quick)
     if args.json:
         plain = {name: _plain(part) for name, part in facts.items()}
-        print(json.dumps(plain | {"broken": broken, "ok": not broken}, indent=2, ensure_ascii=False))
+        print(json.dumps(plain | {"broken": broken, "ok": not broken}, indent=2))
     else:
         print("\n".join(map(printable, _text(facts, found, broken))))
     return 1 if broken else 0

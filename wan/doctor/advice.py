@@ -8,9 +8,11 @@ from wan.doctor.checkpoints import Found
 from wan.doctor.fits import Fit
 from wan.doctor.kernels import Kernel
 from wan.doctor.machine import Machine
-from wan.doctor.packages import Package
+from wan.doctor.packages import IS_SOURCE, Package
 from wan.fp8 import ADA
 
+# An installed one is a module.
+PROGRAM = "generate.py" if IS_SOURCE else "-m generate"
 PROMPT = '--prompt "Two cats box under a spotlight"'
 CONFIG, TUNED = "nabla_0.7.yaml", "ai-forever/Wan2.1-T2V-14B-NABLA-0.7"
 SMALL_TASK, SMALL_NAME = "t2v-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"
@@ -40,7 +42,7 @@ def advise(
 ) -> Advice:
     chosen = _choose(fits)
     if chosen is None:
-        commands, why = (_shapes_command(machine),), _why_shapes(machine)
+        commands, why = (_shapes_command(machine),) if IS_SOURCE else (), _why_shapes(machine)
     else:
         commands, why = (_command(machine, chosen),), _why(chosen, checkpoints)
     return Advice(commands, why, tuple(_faster(machine, kernels, packages, chosen)))
@@ -59,7 +61,7 @@ def _command(machine: Machine, fit: Fit) -> str:
     size = "" if fit.size == (1280, 720) else f' --size "{fit.size[0]}*{fit.size[1]}"'
     flags = "" if fit.is_plain else " --memory auto"
     device = f" --device {machine.device}" if ":" in machine.device else ""
-    return f"{start} generate.py {PROMPT} {what}{size}{flags}{device}"
+    return f"{start} {PROGRAM} {PROMPT} {what}{size}{flags}{device}"
 
 
 def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
@@ -72,12 +74,13 @@ def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
 def _shapes_command(machine: Machine) -> str:
     """A video of the checkpoint that comes with the program, which any machine can make."""
     device = " --device cpu" if machine.cards and machine.device == "cpu" else ""
-    return f"python generate.py {SHAPES_PROMPT}{device}"
+    return f"python {PROGRAM} {SHAPES_PROMPT}{device}"
 
 
 def _why_shapes(machine: Machine) -> str:
     reason = "nothing larger fits on this card" if machine.card else "on a CPU"
-    return f"{reason}, the small checkpoint that comes with the program makes videos of moving shapes"
+    source = "program" if IS_SOURCE else "program's source, and not with an installed package,"
+    return f"{reason}, the small checkpoint that comes with the {source} makes videos of moving shapes"
 
 
 def _faster(

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from wan.checkpoint import CONFIGURATIONS, Checkpoint
 from wan.config import CONFIG_FOLDER, read_settings
-from wan.doctor.packages import ROOT
+from wan.doctor.packages import IS_SOURCE, ROOT
 from wan.parts import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, VAE_FILE
 from wan.weights import CheckpointError, WeightFiles
 
@@ -28,9 +28,10 @@ class Found:
 
 
 def checkpoints() -> tuple[Found, ...]:
-    """Those that are there, the one that comes with the program first."""
-    shipped = Found(str(SHIPPED), str(ROOT / SHIPPED), _lack(ROOT / SHIPPED))
-    return shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
+    """Those that are there, first the one that comes with the program's source."""
+    folder = ROOT / SHIPPED
+    shipped = [Found(str(SHIPPED), str(folder), _lack(folder))] if IS_SOURCE else []
+    return *shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
 
 
 def hub_names() -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "wan-nabla"
+# Or an installed package, beside which others' files lie.
+IS_SOURCE = (ROOT / "scripts" / "setup.sh").is_file() and (ROOT / "pyproject.toml").is_file()
 # Where the name to import is not that of the package.
 MODULES = {"PyYAML": "yaml", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
 # Of the optional ones: what for, and how to get it.
@@ -60,9 +62,8 @@ def packages(quick: bool = False) -> tuple[Package, ...]:
 
 def _requirements() -> tuple[list[str], dict[str, str]]:
     """What the project needs, and the least versions of optional packages, by its file or, installed, its metadata."""
-    file = ROOT / "pyproject.toml"
-    if file.is_file():
-        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    if IS_SOURCE:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         optional = [line for lines in project["optional-dependencies"].values() for line in lines]
         return project["dependencies"], dict(map(_split, optional))
     lines = [line.partition(";") for line in requires(PROJECT) or []]
@@ -93,7 +94,8 @@ def _look(name: str, least: str, purpose: str, needed: bool, how: str, imports: 
         problem = f"{found} is older than {least}"
     if not problem and imports:
         problem = _import_fault(MODULES.get(name, name))
-    wanted = f'"{name}>={least}"' if how == name else how
+    # The files of requirements are not installed.
+    wanted = f'"{name}>={least}"' if how == name or not IS_SOURCE else how
     return Package(name, purpose, needed, found, problem, f"pip install {wanted}")
 
 
