@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, run_program, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         not_carried = convert(Checkpoint.open(args.ckpt_dir), args.out, args.layout, dtype, args.sparse_algo)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     print(*not_carried, f"wrote {args.out} in the {args.layout} layout", sep="\n")
     return 0

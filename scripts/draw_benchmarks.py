@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, run_program, say
 
 WIDTH, LABEL, NOTE, BAR, GAP, MARGIN = 1040, 170, 250, 20, 6, 16
 COLOURS = {"dense": "#9aa5b1", "keep": "#2b6cb0", "nabla": "#2f855a"}
@@ -28,10 +28,16 @@ def main() -> int:
     args = parser.parse_args()
     try:
         rows = [row for file in args.files for row in read_rows(file)]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        print(f"error: {args.files} do not all end in a line of JSON by benchmark.py ({error})", file=sys.stderr)
+        drawn = draw(rows)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        files = ", ".join(map(str, args.files))
+        say(f"error: {files} do not all end in a line of JSON by benchmark.py ({error})")
         return 2
-    draw(rows).save(args.out)
+    try:
+        drawn.save(args.out)
+    except (OSError, ValueError) as error:
+        say(f"error: {args.out} cannot be written ({error}); give a .png in a folder that is there")
+        return 2
     return 0
 
 

@@ -27,7 +27,9 @@ def main() -> int:
     import nabla
     from nabla.rotary import rotate
     from wan import WanT2V
+    from wan.video import check_writable
 
+    check_writable(args.out, "--out")
     pipe = WanT2V.from_pretrained(args.ckpt_dir, nabla.NablaConfig.parse(args.sparse_algo))
     layers = len(pipe.transformer.blocks)
     masks: list[torch.Tensor] = []
@@ -49,6 +51,8 @@ def draw(masks, frame, args) -> None:
     import numpy as np
     from PIL import Image, ImageDraw
 
+    from wan.video import write_image
+
     heads = len(masks[0])
     width = MARGIN + (1 + heads) * (PANEL + MARGIN)
     height = MARGIN + len(masks) * (PANEL + LINE + MARGIN)
@@ -66,7 +70,7 @@ def draw(masks, frame, args) -> None:
         for head, kept in enumerate(mask):
             shade = np.where(kept.numpy()[..., None], (24, 78, 119), (232, 240, 244)).astype(np.uint8)
             put(1 + head, row, Image.fromarray(shade), f"layer {row}, head {head}: {kept.float().mean():.0%} kept")
-    sheet.save(args.out)
+    write_image(args.out, np.asarray(sheet))
 
 
 if __name__ == "__main__":

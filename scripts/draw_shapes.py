@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, run_program, say
 
 FRAMES, MARGIN, TEXT_WIDTH, LINE = 5, 6, 34, 17
 
@@ -29,10 +29,12 @@ def main() -> int:
     from wan.training.shapes import Shapes
 
     try:
+        if args.columns < 1:
+            raise InputError(f"columns {args.columns} must be 1 or more")
         shapes = Shapes(args.seed, args.count, parse_size(args.size), frames=FRAMES, split=args.split)
         draw(shapes, args.columns).save(args.out)
     except (InputError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     print(f"wrote {args.out}")
     return 0

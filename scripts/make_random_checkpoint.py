@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, run_program, say
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
             NablaConfig.parse(args.sparse_algo)
         random_checkpoint.write(args.model, args.out, getattr(torch, args.dtype), args.sparse_algo, args.seed)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     print(f"wrote a random {args.model} checkpoint to {args.out}")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, run_program, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,17 +25,17 @@ def main(argv: list[str] | None = None) -> int:
     path = args.run / METRICS_FILE
     rows = read_metrics(path) if path.is_file() else []
     if not rows:
-        print(f"error: {path} is not there or has no rows; give the folder of a run", file=sys.stderr)
+        say(f"error: {path} is not there or has no rows; give the folder of a run")
         return 2
     if importlib.util.find_spec("matplotlib") is None:
-        print("error: matplotlib is not there; install it with pip install matplotlib", file=sys.stderr)
+        say("error: matplotlib is not there; install it with pip install matplotlib")
         return 2
     try:
         # As matplotlib would, which does not say so.
         out = args.out if args.out.suffix else args.out.with_suffix(".png")
         draw_metrics(rows, out)
     except (OSError, ValueError) as error:
-        print(f"error: {args.out} cannot be written ({error}); give a .png in a folder that is there", file=sys.stderr)
+        say(f"error: {args.out} cannot be written ({error}); give a .png in a folder that is there")
         return 2
     print(f"wrote {out}")
     return 0
