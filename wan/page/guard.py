@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ PATHS = re.compile(
 MAX_BODY = 1 << 20
 # Of a request that uploads, beside the file itself.
 MULTIPART_EXTRA = 1 << 20
+TAKE_IN_SECONDS = 2
 # Who has no connection open that hears of a video for so long has left.
 UNHEARD_SECONDS = 15
 
@@ -117,6 +120,7 @@ class Guard:
             headers = self._check(scope)
             size = self._check_body(scope, headers)
         except Refused as refused:
+            await _take_in(scope, receive)
             await _refuse(scope, send, refused)
             return
         self._arriving += size
@@ -222,6 +226,18 @@ def _heard_by(scope: dict) -> str | None:
     if path.startswith(f"{API}heartbeat/"):
         return path.rpartition("/")[2]
     return None
+
+
+async def _take_in(scope: dict, receive: Callable) -> None:
+    """Read the rest of a small request that is refused: with some unread, its sender may lose the answer."""
+    lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
+    if scope["type"] != "http" or len(lengths) != 1 or not re.fullmatch(rb"[0-9]{1,7}", lengths[0]):
+        return
+    if 0 < int(lengths[0]) <= MAX_BODY:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TAKE_IN_SECONDS):
+                while (await receive()).get("more_body"):
+                    pass
 
 
 async def _refuse(scope: dict, send: Callable, refused: Refused) -> None:
