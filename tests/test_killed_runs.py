@@ -21,14 +21,14 @@ ROOT = Path(generate.__file__).parent
 LIMITED = Path(__file__).parent / "programs" / "small_disk.py"
 FRAMES = 9
 SMALL = f"--size 96*96 --frame_num {FRAMES} --sample_steps 1 --sample_guide_scale 1 --base_seed 1 --device cpu".split()
-KILLS = 20
+KILLS, COUNT = 20, 24
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.fixture
 def command(random_nano, tmp_path):
     """Make the videos of a prompt file in `tmp_path / "made"`."""
-    (tmp_path / "prompts.txt").write_text("".join(f"A cat number {number}\n" for number in range(8)))
+    (tmp_path / "prompts.txt").write_text("".join(f"A cat number {number}\n" for number in range(COUNT)))
     return ["--prompt_file", "prompts.txt", "--save_dir", "made", "--ckpt_dir", random_nano, *SMALL]
 
 
@@ -70,8 +70,8 @@ def test_runs_killed_at_random_moments_lose_nothing_and_the_next_makes_what_is_m
         made = now
     # Those left over are made in one go, beside any that all kills spared.
     code, _, said = finish(Forked(ROOT / "generate.py", *command, cwd=tmp_path), seconds=60)
-    assert code == 0 and f"prompts: 8, of which {len(made)} are made already" in said
-    assert kept(made, finished(folder)) and len(finished(folder)) == 8 and hits
+    assert code == 0 and f"prompts: {COUNT}, of which {len(made)} are made already" in said
+    assert kept(made, finished(folder)) and len(finished(folder)) == COUNT and hits
     assert not list(folder.glob(".partial-*"))
 
 
