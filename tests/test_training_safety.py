@@ -320,3 +320,10 @@ def test_a_vae_to_start_from_is_no_pickle(tmp_path, capfd):
     assert train_vae.main(["--config", config, f"out={tmp_path / 'other'}", f"start={start}"]) == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: start {start} cannot be read (") and not (tmp_path / "mark").exists()
+
+
+def test_a_run_that_compiles_needs_a_compiler_before_anything_is_loaded(random_nano, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
+    with pytest.raises(InputError, match="compile true needs a C"):
+        train(settings_dict(random_nano, prepared, tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ def check_compiler(device: torch.device) -> None:
     """
     missing = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
     if missing is not None:
-        raise InputError(f"compile true needs {missing}; or run without it (--compile false), slower")
+        raise InputError(f"compile true needs {missing}; or set compile false, which is slower")
 
 
 def _missing_for_cpu() -> str | None:

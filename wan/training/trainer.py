@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention import many_compiles
 from wan.checks import PATCH
+from wan.compiling import check_compiler
 from wan.config import check_positions
 from wan.sampling import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
@@ -74,6 +75,8 @@ class Trainer:
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
         self.folder = Path(settings.out).expanduser().resolve()
+        if settings.compile:
+            check_compiler(self.device)
         self.base = open_parts(settings.checkpoint, settings.transformer)
         samples = self.samples = settings.samples and settings.samples.over(self.base.settings_layers[0])
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
