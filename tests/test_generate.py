@@ -11,6 +11,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+import torch._inductor.config
 import weight_files
 from safetensors.torch import load_file
 from starting import Forked, finish
@@ -405,9 +406,9 @@ def test_an_encoder_that_cannot_write_is_found_before_anything_is_loaded(run, tm
 
 
 def test_without_a_compiler_nothing_is_loaded(run, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
     monkeypatch.setenv("CXX", "/none/g++")
-    code, said, files = run("--compile", "true", ckpt_dir="nobody/none")
+    with torch._inductor.config.patch({"cpp.cxx": ("/none/g++",)}):
+        code, said, files = run("--compile", "true", ckpt_dir="nobody/none")
     assert (code, files) == (2, []) and said.count("\n") == 1
     assert "compile true needs a C++ compiler, and none can be run here (CXX is '/none/g++'): install g++" in said
 

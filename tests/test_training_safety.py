@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import safe_open
@@ -322,8 +323,8 @@ def test_a_vae_to_start_from_is_no_pickle(tmp_path, capfd):
     assert said.startswith(f"error: start {start} cannot be read (") and not (tmp_path / "mark").exists()
 
 
-def test_a_run_that_compiles_needs_a_compiler_before_anything_is_loaded(random_nano, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
-    with pytest.raises(InputError, match="compile true needs a C"):
+def test_a_run_that_compiles_needs_a_compiler_before_anything_is_loaded(random_nano, prepared, tmp_path):
+    without = torch._inductor.config.patch({"cpp.cxx": ("/none/g++",)})
+    with without, pytest.raises(InputError, match="compile true needs a C"):
         train(settings_dict(random_nano, prepared, tmp_path / "run", compile=True))
     assert not (tmp_path / "run").exists()
