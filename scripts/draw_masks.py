@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.console import exit_with, positive, run_program
 
 PANEL, MARGIN, LINE = 192, 12, 18
 
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
     parser.add_argument("--sparse_algo", default="nabla-0.5_sta-3-1-1")
     parser.add_argument("--prompt", default="A red circle moves from left to right on a white background")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=4)
     args = parser.parse_args()
 
     import torch

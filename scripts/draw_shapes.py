@@ -29,8 +29,9 @@ def main() -> int:
     from wan.training.shapes import Shapes
 
     try:
-        if args.columns < 1:
-            raise InputError(f"columns {args.columns} must be 1 or more")
+        for name in ("count", "columns"):
+            if getattr(args, name) < 1:
+                raise InputError(f"{name} {getattr(args, name)} must be 1 or more")
         shapes = Shapes(args.seed, args.count, parse_size(args.size), frames=FRAMES, split=args.split)
         draw(shapes, args.columns).save(args.out)
     except (InputError, OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nabla import InputError
-from wan.console import printable
+from wan.console import positive, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
@@ -45,12 +46,26 @@ def begin(folder: Path, *arguments: str, shell: str = "", **how) -> subprocess.P
     return subprocess.Popen(command, cwd=folder, env=env, **how)
 
 
-@pytest.mark.parametrize("shell", ("2>&-", ">&- 2>&-", "2>/dev/full >/dev/full", "2>&1 | true", "> >(true) 2> >(true)"))
+@pytest.mark.parametrize("shell", ("2>&-", ">&- 2>&-", "2>/dev/full", "2>&1 | true", "> >(true) 2> >(true)"))
 def test_a_run_outlives_whoever_reads_its_messages(shell, tmp_path):
     run = begin(tmp_path, shell=f"{shell}; exit ${{PIPESTATUS[0]}}")
     assert run.wait(60) == 0 and (tmp_path / "done").exists()
     # Closed, the numbers of the streams go to files that are opened next.
     assert (tmp_path / "done").stat().st_size == (tmp_path / "begun").stat().st_size == 0
+
+
+def test_a_result_that_a_full_disk_lost_is_an_error_at_the_end(tmp_path):
+    run = begin(tmp_path, shell=">/dev/full", stderr=subprocess.PIPE, text=True)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and (tmp_path / "done").exists()
+    assert said.splitlines()[-1].startswith("error: what was printed could not be written (No space left on device)")
+
+
+def test_letters_that_a_stream_lacks_are_spelled(tmp_path):
+    code = "from wan.console import run_program\nrun_program(lambda: print('ein rotes \u7ea2 K\u00e4stchen'))\n"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert said.stdout == "ein rotes \\u7ea2 K\\xe4stchen\n" and said.returncode == 0
 
 
 def test_lines_of_a_log_are_single_and_obeyed_by_no_terminal(tmp_path):
@@ -98,3 +113,10 @@ def test_errors_show_what_is_from_outside_in_one_short_line():
     error = InputError("name \x1b]0;mine\x07 \r\n \u202e \ud800 " + "x" * 10**6)
     assert str(error).isprintable() and len(str(error)) < 2100
     assert printable("Ein roter Kreis, 红色 🔴\t") == "Ein roter Kreis, 红色 🔴\\t"
+
+
+def test_a_flag_that_counts_something_takes_no_zero():
+    assert positive("12") == 12
+    for text in ("0", "-1", "1.0", "", "x", "²", "9" * 5000):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a positive whole number"):
+            positive(text)

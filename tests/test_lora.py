@@ -116,7 +116,11 @@ def test_the_alpha_of_peft_lies_beside_its_file(part, base, tmp_path, caplog):
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         check(base, merged(part, tensors, file), {f"{layer}.weight": scale * up @ down, f"{layer}.bias": scale})
-    for config, message in (({"use_dora": True}, "is DoRA"), ({"lora_alpha": "x"}, "lora_alpha .* is 'x'")):
+    for config, message in (
+        ({"use_dora": True}, "is DoRA"),
+        ({"lora_alpha": "x"}, "lora_alpha .* is 'x'"),
+        ({"alpha_pattern": {r"blocks\.\d+\.attn1": 1}}, "alpha_pattern .* a regular expression, which is not read"),
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match=message):
             merged(part, tensors, file)

@@ -30,6 +30,7 @@ def test_what_takes_seconds_to_import_is_imported_where_ctrl_c_is_minded():
         (draw_benchmarks, ["rows", "--out", "none/x.png"], "none/x.png cannot be written"),
         (draw_shapes, ["--out", "none/\x1b[31mx.png", "--count", "1"], r"\x1b[31mx.png"),
         (draw_shapes, ["--out", "x.png", "--columns", "0"], "columns 0 must be 1 or more"),
+        (draw_shapes, ["--out", "x.png", "--count", "0"], "count 0 must be 1 or more"),
     ),
 )
 def test_what_cannot_be_read_or_written_is_one_line(program, arguments, said, tmp_path, monkeypatch, capsys):

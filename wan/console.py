@@ -5,12 +5,13 @@ Imports nothing heavy, so that a program can guard the seconds in which torch is
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
@@ -27,7 +28,10 @@ class Ended(BaseException):
 
 
 def printable(text: object) -> str:
-    """Text of one line that no terminal obeys: control characters, line breaks and lone surrogates are escaped."""
+    """Text of one line that no terminal obeys: control characters, line breaks and lone surrogates are escaped.
+
+    As `nabla.config` has it too, from where it would import torch.
+    """
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text))
 
 
@@ -41,20 +45,31 @@ def say(text: str) -> None:
 class Stream:
     """A stream of the program that is given no error: whoever read it may have gone, or its disk be full.
 
-    A run that took hours must not die of its messages, whichever library writes them.
+    A run that took hours must not die of its messages, whichever library writes them. lost: why some were not written
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+        with self._forgiving():
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with self._forgiving():
             self._stream.flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.lost = error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -65,6 +80,13 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
+
+
+def positive(text: str) -> int:
+    """The type of a flag that counts something there must be one of."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a positive whole number")
+    return int(text)
 
 
 def log_to_stderr() -> None:
@@ -78,7 +100,8 @@ def run_program(
 ) -> int:
     """Run a program's main function and give its exit code; bugs keep their tracebacks.
 
-    2 for an input to mend, after a line that says how; 130 for Ctrl-C, and 128 and its number for a signal, once all
+    1 for a result on stdout that could not be written, unless its reader has gone, who wants no more of it; 2 for an
+    input to mend, after a line that says how; 130 for Ctrl-C, and 128 and its number for a signal, once all
     that is half-written is removed. main: raises `InputError` for inputs, which is imported only when needed
     """
     _fill_closed()
@@ -86,7 +109,7 @@ def run_program(
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Stream(one or open(os.devnull, "w")) for one in streams)
     try:
-        return main(*args) or 0
+        return main(*args) or _unwritten_result()
     except KeyboardInterrupt:
         say(interrupted)
         return INTERRUPTED
@@ -104,6 +127,16 @@ def run_program(
         sys.stdout, sys.stderr = streams
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _unwritten_result() -> int:
+    """1, after a line, if what was printed is lost."""
+    sys.stdout.flush()
+    why = sys.stdout.lost
+    if why is None or isinstance(why, BrokenPipeError):
+        return 0
+    say(f"error: what was printed could not be written ({getattr(why, 'strerror', None) or why}); free some space")
+    return 1
 
 
 def _fill_closed() -> None:

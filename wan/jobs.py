@@ -13,7 +13,7 @@ from typing import Any
 from nabla import InputError
 from wan.checks import check_prompt
 from wan.config import Settings, resolve
-from wan.plain_data import parse_json
+from wan.plain_data import parse_json, read_text
 from wan.sidecars import comparable
 
 KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
@@ -30,8 +30,8 @@ def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
     "name", which has no ending; empty lines are skipped. Raises `InputError` with the line's number for anything else.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"prompt_file {path} cannot be read ({reason}); give a text file, a prompt a line") from None
     jobs = [(number, *_job(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]

@@ -20,6 +20,7 @@ FACTOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<kind>A|B|down|up)|lora\.(?P<old>down|up))(?:\.(?P<adapter>[^.]+))?\.(?P<of>weight|bias)"
 )
 DOWN = ("A", "down")
+PLAIN_NAME = re.compile(r"[\w.-]+")
 # Files that were extracted from whole models hold differences beside factors: their endings, and the tensors changed.
 DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 MERGE = "merge it into its base model with the program that made it, and give that as --transformer"
@@ -165,18 +166,23 @@ def scale_by_peft(path: Path, config: Mapping[str, object], layer: str, rank: in
     """What peft's `LoraConfig` multiplies the product of a layer's factors by; raises `InputError` if it is no LoRA."""
     if config.get("use_dora"):
         raise InputError(f"lora {path} is DoRA (use_dora), another method than LoRA, which is not read; {MERGE}")
-    alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+    alpha = _by_pattern(path, config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise InputError(f"lora {path}: lora_alpha of its configuration is {alpha!r}, but must be a number")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: object, layer: str, default: object) -> object:
-    # As peft: a pattern is the end of a layer's name, from a dot on. Here it is no regular expression, which could
-    # be made to take for ever.
+def _by_pattern(path: Path, patterns: object, layer: str, default: object) -> object:
+    # As peft: a pattern is the end of a layer's name, from a dot on. Of those that are regular expressions one could be
+    # made to take for ever.
     if isinstance(patterns, dict):
         for pattern, value in patterns.items():
             plain = str(pattern).replace("\\.", ".").removeprefix("^").removesuffix("$")
+            if not PLAIN_NAME.fullmatch(plain):
+                raise InputError(
+                    f"lora {path}: alpha_pattern of its configuration holds {pattern!r}, a regular expression, "
+                    f"which is not read; {MERGE}"
+                )
             if layer == plain or layer.endswith(f".{plain}"):
                 return value
     return default

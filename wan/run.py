@@ -193,7 +193,8 @@ def _still_to_make(videos: list[Video], request: Request, options: Options) -> l
         folder = request.save_dir or Path()
         make_folder(folder)
         if not options.overwrite:
-            named = [name is not None for _, name in read_prompts(request.prompt_file)]
+            own = names_of(settings for settings, _ in videos)
+            named = [path.stem != name for (_, path), name in zip(videos, own)]
             left = still_to_make(videos, folder, named)
             log.info("prompts: %d, of which %d are made already", len(videos), len(videos) - len(left))
             videos = left

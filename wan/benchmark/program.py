@@ -26,7 +26,7 @@ from wan.benchmark.training import training_mode
 from wan.benchmark.transformer import forward_mode, pipeline_mode
 from wan.cache_settings import THRESHOLDS
 from wan.config import VideoSettings
-from wan.console import say
+from wan.console import positive, say
 from wan.fp8 import check_fp8
 from wan.making import installed_versions
 from wan.random_checkpoint import MODELS
@@ -77,18 +77,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("mode", choices=MODES)
     add("--model", choices=MODELS, default="t2v-14B" if on_gpu else "nano", help="whose heads and layers to use")
-    add("--layers", type=int, help="of the model, all by default")
+    add("--layers", type=positive, help="of the model, all by default")
     add("--size", nargs="+", help=f"{SIZE[on_gpu]} by default")
     add("--frame_num", type=int, nargs="+", help=f"{FRAMES[on_gpu]} by default")
     add("--keep", type=float, nargs="*", default=[0.1, 0.2], help="shares of blocks kept")
     add("--threshold", type=float, nargs="*", default=[], help="thresholds besides")
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
-    add("--steps", type=int, help=f"pipeline, cache: sampling steps, {STEPS} by default, of which the first warms up")
+    add("--steps", type=positive, help=f"pipeline, cache: sampling steps, {STEPS} by default, of which the first warms up")
     add("--ckpt_dir", help="cache: a checkpoint whose videos to compare, of its own size and steps by default")
     of_caches = "with it: kind:threshold[:ratios] or taylorseer:interval; mag measures its ratios itself"
     add("--cache", nargs="*", default=CACHES, help=of_caches)
     add("--prompt", nargs="*", help="with it: what videos show, by default sentences of `shapes`")
-    add("--count", type=int, default=4, help="with it: how many sentences")
+    add("--count", type=positive, default=4, help="with it: how many sentences")
     add("--sparse_algo", help="with it: attention, the checkpoint's own by default")
     add("--compile", action=argparse.BooleanOptionalAction, help="with it: compile; None does so on a GPU")
     add("--budget", type=float, nargs="*", default=[48, 24, 16, 12], help="memory: GB of the GPU to stay under")
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--backend", default="auto")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if on_gpu else "float32")
-    add("--repeats", type=int, default=7, help="timed runs, of which the median is shown")
+    add("--repeats", type=positive, default=7, help="timed runs, of which the median is shown")
     add("--quick", action="store_true", help="two repeats and the first share only")
     args = parser.parse_args(argv)
     if args.ckpt_dir is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from nabla import InputError
@@ -31,10 +30,8 @@ def written_state(path: Path) -> Iterator[None]:
             if (cause := next(filter(None, map(_cannot_be_written, error.failures.values())), None)) is None:
                 raise
             raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
-        except (OSError, InputError):
-            raise
         except Exception as error:  # the library of tokenizers has no class of its own
-            if (cause := _cannot_be_written((error, None))) is None:
+            if isinstance(error, (OSError, InputError)) or (cause := _cannot_be_written((error, None))) is None:
                 raise
             raise InputError(f"{path} cannot be written ({cause}); {REMEDY}") from error
 
@@ -46,7 +43,7 @@ def _cannot_be_written(failure: tuple[BaseException, object]) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        is_writing |= type(error) in (Exception, SafetensorError) and RUST_ERROR in str(error)
+        is_writing |= type(error) is Exception and RUST_ERROR in str(error)
         is_writing |= isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITER)
         error = error.__cause__ or error.__context__
     return "the disk may be full" if is_writing else None
