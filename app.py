@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from generate import SMALL_CHECKPOINT, Parser, boolean
-from wan.console import exit_with, log_to_stderr, run_program, say
+from wan.observe.console import exit_with, log_to_stderr, run_program, say
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page that the flags ask for, until it is interrupted."""
-    from wan.budget import check_memory, parse_memory
-    from wan.making import Options
-    from wan.page.limits import Limits
-    from wan.page.server import Address, make_page, serve
-    from wan.page.sources import LoraLibrary, Presets
-    from wan.page.studio import Studio
-    from wan.processes import pick_device
+    from wan.memory.budget import check_memory, parse_memory
+    from wan.parallel.distributed import pick_device
+    from wan.run.making import Options
+    from wan.serve.limits import Limits
+    from wan.serve.server import Address, make_page, serve
+    from wan.serve.sources import LoraLibrary, Presets
+    from wan.serve.studio import Studio
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     address = Address(args.host, args.port, args.share, tuple(args.allowed_host))

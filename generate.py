@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan.console import exit_with, log_to_stderr, printable, run_program
+from wan.observe.console import exit_with, log_to_stderr, printable, run_program
 
 MAX_MESSAGE = 2000
 # What runs if nothing names a checkpoint, and what is said then.
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> int:
 def make(args: argparse.Namespace) -> None:
     """Make what the flags ask for."""
     # Imported after parsing: --help and a mistyped flag should not wait for torch.
-    from wan.budget import parse_memory
-    from wan.making import Options
-    from wan.run import Request, run
+    from wan.memory.budget import parse_memory
+    from wan.run.making import Options
+    from wan.run.run import Request, run
 
     options = Options(
         device=args.device,

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nabla import fast_gather, fast_selection, probe
+from nabla import probe
 from nabla.backends import BACKENDS, choose, lack
 from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
+from nabla.kernels import selection as fast_selection
+from nabla.kernels import tile_gather as fast_gather
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means
 from nabla.tiling import TileLayout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program, say
+from wan.observe.console import exit_with, run_program, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from nabla import InputError
-    from wan.checkpoint import Checkpoint
-    from wan.convert import convert
+    from wan.models.wan.checkpoint import Checkpoint
+    from wan.models.wan.convert import convert
 
     dtype = args.dtype and getattr(torch, args.dtype)
     try:

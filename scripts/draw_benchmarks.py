@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wan.console import exit_with, run_program, say
+from wan.observe.console import exit_with, run_program, say
 
 WIDTH, LABEL, NOTE, BAR, GAP, MARGIN = 1040, 170, 250, 20, 6, 16
 COLOURS = {"dense": "#9aa5b1", "keep": "#2b6cb0", "nabla": "#2f855a"}

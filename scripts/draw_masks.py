@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, positive, run_program
+from wan.observe.console import exit_with, positive, run_program
 
 PANEL, MARGIN, LINE = 192, 12, 18
 
@@ -27,7 +27,7 @@ def main() -> int:
     import nabla
     from nabla.rotary import rotate
     from wan import WanT2V
-    from wan.video import check_writable
+    from wan.files.video import check_writable
 
     check_writable(args.out, "--out")
     pipe = WanT2V.from_pretrained(args.ckpt_dir, nabla.NablaConfig.parse(args.sparse_algo))
@@ -51,7 +51,7 @@ def draw(masks, frame, args) -> None:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    from wan.video import write_image
+    from wan.files.video import write_image
 
     heads = len(masks[0])
     width = MARGIN + (1 + heads) * (PANEL + MARGIN)

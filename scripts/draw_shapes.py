@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program, say
+from wan.observe.console import exit_with, run_program, say
 
 FRAMES, MARGIN, TEXT_WIDTH, LINE = 5, 6, 34, 17
 
@@ -25,8 +25,8 @@ def main() -> int:
     args = parser.parse_args()
 
     from nabla import InputError
-    from wan.checks import parse_size
-    from wan.training.shapes import Shapes
+    from wan.config.checks import parse_size
+    from wan.shapes.dataset import Shapes
 
     try:
         for name in ("count", "columns"):

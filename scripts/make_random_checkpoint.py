@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program, say
+from wan.observe.console import exit_with, run_program, say
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     import torch
 
     from nabla import InputError, NablaConfig
-    from wan import random_checkpoint
+    from wan.models.wan import random_checkpoint
 
     try:
         if args.sparse_algo is not None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program
+from wan.observe.console import exit_with, run_program
 
 
 def main() -> int:
     # Imported here, since that takes seconds, in which the program can be interrupted as well.
-    from wan.quality_table import main
+    from wan.tools.quality_table import main
 
     return main()
 

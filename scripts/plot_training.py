@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, run_program, say
+from wan.observe.console import exit_with, run_program, say
 
 
 def main(argv: list[str] | None = None) -> int:

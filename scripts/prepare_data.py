@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, log_to_stderr, run_program
+from wan.observe.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def make(args: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
-    from wan.config import read_settings
+    from wan.config.settings import read_settings
     from wan.training.models import open_parts
     from wan.training.prepare import Encoder, prepare
     from wan.training.prepare_settings import PrepareSettings

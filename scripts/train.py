@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, log_to_stderr, run_program
+from wan.observe.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    from wan.config import read_settings
+    from wan.config.settings import read_settings
     from wan.training.config import TrainingSettings
     from wan.training.schema import with_overrides
     from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan.console import exit_with, log_to_stderr, run_program
+from wan.observe.console import exit_with, log_to_stderr, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     import torch
 
-    from wan.config import read_settings
+    from wan.config.settings import read_settings
+    from wan.shapes.train_vae import VaeTrainer
+    from wan.shapes.vae_settings import VaeSettings
     from wan.training.schema import with_overrides
     from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher
-    from wan.training.vae import VaeTrainer
-    from wan.training.vae_settings import VaeSettings
 
     stop_with_launcher()
     try:

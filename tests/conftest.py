@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import wan.attention
+import wan.attention.apply
 
 DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def many_compiles():
     """All tests compile the same functions, each for shapes of its own."""
-    with wan.attention.many_compiles():
+    with wan.attention.apply.many_compiles():
         yield
 
 
@@ -72,7 +72,7 @@ def expected() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with random weights and a tokenizer, as `make_random_checkpoint.py` writes it."""
-    from wan import random_checkpoint
+    from wan.models.wan import random_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoint") / "nano"
     random_checkpoint.write("nano", folder, torch.float32)

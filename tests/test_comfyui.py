@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from places import ROOT
 from torch import Tensor, nn
 
 import nabla
 from nabla import InputError, NablaConfig
 
-NODE = Path(__file__).parent.parent / "integrations" / "comfyui" / "nabla_node.py"
+NODE = ROOT / "integrations" / "comfyui" / "nabla_node.py"
 HEADS, WIDTH = 2, 32
 CONFIG = NablaConfig(threshold=0.5, window=(1, 1, 1))
 INPUTS = dict(threshold=0.5, keep=0.0, window_frames=1, window_rows=1, window_columns=1, dense_steps=0)

@@ -22,21 +22,22 @@ import wan
 from nabla import NablaConfig, backends
 from nabla.backends import cudnn, flex_options, reference
 from nabla.block_lists import BlockLists, from_lists, to_lists
-from nabla.fast_gather import tiles_and_means
-from nabla.fast_lists import lists_of_blocks
-from nabla.fast_selection import choose_lists, lists_of_map
+from nabla.kernels.block_lists import lists_of_blocks
+from nabla.kernels.selection import choose_lists, lists_of_map
+from nabla.kernels.tile_gather import tiles_and_means
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, keep_count, keep_mass
 from nabla.tiling import TileLayout
-from wan import random_checkpoint, records
-from wan.cache_settings import CacheSettings
-from wan.fast_vae import decoder_dtype, speed_up_decoder
-from wan.fused_gelu import linear_gelu
-from wan.latents import decode
-from wan.random_checkpoint import MODELS, random_transformer
-from wan.run_log import read_log
-from wan.step_cache import apply_cache
-from wan.watch import Watch
+from wan.caches.step_cache import apply_cache
+from wan.config.cache_settings import CacheSettings
+from wan.models.wan import random_checkpoint
+from wan.models.wan.fused_gelu import linear_gelu
+from wan.models.wan.latents import decode
+from wan.models.wan.random_checkpoint import MODELS, random_transformer
+from wan.models.wan.vae import decoder_dtype, speed_up_decoder
+from wan.observe import records
+from wan.observe.profiler import Watch
+from wan.observe.run_log import read_log
 
 pytestmark = pytest.mark.gpu
 
@@ -419,7 +420,7 @@ def test_a_recorder_times_what_runs_in_compiled_blocks(random_nano, backend, tmp
 def test_watching_costs_less_than_a_percent_of_a_step():
     """Of four layers of the 14B at 832x480 with 10% kept, which is little beside most videos."""
     transformer = random_transformer("t2v-14B", torch.bfloat16, torch.device("cuda"), layers=4)
-    wan.attention.compile_blocks(transformer)
+    wan.attention.apply.compile_blocks(transformer)
     wan.apply_attention(transformer, NablaConfig(keep=0.1))
     latents = torch.randn(1, 16, 21, 60, 104, device="cuda", dtype=torch.bfloat16)
     text, timestep = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16), torch.tensor([500], device="cuda")

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from scripts import draw_benchmarks, draw_shapes
-from wan.console import run_program
-
-ROOT = Path(__file__).resolve().parents[1]
+from wan.observe.console import run_program
 
 
 def test_what_takes_seconds_to_import_is_imported_where_ctrl_c_is_minded():

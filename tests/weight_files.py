@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan import names
+from wan.models.wan import names
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 NAMINGS = ("diffusers", "diffusers without prefix", "wan", "comfyui", "comfyui down and up", "musubi")

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wan.attention import apply_attention, remove_attention
-    from wan.checkpoint import Checkpoint
-    from wan.observer import Observer
-    from wan.pipeline import WanT2V
-    from wan.recorder import Recorder
-    from wan.weights import CheckpointError
+    from wan.attention.apply import apply_attention, remove_attention
+    from wan.checkpoints.weights import CheckpointError
+    from wan.models.wan.checkpoint import Checkpoint
+    from wan.models.wan.pipeline import WanT2V
+    from wan.observe.observer import Observer
+    from wan.observe.recorder import Recorder
 
 __all__ = [
     "Checkpoint",
@@ -24,13 +24,13 @@ __all__ = [
 ]
 # Imported when first asked for: a program parses its flags, and minds Ctrl-C, before the seconds that torch takes.
 _MODULES = {
-    "Checkpoint": "checkpoint",
-    "CheckpointError": "weights",
-    "Observer": "observer",
-    "Recorder": "recorder",
-    "WanT2V": "pipeline",
-    "apply_attention": "attention",
-    "remove_attention": "attention",
+    "Checkpoint": "models.wan.checkpoint",
+    "CheckpointError": "checkpoints.weights",
+    "Observer": "observe.observer",
+    "Recorder": "observe.recorder",
+    "WanT2V": "models.wan.pipeline",
+    "apply_attention": "attention.apply",
+    "remove_attention": "attention.apply",
 }
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-import wan.step_cache
+import wan.caches.step_cache
 from nabla import NablaConfig
 from wan import WanT2V
-from wan.cache_settings import CacheSettings
-from wan.processes import Layout, Processes
-from wan.step_cache import SharedDecision, apply_cache
+from wan.caches.step_cache import SharedDecision, apply_cache
+from wan.config.cache_settings import CacheSettings
+from wan.parallel.distributed import Layout, Processes
 
 ATTENTION = NablaConfig(threshold=0.4, dense_steps=1)
 STEPS = 6
@@ -57,11 +57,11 @@ def between(pipe: WanT2V) -> CacheSettings:
 
     cache = apply_cache(pipe.transformer, CacheSettings("first_block", 0, warmup=0))
     assert isinstance(cache.leader, SharedDecision)
-    original, wan.step_cache.all_gather = wan.step_cache.all_gather, watched
+    original, wan.caches.step_cache.all_gather = wan.caches.step_cache.all_gather, watched
     try:
         sample(pipe)
     finally:
-        wan.step_cache.all_gather = original
+        wan.caches.step_cache.all_gather = original
     low, high = sorted(seen[0])
     assert low < high
     return CacheSettings("first_block", low + 0.3 * (high - low), warmup=0)

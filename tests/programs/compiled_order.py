@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nabla import NablaConfig
-from wan.attention import apply_attention, compile_blocks
-from wan.parallel import apply_sequence
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.parallel.ulysses import apply_sequence
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 transformer = WanTransformer3DModel(num_attention_heads=4, num_layers=1, ffn_dim=64, text_dim=32)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import wan
 from nabla import NablaConfig
-from wan.processes import Processes
+from wan.parallel.distributed import Processes
 
 
 @torch.no_grad()

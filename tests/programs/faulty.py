@@ -9,7 +9,9 @@ import sys
 import time
 
 import generate
-from wan import pipeline, video, weights
+from wan.checkpoints import weights
+from wan.files import video
+from wan.models.wan import pipeline
 
 
 def killed_in_sampling() -> None:

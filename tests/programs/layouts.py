@@ -20,7 +20,7 @@ from diffusers_parallel import error_of_pipeline, errors
 
 from nabla import NablaConfig
 from wan import Checkpoint, WanT2V
-from wan.processes import Layout, Processes
+from wan.parallel.distributed import Layout, Processes
 
 SIZES = {"full tiles": (3, 16, 16), "partial tiles": (2, 18, 22)}
 CONFIGS = {

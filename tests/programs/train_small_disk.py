@@ -7,7 +7,7 @@ import importlib
 import resource
 import sys
 
-from wan.console import exit_with
+from wan.observe.console import exit_with
 
 if __name__ == "__main__":
     limit = int(sys.argv[1])

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from nabla import NablaConfig
-from wan import Recorder, WanT2V, records
-from wan.cache_settings import CacheSettings
-from wan.processes import Layout, Processes
+from wan import Recorder, WanT2V
+from wan.config.cache_settings import CacheSettings
+from wan.observe import records
+from wan.parallel.distributed import Layout, Processes
 
 # After two steps of three, whatever changed.
 REUSES = CacheSettings("first_block", 1e9, warmup=0.6)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.files import PARTIAL, hold, remove, settle, sync, whole
+from wan.files.atomic import PARTIAL, hold, remove, settle, sync, whole
 from wan.training.dcp_states import SafePlanner, SafeReader
 from wan.training.state_file import reason_of
 from wan.training.writing import together, written_state

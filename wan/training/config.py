@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
-from wan.checks import check_prompt
-from wan.config import (
+from wan.config.checks import check_prompt
+from wan.config.settings import (
     SamplingSettings,
     VideoSettings,
     attention_config,

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.checks import PATCH
-from wan.text import pad_rows
+from wan.checkpoints.weights import read_json
+from wan.config.checks import PATCH
+from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
 from wan.training.prepare import DROPPED_FILE, RECORD_FILE, SHARD_NAME, SHARDS, Clip, list_clips
 from wan.training.reading import read
-from wan.weights import read_json
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)

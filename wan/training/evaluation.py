@@ -12,15 +12,15 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from wan.jobs import words_of
-from wan.latents import decode
-from wan.sampling import TRAIN_TIMESTEPS, denoise, make_solver
+from wan.files.video import make_folder, to_frames, write_image, write_video
+from wan.models.wan.latents import decode
+from wan.run.jobs import words_of
+from wan.sampling.loop import TRAIN_TIMESTEPS, denoise, make_solver
 from wan.training.config import ObjectiveSettings, Samples
 from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
 from wan.training.stopping import Diverged
 from wan.training.writing import together
-from wan.video import make_folder, to_frames, write_image, write_video
 
 
 def validation_losses(

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from wan import parts
-from wan.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.config import attention_to_dict
-from wan.convert import write_index, write_part
-from wan.files import remove, whole
-from wan.parts import MODEL_STEM, TEXT_ENCODER_STEM
+from wan.config.settings import attention_to_dict
+from wan.files.atomic import remove, whole
+from wan.models.wan import components as parts
+from wan.models.wan.checkpoint import DEFAULTS_FILE, Checkpoint
+from wan.models.wan.components import MODEL_STEM, TEXT_ENCODER_STEM
+from wan.models.wan.convert import write_index, write_part
 from wan.training.config import TrainingSettings
 from wan.training.schema import overlaid, plain
 

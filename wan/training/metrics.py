@@ -13,9 +13,9 @@ import torch
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.files import whole, written
-from wan.memory import GIB
-from wan.plain_data import parse_json
+from wan.files.atomic import whole, written
+from wan.files.plain_data import parse_json
+from wan.memory.placement import GIB
 
 REMEDY = "free some space, and start again to go on"
 

@@ -22,11 +22,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
-from wan import parts
-from wan.attention import apply_attention, compile_blocks
-from wan.checkpoint import Checkpoint
-from wan.checks import PATCH
-from wan.parallel import apply_fsdp, is_sharded
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.config.checks import PATCH
+from wan.models.wan import components as parts
+from wan.models.wan.checkpoint import Checkpoint
+from wan.parallel.ulysses import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
 

@@ -1,7 +1,7 @@
 """Flow matching as Wan2.1 trains: velocity from noisy latents, at noise levels drawn and shifted.
 
-The conventions are those of `wan.sampling`: latents at sigma are (1 - sigma) clean + sigma noise, the model predicts
-noise - clean, and is told 1000 sigma.
+The conventions are those of `wan.sampling.loop`: latents at sigma are (1 - sigma) clean + sigma noise, the model
+predicts noise - clean, and is told 1000 sigma.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.sampling import TRAIN_TIMESTEPS
+from wan.sampling.loop import TRAIN_TIMESTEPS
 from wan.training.config import ObjectiveSettings
 
 

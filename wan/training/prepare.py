@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from nabla.config import is_count
-from wan import parts
-from wan.checkpoint import Checkpoint
-from wan.fast_vae import speed_up_encoder
-from wan.files import whole
-from wan.latents import encode
-from wan.plain_data import parse_json
-from wan.text import cut_note, tokenize
+from wan.checkpoints.weights import CheckpointError, read_json
+from wan.files.atomic import whole
+from wan.files.plain_data import parse_json
+from wan.models.wan import components as parts
+from wan.models.wan.checkpoint import Checkpoint
+from wan.models.wan.latents import encode
+from wan.models.wan.text import cut_note, tokenize
+from wan.models.wan.vae import speed_up_encoder
+from wan.shapes.vae_model import posterior, take_whole_clips
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.reading import read
 from wan.training.sources import Checked, InOrder, Sample
-from wan.training.vae_model import posterior, take_whole_clips
-from wan.weights import CheckpointError, read_json
 
 log = logging.getLogger("wan")
 

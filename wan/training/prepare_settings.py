@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from wan.checks import check_text
-from wan.config import DTYPES
+from wan.config.checks import check_text
+from wan.config.settings import DTYPES
 from wan.training.config import PRECISIONS
 from wan.training.schema import build, check_choice, check_counts, check_flags, check_mapping, check_texts, plain
 

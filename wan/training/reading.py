@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from wan.console import ENDING_SIGNALS
+from wan.observe.console import ENDING_SIGNALS
 
 
 def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:

@@ -13,14 +13,14 @@ import yaml
 from safetensors import safe_open
 
 from nabla import InputError
-from wan import parts
-from wan.checkpoint import Checkpoint
-from wan.config import read_settings
-from wan.files import whole
+from wan.checkpoints.weights import read_json
+from wan.config.settings import read_settings
+from wan.files.atomic import whole
+from wan.models.wan import components as parts
+from wan.models.wan.checkpoint import Checkpoint
 from wan.training.config import CHANGEABLE, TrainingSettings
 from wan.training.data import Clips
 from wan.training.schema import check_continues
-from wan.weights import read_json
 
 log = logging.getLogger("wan")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.checks import check_keys, check_path
-from wan.plain_data import parse_yaml
+from wan.config.checks import check_keys, check_path
+from wan.files.plain_data import parse_yaml
 
 EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
 

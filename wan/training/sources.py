@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 from nabla import InputError
 from nabla.config import is_number
-from wan.checks import check_text, check_video, parse_size
-from wan.config import VideoSettings
-from wan.plain_data import parse_json
-from wan.text import clean_prompt
-from wan.training.shapes import Shapes
+from wan.config.checks import check_text, check_video, parse_size
+from wan.config.settings import VideoSettings
+from wan.files.plain_data import parse_json
+from wan.models.wan.text import clean_prompt
+from wan.shapes.dataset import Shapes
 
 CAPTIONS_FILE = "captions.jsonl"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nabla import InputError
-from wan.files import whole
+from wan.files.atomic import whole
 from wan.training.writing import written_state
 
 # A state that is cut, of another class, of other keys, shapes and types, in the order of what meets it.

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from wan.console import ENDING_SIGNALS, say
+from wan.observe.console import ENDING_SIGNALS, say
 
 # Set for the programs that `accelerate launch` starts.
 LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"

@@ -20,11 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nabla import InputError
-from wan.attention import many_compiles
-from wan.checks import PATCH
-from wan.compiling import check_compiler
-from wan.config import check_positions
-from wan.sampling import TRAIN_TIMESTEPS
+from wan.attention.apply import many_compiles
+from wan.attention.compile import check_compiler
+from wan.config.checks import PATCH
+from wan.config.settings import check_positions
+from wan.files.video import check_encoder
+from wan.sampling.loop import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import TrainingSettings
 from wan.training.data import Batch, Batches, Clips
@@ -45,7 +46,6 @@ from wan.training.prepare import Encoder
 from wan.training.record import check_record, inputs_of, write_record
 from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
 from wan.training.writing import together
-from wan.video import check_encoder
 
 log = logging.getLogger("wan")
 

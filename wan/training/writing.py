@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch.distributed.checkpoint import CheckpointException
 
 from nabla import InputError
-from wan.files import written
+from wan.files.atomic import written
 
 REMEDY = "free some space, or choose another out, and start again: the last whole state stands"
 # In the messages of torch's own writer, whose errors are of no class of their own.

@@ -1,0 +1,125 @@
+"""Kept blocks as lists on a GPU: the True entries of each row of a map, in order, by one program a row."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from nabla import probe
+from nabla.block_lists import BlockLists, to_lists
+from nabla.kernels.gpu import can_run, tl, triton
+
+# The row of a map has to fit into the registers of a program.
+MAX_BLOCKS = 8192
+ENTRIES_A_WARP = 512
+
+
+def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLists]:
+    """Lists of the True entries of (B, heads, N, N) bool; of full key tiles and the others where `full` is given."""
+    if can_run(blocks) and blocks.shape[-1] <= MAX_BLOCKS:
+        return parts_of(_lists_of_blocks(blocks, full))
+    return [to_lists(blocks)] if full is None else [to_lists(blocks & full), to_lists(blocks & ~full)]
+
+
+@torch.library.custom_op("nabla::lists_of_blocks", mutates_args=())
+def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    counts, indices = empty_lists(kept, full)
+    probe.run(probe.MASK, _write_lists, kept, full, counts, indices)
+    return counts, indices
+
+
+def _write_lists(kept: Tensor, full: Tensor | None, counts: Tensor, indices: Tensor) -> None:
+    batch, heads, blocks, _ = kept.shape
+    width = triton.next_power_of_2(blocks)
+    with torch.cuda.device(kept.device):
+        _list_row[(blocks, heads, batch)](
+            kept,
+            full,
+            counts,
+            indices,
+            *kept.stride()[:3],
+            *counts.stride()[:2],
+            *indices.stride()[:2],
+            blocks,
+            WIDTH=width,
+            num_warps=max(1, width // ENTRIES_A_WARP),
+        )
+
+
+@_lists_of_blocks.register_fake
+def _(kept, full):
+    return empty_lists(kept, full)
+
+
+def parts_of(lists: tuple[Tensor, Tensor]) -> list[BlockLists]:
+    """Counts and indices of one or two parts, stacked, to the lists of each."""
+    return [BlockLists(*pair) for pair in zip(*(x.unbind() for x in lists))]
+
+
+def empty_lists(like: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = 1 if full is None else 2, *like.shape[:3]
+    return like.new_empty(shape, dtype=torch.int32), like.new_empty((*shape, shape[-1]), dtype=torch.int32)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _list_row(
+        blocks_kept,
+        full,
+        counts,
+        indices,
+        kept_batch,
+        kept_head,
+        kept_row,
+        counts_part,
+        counts_batch,
+        indices_part,
+        indices_batch,
+        blocks,
+        WIDTH: tl.constexpr,
+    ):
+        query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        column = tl.arange(0, WIDTH)
+        start = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head + query * kept_row
+        kept = tl.load(blocks_kept + start + column, mask=column < blocks, other=0) != 0
+        counts, indices = lists_at(counts, indices, counts_batch, indices_batch, blocks)
+        stored = append(kept, column, 0, blocks, full, indices, indices_part)
+        close(stored, full, counts, indices, counts_part, indices_part)
+
+    @triton.jit
+    def lists_at(counts, indices, counts_batch, indices_batch, blocks):
+        """Where the lists of the row are that this program does, of a grid of (blocks, heads, batch)."""
+        row = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0)
+        batch = tl.program_id(2).to(tl.int64)
+        return counts + batch * counts_batch + row, indices + batch * indices_batch + row * blocks
+
+    @triton.jit
+    def append(kept, column, stored, blocks, full, indices, indices_part):
+        """Store the blocks kept of some columns behind those stored, and return how many are stored then.
+
+        One number counts the blocks of both lists, shorter than 2**16: whole tiles, and 65,536 for a partial one.
+        """
+        if full is None:
+            one = kept.to(tl.int32)
+            rank = stored + tl.cumsum(one, axis=0)
+            tl.store(indices + rank - 1, column, mask=kept)
+        else:
+            whole = tl.load(full + column, mask=column < blocks, other=0) != 0
+            one = tl.where(kept, tl.where(whole, 1, 65536), 0)
+            rank = stored + tl.cumsum(one, axis=0)
+            tl.store(indices + (rank & 65535) - 1, column, mask=kept & whole)
+            tl.store(indices + indices_part + (rank >> 16) - 1, column, mask=kept & (whole == 0))
+        return stored + tl.sum(one, axis=0)
+
+    @triton.jit
+    def close(stored, full, counts, indices, counts_part, indices_part):
+        """Store the lengths of a row's lists."""
+        # Kernels may look at a list's first entry before they look at its length.
+        tl.store(counts, stored & 65535)
+        tl.store(indices, 0, mask=(stored & 65535) == 0)
+        if full is not None:
+            tl.store(counts + counts_part, stored >> 16)
+            tl.store(indices + indices_part, 0, mask=(stored >> 16) == 0)

@@ -1,0 +1,305 @@
+"""Streamed blocks compute what the model computes, packed or not; a planned pipeline what the plain one does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import imageio.v3 as imageio
+import pytest
+import torch
+import weight_files
+from diffusers.hooks import apply_group_offloading
+from safetensors.torch import load_file
+from torch import nn
+
+import generate
+import wan
+from nabla import InputError, NablaConfig
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.caches.step_cache import apply_cache
+from wan.checkpoints.lora import read_lora
+from wan.config.cache_settings import CacheSettings
+from wan.config.settings import LoraFile
+from wan.memory import budget
+from wan.memory.budget import check_memory, host_bytes
+from wan.memory.estimates import GGUF, GIB
+from wan.memory.placement import placed, split_picture
+from wan.memory.planner import Budget, Plan
+from wan.memory.streaming import stream_blocks
+from wan.models.wan import components as parts
+from wan.models.wan.checkpoint import Checkpoint
+from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.quantize.packing import Packer
+from wan.run import run
+
+CPU = torch.device("cpu")
+PLAN = Plan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
+
+
+@pytest.fixture
+def transformer():
+    return random_transformer("nano", torch.float32, CPU, layers=5)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 512, 64, generator=generator)
+    return latents, torch.tensor([500]), text
+
+
+def forward(transformer, inputs):
+    with torch.no_grad():
+        return transformer(*inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kept", (0, 1, 3, 4, 5))
+def test_streamed_blocks_give_what_diffusers_group_offloading_gives(transformer, inputs, kept):
+    plain, offloaded = forward(transformer, inputs), copy.deepcopy(transformer)
+    apply_group_offloading(offloaded, CPU, offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(forward(offloaded, inputs), plain)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    stream_blocks(transformer, transformer.blocks, CPU, kept)
+    for _ in range(2):
+        with placed(transformer, CPU, offload=True):
+            assert torch.equal(forward(transformer, inputs), plain)
+            assert torch.equal(forward(transformer, inputs), plain)
+        assert not transformer.block_stream.buffers and not transformer.block_stream.whole
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_two_blocks_are_there_at_a_time_and_all_go_back_after_an_error(transformer, inputs, monkeypatch):
+    stream, seen = stream_blocks(transformer, transformer.blocks, CPU), []
+    places = [{leaf.view(memory).data_ptr() for leaf in stream.leaves[n]} for n, memory in enumerate(stream.host)]
+    weight = transformer.blocks[2].ffn.net[2].weight
+    assert weight.data_ptr() in places[2]
+    transformer.blocks[2].register_forward_pre_hook(lambda *_: seen.append(weight.data_ptr() in places[2]))
+    with stream.opened():
+        forward(transformer, inputs)
+        assert seen == [False] and len(stream.buffers) == 2 and weight.data_ptr() in places[2]
+    monkeypatch.setattr(transformer.blocks[2].ffn, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError), stream.opened():
+        forward(transformer, inputs)
+    assert weight.data_ptr() in places[2] and not stream.buffers
+
+
+def test_it_does_not_run_closed(transformer, inputs):
+    stream_blocks(transformer, transformer.blocks, CPU)
+    with pytest.raises(RuntimeError, match="within block_stream.opened"):
+        forward(transformer, inputs)
+
+
+def test_compiled_sparse_blocks_stay_one_graph(transformer, inputs):
+    apply_attention(transformer, NablaConfig(keep=0.5, backend="reference"))
+    compile_blocks(transformer)
+    plain = forward(transformer, inputs)
+    stream_blocks(transformer, transformer.blocks, CPU, kept=1)
+    with transformer.block_stream.opened(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert torch.equal(forward(transformer, inputs), plain)
+
+
+@pytest.mark.parametrize("packing, error", (("int8", 0.02), ("int4", 0.2)))
+def test_packed_blocks_stream_and_follow_their_weights(transformer, inputs, packing, error):
+    pytest.importorskip("torchao")
+    plain, packer = forward(transformer, inputs), Packer(transformer, transformer.blocks, packing, CPU, CPU)
+    plain_size = sum(parameter.numel() * 4 for parameter in transformer.blocks[0].parameters())
+    state = {name: packer(name, tensor) for name, tensor in transformer.state_dict().items()}
+    transformer.load_state_dict(state, assign=True)
+    assert len(packer.errors) == len(packer.layers) == 10 * 5 and max(packer.errors) < error
+    assert f"50 linear layers in {packing}, outputs off by" in packer.describe()
+    packed = forward(transformer, inputs)
+    assert 0 < (packed - plain).norm() / plain.norm() < error
+    stream = stream_blocks(transformer, transformer.blocks, CPU, kept=1)
+    with stream.opened():
+        assert torch.equal(forward(transformer, inputs), packed)
+    assert 3 * stream.sizes[0] < plain_size
+
+
+@pytest.mark.parametrize("text", ("gpu", "stream", "cpu"))
+def test_a_planned_pipeline_gives_what_the_plain_one_gives(random_nano, tmp_path, text):
+    factors = weight_files.draw_factors(random_transformer("nano", torch.float32, CPU))
+    lora = [str(weight_files.write_lora(tmp_path / "style.safetensors", factors))]
+    settings = dict(size=(64, 48), frame_num=5, seed=1, steps=2)
+    exact = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", lora=lora).generate("a cat", **settings)
+    for plan in (replace(PLAN, text=text), replace(PLAN, in_turns=False, text="gpu")):
+        pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", lora=lora, plan=plan)
+        assert hasattr(pipe.transformer, "block_stream") is plan.in_turns is pipe.offload
+        assert hasattr(pipe.text_encoder, "block_stream") is (plan.text == "stream")
+        for _ in range(2):
+            assert (pipe.generate("a cat", **settings) == exact).all()
+
+
+@pytest.mark.parametrize("kept", (0, 1, 2))
+@pytest.mark.parametrize("cache", ("first_block", "mag", "taylorseer"))
+def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, inputs, monkeypatch, cache, kept):
+    limits = {"interval": 3} if cache == "taylorseer" else {"threshold": 1e6, "max_skips": 2}
+    settings = CacheSettings(cache, warmup=0, ratios=(1.0,) * 8 if cache == "mag" else None, **limits)
+    order = []
+
+    def video(model):
+        cache = apply_cache(model, settings)
+        cache.begin(8, 0)
+        results, transfers = [], []
+        for step in range(8):
+            order.clear()
+            with cache.branch("prompt", step):
+                results.append(forward(model, inputs))
+            transfers.append(len(order))
+        return results, transfers, cache.reused
+
+    exact, _, reused = video(copy.deepcopy(transformer))
+    stream = stream_blocks(transformer, transformer.blocks, CPU, kept)
+    fetch = stream._fetch
+    monkeypatch.setattr(stream, "_fetch", lambda number, slot: (order.append(number), fetch(number, slot)))
+    with stream.opened():
+        streamed, transfers, _ = video(transformer)
+    assert all(torch.equal(a, b) for a, b in zip(streamed, exact)) and reused == 5
+    # Of the forwards that reuse, the first of a row may have asked for one block before that was decided.
+    first, computed = 0 if kept else 1, (0, 2, 5) if cache == "taylorseer" else (0, 3, 6)
+    rest = [n for n in range(8) if n not in computed]
+    assert [transfers[n] for n in rest] == [first if n - 1 in computed else 0 for n in rest]
+    assert transfers[0] > 0 and transfers[computed[1]] == transfers[computed[2]] > 0
+
+
+def test_a_planned_pipeline_runs_packed(random_nano, caplog):
+    pytest.importorskip("torchao")
+    settings = dict(size=(64, 48), frame_num=5, seed=1, steps=2)
+    exact = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16).generate("a cat", **settings)
+    caplog.set_level("INFO", "wan")
+    plan = replace(PLAN, packing="int8", text_packing="int8", text="gpu")
+    pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16, plan=plan)
+    assert abs(pipe.generate("a cat", **settings).astype(float) - exact).mean() < 12
+    assert "transformer: 20 linear layers in int8" in caplog.text and "text encoder: 14 linear layers" in caplog.text
+
+
+def test_columns_change_the_picture_little_and_cover_it():
+    vae = random_vae("nano", CPU)
+    latents = torch.randn(1, 16, 2, 16, 32, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents).sample
+    for tiles in (2, 3):
+        split_picture(vae, (256, 128), tiles)
+        columns = vae.decode(latents).sample
+        assert columns.shape == whole.shape and (columns - whole).abs().mean() < 0.2 * whole.abs().mean()
+
+
+def test_host_memory_is_known():
+    free, total = host_bytes()
+    assert 0 < free <= total
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    (
+        (("--memory", "auto"), "memory auto plans the memory of a GPU, and this runs on cpu; leave it out"),
+        (("--memory", "24"), "memory 24.0 plans the memory of a GPU"),
+        (("--memory", "24GB"), "memory '24GB' is neither auto nor GB to stay under"),
+    ),
+)
+def test_wrong_memory_is_one_line(random_nano, capsys, flags, reason):
+    given = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", *flags]
+    assert generate.main(given) == 2
+    said = capsys.readouterr().err
+    assert reason in said and said.count("\n") == 1
+
+
+def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
+    random_nano, tmp_path, monkeypatch, capsys
+):
+    """The run of a GPU with little memory, on a CPU in its place."""
+    gpu = 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "check_memory", lambda *_: None)
+    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
+    flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
+    assert generate.main([*flags, "--memory", "24"]) == 2
+    said = capsys.readouterr().err
+    assert "error: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU with 8.0 GiB" in said
+    gpu = int(float(said.split("free; ")[1].split(" GB")[0]) * 1e9)
+    assert generate.main([*flags, "--memory", "24"]) == 0
+    assert "memory: transformer float32, " in capsys.readouterr().err
+    planned = imageio.imread("out.mp4")
+    made_with = json.loads((tmp_path / "out.json").read_text())["made_with"]
+    assert made_with["memory"] == 24 and made_with["plan"]["packing"] is None and made_with["plan"]["stages"]
+    assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
+
+
+@pytest.fixture
+def packed(random_nano, tmp_path):
+    """A transformer's part of GGUF, and a LoRA for it."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install -r requirements-gguf.txt")
+    state = load_file(next(random_nano.glob("*.safetensors")))
+    weight_files.write_gguf(tmp_path / "a.gguf", state)
+    part = parts.transformer_part(Checkpoint.open(random_nano), tmp_path / "a.gguf")
+    lora = LoraFile(str(weight_files.write_lora(tmp_path / "a.safetensors", weight_files.draw_factors(part.model))))
+    return part, lora
+
+
+def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(packed, inputs):
+    part, lora = packed
+    for files in ((), (lora,)):
+        expected = budget.weights_of(part, part.model.blocks, torch.float32, files)
+        adapters = [read_lora(file, part.model) for file in files]
+        model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
+        plain = forward(model, inputs)
+        sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes
+        assert max(sizes) == pytest.approx(expected.block(GGUF), rel=0.02)
+        assert max(sizes) < 0.6 * expected.block(None) or files
+        with placed(model, CPU, offload=True):
+            assert torch.equal(forward(model, inputs), plain)
+
+
+def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_nano, tmp_path, monkeypatch, capsys):
+    part, lora = packed
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "check_memory", lambda *_: None)
+    gpu = 0
+    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
+    flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --transformer a.gguf".split()
+    flags += ["--lora", lora.file]
+    assert generate.main([*flags, "--memory", "24"]) == 2
+    gpu = int(float(capsys.readouterr().err.split("free; ")[1].split(" GB")[0]) * 1e9)
+    assert generate.main([*flags, "--memory", "24"]) == 0
+    said = capsys.readouterr().err
+    assert "memory: transformer gguf, " in said and "layers, beside the weights" in said
+    planned = imageio.imread("out.mp4")
+    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["plan"]["packing"] == GGUF
+    assert generate.main([*flags, "--config", "out.json"]) == 0 and (imageio.imread("out.mp4") == planned).all()
+    assert "will differ" not in capsys.readouterr().err
+    assert generate.main([*flags, "--memory", "24", "--fp8", "--dtype", "bfloat16"]) == 2
+
+
+def test_memory_does_not_go_with_several_processes_or_a_forced_offload():
+    gpu = torch.device("cuda", 0)
+    check_memory(None, CPU, object(), True)
+    check_memory(24, gpu, None, None)
+    with pytest.raises(InputError, match="torchrun starts several"):
+        check_memory(24, gpu, object(), None)
+    with pytest.raises(InputError, match="leave offload_model out"):
+        check_memory("auto", gpu, None, False)
+
+
+def test_what_was_on_a_device_is_again_where_it_was_without_a_copy():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[0].bias = model[1].bias
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: (weight.data_ptr(), weight.detach().clone()) for name, weight in before.items()}
+    with pytest.raises(RuntimeError, match="out of memory"), placed(model, torch.device("meta"), offload=True):
+        assert all(weight.is_meta for weight in model.parameters())
+        raise RuntimeError("out of memory")
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        assert weight is before[name] and weight.data_ptr() == values[name][0] and torch.equal(weight, values[name][1])
+
+
+def test_what_was_converted_on_a_device_stays_so():
+    model = nn.Linear(4, 4)
+    with placed(model, CPU, offload=True):
+        model.bias.data = model.bias.data.to(torch.float64)
+        kept = model.bias.detach().clone()
+    assert model.weight.dtype == torch.float32 and torch.equal(model.bias, kept)

@@ -1,0 +1,340 @@
+"""Several processes on a CPU, over gloo: every layout gives what one process gives, and a fault ends all of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+import weight_files
+from places import PROGRAMS, ROOT
+from starting import Forked, finish, fork, start
+
+import generate
+from nabla import InputError
+from wan.config.settings import resolve
+from wan.models.wan import random_checkpoint
+from wan.parallel.distributed import Layout, choose_layout
+from wan.parallel.ulysses import dealt, interleaved, shares
+from wan.run.jobs import name_of, names_of, read_prompts
+
+# Of the checkpoints that so many processes run.
+HEADS = {2: (2, 3, 7), 4: (2, 3)}
+SMALL = "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu --sparse_algo nabla-0.5".split()
+
+
+@pytest.fixture
+def run_prompts(random_nano, tmp_path, capsys):
+    """Make the videos of prompts by one process, and return what it says."""
+
+    def run(prompts: str, *flags: str, code: int = 0) -> str:
+        (tmp_path / "prompts.txt").write_text(prompts)
+        files = ["--prompt_file", str(tmp_path / "prompts.txt"), "--save_dir", str(tmp_path)]
+        assert generate.main([*files, "--ckpt_dir", str(random_nano), *SMALL, *flags]) == code
+        return capsys.readouterr().err
+
+    return run
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def results_of(nano, tmp_path_factory):
+    """What the program `layouts.py` prints on a device, of random checkpoints by their numbers of heads."""
+
+    def checkpoint(heads: int) -> Path:
+        folder = tmp_path_factory.mktemp("heads") / "checkpoint"
+        sizes = replace(random_checkpoint.MODELS["nano"], heads=heads, dim=64 * heads)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(random_checkpoint.MODELS, "other", sizes)
+            random_checkpoint.write("other", folder, torch.float32)
+        return folder
+
+    @functools.cache
+    def run(processes: int, device: str, *heads: int) -> list[dict]:
+        checkpoints = [nano if number == 2 else checkpoint(number) for number in heads]
+        # What has been asked of a GPU does not survive a fork.
+        begin = fork if device == "cpu" else start
+        program = begin(
+            processes, PROGRAMS / "layouts.py", device, *checkpoints, cwd=tmp_path_factory.mktemp("layouts")
+        )
+        code, out, said = finish(program, seconds=400)
+        assert code == 0, said
+        return [json.loads(line) for line in out.splitlines()]
+
+    return run
+
+
+def test_compiled_blocks_send_early_and_wait_late(tmp_path):
+    """All of q, k and v are sent before the first is waited for."""
+    _, out, said = finish(Forked(PROGRAMS / "compiled_order.py", cwd=tmp_path), seconds=300)
+    assert out.strip() == "sss" + "www" + "a" + "s" + "w" + "a", said[-2000:]
+
+
+@pytest.mark.parametrize("count, heads", ((2, 2), (2, 3), (2, 7), (4, 2), (4, 3)))
+def test_every_layout_gives_the_latents_of_one_process(count, heads, results_of):
+    results = [result for result in results_of(count, "cpu", *HEADS[count]) if result.get("heads") == heads]
+    assert len(results) >= 4
+    for result in results:
+        assert result["error"] < 1e-5, result
+        # The first process holds the tables of a single row whole.
+        assert result["held"] < 0.7 if result["sharded"] else result["held"] == 1, result
+
+
+def test_compiled_blocks_give_the_latents_of_one_process(results_of):
+    (result,) = (result for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "compiled")
+    assert result["error"] < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("heads", (3, 8))
+def test_two_gpus_give_the_latents_of_one(heads, results_of):
+    results = [result for result in results_of(2, "cuda", heads) if "heads" in result]
+    assert len(results) == 4 and max(result["error"] for result in results) < 1e-3, results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_pipeline_of_diffusers_split_over_two_gpus(results_of):
+    (result,) = (one for one in results_of(2, "cuda", 8) if one.get("what") == "pipeline of diffusers")
+    assert result["error"] < 1e-3
+
+
+def test_step_caches_decide_alike_and_give_the_latents_of_one_process(results_of):
+    results = [result for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "cached"]
+    assert len(results) == 14
+    for result in results:
+        # Where branches run apart, each process counts the forwards of its own.
+        assert [result["cfg"] * result[name] for name in ("reused", "forwards")] == result["alone"], result
+        assert result["error"] < 5e-5 and result["reused"] > 0, result
+
+
+def test_under_diffusers_own_context_parallelism(results_of):
+    errors = [result["error"] for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "diffusers"]
+    assert len(errors) == 2 and max(errors) < 1e-5
+
+
+def test_the_pipeline_of_diffusers_split_offloaded_and_with_a_lora(results_of):
+    (result,) = (one for one in results_of(2, "cpu", *HEADS[2]) if one.get("what") == "pipeline of diffusers")
+    assert result["error"] < 1e-4
+
+
+def test_the_same_video_from_one_process_and_from_several(random_nano, tmp_path):
+    factors = weight_files.draw_factors(
+        random_checkpoint.random_transformer("nano", torch.float32, torch.device("cpu"))
+    )
+    lora = weight_files.write_lora(tmp_path / "style.safetensors", factors)
+    flags = ["--prompt", "A red circle", "--ckpt_dir", str(random_nano), "--lora", str(lora), *SMALL, "--save_file"]
+    assert generate.main([*flags, str(tmp_path / "one.mp4")]) == 0
+    for begin, name, count, extra in ((start, "two", 2, ("--dit_fsdp", "--t5_fsdp")), (fork, "four", 4, ())):
+        code, _, said = finish(begin(count, ROOT / "generate.py", *flags, f"{name}.mp4", *extra, cwd=tmp_path))
+        assert code == 0, said
+        assert (iio.imread(tmp_path / f"{name}.mp4") == iio.imread(tmp_path / "one.mp4")).all()
+        assert said.count("wrote ") == 1
+    assert "layout: 4 processes: 2 guidance branches x 2 ways of the sequence" in said
+    assert json.loads((tmp_path / "four.json").read_text())["made_with"]["layout"]["ulysses"] == 2
+
+
+def test_two_machines(random_nano, tmp_path):
+    command = [ROOT / "generate.py", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL, "--save_file", "out.mp4"]
+    common = "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29713", "--rdzv_id=test"
+    nodes = [fork(1, *command, cwd=tmp_path, how=common) for _ in range(2)]
+    results = [finish(node) for node in nodes]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert files(tmp_path) == ["out.json", "out.mp4"]
+
+
+def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_nano, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = ["A red circle", "", json.dumps({"prompt": "A blue boat", "seed": 7, "size": "32*48", "name": "boat"})]
+    lines += [json.dumps({"prompt": "One picture", "frame_num": 1}), "A cat"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flags = ["--prompt_file", "prompts.txt", "--save_dir", "made", "--ckpt_dir", str(random_nano), *SMALL]
+    code, _, said = finish(fork(2, ROOT / "generate.py", *flags, cwd=tmp_path))
+    assert code == 0, said
+    assert "layout: 2 processes: 2 replicas" in said
+    made = tmp_path / "made"
+    names = [name for name in files(made) if not name.endswith(".json")]
+    plain = [re.sub("-[0-9a-f]{8}", "", name) for name in names]
+    assert plain == ["A-cat.mp4", "A-red-circle.mp4", "One-picture.png", "boat.mp4"]
+    assert iio.imread(made / "boat.mp4").shape[1:3] == (48, 32)
+    (made / "boat.mp4").unlink()
+    (made / names[0]).write_bytes(b"half a video")
+    times = {name: (made / name).stat().st_mtime_ns for name in names[1:3]}
+    # Of a single process, torchrun says no more.
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert generate.main(flags) == 0 and "prompts: 4, of which 2 are made already" in capsys.readouterr().err
+    assert [name for name in files(made) if not name.endswith(".json")] == names
+    assert times == {name: (made / name).stat().st_mtime_ns for name in names[1:3]}
+
+
+@pytest.mark.parametrize(
+    "fault, rank, message",
+    (
+        ("killed_in_sampling", "1", "error: process 0 lost another, which was killed or cut off"),
+        ("unreadable_shard", "1", "cannot be read (Input/output error); check the path and the disk"),
+        ("full_disk", "0", "error: out.mp4 cannot be written (No space left on device); free some space"),
+        ("broken_code", "1", "ZeroDivisionError: a bug"),
+    ),
+)
+def test_a_fault_of_one_process_ends_all_with_its_message(fault, rank, message, random_nano, tmp_path):
+    command = [PROGRAMS / "faulty.py", fault, rank, "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL]
+    # Who ends the others is torchrun, where one could not say a word.
+    begin = start if fault == "killed_in_sampling" else fork
+    code, _, said = finish(begin(2, *command, "--save_file", "out.mp4", cwd=tmp_path), seconds=60)
+    assert code != 0 and message in said and files(tmp_path) == []
+    assert said.count("error: ") <= 1 and said.count("Traceback (most recent call last):\n  File") <= 2
+
+
+def test_an_interrupt_ends_all_within_seconds(random_nano, tmp_path):
+    command = [PROGRAMS / "faulty.py", "slow_sampling", "1", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL]
+    process = start(2, *command, "--save_file", "out.mp4", cwd=tmp_path)
+    said = ""
+    while "sampling begins" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, said = finish(process, seconds=30)
+    assert code != 0 and time.monotonic() - began < 15
+    assert said.count("interrupted; no half-written file is left") == 1 and files(tmp_path) == []
+
+
+def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
+    flags = [ROOT / "generate.py", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL, "--save_file", "out.mp4"]
+    code, _, said = finish(start(2, *flags, "--ulysses_size", "3", cwd=tmp_path), seconds=60)
+    assert code == 1 and said.count("error: ulysses_size 3 is more than the 2 heads of the model; lower it") == 1
+    assert "Traceback" not in said.split("torch/distributed")[0] and files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "asked, layout",
+    (
+        (dict(processes=1, heads=12, guided=True), Layout()),
+        (dict(processes=2, heads=12, guided=True), Layout(cfg=2)),
+        (dict(processes=2, heads=12, guided=False), Layout(ulysses=2)),
+        (dict(processes=8, heads=12, guided=True), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=12, guided=False), Layout(ulysses=8)),
+        (dict(processes=3, heads=40, guided=True), Layout(ulysses=3)),
+        (dict(processes=8, heads=40, guided=True, prompts=96), Layout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=8), Layout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=9), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, prompts=6), Layout(replicas=2, cfg=2, ulysses=2)),
+        (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), Layout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, ulysses=8), Layout(ulysses=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), Layout(replicas=4, ulysses=2)),
+    ),
+)
+def test_the_layout_that_is_chosen(asked, layout):
+    assert choose_layout(**asked) == layout
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    (
+        (dict(ulysses=16), "ulysses_size 16 is more than the 12 heads"),
+        (dict(cfg=3), "cfg_size 3 is too many: there are two guidance branches"),
+        (dict(cfg=2, guided=False), "cfg_size 2 is too many: guidance is off"),
+        (dict(cfg=0), "cfg_size 0 is not a positive integer"),
+        (dict(ulysses=3), "8 processes cannot be laid out .ulysses_size 3."),
+        (dict(processes=64), "64 processes cannot be laid out .no size asked for."),
+    ),
+)
+def test_layouts_that_cannot_be(asked, message):
+    with pytest.raises(InputError, match=message):
+        choose_layout(**dict(processes=8, heads=12, guided=True) | asked)
+
+
+def test_heads_are_dealt_so_that_all_have_as_much_to_do():
+    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.rand(3, 40).argsort(1)]
+    for parts in (2, 3, 8):
+        counts = shares(40, parts)
+        order = dealt(load, counts)
+        assert (order.sort(1).values == torch.arange(40)).all()
+        sums = [load.gather(1, part).sum(1) for part in order.split(counts, dim=1)]
+        assert (torch.stack(sums).amax(0) - torch.stack(sums).amin(0)).max() <= 0.36
+        assert sorted(interleaved(40, parts).tolist()) == list(range(40))
+
+
+def test_names_of_prompts_are_those_that_lines_give(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('\ufeff{"prompt": "A cat", "name": "A-dog.mp4"}\nA dog\n\nA cat, asleep\r\n', encoding="utf-8")
+    assert [name for _, name in read_prompts(path)] == ["A-dog", None, None]
+
+
+def test_a_name_belongs_to_what_a_video_shows():
+    def settings(**values):
+        return resolve({"checkpoint": "a/b", "prompt": "A cat, asleep!"} | values)
+
+    own = name_of(settings())
+    assert re.fullmatch("A-cat-asleep-[0-9a-f]{8}", own) and name_of(settings(sampling={"seed": -1})) == own
+    others = (
+        {"prompt": "A cat, asleep?"},
+        {"sampling": {"seed": 1}},
+        {"sampling": {"steps": 3}},
+        {"video": {"fps": 8}},
+        {"lora": ["x.safetensors"]},
+    )
+    assert len({own, *(name_of(settings(**other)) for other in others)}) == 6
+    assert names_of([settings(), settings(sampling={"seed": 1}), settings()])[::2] == [own, f"{own}-2"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    (
+        ('{"prompt": "A cat"', "line 2: not a JSON object"),
+        ('{"prompt": "A cat", "steps": 3}', "line 2: 'steps' is not known"),
+        ('{"prompt": "A cat", "size": "17*16"}', "line 2: size 17.16"),
+        ('{"seed": 3}', "line 2: the prompt is empty; say what the video should show in this line$"),
+        ("&nbsp;", "line 2: the prompt is empty; say what the video should show in this line$"),
+        ('{"prompt": "A cat", "name": "../cat"}', "line 2: name '../cat' is not a plain file name"),
+        ('{"prompt": "A cat", "name": "a\\u0000"}', "line 2: name .* is not a plain file name"),
+        ('{"prompt": "A cat", "name": "\\ud800"}', "line 2: name .* is not a plain file name"),
+        ('{"prompt": "A cat", "name": "one"}', "lines 1 and 2: both are named 'one'"),
+    ),
+)
+def test_wrong_lines_of_a_prompt_file(line, message, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('{"prompt": "A dog", "name": "one"}\n' + line, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_what_is_made_is_decided_by_records_and_stays(run_prompts, tmp_path):
+    run_prompts("A cat\nA cat\n")
+    first = {path: path.read_bytes() for path in tmp_path.glob("A-cat-*.mp4")}
+    assert len(first) == 2 and "2 are made already" in run_prompts("A cat\nA cat\n")
+    assert "0 are made already" in run_prompts("A cat", "--sample_steps", "3")
+    assert "of which 2 are made already" in run_prompts("A dog\nA cat\nA cat\n")
+    moved, other = list(first)
+    for path in (moved, moved.with_suffix(".json")):
+        path.rename(path.with_stem("mine"))
+    record = json.loads((tmp_path / "mine.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(record | {"file": record["file"] | {"name": "mine.mp4"}}))
+    assert "2 are made already" in run_prompts("A cat\nA cat\n")
+    assert (tmp_path / "mine.mp4").read_bytes() == first[moved] and other.read_bytes() == first[other]
+
+
+def test_a_named_video_made_otherwise_is_replaced_only_if_told(run_prompts, tmp_path):
+    line = '{"prompt": "A cat", "name": "one"}'
+    run_prompts(line)
+    first = (tmp_path / "one.mp4").read_bytes()
+    assert "1 are made already" in run_prompts(line)
+    said = run_prompts(line, "--sample_steps", "3", code=2)
+    assert "one.mp4 is there already; give --overwrite to replace it, or choose another name" in said
+    assert (tmp_path / "one.mp4").read_bytes() == first
+    run_prompts(line, "--sample_steps", "3", "--overwrite")
+    assert (tmp_path / "one.mp4").read_bytes() != first

@@ -1,0 +1,399 @@
+"""The page without a browser: its form, where its settings come from, and the studio that makes its videos."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import weight_files
+
+import app
+from nabla import InputError, NablaConfig
+from wan.config.cache_settings import CacheSettings
+from wan.config.settings import CONFIG_FOLDER, LoraFile, Settings, VideoSettings, resolve
+from wan.models.wan.random_checkpoint import random_transformer
+from wan.run.making import Options
+from wan.sampling.loop import Cancelled
+from wan.serve import status
+from wan.serve import studio as studio_module
+from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
+from wan.serve.limits import Limits
+from wan.serve.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, packed_notes, read_record
+from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, Progress, Studio
+
+SMALL = {"sampling": {"steps": 2, "seed": 1}, "video": {"size": "64*48", "frame_num": 5}, "prompt": "A red circle"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml")))
+def test_a_form_that_nobody_touched_gives_its_settings_back(name):
+    settings = Presets({}, "x", name).settings(Path(name).stem)
+    layer = to_layer(to_form(settings, "a cat"), settings, {})
+    assert resolve(layer) == replace(settings, prompt="a cat")
+
+
+def test_every_control_of_the_form_changes_what_it_names_and_nothing_else(tmp_path):
+    attention = NablaConfig(threshold=0.7, mask_refresh=2, dense_layers=(1,))
+    base = Settings("here", "x", attention=attention, dtype="bfloat16", fp8=True, vae_dtype="float16")
+    form = replace(
+        to_form(base, "a cat"),
+        negative_prompt="night",
+        size="64x48",
+        frame_num=5.0,
+        seed=" 7 ",
+        steps=3,
+        guide_scale=1.5,
+        shift=2.0,
+        solver="dpm++",
+        lora=("b.safetensors", "a.safetensors"),
+        scales="0.5, 1",
+        algorithm="keep-0.2_sta-3-3-3",
+        dense_steps=1,
+        mask_refresh=3,
+        backend="flex",
+    )
+    files = {f"{name}.safetensors": str(tmp_path / f"{name}.safetensors") for name in "abc"}
+    made = resolve(to_layer(form, base, files))
+    assert made.attention == NablaConfig(
+        keep=0.2, window=(3, 3, 3), dense_steps=1, mask_refresh=3, backend="flex", dense_layers=(1,)
+    )
+    assert (made.sampling.steps, made.sampling.guide_scale, made.sampling.shift) == (3, 1.5, 2.0)
+    assert (made.sampling.solver, made.sampling.seed, made.sampling.negative_prompt) == ("dpm++", 7, "night")
+    assert made.video == VideoSettings((64, 48), 5, base.video.fps)
+    assert made.lora == (LoraFile(files["b.safetensors"], 0.5), LoraFile(files["a.safetensors"], 1.0))
+    assert (made.checkpoint, made.dtype, made.fp8, made.vae_dtype) == ("here", "bfloat16", True, "float16")
+
+
+def test_float8_and_the_cache_of_a_preset_are_shown_and_switched():
+    fast = Presets({}, "x", "fast.yaml").settings("fast")
+    form = to_form(fast, "a cat")
+    assert form.fp8 and form.cache
+    plain = resolve(to_layer(replace(form, fp8=False, cache=False), fast, {}))
+    assert plain == replace(fast, prompt="a cat", fp8=False, cache=None)
+    again = resolve(to_layer(replace(to_form(plain, "a cat"), cache=True), plain, {}))
+    assert again.cache == CacheSettings("first_block") and not again.fp8
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"prompt": " "}, "the prompt is empty; say what the video should show"),
+        ({"steps": None}, "steps is empty; give a number"),
+        ({"steps": 2.5}, "steps 2.5 is not a whole number"),
+        ({"size": "huge"}, "size 'huge' is not of the form width*height"),
+        ({"frame_num": 6}, "frame_num 6 is not of the form 4n+1; use 5 or 9"),
+        ({"seed": "1e3"}, "seed '1e3' is not a whole number; leave it empty to draw one"),
+        ({"seed": "-5"}, "seed -5 is not a whole number from 0"),
+        ({"algorithm": "sparse"}, "attention algorithm 'sparse' is not known"),
+        ({"lora": ("../x.safetensors",)}, "lora ../x.safetensors is not here; add the file"),
+        ({"lora": ("a",), "scales": "much"}, "lora scales 'much' are not numbers"),
+        ({"lora": ("a",), "scales": "1, 2"}, "lora scales '1, 2' are 2, for 1 files"),
+    ),
+)
+def test_wrong_controls(change, message):
+    base = Settings("here", "x")
+    with pytest.raises(InputError, match="^") as error:
+        resolve(to_layer(replace(to_form(base, "a cat"), **change), base, {"a": "/a.safetensors"}))
+    assert message in str(error.value)
+
+
+def test_scales_of_loras():
+    assert parse_scales("", 2) == [1, 1] and parse_scales("0.5", 3) == [0.5] * 3
+    assert parse_scales("0.5; 2", 2) == [0.5, 2] and parse_scales("0.5", 0) == []
+
+
+@pytest.mark.parametrize(
+    "algorithm, controls",
+    (
+        ("dense", (DENSE, 0.7, "")),
+        ("nabla-0.7", (THRESHOLD, 0.7, "")),
+        ("keep-0.2", (SHARE, 0.2, "")),
+        ("sta-18-3-3", (WINDOW, 0.7, "18-3-3")),
+        ("nabla-0.6_sta-11-3-3", (THRESHOLD, 0.6, "11-3-3")),
+        ("keep-0.25_sta-11-5-5", (SHARE, 0.25, "11-5-5")),
+    ),
+)
+def test_the_controls_of_attention_and_its_string_say_the_same(algorithm, controls):
+    assert to_controls(algorithm) == controls and to_algorithm(*controls) == algorithm
+
+
+def test_controls_of_attention_that_are_half_filled():
+    assert to_algorithm(WINDOW, None, " ") == "sta-11-3-3"
+    assert to_algorithm(SHARE, None, "3x5x5") == "keep-0.2_sta-3-5-5"
+    with pytest.raises(InputError, match="'sta-3-5' is not known"):
+        to_controls(to_algorithm(WINDOW, None, "3, 5"))
+
+
+def test_presets_rank_below_flags_and_above_a_checkpoint_s_own(damaged):
+    (damaged / "defaults.yaml").write_text("sampling: {steps: 8}\nvideo: {size: [64, 64], frame_num: 17}\n")
+    presets = Presets({"checkpoint": str(damaged), "dtype": "bfloat16"}, "x", "turbo.yaml")
+    assert presets.first == "turbo" and presets.names[0] == OWN and "nabla_0.7" in presets.names
+    own, turbo = presets.settings(OWN), presets.settings("turbo")
+    assert (own.sampling.steps, own.video.size, own.attention.algorithm) == (8, (64, 64), "dense")
+    assert (turbo.sampling.steps, turbo.video.size, turbo.attention.algorithm) == (4, (64, 64), "nabla-0.7")
+    assert own.checkpoint == turbo.checkpoint == str(damaged) and turbo.dtype == "bfloat16"
+    assert presets.checkpoints() == {str(damaged)}
+    assert presets.describe("turbo").startswith("For weights distilled to four steps") and not presets.describe(OWN)
+    with pytest.raises(InputError, match="preset '../x' is not known"):
+        presets.settings("../x")
+    with pytest.raises(InputError, match="config 'none.yaml' is neither"):
+        Presets({}, "x", "none.yaml")
+
+
+def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
+    own = Settings("here", "x", transformer="/w.safetensors")
+    lora = [{"file": "/elsewhere/a.safetensors", "scale": 0.5}, {"file": "/etc/b.safetensors", "scale": 1.0}]
+    made = resolve(
+        SMALL, {"checkpoint": "/etc", "lora": lora, "dtype": "bfloat16", "attention": {"algorithm": "keep-0.2"}}
+    )
+    path = tmp_path / "video.json"
+    path.write_text(json.dumps({"settings": made.to_dict(), "made_with": {}}))
+    flags, files = {"dtype": "float32"}, {"a.safetensors": "/loras/a.safetensors"}
+    loaded, notes = from_record(read_record(path), own, flags, {"here"}, files)
+    assert (loaded.prompt, loaded.video, loaded.sampling) == (made.prompt, made.video, made.sampling)
+    assert loaded.attention == made.attention
+    assert (loaded.checkpoint, loaded.transformer, loaded.dtype) == ("here", "/w.safetensors", "float32")
+    assert loaded.lora == (LoraFile("/loras/a.safetensors", 0.5),)
+    assert notes == [
+        "the video was made with /etc, and this page runs here",
+        "the video was made with transformer None, and this page runs w.safetensors",
+        "LoRA b.safetensors is not here; add the file",
+        "the video was made in bfloat16, and this page runs float32",
+    ]
+    assert from_record(read_record(path), own, {}, {"here", "/etc"}, files)[0].checkpoint == "/etc"
+
+
+def test_a_record_of_packed_weights_says_so():
+    plan = {"packing": "int4", "text_packing": "int8", "kept": 3}
+    assert packed_notes({"plan": plan}) == [
+        "the video was made with the transformer in int4 and the text encoder in int8, "
+        "and this page packs weights only as its --memory asks"
+    ]
+    for made_with in ({}, {"plan": "whole"}, {"plan": {"packing": "fp8"}}):
+        assert packed_notes(made_with) == []
+
+
+def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
+    own = Settings("here", "x", cache="first_block")
+    for cache in (None, "first_block:0.1", {"kind": "mag", "ratios": [1.0, 0.9]}):
+        made = resolve(SMALL, {"checkpoint": "here", "cache": cache})
+        assert from_record(made.to_dict(), own, {}, {"here"}, {})[0].cache == made.cache
+    for cache in ("mag:0.06:/etc/passwd", {"kind": "mag", "ratios": "/etc/passwd"}):
+        with pytest.raises(InputError, match="cache names a file of ratios"):
+            from_record(SMALL | {"checkpoint": "here", "cache": cache}, own, {}, {"here"}, {})
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    (
+        ("", "config video.json cannot be read"),
+        ("[1]", "config video.json does not hold a mapping of settings"),
+        ("[" * 5000, "video.json cannot be read: it is nested more than 100 deep"),
+        ('{"settings": {}}' + " " * MAX_RECORD_BYTES, "video.json is larger than 64 KB"),
+    ),
+)
+def test_a_file_that_is_no_record(tmp_path, content, message):
+    (tmp_path / "video.json").write_text(content)
+    with pytest.raises(InputError) as error:
+        read_record(tmp_path / "video.json")
+    assert message in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_a_record_is_only_read_as_json(tmp_path):
+    (tmp_path / "video.yaml").write_text("prompt: a cat")
+    with pytest.raises(InputError, match="video.yaml is not the JSON file beside a video"):
+        read_record(tmp_path / "video.yaml")
+
+
+def test_a_library_takes_safetensors_and_nothing_else(tmp_path, monkeypatch):
+    library, upload = LoraLibrary(tmp_path / "loras"), tmp_path / "my style!.safetensors"
+    factors = weight_files.draw_factors(random_transformer("nano", torch.float32, torch.device("cpu")))
+    weight_files.write_lora(upload, factors, "wan")
+    name = library.add(upload)
+    assert name.startswith("my-style-") and library.files() == {name: str(tmp_path / "loras" / name)}
+    assert library.add(upload) == name == library.add(Path(library.files()[name]))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match="^bad.safetensors is truncated or corrupt"):
+        library.add(tmp_path / "bad.safetensors")
+    shutil.copy(upload, tmp_path / "style.pt")
+    with pytest.raises(InputError, match="style.pt must end in .safetensors; other formats can hold code"):
+        library.add(tmp_path / "style.pt")
+    assert list(library.files()) == [name]
+
+    def copied_to_a_full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copied_to_a_full_disk)
+        with pytest.raises(
+            InputError, match="my style!.safetensors cannot be kept .No space left on device.; see --lora"
+        ):
+            library.add(upload)
+
+
+def test_what_the_page_says_is_escaped():
+    assert "<b>" not in status.said_html("<b>", "wrong") + status.notes_html(["<b>"])
+    assert status.progress_line(Progress(WAITING, ahead=2)) == "Waiting for 2 videos before yours"
+    assert (
+        status.progress_line(Progress(SAMPLING, step=2, steps=4, seconds_left=75.2)) == "Step 2 of 4, 1 min 15 s left"
+    )
+    assert status.progress_line(Progress(DECODING, step=4, steps=4)) == DECODING
+    stopping = [status.progress_line(Progress(stage, stopping=True)) for stage in (LOADING, SAMPLING, WRITING)]
+    assert stopping == ["Stopping once the model is loaded", "Stopping after this step", WRITING]
+    assert [status.duration(seconds) for seconds in (3.4, 59.9, 3599.9, 7300)] == [
+        "3 s",
+        "60 s",
+        "1 h 0 min",
+        "2 h 1 min",
+    ]
+
+
+@pytest.fixture
+def studio(random_nano, tmp_path):
+    with Studio(Options(device="cpu"), tmp_path / "videos", str(random_nano), Limits(steps=1000)) as studio:
+        yield studio
+
+
+def finish(job: Job) -> list[Progress]:
+    return list(job.changes())
+
+
+def test_a_studio_makes_what_is_asked_and_loads_only_when_weights_change(studio, random_nano, tmp_path):
+    job = studio.submit(SMALL | {"attention": {"algorithm": "nabla-0.5"}})
+    finish(job)
+    made, pipe = job.result(), studio._pipe
+    record = json.loads(made.record.read_text())["settings"]
+    assert made.path.suffix == ".mp4" and resolve(record) == made.settings and record["sampling"]["seed"] == 1
+    assert job.progress.step == job.progress.steps == 2 and job.progress.preview.shape == (48, 64, 3)
+    again = studio.submit(SMALL | {"attention": {"algorithm": "keep-0.5"}})
+    finish(again)
+    assert again.result().path != made.path and studio._pipe is pipe
+    assert pipe.transformer.nabla.config == NablaConfig(keep=0.5)
+    weight_files.write_lora(
+        tmp_path / "a.safetensors",
+        weight_files.draw_factors(random_transformer("nano", torch.float32, torch.device("cpu"))),
+        "wan",
+    )
+    other = studio.submit(SMALL | {"lora": [str(tmp_path / "a.safetensors")]})
+    finish(other)
+    assert other.result().settings.lora and studio._pipe is not pipe
+
+
+def test_a_lora_that_does_not_fit_is_an_error_that_keeps_the_model(studio, tmp_path):
+    finish(studio.submit(SMALL))
+    pipe = studio._pipe
+    from safetensors.torch import save_file
+
+    save_file({"diffusion_model.other.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
+    job = studio.submit(SMALL | {"lora": [str(tmp_path / "other.safetensors")]})
+    finish(job)
+    with pytest.raises(InputError, match="0 of 1 weights match"):
+        job.result()
+    assert studio._pipe is pipe
+
+
+def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano, tmp_path, monkeypatch):
+    loaded, plain = [], studio_module.load
+
+    def load(checkpoint, every, device, options):
+        loaded.append(every[0].video.size)
+        return plain(checkpoint, every, device, replace(options, memory=None))
+
+    monkeypatch.setattr(studio_module, "load", load)
+    with Studio(Options(device="cpu", memory="auto"), tmp_path / "videos", str(random_nano)) as studio:
+        for size in ("32*32", "64*48", "32*48"):
+            job = studio.submit(SMALL | {"video": {"size": size, "frame_num": 1}})
+            finish(job)
+            assert job.result().settings.video.size == loaded[-1] or size == "32*48"
+    assert loaded == [(32, 32), (64, 48)]
+
+
+def test_one_frame_is_a_picture(studio):
+    job = studio.submit(SMALL | {"video": {"size": "32*32", "frame_num": 1}})
+    finish(job)
+    assert job.result().path.suffix == ".png"
+
+
+def test_jobs_wait_in_turn_and_are_cancelled_running_or_waiting(studio):
+    long = SMALL | {"sampling": {"steps": 1000, "guide_scale": 1}}
+    running, waiting, last = studio.submit(long), studio.submit(long), studio.submit(SMALL)
+    for progress in running.changes():
+        if progress.step:
+            break
+    assert (waiting.progress.stage, waiting.progress.ahead, last.progress.ahead) == (WAITING, 1, 2)
+    waiting.cancel()
+    assert waiting.future.done() and last.progress.ahead == 1
+    running.cancel()
+    finish(running)
+    for job in (running, waiting):
+        with pytest.raises(Cancelled):
+            job.result()
+    finish(last)
+    assert {path.stem for path in studio.folder.iterdir()} == {last.result().path.stem}
+
+
+@pytest.mark.parametrize("stage", (LOADING, READING, SAMPLING, DECODING))
+def test_a_job_ends_with_the_piece_of_work_in_which_it_is_cancelled(studio, stage, monkeypatch):
+    finish(studio.submit(SMALL))
+    made, told, tell = set(studio.folder.iterdir()), [], Job.tell
+
+    def cancelling(job, **progress):
+        tell(job, **progress)
+        told.append(job.progress.stage)
+        if progress.get("stage") == stage:
+            job._stopped.set()
+
+    monkeypatch.setattr(Job, "tell", cancelling)
+    job = studio.submit(SMALL)
+    finish(job)
+    with pytest.raises(Cancelled):
+        job.result()
+    assert told[-1] == stage and set(studio.folder.iterdir()) == made
+
+
+def test_too_many_jobs_are_refused(studio, monkeypatch):
+    monkeypatch.setattr("wan.serve.limits.MAX_WAITING", 0)
+    job = studio.submit(SMALL | {"sampling": {"steps": 1000}})
+    with pytest.raises(InputError, match="0 videos are waiting already"):
+        studio.submit(SMALL)
+    job.cancel()
+
+
+def test_without_gradio_the_program_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert app.main([]) == 2
+    assert capsys.readouterr().err == "error: the page needs gradio; pip install -r requirements-page.txt\n"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        ("--config none.yaml", "config 'none.yaml' is neither a file nor one of fast.yaml, full"),
+        ("--port 99999", "port 99999 is not one of 1 to 65535; leave it out to take a free one"),
+        ("--port 0", "port 0 is not one of 1 to 65535"),
+        ("--ckpt_dir nowhere", "checkpoint 'nowhere' is neither a directory nor a hub id of the form owner/name"),
+        ("--ckpt_dir {0}", "{0}/config.json"),
+        ("--lora_dir {0}/file/loras", "lora_dir {0}/file/loras cannot be made (Not a directory); choose another"),
+    ),
+)
+def test_a_wrong_start_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
+    monkeypatch.setattr("wan.serve.server.gr.Blocks.launch", lambda *_, **__: pytest.fail("the page was served"))
+    (tmp_path / "file").touch()
+    assert app.main(["--save_dir", str(tmp_path / "videos"), *flags.format(tmp_path).split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(tmp_path)}") and said.count("\n") == 1
+
+
+def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan.serve.server.gr.Blocks.launch", interrupted)
+    assert app.main(["--save_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

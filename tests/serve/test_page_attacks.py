@@ -1,0 +1,365 @@
+"""The page attacked by raw requests, as foreign pages, other machines and greedy visitors would send them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from nabla import InputError
+from wan.config.settings import resolve
+from wan.run.making import Options
+from wan.serve.limits import Limits, Line, Visitor, check_waiting
+from wan.serve.shown import record_to_share, without_folders
+from wan.serve.studio import Studio
+
+pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
+
+BOUNDARY = "zz"
+MULTIPART = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+JSON = {"Content-Type": "application/json"}
+CONTROLS = {
+    "base": None, "prompt": "A red circle", "negative": "", "size": "32x32", "frames": 1, "seed": "1", "steps": 2,
+    "guidance": 1.0, "shift": 5.0, "solver": "unipc", "lora": [], "scales": "", "algorithm": "dense", "dense_steps": 0,
+    "refresh": 1, "backend": "auto", "fp8": False, "cache": False,
+}  # fmt: skip
+
+
+@dataclass
+class Served:
+    """A page that is served, and requests to it."""
+
+    port: int
+    studio: Studio
+    checkpoint: Path
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str | None):
+        """Status, headers and text of an answer; a header of None is left out."""
+        headers = {"Host": f"127.0.0.1:{self.port}"} | {key.replace("_", "-"): value for key, value in headers.items()}
+        if body is not None:
+            headers = {"Content-Length": str(len(body))} | headers
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for key, value in headers.items():
+            if value is not None:
+                connection.putheader(key, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        try:
+            return answer.status, answer.headers, answer.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+    def event(self, target: str) -> int:
+        config = json.loads(self.ask("GET", "/config")[2])
+        return next(one["id"] for one in config["dependencies"] if one["api_name"] == target)
+
+    def generate(self, session: str, **changes: object) -> int:
+        """Ask for a video as the page's script does; the status."""
+        body = {
+            "data": list((CONTROLS | changes).values()),
+            "fn_index": self.event("generate"),
+            "session_hash": session,
+        }
+        return self.ask("POST", "/gradio_api/queue/join", json.dumps(body).encode(), **JSON)[0]
+
+    def hear(self, session: str) -> str:
+        """All that a session is told until its video has ended."""
+        return self.ask("GET", f"/gradio_api/queue/data?session_hash={session}")[2]
+
+    def cancel(self, session: str) -> None:
+        body = json.dumps({"data": [], "session_hash": session}).encode()
+        assert self.ask("POST", "/gradio_api/run/cancel", body, **JSON)[0] == 200
+
+    def jobs(self, session: str) -> int:
+        return sum(job.visitor.session == session for job in list(self.studio._jobs))
+
+    def until(self, condition) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def page(random_nano, tmp_path_factory) -> Iterator[Served]:
+    from wan.serve.server import Address, make_page, serve
+    from wan.serve.sources import LoraLibrary, Presets
+
+    folder = tmp_path_factory.mktemp("attacked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
+        with Studio(Options(device="cpu"), folder / "videos", str(random_nano), Limits(steps=900)) as studio:
+            library = LoraLibrary(folder / "loras")
+            served = make_page(studio, Presets({"checkpoint": str(random_nano)}, "x"), library)
+            url = serve(served, library, Address(allowed_hosts=("video.example.org",)), wait=False)
+            try:
+                yield Served(urlsplit(url).port, studio, random_nano)
+            finally:
+                served.close()
+
+
+class Waiting:
+    """A job as a line sees it."""
+
+    def __init__(self, address: str, session: str):
+        self.visitor = Visitor(address, session)
+
+
+PATHS = ("GET /", "GET /config", "POST /gradio_api/queue/join", "POST /gradio_api/upload",
+         "POST /gradio_api/run/cancel",
+         "GET /gradio_api/queue/data?session_hash=x", "GET /gradio_api/heartbeat/x", "OPTIONS /gradio_api/upload",
+         "GET /assets/x.js")  # fmt: skip
+
+
+@pytest.mark.parametrize("where", PATHS)
+def test_a_foreign_host_or_origin_is_refused_everywhere_in_one_line_and_without_cors(page, where):
+    method, path = where.split()
+    body = b"{}" if method == "POST" else None
+    hosts = (
+        None,
+        "",
+        "evil.example",
+        f"evil.example:{page.port}",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        f"127.0.0.1.x:{page.port}",
+    )
+    own = f"127.0.0.1:{page.port}"
+    origins = ("null", "", "http://evil.example", f"https://{own}", "http://127.0.0.1:1", f"http://{own}@evil.example",
+               f"http://{own}/", f"file://{own}")  # fmt: skip
+    preflight = {"Access_Control_Request_Method": "POST"}
+    for headers in (*({"Host": host} for host in hosts), *({"Origin": origin} for origin in origins)):
+        # What is no HTTP at all, the server answers itself.
+        status, answered, text = page.ask(method, path, body, **headers, **preflight)
+        assert status == 403 or (headers == {"Host": None} and status == 400), (headers, status)
+        assert text.count("\n") <= 1 and not [name for name in answered if name.lower().startswith("access-control")]
+
+
+def test_the_page_s_own_names_are_answered(page):
+    for host in (f"localhost:{page.port}", f"127.0.0.1:{page.port}", f"[::1]:{page.port}", "video.example.org"):
+        assert page.ask("GET", "/config", Host=host)[0] == 200
+    assert page.ask("GET", "/config", Origin=f"http://localhost:{page.port}")[0] == 200
+    assert page.ask("GET", "/config", Origin="https://video.example.org")[0] == 200
+    status, headers, _ = page.ask("GET", "/", Sec_Fetch_Site="cross-site")
+    assert status == 200 and headers["X-Frame-Options"] == "DENY"
+    assert page.ask("GET", "/config", Sec_Fetch_Site="cross-site")[0] == 403
+
+
+@pytest.mark.parametrize("name", ("", "a b", "http://x", "x/y", "x:port", "*"))
+def test_an_allowed_host_that_is_none(name):
+    from wan.serve.guard import Guard, Presence
+
+    with pytest.raises(InputError, match="is not a host; give video.example.org"):
+        Guard(None, "127.0.0.1", [name], list, int, 1, 1, Presence())
+
+
+def form(content: bytes = b"{}", name: str = "x.json") -> bytes:
+    start = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    return start.encode() + content + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def test_an_upload_needs_the_token_that_comes_with_the_page(page, monkeypatch):
+    cookie = page.ask("GET", "/")[1]["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    own = cookie.split(";")[0]
+    wrong = own[:-1] + ("a" if own[-1] != "a" else "b")
+    for sent in (None, "", wrong, own.split("=")[0] + "=", "é=\x01"):
+        assert (
+            page.ask("POST", "/gradio_api/upload", form(), **MULTIPART, Cookie=sent and sent.encode("latin-1"))[0]
+            == 403
+        )
+    status, _, text = page.ask("POST", "/gradio_api/upload", form(), **MULTIPART, Cookie=own)
+    [path] = json.loads(text)
+    assert status == 200
+    # Who sent it needs it no more, and others shall not have it.
+    assert page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 403
+    for name in ("../../x.json", "..%2fx.json", "/etc/x.json"):
+        _, _, text = page.ask("POST", "/gradio_api/upload", form(name=name), **MULTIPART, Cookie=own)
+        assert Path(json.loads(text)[0]).is_relative_to(Path(path).parents[1])
+    for length, status in (("9" * 12, 413), ("-1", 400), (None, 411), (str(20 << 40), 413)):
+        assert page.ask("POST", "/gradio_api/upload", b"", **MULTIPART, Cookie=own, Content_Length=length)[0] == status
+
+
+def test_uploads_hold_so_much_of_the_disk_and_no_more():
+    from wan.serve.guard import API, Guard, Presence, Refused
+
+    guard = Guard(None, "127.0.0.1", (), list, lambda: 900, 500, 1000, Presence())
+    scope = {"type": "http", "method": "POST", "path": f"{API}upload", "server": ("127.0.0.1", 80), "headers": []}
+    headers = {"cookie": f"wan_page_80={guard._token}"}
+    assert guard._check_body(scope, headers | {"content-length": "100"}) == 100
+    with pytest.raises(Refused, match="as many uploaded files as it may"):
+        guard._check_body(scope, headers | {"content-length": "101"})
+
+
+def test_nothing_is_served_but_what_the_page_shows(page, tmp_path):
+    assert page.generate("shown") == 200
+    told = page.hear("shown")
+    assert "Made in " in told
+    files = set(re.findall(r'"path":"([^"]+)"', told))
+    offered = [path for path in files if path.endswith((".png", ".json"))]
+    assert len(offered) >= 2 and all(page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 200 for path in offered)
+    record = next(path for path in offered if path.endswith(".json"))
+    folder = page.studio.folder
+    (folder / "private.mp4").write_bytes(b"x")
+    shared = page.ask("GET", f"/gradio_api/file={quote(record)}")[2]
+    for secret in (str(folder), str(page.checkpoint), str(page.checkpoint.parent)):
+        assert secret not in told + shared + page.ask("GET", "/config")[2] + page.ask("GET", "/")[2]
+    assert json.loads(shared)["settings"]["checkpoint"] == page.checkpoint.name
+    made = [str(path) for path in folder.iterdir()]
+    up = [f"{Path(record).parent}/../{Path(record).parent.name}/{Path(record).name}", "../" * 9 + "etc/passwd"]
+    for path in (*made, *up, "/etc/passwd", str(page.checkpoint / "config.json"), "http://127.0.0.1/", "app.py", ""):
+        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/",
+                      "/gradio_api/proxy=", "/gradio_api/custom_component/1/client/component/"):  # fmt: skip
+            for spelled in (path, quote(path, safe=""), quote(quote(path, safe=""))):
+                status, _, text = page.ask("GET", f"{route}{spelled}")
+                assert status in (400, 403, 404) and "root:" not in text, (route, spelled, status)
+    for path in (
+        "/gradio_api/deep_link",
+        "/gradio_api/component_server",
+        "/monitoring",
+        "/login",
+        "/docs",
+        "/openapi.json",
+    ):
+        assert page.ask("GET", path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    (
+        ({"size": "16384x16384"}, "size 16384x16384 is larger than this page makes"),
+        ({"steps": 901}, ""),
+        ({"frames": 4093}, ""),
+        ({"frames": 1e308}, ""),
+        ({"seed": "9" * 5000}, "is not a whole number"),
+        ({"algorithm": "sta-" + "9" * 5000}, ""),
+        ({"lora": ["../../etc/passwd"]}, ""),
+    ),
+)
+def test_values_beyond_the_limits_are_refused_in_raw_calls(page, change, said):
+    session = f"large-{abs(hash(str(change)))}"
+    assert page.generate(session, **change) in (200, 422)
+    told = page.hear(session)
+    assert said in told and "Made in" not in told and "Step" not in told and len(told) < 20_000
+
+
+@pytest.mark.parametrize(
+    "section, values, said",
+    (
+        ("video", {"size": "16384*16384", "frame_num": 5}, "size 16384x16384 is larger than this page makes"),
+        ("video", {"size": "32*32", "frame_num": 4093}, "4093 frames are more than this page makes; use up to 241"),
+        ("sampling", {"steps": 901}, "901 steps are more than this page takes; use up to 900"),
+    ),
+)
+def test_values_beyond_the_limits_are_refused_in_records(page, section, values, said):
+    cookie = page.ask("GET", "/")[1]["Set-Cookie"].split(";")[0]
+    record = json.dumps({"settings": {"prompt": "x", section: values}}).encode()
+    [path] = json.loads(page.ask("POST", "/gradio_api/upload", form(record), **MULTIPART, Cookie=cookie)[2])
+    session = f"record-{section}-{len(str(values))}"
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, None]
+    body = json.dumps({"data": data, "fn_index": page.event("load"), "session_hash": session}).encode()
+    assert page.ask("POST", "/gradio_api/queue/join", body, **JSON)[0] == 200
+    assert said in page.hear(session)
+
+
+def test_a_preset_beyond_the_limits_is_shown_within_them_and_says_so():
+    from wan.serve.form import to_form
+    from wan.serve.layout import within
+
+    form_of = to_form(resolve({"prompt": "x", "checkpoint": "x", "video": {"frame_num": 81}}))
+    fitting, note = within(form_of, Limits(frames=20, steps=8))
+    assert (fitting.frame_num, fitting.steps) == (17, 8) and note == "This page makes up to 20 frames in 8 steps."
+    assert within(form_of, Limits()) == (form_of, "")
+
+
+def test_a_body_that_is_large_is_not_read(page):
+    assert page.ask("POST", "/gradio_api/queue/join", b"", **JSON, Content_Length=str(1 << 40))[0] == 413
+    assert page.ask("POST", "/gradio_api/queue/join", b"", **JSON, Content_Length=None)[0] == 411
+
+
+def test_a_visitor_of_200_jobs_keeps_nobody_out_and_cancel_ends_them_all(page, monkeypatch):
+    known = page.event("generate")
+    monkeypatch.setattr(Served, "event", lambda *_: known)
+    for number in range(200):
+        assert page.generate("greedy", steps=900, frames=17, size="64x64", prompt=f"flood {number}") == 200
+    page.until(lambda: page.jobs("greedy") == 5)
+    assert page.generate("honest") == 200
+    page.until(lambda: page.jobs("honest") == 1)
+    order = [job.visitor.session for job in page.studio._line.order()]
+    assert order.index("honest") <= 1
+    page.cancel("other")
+    assert page.jobs("greedy") == 5
+    page.cancel("greedy")
+    assert "Made in " in page.hear("honest")
+    page.until(lambda: not page.studio._jobs)
+
+
+def test_a_video_of_which_nobody_hears_is_cancelled(page, monkeypatch):
+    monkeypatch.setattr("wan.serve.guard.UNHEARD_SECONDS", 0.5)
+    assert page.generate("deaf", steps=900, frames=33, size="128x128") == 200
+    page.until(lambda: page.jobs("deaf"))
+    page.until(lambda: not page.jobs("deaf"))
+
+
+def test_addresses_take_turns_and_so_do_the_sessions_of_one():
+    line, jobs = Line(), []
+    for address, session in (("a", 1), ("a", 1), ("a", 2), ("b", 1), ("a", 1), ("b", 1)):
+        jobs.append(Waiting(address, str(session)))
+        line.join(jobs[-1])
+    order = [jobs.index(job) for job in line.order()]
+    assert order == [0, 3, 2, 5, 1, 4]
+    assert [jobs.index(line.next()) for _ in jobs] == order and line.next() is None
+
+
+def test_who_comes_again_and_again_or_under_new_names_does_not_pass_who_waits():
+    line, mine = Line(), [Waiting("a", "1") for _ in range(3)]
+    for job in mine:
+        line.join(job)
+    served = []
+    for number in range(8):
+        line.join(Waiting("b" if number % 2 else f"new {number}", "1"))
+        served.append(line.next())
+    assert all(job in served for job in mine[:2])
+
+
+def test_what_may_wait_of_a_session_an_address_and_all():
+    with pytest.raises(InputError, match="4 of your videos are waiting already"):
+        check_waiting([Visitor("a", "1")] * 5, Visitor("a", "1"))
+    check_waiting([Visitor("a", str(n)) for n in range(10)], Visitor("a", "x"))
+    with pytest.raises(InputError, match="10 videos from your address"):
+        check_waiting([Visitor("a", str(n)) for n in range(11)], Visitor("a", "x"))
+    check_waiting([Visitor("a", str(n)) for n in range(11)], Visitor("b", "x"))
+    with pytest.raises(InputError, match="20 videos are waiting already"):
+        check_waiting([Visitor(str(n), "x") for n in range(21)], Visitor("b", "x"))
+    assert Visitor.at("2001:db8::1", "s") == Visitor.at("2001:db8::ffff:2", "s") != Visitor.at("2001:db9::1", "s")
+    assert Visitor.at("::ffff:10.0.0.1", "s") == Visitor.at("10.0.0.1", "s") != Visitor.at("10.0.0.2", "s")
+
+
+def test_limits_cover_the_presets_unless_the_operator_says_less():
+    large = resolve({"prompt": "x", "checkpoint": "x", "sampling": {"steps": 200}, "video": {"size": "1920*1088"}})
+    assert Limits.of({}, [large]) == Limits(pixels=1920 * 1088, steps=200)
+    assert Limits.of({"steps": 8, "frames": None}, [large]).steps == 8
+    with pytest.raises(InputError, match="max_frames 0 is not a positive whole number"):
+        Limits.of({"frames": 0}, [large])
+
+
+def test_folders_of_the_server_are_left_out_of_what_is_said():
+    said = f"{Path.home()}/private things/model.safetensors is truncated"
+    assert "private" not in without_folders("/srv/private/model.safetensors is truncated")
+    assert str(Path.home()) not in without_folders(said)
+    assert without_folders("'/srv/a/b.json' (see /etc/x)") == "'b.json' (see x)"
+    kept = "Runs Wan-AI/Wan2.1, 1.5/2 at 64x48; and/or https://example.org/a/b"
+    assert without_folders(kept) == kept
+    lora = [{"file": "/srv/loras/a.safetensors", "scale": 1.0}]
+    shared = record_to_share(
+        {"settings": {"checkpoint": "/srv/nano", "transformer": "/srv/w.safetensors", "lora": lora}}
+    )
+    assert "/srv" not in shared and json.loads(shared)["settings"]["lora"][0]["file"] == "a.safetensors"

@@ -1,0 +1,124 @@
+"""The benchmark runs on a CPU at small sizes and prints a table and one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from starting import Forked, finish, fork
+
+import wan
+from scripts import benchmark
+from wan.config.cache_settings import KINDS
+from wan.models.wan.random_checkpoint import random_transformer
+
+SCRIPT = Path(benchmark.__file__)
+
+
+@pytest.mark.parametrize(
+    "mode, first",
+    (
+        ("mask", "64x48x5: lists, keep-0.1, gather"),
+        ("attention", "64x48x5: dense, sdpa"),
+        ("forward", "64x48x5: dense, sdpa"),
+        ("pipeline", "64x48x5: decode, fast, float32"),
+        ("training", "64x48x5: attention, dense, sdpa"),
+    ),
+)
+def test_modes(mode, first, tmp_path):
+    flags = [mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
+    flags += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
+    # In a process of its own: compiles are counted, and kernels that were tried would be chosen in other tests.
+    code, out, said = finish(Forked(SCRIPT, *flags, cwd=tmp_path))
+    assert code == 0, said
+    *table, record = out.splitlines()
+    record = json.loads(record)
+    assert record["mode"] == mode and record["machine"]["torch"] == torch.__version__
+    rows = record["rows"]
+    assert len(rows) == len(table) and rows[0]["what"] == first
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
+    if mode == "forward":
+        assert [row["recompiles"] for row in rows] == [0, 0] and rows[1]["speedup"] > 0
+    if mode == "training":
+        assert rows[-1]["what"] == "64x48x5: nano, 1 layers, keep-0.1" and rows[-1]["backend"] == "reference"
+        assert all(row["speedup"] > 0 for row in (rows[1], rows[-1]))
+    if mode == "pipeline":
+        assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
+
+
+def test_runs_within_budgets_beside_the_one_without():
+    flags = "memory --quick --size 64*48 --frame_num 5 --device cpu --model nano --dtype float32 --budget 1 0.001"
+    env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    run = subprocess.run([sys.executable, str(SCRIPT), *flags.split()], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    *table, record = run.stdout.splitlines()
+    rows = json.loads(record)["rows"]
+    stages = ("text", "sampling", "decoding")
+    names = [f"64x48x5: {limit}, {stage}" for limit in ("no limit", "1 GB") for stage in stages]
+    assert [row["what"] for row in rows] == names and all(row["times_no_limit"] > 0 for row in rows)
+    assert table[0].startswith("64x48x5: no limit: transformer float32, on the GPU throughout")
+    assert table[-1].startswith("64x48x5: 0.001 GB: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU")
+
+
+def test_several_processes_against_one(tmp_path, monkeypatch, capsys):
+    flags = "parallel --quick --size 64*48 --frame_num 5 --device cpu --layers 1 --steps 2".split()
+    # A dozen compiles for each process: that compiled blocks of several processes are right is tested with the layouts.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    code, out, said = finish(fork(2, SCRIPT, *flags, cwd=tmp_path))
+    assert code == 0, said
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    found = {row["what"].removeprefix("64x48x5: "): row for row in rows}
+    assert found["2 guided steps, keep-0.1, one GPU and ulysses"]["psnr"] > 100
+    assert all(found[f"forward, uneven heads, dealt {how}"]["speedup"] > 0 for how in ("in turn", "by what they kept"))
+    assert benchmark.main(flags) == 2 and "start it with torchrun" in capsys.readouterr().err
+
+
+def test_step_caches_on_random_weights_and_on_a_checkpoint(random_nano, tmp_path, monkeypatch, capsys):
+    flags = "cache --quick --size 64*48 --frame_num 5 --device cpu".split()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    code, out, said = finish(Forked(SCRIPT, *flags, "--no_dense", cwd=tmp_path))
+    assert code == 0, said
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    name = "64x48x5: a step, keep-0.1"
+    ends = ["", *(f", {kind}, {what}" for kind in KINDS for what in ("nothing reused", "reused"))]
+    assert [row["what"] for row in rows] == [name + end for end in ends]
+    assert [row["reused"] for row in rows[1:]] == ["0 of 6", "4 of 6"] * 2 + ["0 of 6", "2 of 6"]
+    flags += ["--ckpt_dir", str(random_nano), "--steps", "5", "--count", "2", "--sparse_algo", "keep-0.5"]
+    assert benchmark.main([*flags, "--cache", "first_block:0", "mag:0", "mag:1e9", "taylorseer:2"]) == 0
+    plain, *exact, loose, predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert plain["what"] == "64x48x5: 5 steps, keep-0.5" and loose["what"].endswith(", mag:1e+09")
+    assert [row["psnr"] for row in exact] == [100, 100] and loose["psnr"] < 100 and loose["speedup"] > 0
+    # The first step warms up, three are reused, and one is computed.
+    assert [row["reused"] for row in (*exact, loose)] == ["0 of 10", "0 of 10", "6 of 10"]
+    # Every second one of the four.
+    assert predicted["what"].endswith(", taylorseer:2") and predicted["reused"] == "4 of 10" and predicted["psnr"] < 100
+    ratios = tmp_path / "ratios.json"
+    ratios.write_text(json.dumps({"ratios": [1.0, 1.0], "measured_on": {"steps": 7, "attention": "keep-0.5"}}))
+    assert benchmark.main([*flags, "--cache", f"mag:0.1:{ratios}"]) == 0
+    assert "measured with steps 7, and this runs with steps 5" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--cache", "taylorseer:1"]) == 2
+    assert "interval 1 is not a whole number" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--cache", "mag:much"]) == 2 and "'much' is not a number" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--cache", "none"]) == 2 and "the first row is without" in capsys.readouterr().err
+
+
+def test_float8_needs_a_gpu(capsys):
+    flags = ["forward", "--fp8", "--device", "cpu", "--dtype", "float32"]
+    assert benchmark.main(flags) == 2 and "error: fp8 does not work on cpu" in capsys.readouterr().err
+
+
+def test_bad_sizes_are_one_line(tmp_path):
+    code, _, said = finish(Forked(SCRIPT, "mask", "--size", "3*3", cwd=tmp_path))
+    assert code == 2 and said.startswith("error: size 3*3") and said.count("\n") == 1
+
+
+def test_random_transformer_is_the_checkpoint_s_model(random_nano):
+    made = random_transformer("nano", torch.bfloat16, torch.device("cpu"))
+    loaded = wan.WanT2V.from_pretrained(random_nano, dtype=torch.bfloat16).transformer
+    kinds = [{name: (t.shape, t.dtype) for name, t in model.state_dict().items()} for model in (made, loaded)]
+    assert kinds[0] == kinds[1]

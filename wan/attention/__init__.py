@@ -1,0 +1,1 @@
+"""The sparse attention in a transformer."""

@@ -1,0 +1,1 @@
+"""Step caches: what blocks added in an earlier step, reused."""

@@ -1,0 +1,1 @@
+"""Weight files: layouts, strict streaming, LoRA, single files, saving."""

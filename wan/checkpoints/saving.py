@@ -1,0 +1,75 @@
+"""Weight files and their JSON, written from a stream of tensors of which one file's are held at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nabla import InputError
+from wan.files.atomic import settle
+
+SHARD_BYTES = 5 * 2**30
+
+
+def save_json(content: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def save_pickle(state: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as the published .pth files hold them."""
+    with _writing(file):
+        torch.save(dict(state), file)
+
+
+def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) -> None:
+    """Write the safetensors that `WeightFiles.find` reads: one file, or several of `SHARD_BYTES` and their index."""
+    held: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors):
+        file = folder / f"{stem}-{len(held) + 1:05d}"
+        with _writing(file):
+            save_file(shard, file, {"format": "pt"})
+        held.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(held) == 1:
+        os.replace(folder / f"{stem}-00001", folder / f"{stem}.safetensors")
+        return
+    weight_map = {}
+    for number, shard_names in enumerate(held, start=1):
+        # How many there are is known only now.
+        name = f"{stem}-{number:05d}-of-{len(held):05d}.safetensors"
+        os.replace(folder / f"{stem}-{number:05d}", folder / name)
+        weight_map |= dict.fromkeys(shard_names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    save_json(index, folder / f"{stem}.safetensors.index.json")
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor.contiguous()
+    yield shard
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a full disk, each in its own way, into one clear line."""
+    try:
+        yield
+        settle(file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{file} cannot be written ({' '.join(str(error).split())[:200]}); is the disk full?"
+        ) from error

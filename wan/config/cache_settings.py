@@ -1,0 +1,190 @@
+"""How a run reuses what blocks computed in earlier steps: the `cache` of the settings, and `--cache`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nabla import InputError
+from nabla.config import is_count, is_number
+from wan.config.checks import MAX_STEPS, check_path
+from wan.files.plain_data import parse_json, read_json
+
+if TYPE_CHECKING:
+    from wan.config.settings import Settings
+
+# Thresholds that diffusers sets by default; not measured on Wan.
+THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
+# Of the hidden states, that both guidance branches keep; TaylorSeer's are of the last layer, which is far narrower.
+COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}
+KINDS = tuple(COPIES)
+INTERVAL = 2
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """One of diffusers' step caches.
+
+    kind: `first_block` computes the first block of every forward, and reuses what the others added when it was last
+        computed while the first one's own addition changed by less than the threshold, relatively; `mag` is MagCache
+        (arXiv 2506.09045), which knows from ratios measured beforehand how much additions change from step to step, and
+        reuses them while the error that these predict is below the threshold; `taylorseer` (arXiv 2503.06923) computes
+        every few steps, and between them has the last layer's output go on along the line through the last two
+    threshold: 0 never reuses; None takes that of `THRESHOLDS`; not of `taylorseer`
+    warmup: the share of a video's steps, from its first, that are computed in any case; dense steps always are
+    max_skips: after so many forwards of a guidance branch that reuse, one is computed; not of `taylorseer`
+    interval: of `taylorseer`, from one computed step to the next
+    ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
+        the nearest are taken
+    measured_on: the `conditions` that ratios hold for, which their file says too; None if that is not known
+    """
+
+    kind: str
+    threshold: float | None = None
+    warmup: float = 0.2
+    max_skips: int = 3
+    interval: int | None = None
+    ratios: tuple[float, ...] | None = None
+    measured_on: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(KINDS)}")
+        if self.kind == "taylorseer":
+            self._check_limit("interval", INTERVAL, "threshold")
+            if not is_count(self.interval) or not 2 <= self.interval <= MAX_STEPS:
+                raise InputError(
+                    f"cache interval {self.interval!r} is not a whole number of steps from 2 to {MAX_STEPS}"
+                )
+        else:
+            self._check_limit("threshold", THRESHOLDS[self.kind], "interval")
+            if not is_number(self.threshold) or self.threshold < 0:
+                raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
+            raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
+        if not is_count(self.max_skips) or self.max_skips > MAX_STEPS:
+            raise InputError(
+                f"cache max_skips {self.max_skips!r} is not a whole number of steps up to {MAX_STEPS}; 3 is usual"
+            )
+        ratios, measured_on = _read(self.ratios) if isinstance(self.ratios, str) else (self.ratios, self.measured_on)
+        object.__setattr__(self, "ratios", _checked(ratios))
+        object.__setattr__(self, "measured_on", _recordable(measured_on))
+        if (self.kind == "mag") != (self.ratios is not None):
+            raise InputError(
+                "cache mag needs the ratios of the checkpoint; measure them with scripts/calibrate_cache.py"
+                if self.kind == "mag"
+                else f"cache {self.kind} has no use for ratios; leave them out"
+            )
+
+    def _check_limit(self, own: str, usual: float, other: str) -> None:
+        """Give a kind's own limit its usual value if it has none, and refuse that of other kinds."""
+        if getattr(self, other) is not None:
+            raise InputError(f"cache {self.kind} has no use for {other} {getattr(self, other)!r}; leave it out")
+        if getattr(self, own) is None:
+            object.__setattr__(self, own, usual)
+
+    @classmethod
+    def parse(cls, given: object, ratios: Sequence[float] | None = None) -> CacheSettings | None:
+        """From `none`, `kind`, `kind:threshold`, `mag:threshold:ratios.json`, `taylorseer:interval`, or a mapping.
+
+        None where it is off.
+
+        ratios: for a string that names no file of them
+        """
+        if isinstance(given, cls):
+            return given
+        if given is None or given is False or given == "none":
+            return None
+        if isinstance(given, Mapping):
+            allowed = [item.name for item in fields(cls)]
+            if unknown := sorted(map(str, given.keys() - set(allowed))):
+                raise InputError(f"cache has an unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+            return cls(**{"kind": None, **given})
+        if not isinstance(given, str):
+            raise InputError(f"cache {given!r} is neither none, nor kind:threshold, nor a mapping of settings")
+        kind, _, rest = given.partition(":")
+        limit, _, file = rest.partition(":")
+        try:
+            number = float(limit) if limit else None
+        except ValueError:
+            raise InputError(f"cache {given!r}: {limit!r} is not a number; write kind:threshold[:file]") from None
+        if kind == "taylorseer":
+            interval = int(number) if number is not None and number.is_integer() else number
+            return cls(kind, interval=interval, ratios=file or ratios)
+        return cls(kind, number, ratios=file or ratios)
+
+    @property
+    def short(self) -> str:
+        """As `parse` takes it, without ratios."""
+        return f"{self.kind}:{self.threshold if self.interval is None else self.interval:g}"
+
+    def describe(self) -> str:
+        limit = f"threshold {self.threshold}" if self.interval is None else f"interval {self.interval}"
+        return f"{self.kind}, {limit}"
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What MagCache's ratios depend on, as plain values; files by their names alone, which may lie elsewhere later."""
+    sampling = settings.sampling
+    return {
+        "checkpoint": Path(settings.checkpoint).name,
+        "transformer": settings.transformer and Path(settings.transformer).name,
+        "lora": [f"{Path(one.file).name}:{one.scale:g}" for one in settings.lora],
+        "fp8": settings.fp8,
+        "attention": settings.attention.algorithm,
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "shift": sampling.shift,
+        "guide_scale": sampling.guide_scale,
+    }
+
+
+def measured_otherwise(settings: Settings) -> str | None:
+    """A line if the ratios of a run's cache were measured under other conditions, as far as they say."""
+    measured_on = (settings.cache and settings.cache.measured_on) or {}
+    others = {name: value for name, value in conditions(settings).items() if measured_on.get(name, value) != value}
+    if not others:
+        return None
+    then = ", ".join(f"{name} {measured_on[name]}" for name in others)
+    now = ", ".join(f"{name} {value}" for name, value in others.items())
+    again = "scripts/calibrate_cache.py measures others"
+    return f"the cache's ratios were measured with {then}, and this runs with {now}; {again}"
+
+
+def _read(name: str) -> tuple[Any, Any]:
+    """The ratios of a file, and what they were measured on."""
+    check_path("cache ratios", name)
+    path = Path(os.path.expanduser(name))
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or "ratios" not in content:
+        raise InputError(f"cache ratios {path} has no 'ratios'; write it with scripts/calibrate_cache.py")
+    return content["ratios"], content.get("measured_on")
+
+
+def _recordable(measured_on: object) -> dict[str, Any] | None:
+    """What ratios hold for as the record of a video will have it, which must not fail when the video is made."""
+    if measured_on is None:
+        return None
+    if not isinstance(measured_on, Mapping):
+        raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
+    try:
+        text = json.dumps(dict(measured_on), allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+        return parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"cache measured_on cannot be written to a record ({error}); give plain values") from None
+
+
+def _checked(given: Any) -> tuple[float, ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple)) or not given or not all(is_number(n) and n > 0 for n in given):
+        raise InputError(f"cache ratios {given!r} are not positive numbers, one a step")
+    return tuple(float(n) for n in given)

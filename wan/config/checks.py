@@ -1,0 +1,110 @@
+"""What single values of settings may be, and errors that say what is allowed in place of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from nabla import InputError
+from nabla.config import is_count, is_number
+from wan.models.wan.text import clean_prompt
+
+VAE_STRIDE = (4, 8, 8)
+PATCH = (1, 2, 2)
+SOLVERS = ("unipc", "dpm++")
+MAX_STEPS = 1000
+# Ten times what anyone uses; far beyond, numbers overflow on the way.
+MAX_SHIFT = MAX_GUIDE_SCALE = 100
+# Characters of a text, a hundred times what text encoders take; some far longer ones take long to clean.
+MAX_TEXT = 50_000
+# Bytes of a name within a folder, and of a whole path.
+MAX_NAME, MAX_PATH = 255, 4095
+
+
+def parse_size(size: object) -> tuple[int, int]:
+    """(width, height) from `1280*720`, `1280x720` or a pair."""
+    if isinstance(size, str):
+        parts = size.replace("x", "*").split("*")
+        size = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
+        given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
+        raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")
+    return int(size[0]), int(size[1])
+
+
+def check_video(size: tuple[int, int], frame_num: int) -> None:
+    """Raise `InputError` unless a video of `size` (width, height) and `frame_num` frames can be made, uncropped."""
+    width, height = size
+    rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
+    if not width or not height or width % columns or height % rows:
+        near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
+        raise InputError(
+            f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}"
+        )
+    step = VAE_STRIDE[0]
+    if not is_count(frame_num) or frame_num % step != 1:
+        below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
+        raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
+
+
+def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:
+    """Raise `InputError` for a solver that is not known or numbers outside what is allowed."""
+    if solver not in SOLVERS:
+        raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
+    if not is_count(steps) or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
+    if not is_number(shift) or not 0 < shift <= MAX_SHIFT:
+        raise InputError(f"shift {shift!r} is not a positive number up to {MAX_SHIFT}; 5.0 is usual")
+    if not is_number(guide_scale) or not 1 <= guide_scale <= MAX_GUIDE_SCALE:
+        raise InputError(
+            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance) and at most "
+            f"{MAX_GUIDE_SCALE}; 5.0 is usual"
+        )
+
+
+def absolute_path(name: str, file: object) -> str:
+    """A path made absolute; raises `InputError` for a value that is none. There need not be a file."""
+    if not isinstance(file, str) or not file:
+        raise InputError(f"{name} {file!r} is not the path of a file")
+    check_path(name, file)
+    return os.path.abspath(os.path.expanduser(file))
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise `InputError` for a text that no file's path can be; name: of the setting."""
+    try:
+        content = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} {path!r} is not valid Unicode ({error.reason}); retype it") from None
+    if b"\0" in content:
+        raise InputError(f"{name} {path!r} holds a null character, which no path can; retype it")
+    longest = max(map(len, content.split(b"/")))
+    if longest > MAX_NAME or len(content) > MAX_PATH:
+        what = f"a name of {longest} bytes" if longest > MAX_NAME else f"a path of {len(content)} bytes"
+        raise InputError(f"{name} {path!r} is too long: {what}; a name has at most {MAX_NAME}, a path {MAX_PATH}")
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise `InputError` unless a value is text that can be written to a file."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} {text!r} is not a text; put it in quotes")
+    if len(text) > MAX_TEXT:
+        raise InputError(f"{name} has {len(text)} characters; shorten it to a few hundred, the most is {MAX_TEXT}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
+
+
+def check_prompt(prompt: object, where: str = "with --prompt") -> None:
+    """Raise `InputError` unless a prompt says something; where: it can be given."""
+    check_text("prompt", prompt or "")
+    if not clean_prompt(prompt or ""):
+        raise InputError(f"the prompt is empty; say what the video should show {where}")
+
+
+def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
+    """Raise `InputError` for the first key of a mapping that is not allowed."""
+    if unknown := sorted(map(str, given.keys() - allowed)):
+        raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

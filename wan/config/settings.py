@@ -1,0 +1,269 @@
+"""The settings of a run: command line over YAML over checkpoint over the program's defaults, in one schema."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nabla import InputError, NablaConfig
+from nabla.config import is_count, is_number
+from wan.checkpoints.weights import SAFETENSORS
+from wan.config.cache_settings import CacheSettings
+from wan.config.checks import (
+    PATCH,
+    VAE_STRIDE,
+    absolute_path,
+    check_keys,
+    check_path,
+    check_prompt,
+    check_sampling,
+    check_text,
+    check_video,
+    parse_size,
+)
+from wan.files.plain_data import read_json, read_yaml
+
+T = TypeVar("T")
+
+# Within an installed package, or beside this one.
+_HERE = Path(__file__).resolve().parents[1]
+CONFIG_FOLDER = next((folder for folder in (_HERE / "configs",) if folder.is_dir()), _HERE.parent / "configs")
+# The published program runs this many first steps dense when only a window is used.
+STA_DENSE_STEPS = 12
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_FPS = 240
+MAX_SEED = 2**31
+MAX_LORA_SCALE = 100
+# As diffusers names it.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_CHOICE = ("algorithm", "threshold", "keep", "window")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to walk from noise to latents. `seed` None or -1 draws one."""
+
+    solver: str = "unipc"
+    steps: int = 50
+    shift: float = 5.0
+    guide_scale: float = 5.0
+    seed: int | None = None
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+
+    def __post_init__(self) -> None:
+        check_sampling(self.solver, self.steps, self.shift, self.guide_scale)
+        if self.seed not in (None, -1) and not (is_count(self.seed) and self.seed < 2**63):
+            raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1, or -1 to draw one")
+        check_text("negative_prompt", self.negative_prompt)
+
+    def with_seed(self) -> SamplingSettings:
+        """The same with a seed drawn, if it says to draw one."""
+        return replace(self, seed=secrets.randbelow(MAX_SEED)) if self.seed in (None, -1) else self
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """size: (width, height) in pixels; frame_num: frames; fps: frames a second."""
+
+    size: tuple[int, int] = (1280, 720)
+    frame_num: int = 81
+    fps: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", parse_size(self.size))
+        check_video(self.size, self.frame_num)
+        if not is_count(self.fps) or not 1 <= self.fps <= MAX_FPS:
+            raise InputError(f"fps {self.fps!r} is not a whole number from 1 to {MAX_FPS}; 16 is usual")
+
+    @property
+    def latents_size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the video's latents."""
+        (width, height), (t, h, w) = self.size, VAE_STRIDE
+        return (self.frame_num - 1) // t + 1, height // h, width // w
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of the tokens that the transformer sees."""
+        return tuple(n // p for n, p in zip(self.latents_size, PATCH))
+
+
+def changed(settings: T, **values: Any) -> T:
+    """Settings with other values, but for those that are None."""
+    return replace(settings, **{key: value for key, value in values.items() if value is not None})
+
+
+def check_positions(video: VideoSettings, most: int) -> None:
+    """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
+    if max(video.token_grid) > most:
+        width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
+        frames, size = (most - 1) * VAE_STRIDE[0] + 1, "*".join(map(str, video.size))
+        raise InputError(f"{video.frame_num} frames of {size} are too many; at most {frames} of {width}*{height}")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA and the scale of what it adds to the weights. The path is made absolute.
+
+    file: or a folder that has one of training's: a checkpoint of a run, or the folder `lora` in it
+    """
+
+    file: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        given = Path(absolute_path("lora file", self.file))
+        inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if os.path.isfile(path))
+        object.__setattr__(self, "file", str(next(inside, given)))
+        if not is_number(self.scale) or abs(self.scale) > MAX_LORA_SCALE:
+            limits = f"from -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"
+            raise InputError(f"lora scale {self.scale!r} is not a number {limits}; 1.0 is usual")
+
+    @classmethod
+    def parse(cls, given: object) -> LoraFile:
+        """From `file`, `file:scale`, or a mapping of both."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            check_keys("lora", given, {"file", "scale"})
+            return cls(**{"file": None, **given})
+        if not isinstance(given, str):
+            raise InputError(f"lora {given!r} is neither a file, nor file:scale, nor a mapping of file and scale")
+        file, _, scale = given.rpartition(":")
+        try:
+            number = float(scale)
+        except ValueError:
+            if file.endswith(SAFETENSORS) and not scale.endswith(SAFETENSORS):
+                raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
+            return cls(given)
+        return cls(file, number)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a video. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
+
+    checkpoint: str
+    prompt: str
+    transformer: str | None = None
+    lora: tuple[LoraFile, ...] = ()
+    dtype: str | None = None
+    vae_dtype: str | None = None
+    fp8: bool = False
+    cache: CacheSettings | None = None
+    attention: NablaConfig = NablaConfig()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    video: VideoSettings = field(default_factory=VideoSettings)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, str) or not self.checkpoint:
+            raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
+        check_path("checkpoint", self.checkpoint)
+        check_prompt(self.prompt)
+        if self.transformer is not None:
+            object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
+        if not isinstance(self.lora, (list, tuple)):
+            raise InputError(f"lora {self.lora!r} is not a list; write one file or more in brackets")
+        object.__setattr__(self, "lora", tuple(map(LoraFile.parse, self.lora)))
+        for name in ("dtype", "vae_dtype"):
+            if getattr(self, name) not in (None, *DTYPES):
+                raise InputError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(DTYPES)}")
+        if not isinstance(self.fp8, bool):
+            raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
+        object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
+        own = asdict(self) | {"attention": attention_to_dict(self.attention)}
+        # Where there is nothing, a layer below would say what.
+        return own | {"cache": own["cache"] or "none"}
+
+
+SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}
+
+
+def resolve(*layers: Mapping[str, Any]) -> Settings:
+    """Settings from layers in the schema of the YAML files, the first layer first in rank.
+
+    Raises `InputError` for unknown keys and values outside what is allowed.
+    """
+    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
+    for layer in reversed(layers):
+        check_keys("the settings", layer, {item.name for item in fields(Settings)})
+        for key, value in layer.items():
+            if value is not None:
+                merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
+    for name in ("sampling", "video"):
+        check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
+    return Settings(
+        **merged
+        | {
+            "attention": attention_config(merged["attention"]),
+            "sampling": SamplingSettings(**merged["sampling"]),
+            "video": VideoSettings(**merged["video"]),
+        }
+    )
+
+
+def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]:
+    if not isinstance(upper, Mapping):
+        raise InputError(f"{section} {upper!r} is not a mapping of settings")
+    if section == "attention" and any(key in upper for key in _CHOICE):
+        # Another algorithm: the numbers of the lower one, and what it does over steps, were meant for that one.
+        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps", "mask_refresh")}
+    return {**lower, **{key: value for key, value in upper.items() if value is not None}}
+
+
+def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
+    """An `attention` mapping to its config; a window alone runs its first steps dense unless told otherwise."""
+    config = NablaConfig.from_dict(settings)
+    if config.kind == "sta" and settings.get("dense_steps") is None:
+        return replace(config, dense_steps=STA_DENSE_STEPS)
+    return config
+
+
+def attention_to_dict(config: NablaConfig) -> dict[str, Any]:
+    """The `attention` mapping that `attention_config` reads back to an equal config."""
+    return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in _CHOICE}
+
+
+def read_settings(name: str | Path) -> dict[str, Any]:
+    """A layer of settings from a YAML file, or from the JSON file beside a video.
+
+    `name` is a path, or the name of a file in `configs/` whatever the working directory.
+    """
+    path, content = _read(name)
+    if path.suffix == ".json":
+        content = content.get("settings") if isinstance(content, dict) else content
+    if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
+        raise InputError(f"config {path} does not hold a mapping of settings")
+    return content or {}
+
+
+def read_made_with(name: str | Path) -> dict[str, Any]:
+    """What the JSON file beside a video says of how it was made, besides its settings; of a YAML file nothing."""
+    path, content = _read(name)
+    made_with = content.get("made_with") if path.suffix == ".json" and isinstance(content, dict) else None
+    return made_with if isinstance(made_with, dict) else {}
+
+
+def _read(name: str | Path) -> tuple[Path, Any]:
+    check_path("config", str(name))
+    # Not by pathlib, which raises for a home that is not known.
+    candidates = [os.path.expanduser(name), CONFIG_FOLDER / name]
+    path = next((Path(path) for path in candidates if os.path.isfile(path)), None)
+    if path is None:
+        known = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
+        raise InputError(f"config {str(name)!r} is neither a file nor one of {known}")
+    try:
+        return path, (read_json if path.suffix == ".json" else read_yaml)(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None

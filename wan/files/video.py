@@ -1,0 +1,202 @@
+"""Writing videos and pictures with their records: whole and together, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from torch import Tensor
+
+from nabla import InputError
+from wan.files.atomic import scratch, settle, sync, whole, written
+
+# Of H.264, from 0 to 51, the best first: imageio's quality 8.
+RATE_FACTOR = 10
+# What a person can do about an encoder that does not work.
+OTHER_ENCODER = "pip install imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name an ffmpeg with libx264"
+
+
+def make_folder(path: Path, name: str = "save_dir") -> None:
+    """Make a folder, which a flag of this name gives, if it is not there; raises `InputError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{name} {path} cannot be made ({error.strerror or error}); choose another") from None
+
+
+def check_writable(path: Path, flag: str = "--save_file") -> None:
+    """Raise `InputError` unless a file can be written at `path`, which a flag names."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        if len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another {flag}") from None
+
+
+def check_encoder(folder: Path | None = None) -> None:
+    """Raise `InputError` unless ffmpeg can write H.264 into a folder, since to find out at the end costs the run.
+
+    It is tried: an ffmpeg may lack H.264, or be kept from some folders though Python is not.
+    folder: None for that of temporary files
+    """
+    _try_encoder(encoder(), Path(tempfile.gettempdir()) if folder is None else folder.absolute())
+
+
+@functools.cache
+def _try_encoder(ffmpeg: str, folder: Path) -> None:
+    with _blamed_on_file(folder / "a video", "choose another folder"), scratch(folder) as own:
+        _encode(ffmpeg, own / "trial.mp4", np.zeros((2, 16, 16, 3), np.uint8), 16)
+
+
+def encoder() -> str:
+    """The ffmpeg that writes videos; raises `InputError` if there is none."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise InputError(f"videos need ffmpeg, and there is none; {OTHER_ENCODER}") from None
+
+
+def write_video(path: Path, video: np.ndarray, fps: int, flag: str = "--save_file") -> None:
+    """Write (frames, height, width, 3) uint8 as H.264 mp4. Raises `InputError` if that fails; flag: names the path."""
+    with _blamed_on_file(path, f"free some space, or choose another {flag}"), scratch(path.parent) as folder:
+        draft = folder / path.name
+        _encode(encoder(), draft, video, fps)
+        settle(draft)
+        os.replace(draft, path)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 in the format of the path's ending."""
+    with _blamed_on_file(path, "free some space, or choose another --save_file"), scratch(path.parent) as folder:
+        draft = folder / path.name
+        imageio.imwrite(draft, image)
+        settle(draft)
+        os.replace(draft, path)
+
+
+def write_with_record(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
+    """Write a video, or with a path ending in .png its first frame, and its record beside it as JSON.
+
+    The record says which file it is of, by name and digest. Both are whole and on the disk before either takes its
+    place, the record first: a video without one could be anybody's, a record without its video is only not made yet.
+    """
+    with _blamed_on_file(path, "free some space, or choose another place"), scratch(path.parent) as folder:
+        draft, notes = folder / path.name, folder / record_of(path).name
+        if path.suffix == ".png":
+            imageio.imwrite(draft, frames[0])
+        else:
+            _encode(encoder(), draft, frames, fps)
+        notes.write_text(to_json(record | {"file": {"name": path.name, "sha256": digest(draft)}}), encoding="utf-8")
+        settle(folder)
+        os.replace(notes, record_of(path))
+        os.replace(draft, path)
+        sync(path.parent)
+
+
+def record_of(path: Path) -> Path:
+    """Where the record of a video stands."""
+    return path.with_suffix(".json")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole(path) as partial:
+        partial.write_text(to_json(content), encoding="utf-8")
+
+
+def to_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """(3, frames, height, width) in [-1, 1] -> (frames, height, width, 3) uint8, rounded down as published."""
+    return ((video.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+class EncoderError(Exception):
+    """The encoder did not end well, or wrote something else than it was given."""
+
+
+def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
+    """Have ffmpeg write frames as H.264, and look at how it ended and what is in the file.
+
+    Not by imageio, which looks at neither. Raises `EncoderError` and `OSError`.
+    """
+    count, height, width, _ = video.shape
+    command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", str(fps), "-i", "-", "-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p"]
+    command += ["-crf", str(RATE_FACTOR), str(path.absolute())]
+    # In a session of its own: Ctrl-C is for the program, which then ends it.
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, **quiet)
+        except OSError as error:
+            raise EncoderError(f"encoder {ffmpeg} cannot be started ({error.strerror or error})") from error
+        try:
+            with process.stdin:
+                for frame in video:
+                    process.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            # It has ended, and its exit code says why.
+            pass
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            code = process.wait()
+        said.seek(0)
+        last = (said.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+    if code != 0:
+        raise EncoderError(f"encoder {ffmpeg} ended with code {code}" + (f": {last}" if last else ""))
+    found = count_frames(path)
+    if found != count:
+        raise EncoderError(f"encoder {ffmpeg} wrote {found} frames of {count}")
+
+
+def count_frames(path: Path) -> int:
+    """How many frames of a video can be read."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        return count_frames_and_secs(path)[0]
+    except RuntimeError:
+        return 0
+
+
+@contextmanager
+def _blamed_on_file(path: Path, remedy: str) -> Iterator[None]:
+    """Say in one line that a file cannot be written, or that the encoder is at fault."""
+    try:
+        with written(path, remedy):
+            yield
+    except EncoderError as error:
+        full = f"; {remedy}" if _is_full(path.parent) else f"; {OTHER_ENCODER}, or {remedy}"
+        raise InputError(f"{path} could not be written: {error}{full}") from error
+
+
+def _is_full(folder: Path) -> bool:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize < 2**20

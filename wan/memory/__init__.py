@@ -1,0 +1,1 @@
+"""Where models lie, and what a run takes of memory."""

@@ -1,0 +1,118 @@
+"""Where models lie, and estimates of GPU memory, for choices that are made before it runs out: on the large side."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from wan.config.checks import VAE_STRIDE
+from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
+from wan.parallel.ulysses import is_sharded
+
+log = logging.getLogger("wan")
+
+# Part of a GPU that weights may fill when a 720p forward still has to fit beside them.
+WEIGHT_SHARE = 0.6
+# Float32 and working-precision copies of the hidden states that a block holds at once, besides its feed-forward.
+HIDDEN_COPIES = 6
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
+    """A model on the device it runs on, and back in host memory afterwards if idle ones are offloaded.
+
+    One whose weights are sharded stays where it is; of one whose blocks are streamed a few at a time are there.
+    """
+    if hasattr(module, "block_stream"):
+        with module.block_stream.opened():
+            yield module
+        return
+    if not offload or is_sharded(module):
+        yield module
+        return
+    waiting = [
+        (owner, name, parameter, parameter.data)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.device.type == "cpu"
+    ]
+    try:
+        yield module.to(device)
+    finally:
+        # Weights change in type at most, and to copy them back would take longer than to bring them there.
+        for owner, name, parameter, data in waiting:
+            if owner._parameters[name].dtype == data.dtype:
+                parameter.data = data
+                owner._parameters[name] = parameter
+        module.to("cpu")
+
+
+def peak_host_bytes() -> int:
+    """The most host memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still get on a CUDA device, its own unused cache included, under its limit."""
+    allocated = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
+    return min(free + torch.cuda.memory_reserved(device) - allocated, limit - allocated)
+
+
+def is_crowded(device: torch.device, weights: int) -> bool:
+    """Whether so many bytes of weights leave a GPU too little room to work in, so that idle parts should move out."""
+    if device.type != "cuda":
+        return False
+    return crowds(weights, torch.cuda.get_device_properties(device).total_memory)
+
+
+def crowds(weights: int, total: int) -> bool:
+    """Whether so many bytes of weights are too many for a GPU of `total` bytes."""
+    return weights > WEIGHT_SHARE * total
+
+
+def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
+    """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
+    if latents.device.type != "cuda":
+        return False
+    config = transformer.config
+    tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
+    width = config.num_attention_heads * config.attention_head_dim
+    need = working_bytes(tokens, width, config.ffn_dim, transformer.dtype.itemsize)
+    return need < free_bytes(latents.device) // 8
+
+
+def working_bytes(tokens: int, width: int, ffn_dim: int, itemsize: int) -> int:
+    """What a forward of so many tokens needs beside the weights."""
+    return tokens * (width * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
+
+
+def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+    vae.use_tiling = False
+    if latents.device.type != "cuda":
+        return
+    (_, _, frames, rows, columns), (t, h, w) = latents.shape, VAE_STRIDE
+    size = columns * w, rows * h
+    width = vae.config.base_dim
+    work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)
+    free, needs = free_bytes(latents.device), [decode_bytes(work, n + 1) for n in range(MOST_TILES)]
+    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    if tiles > 1:
+        split_picture(vae, size, tiles)
+        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
+
+
+def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
+    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+    width, height = tile_width(size[0], tiles), size[1]
+    vae.enable_tiling(height, width, height, width - TILE_OVERLAP)

@@ -1,0 +1,215 @@
+"""A model whose blocks wait in host memory and pass through two buffers on the GPU, the next one while one computes.
+
+diffusers' group offloading does the same with tensors of their own: it holds host memory twice while it starts, rounds
+each pinned tensor up to a power of two, waits for the GPU after each block, and breaks where torchao's tensors are
+pinned already. Here a block is one piece of memory in either place, and the host never waits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from nabla import InputError
+from wan.caches.step_cache import ran_in_full
+from wan.memory.estimates import ALIGNMENT, GIB, pinned_chunks
+
+
+class Leaf(NamedTuple):
+    """A plain tensor of a block: attribute `name` of `owner`, at a place in the block's piece of memory."""
+
+    owner: Tensor
+    name: str
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor in a piece of memory (bytes,) uint8."""
+        count = self.shape.numel()
+        return (
+            memory[self.start : self.start + count * self.dtype.itemsize]
+            .view(self.dtype)
+            .as_strided(self.shape, self.stride)
+        )
+
+    def put(self, memory: Tensor) -> None:
+        setattr(self.owner, self.name, self.view(memory))
+
+
+def stream_blocks(
+    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, kept: int = 0, pinned: bool = True
+) -> BlockStream:
+    """Move a model to host memory; from then on it runs within `module.block_stream.opened()`.
+
+    blocks: parts of `module` that run one after the other, in this order or another
+    kept: how many of the first ones are on the GPU for all of that time
+    pinned: whether the host memory is pinned, so that transfers go on beside computing
+    """
+    stream = BlockStream(module, blocks, device, kept, pinned)
+    module.block_stream = stream
+    return stream
+
+
+class BlockStream:
+    """What `stream_blocks` leaves on a model. While it is not open, all weights are in host memory."""
+
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, kept: int, pinned: bool):
+        self.device = device
+        self.kept = kept
+        self.leaves = [_leaves(block) for block in blocks]
+        self.sizes = [_bytes(leaves) for leaves in self.leaves]
+        self.module = weakref.ref(module)
+        self.inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
+        self.host: list[Tensor] = []
+        self._fill_host(pinned and device.type == "cuda")
+        for tensor in self._rest():
+            tensor.data = tensor.data.to("cpu")
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers: list[Tensor] = []
+        self.whole: list[Tensor] = []
+        # What each buffer holds, and events of its last transfer and its last use.
+        self.holds: list[int | None] = [None, None]
+        self.arrived: list[torch.cuda.Event | None] = [None, None]
+        self.used: list[torch.cuda.Event | None] = [None, None]
+        for number, block in enumerate(blocks):
+            if number >= kept:
+                block.register_forward_pre_hook(partial(self._before, number), prepend=True)
+                block.register_forward_hook(partial(self._after, number), always_call=True)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold buffers, kept blocks and all that is outside of blocks on the device."""
+        waiting = [(tensor, tensor.data) for tensor in self._rest()]
+        try:
+            for tensor, data in waiting:
+                tensor.data = data.to(self.device)
+            for number in range(self.kept):
+                self.whole.append(self.host[number].to(self.device))
+                self._put(number, self.whole[number])
+            if self.kept < len(self.host):
+                size = max(self.sizes[self.kept :])
+                slots = min(2, len(self.host) - self.kept)
+                self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(slots)]
+            yield
+        finally:
+            self._close()
+            for tensor, data in waiting:
+                tensor.data = data
+
+    def _close(self) -> None:
+        if self.copying is not None:
+            torch.cuda.synchronize(self.device)
+        for number, memory in enumerate(self.host):
+            self._put(number, memory)
+        self.buffers, self.whole = [], []
+        self.holds, self.arrived, self.used = [None, None], [None, None], [None, None]
+
+    def _fill_host(self, pinned: bool) -> None:
+        first = 0
+        for count in pinned_chunks(max(self.sizes), len(self.sizes)):
+            size = max(self.sizes)
+            try:
+                chunk = torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:
+                amount = f"{count * size / GIB:.1f} GiB more of {'pinned ' if pinned else ''}host memory"
+                raise InputError(f"the machine has no {amount} for weights: {str(error).splitlines()[0]}") from error
+            for number in range(first, first + count):
+                memory = chunk[(number - first) * size :][:size]
+                for leaf in self.leaves[number]:
+                    leaf.view(memory).copy_(getattr(leaf.owner, leaf.name))
+                self._put(number, memory)
+                self.host.append(memory)
+            first += count
+
+    def _put(self, number: int, memory: Tensor) -> None:
+        for leaf in self.leaves[number]:
+            leaf.put(memory)
+
+    def _rest(self) -> list[Tensor]:
+        return [tensor for tensor in _tensors(self.module()) if id(tensor) not in self.inside]
+
+    @torch.compiler.disable
+    def _before(self, number: int, *_: object) -> None:
+        if not self.buffers:
+            raise RuntimeError("a model whose blocks are streamed runs within block_stream.opened() alone")
+        if number and self._is_left_out():
+            return
+        if number not in self.holds:
+            self._fetch(number, 0)
+        slot = self.holds.index(number)
+        if self.copying is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
+        self._put(number, self.buffers[slot])
+        after = number + 1 if number + 1 < len(self.host) else self.kept
+        if after not in self.holds:
+            self._fetch(after, 1 - slot)
+
+    def _is_left_out(self) -> bool:
+        """Whether a step cache stands in for the block that is called, not the first, so that it needs no weights."""
+        module = self.module()
+        return getattr(module, "step_cache", None) is not None and not ran_in_full(module)
+
+    @torch.compiler.disable
+    def _after(self, number: int, *_: object) -> None:
+        if number not in self.holds:
+            return
+        slot = self.holds.index(number)
+        if self.copying is not None:
+            self.used[slot] = torch.cuda.current_stream(self.device).record_event()
+        self._put(number, self.host[number])
+
+    def _fetch(self, number: int, slot: int) -> None:
+        """Start the transfer of a block, after what uses the buffer."""
+        self.holds[slot] = number
+        size = self.sizes[number]
+        if self.copying is None:
+            self.buffers[slot][:size].copy_(self.host[number][:size])
+            return
+        if self.used[slot] is None:
+            # The buffer may be memory that other work on this stream still writes to.
+            self.used[slot] = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.copying):
+            self.copying.wait_event(self.used[slot])
+            self.buffers[slot][:size].copy_(self.host[number][:size], non_blocking=True)
+            self.arrived[slot] = self.copying.record_event()
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _leaves(block: nn.Module) -> list[Leaf]:
+    leaves, start = [], 0
+    for owner, name in chain.from_iterable(_plain(tensor, "data") for tensor in _tensors(block)):
+        tensor = getattr(owner, name)
+        leaves.append(Leaf(owner, name, start, tensor.dtype, tensor.shape, tensor.stride()))
+        start += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
+    return leaves
+
+
+def _plain(tensor: Tensor, name: str) -> Iterator[tuple[Tensor, str]]:
+    """Where the plain tensors are that a tensor, or one of torchao that wraps several, is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor, name
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, inner)
+        if is_traceable_wrapper_subclass(part):
+            yield from _plain(part, inner)
+        else:
+            yield tensor, inner
+
+
+def _bytes(leaves: list[Leaf]) -> int:
+    last = leaves[-1]
+    return -(-(last.start + last.shape.numel() * last.dtype.itemsize) // ALIGNMENT) * ALIGNMENT

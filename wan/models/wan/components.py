@@ -1,0 +1,231 @@
+"""The parts of a checkpoint, in either layout, as diffusers' and transformers' models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from nabla import InputError
+from nabla.config import is_count, is_number
+from wan.checkpoints.lora import Adapter, attach, merging
+from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
+from wan.checkpoints.single_file import FIRST, GgufFile, load_gguf, open_transformer
+from wan.checkpoints.weights import Part, WeightFiles
+from wan.config.checks import PATCH, VAE_STRIDE
+from wan.models.wan import published
+from wan.models.wan.checkpoint import OWN_KEYS, VAE_FILE, Checkpoint
+from wan.models.wan.component_configs import check_transformer, check_vae, text_config
+
+MODEL_STEM = "diffusion_pytorch_model"
+TEXT_ENCODER_STEM = "model"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+PAD_TOKEN = "<pad>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# The rotary embedding divides a head's channels among three axes.
+MIN_HEAD = 6
+# Parts of names of tensors that only other kinds of Wan have.
+OTHER_KINDS = {
+    "img_emb.": "image-to-video",
+    "image_embedder.": "image-to-video",
+    "k_img": "image-to-video",
+    "add_k_proj": "image-to-video",
+    "vace": "VACE",
+    "control_adapter": "a camera or control model",
+    "ref_conv": "a control model",
+    "audio_": "speech-to-video",
+    "motion_encoder": "an animation model",
+}
+# The text encoder's second name for `shared.weight`, under which a file may hold it again.
+TIED = "encoder.embed_tokens.weight"
+
+
+def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> Part:
+    """The transformer; diffusers keeps its norms, modulations and time embedding in float32.
+
+    file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
+    """
+    folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
+    weights = WeightFiles.find(folder, MODEL_STEM) if file is None else open_transformer(file)
+    _check_kind(weights)
+    if file is not None:
+        _check_size(weights, checkpoint)
+    with _fits(WanTransformer3DModel, weights):
+        if checkpoint.published:
+            model = published.transformer(checkpoint.config, weights.shapes)
+        else:
+            # A file has published names, by which its layers are counted the same.
+            check_transformer(checkpoint.config, weights.shapes)
+            model = _model(WanTransformer3DModel, checkpoint.config)
+    if tuple(model.config.patch_size) != PATCH:
+        raise CheckpointError(f"{weights.where} is not a transformer of Wan2.1: its patch must be {PATCH}")
+    if model.config.attention_head_dim % 2 or model.config.attention_head_dim < MIN_HEAD or model.config.freq_dim % 2:
+        raise CheckpointError(
+            f"{weights.where}: its heads' and frequencies' sizes must be even, and heads of {MIN_HEAD} at least"
+        )
+    return _part(model, weights, checkpoint.published or file is not None)
+
+
+def load_transformer(
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: Callable[[nn.Module], None] | None = None,
+    adapters: Sequence[Adapter] = (),
+    pack: Callable[[str, Tensor], Tensor] | None = None,
+) -> WanTransformer3DModel:
+    """The weights of `transformer_part`, and what is not saved with them; see `Part.load`.
+
+    adapters: LoRA that is merged into the weights in float32, or that stays beside them if they are packed
+    pack: what packs the weights while they are read, see `wan.quantize.packing`
+    """
+    if isinstance(part.weights, GgufFile):
+        model = load_gguf(part, dtype, device)
+        attach(model, adapters, dtype)
+    else:
+        model = part.load(dtype, device, shard, merging(adapters, device) if adapters else None, pack)
+    finish_transformer(model, device)
+    return model
+
+
+def finish_transformer(model: WanTransformer3DModel, device: torch.device | str) -> None:
+    """Give a transformer that was made on the meta device what is not saved with its weights."""
+    own = model.config
+    model.rope = WanRotaryPosEmbed(own.attention_head_dim, own.patch_size, own.rope_max_seq_len).to(device)
+    model.condition_embedder.timesteps_proj = PublishedTimesteps(own.freq_dim)
+
+
+def vae_part(checkpoint: Checkpoint) -> Part:
+    """The VAE; without statistics of its latents in its configuration it has the published ones."""
+    if checkpoint.published:
+        weights = WeightFiles([checkpoint.folder / VAE_FILE])
+        with _fits(AutoencoderKLWan, weights):
+            model = published.vae(weights.shapes)
+    else:
+        weights = WeightFiles.find(checkpoint.folder / "vae", MODEL_STEM)
+        config = read_json(checkpoint.folder / "vae" / "config.json")
+        with _fits(AutoencoderKLWan, weights):
+            check_vae(config, weights.shapes)
+            model = _model(AutoencoderKLWan, config)
+    own, where = model.config, weights.files[0].parent
+    strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
+    if strides != VAE_STRIDE or own.patch_size is not None:
+        raise CheckpointError(f"{where} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}")
+    for name, values in (("latents_mean", own.latents_mean), ("latents_std", own.latents_std)):
+        if not isinstance(values, (list, tuple)) or len(values) != own.z_dim or not all(map(is_number, values)):
+            raise CheckpointError(f"{where}: the VAE's {name} is {values!r}, but must be {own.z_dim} numbers")
+    if min(own.latents_std) <= 0:
+        raise CheckpointError(f"{where}: the VAE's latents_std is {own.latents_std}, but must be above 0")
+    return _part(model, weights, checkpoint.published)
+
+
+def text_encoder_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
+    """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
+    if checkpoint.published:
+        weights = WeightFiles([checkpoint.folder / TEXT_ENCODER_FILE])
+        with _fits(UMT5EncoderModel, weights):
+            model = published.text_encoder(weights.shapes)
+    else:
+        weights = WeightFiles.find(checkpoint.folder / "text_encoder", TEXT_ENCODER_STEM)
+        config = read_json(checkpoint.folder / "text_encoder" / "config.json")
+        with _fits(UMT5EncoderModel, weights), torch.device("meta"):
+            model = UMT5EncoderModel(text_config(config, weights.shapes))
+    return _part(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
+
+
+def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokenizerFast | None:
+    """The tokenizer exactly as `tokenizer.json` states it, or None if the checkpoint has none.
+
+    transformers' AutoTokenizer would rebuild a T5 tokenizer, with other ids for unknown and Chinese characters.
+    Raises `CheckpointError` if it is damaged or gives ids beyond the text encoder's vocabulary.
+    """
+    folder = checkpoint.tokenizer_folder
+    if not exists(folder / "tokenizer.json"):
+        return None
+    for name in TOKENIZER_FILES:
+        if exists(folder / name):
+            require_file(folder / name)
+    # tokenizers raises bare Exception for a damaged file
+    with damage(folder):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or PAD_TOKEN
+    if PAD_TOKEN not in tokenizer.get_vocab() or len(tokenizer) > vocabulary:
+        raise CheckpointError(
+            f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
+        )
+    return tokenizer
+
+
+def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """A model of diffusers by its configuration, on the meta device."""
+    settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in OWN_KEYS}
+    with torch.device("meta"):
+        return kind(**settings)
+
+
+def _part(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_float32: bool = True) -> Part:
+    rename = published.tensor_name(model) if is_published else str
+    own = {rename(name): name for name in model.state_dict() if name != TIED or TIED in weights.shapes}
+    return Part(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
+
+
+def _check_kind(weights: WeightFiles) -> None:
+    """Raise `CheckpointError` for the tensors of another kind of Wan."""
+    for sign, kind in OTHER_KINDS.items():
+        if found := [name for name in weights.shapes if sign in name]:
+            raise CheckpointError(
+                f"{weights.where} is a transformer of {kind}: {min(found)!r} does not belong to this model, which is "
+                "Wan2.1 text-to-video; give one of that"
+            )
+
+
+def _check_size(weights: WeightFiles, checkpoint: Checkpoint) -> None:
+    config, shapes = checkpoint.config, weights.shapes
+    there = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}), (*shapes[FIRST], 0)[0]
+    if checkpoint.published:
+        width = config.get("dim")
+    else:
+        heads, size = config.get("num_attention_heads", 40), config.get("attention_head_dim", 128)
+        width = heads * size if is_count(heads) and is_count(size) else None
+    here = config.get("num_layers", 40), width
+    # What is no size is found when the model is made.
+    if all(map(is_count, here)) and there != here:
+        raise CheckpointError(
+            f"{weights.where} has {there[0]} blocks of width {there[1]}, but checkpoint {checkpoint.name} is of "
+            f"{here[0]} blocks of width {here[1]}; name its own base checkpoint with --ckpt_dir"
+        )
+
+
+@contextmanager
+def _fits(kind: type[nn.Module], weights: WeightFiles) -> Iterator[None]:
+    """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        where, reason = weights.where, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{where}: its configuration does not fit {kind.__name__}: {reason}") from error
+
+
+class PublishedTimesteps(nn.Module):
+    """Sinusoids of timesteps (B,) as float32 (B, channels), their angles in float64 as in the published program.
+
+    diffusers' float32 angles alone move a forward by 6e-6 of its size, ten times all other differences together.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.half = channels // 2
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        exponent = torch.arange(self.half, dtype=torch.float64, device=timestep.device) / self.half
+        angle = timestep.double()[:, None] * torch.pow(10000, -exponent)
+        return torch.cat((angle.cos(), angle.sin()), dim=-1).float()

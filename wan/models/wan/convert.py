@@ -1,0 +1,288 @@
+"""A checkpoint rewritten in another layout or dtype, tensor by tensor; nothing is dropped in silence.
+
+The published layout has no place for the statistics of a VAE's latents: they are constants of its programs. They are
+folded into the VAE's outer 1x1x1 convolutions instead, after which the constants normalise its latents as before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import diffusers
+import torch
+import yaml
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from nabla import InputError
+from wan.checkpoints.saving import save_json, save_pickle, save_shards
+from wan.checkpoints.weights import CheckpointError, Part, read_json
+from wan.config.settings import SamplingSettings, attention_config
+from wan.files.atomic import whole
+from wan.models.wan import components as parts
+from wan.models.wan import published
+from wan.models.wan.checkpoint import DEFAULTS_FILE, OWN_KEYS, TEXT_LENGTH, TOKENIZER_FOLDER, Checkpoint
+from wan.models.wan.components import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, TIED, VAE_FILE
+from wan.sampling.loop import TRAIN_TIMESTEPS
+
+LAYOUTS = ("published", "diffusers")
+STATISTICS = ("latents_mean", "latents_std")
+# What two models of the same tensors may differ in without computing anything else.
+NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
+INDEX, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
+COMPONENTS = {
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+# What a text encoder computes beyond its tensors.
+TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
+
+T = TypeVar("T")
+
+
+class Models(NamedTuple, Generic[T]):
+    """A checkpoint's three models: the files of each as a `Part`, or each on the meta device."""
+
+    transformer: T
+    vae: T
+    text_encoder: T
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    layout: str,
+    dtype: torch.dtype | None = None,
+    sparse_algorithm: str | None = None,
+) -> list[str]:
+    """Write a checkpoint to the new folder `out` in a layout, one of `LAYOUTS`; whole, or nothing of it.
+
+    dtype: of the weights; as they are stored if None
+    sparse_algorithm: the attention that it is to run with where nothing says else; its own if None
+    The transformer, VAE, text encoder, tokenizer, attention and defaults of generate.py are carried. Returns a line for
+    each thing of the checkpoint that is not.
+    Raises `CheckpointError` for a checkpoint that is damaged, or says what the other layout cannot, and `InputError`
+    if there is nothing to change, `out` is not free or the algorithm not understood.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
+    if checkpoint.published == (layout == "published") and dtype is None and sparse_algorithm is None:
+        raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, a dtype or an attention")
+    defaults = _defaults(checkpoint, sparse_algorithm)
+    if sparse_algorithm is not None:
+        checkpoint = replace(checkpoint, config=checkpoint.config | {"sparse_algo": sparse_algorithm})
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
+    models = Models(
+        parts.transformer_part(checkpoint),
+        parts.vae_part(checkpoint),
+        parts.text_encoder_part(checkpoint, torch.float32),
+    )
+    tokenizer = parts.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
+    constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
+    not_carried = _left_behind(checkpoint, models)
+    # A name such as "." has no folder beside it to write to.
+    with whole(Path(os.path.abspath(out))) as partial:
+        partial.mkdir()
+        if constants is not None:
+            _write_published(checkpoint, models, constants, partial, dtype)
+        else:
+            _write_diffusers(checkpoint, models, partial, dtype)
+        if tokenizer is not None:
+            folder = TOKENIZER_FOLDER if layout == "published" else "tokenizer"
+            shutil.copytree(checkpoint.tokenizer_folder, partial / folder)
+        if defaults is not None:
+            (partial / DEFAULTS_FILE).write_text(defaults, encoding="utf-8")
+    return not_carried
+
+
+def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | None:
+    """The text of a checkpoint's defaults file, as it stands, or with another attention than it names; None without."""
+    file = checkpoint.folder / DEFAULTS_FILE
+    defaults = checkpoint.settings_layers[0]
+    if sparse_algorithm is not None:
+        attention = defaults.get("attention", {}) | {"algorithm": sparse_algorithm}
+        attention_config(attention)
+        if "attention" in defaults:
+            return yaml.safe_dump(defaults | {"attention": attention}, allow_unicode=True, sort_keys=False)
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def write_part(
+    part: Part, folder: Path, stem: str, also: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a part as diffusers and transformers save it: its configuration, and safetensors of the names in the model.
+
+    also: entries of the configuration that the model does not know
+    """
+    folder.mkdir()
+    if isinstance(part.model, UMT5EncoderModel):
+        part.model.config.save_pretrained(folder)
+    else:
+        part.model.save_config(folder)
+    if also:
+        save_json(read_json(folder / "config.json") | also, folder / "config.json")
+    save_shards(_cast(part.tensors(), dtype), folder, stem)
+
+
+def fold_statistics(
+    vae: Mapping[str, Tensor], own: Mapping[str, Any], constants: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The outer convolutions of a VAE whose latents have `own` statistics, for `constants` in their place.
+
+    With mean m and deviation s of its own, M and S of the constants, and r = S / s, the encoder's mean becomes
+    r (mean - m) + M and its log-variance grows by 2 log r; the decoder is given (latents - M) / r + m. Both are affine,
+    so the latents without their statistics, and the video, stay the same but for rounding (and the bounds within
+    which diffusers clamps a log-variance). What is stored in half precision becomes float32.
+    vae: tensors by name; own, constants: `latents_mean` and `latents_std`, a value a channel
+    """
+    (mean, deviation), (constant_mean, constant_deviation) = (
+        [torch.tensor(config[name], dtype=torch.float64) for name in STATISTICS] for config in (own, constants)
+    )
+    ratio = constant_deviation / deviation
+    names = [f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")]
+    encoder, encoder_bias, decoder, decoder_bias = (vae[name].double() for name in names)
+    bias_of_mean, bias_of_variance = encoder_bias.chunk(2)
+    folded = (
+        encoder * torch.cat((ratio, torch.ones_like(ratio))).view(-1, 1, 1, 1, 1),
+        torch.cat((ratio * (bias_of_mean - mean) + constant_mean, bias_of_variance + 2 * ratio.log())),
+        decoder / ratio.view(1, -1, 1, 1, 1),
+        decoder_bias + decoder.flatten(1) @ (mean - constant_mean / ratio),
+    )
+    return {name: tensor.to(torch.promote_types(vae[name].dtype, torch.float32)) for name, tensor in zip(names, folded)}
+
+
+def _write_published(
+    checkpoint: Checkpoint,
+    models: Models[Part],
+    constants: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    config = published.transformer_config(models.transformer.model, checkpoint.text_length)
+    if "sparse_algo" in checkpoint.config:
+        config["sparse_algo"] = checkpoint.config["sparse_algo"]
+    save_json(config, folder / "config.json")
+    transformer = _cast(models.transformer.tensors(), dtype)
+    save_shards(_renamed(models.transformer.model, transformer), folder, MODEL_STEM)
+    text_encoder = dict(models.text_encoder.tensors())
+    if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
+        raise CheckpointError(
+            f"{models.text_encoder.weights.files[0].parent}: {TIED!r} and 'shared.weight' differ, "
+            "and the published layout holds one table of tokens"
+        )
+    text_encoder = _cast(text_encoder.items(), dtype)
+    save_pickle(dict(_renamed(models.text_encoder.model, text_encoder)), folder / TEXT_ENCODER_FILE)
+    vae, own = dict(models.vae.tensors()), models.vae.model.config
+    if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
+        vae |= fold_statistics(vae, own, constants)
+    save_pickle(dict(_renamed(models.vae.model, _cast(vae.items(), dtype))), folder / VAE_FILE)
+
+
+def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors)
+
+
+def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    rename = published.tensor_name(model)
+    return ((rename(name), tensor) for name, tensor in tensors)
+
+
+def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path, dtype: torch.dtype | None) -> None:
+    also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
+    if also.get("text_len") == TEXT_LENGTH:
+        del also["text_len"]
+    write_part(models.transformer, folder / "transformer", MODEL_STEM, also, dtype)
+    write_part(models.vae, folder / "vae", MODEL_STEM, dtype=dtype)
+    write_part(models.text_encoder, folder / "text_encoder", TEXT_ENCODER_STEM, dtype=dtype)
+    write_index(folder, checkpoint.settings_layers[0])
+
+
+def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
+    """What `WanPipeline.from_pretrained` needs beside the parts: the index that names them, and a scheduler.
+
+    defaults: the checkpoint's, of which the scheduler has the shift
+    """
+    _scheduler(defaults).save_pretrained(folder / "scheduler")
+    save_json({"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__} | COMPONENTS, folder / INDEX)
+
+
+def _scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:
+    shift = defaults.get("sampling", {}).get("shift", SamplingSettings.shift)
+    return UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.Module]:
+    """The models that the published layout is read as; raises `CheckpointError` unless they compute the same."""
+    config = published.transformer_config(models.transformer.model, checkpoint.text_length)
+    try:
+        read = Models(
+            published.transformer(config, _published_shapes(models.transformer)),
+            published.vae(_published_shapes(models.vae)),
+            published.text_encoder(_published_shapes(models.text_encoder)),
+        )
+    except (LookupError, ValueError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise CheckpointError(f"{checkpoint.name} has no place in the published layout: {reason}") from None
+    for part, model in zip(models, read):
+        understood = _computes(model)
+        for key, value in _computes(part.model).items():
+            if value != understood.get(key):
+                raise CheckpointError(
+                    f"{part.weights.files[0].parent}: {key} is {value!r}, "
+                    f"but the published layout cannot say so and means {understood.get(key)!r}"
+                )
+    channels, known = models.vae.model.config.z_dim, len(read.vae.config.latents_mean)
+    if channels != known:
+        raise CheckpointError(
+            f"{models.vae.weights.files[0].parent}: z_dim is {channels}, "
+            f"but the published layout has the statistics of {known} channels"
+        )
+    return read
+
+
+def _published_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    rename = published.tensor_name(part.model)
+    return {rename(name): tuple(tensor.shape) for name, tensor in part.model.state_dict().items()}
+
+
+def _computes(model: nn.Module) -> dict[str, Any]:
+    """What makes two models of the same tensors compute the same, and what these tensors are."""
+    if isinstance(model, UMT5EncoderModel):
+        settings = {key: getattr(model.config, key) for key in TEXT_SETTINGS}
+    else:
+        settings = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in NO_MATTER}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return settings | {f"the shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _left_behind(checkpoint: Checkpoint, models: Models[Part]) -> list[str]:
+    """A line for each thing of a checkpoint that a conversion does not carry."""
+    lines = []
+    carried = {"config.json", INDEX, DEFAULTS_FILE}
+    carried |= {file.relative_to(checkpoint.folder).parts[0] for part in models for file in part.weights.files}
+    carried.add(checkpoint.tokenizer_folder.relative_to(checkpoint.folder).parts[0])
+    scheduler, known = checkpoint.folder / SCHEDULER_FILE, _scheduler(checkpoint.settings_layers[0]).config
+    # One that says no more than the defaults do is no loss.
+    if scheduler.is_file() and all(known.get(k) == v for k, v in read_json(scheduler).items() if not k.startswith("_")):
+        carried.add(scheduler.parent.name)
+    if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
+        lines.append("the checkpoint has no tokenizer, so neither has the copy, and neither can read prompts")
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name not in carried and not path.name.startswith(".") and not path.name.endswith(".index.json"):
+            lines.append(f"not carried over: {path.name}")
+    if checkpoint.published:
+        unknown = checkpoint.config.keys() - published.CONFIG_KEYS
+        lines += [f"not carried over: {key} of config.json" for key in sorted(unknown) if not key.startswith("_")]
+    return lines

@@ -1,0 +1,81 @@
+"""Between pixels and the latents that the transformer sees: the VAE with its statistics taken out and put back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from nabla import InputError
+from wan.config.checks import VAE_STRIDE
+from wan.memory import placement as memory
+from wan.models.wan.vae import decoder_dtype, speed_up_decoder
+
+log = logging.getLogger("wan")
+
+
+def encode(
+    vae: AutoencoderKLWan, video: Tensor, posterior: Callable[[AutoencoderKLWan, Tensor], Any] | None = None
+) -> Tensor:
+    """Float32 latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
+
+    posterior: gives the latents' distribution in another way than `vae.encode`, by chunks of four frames
+    Raises `InputError` for frames or sizes that the VAE would drop or crop.
+    """
+    frames, height, width = video.shape[2:]
+    if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
+        raise InputError(
+            f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
+            f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
+        )
+    video = video.to(vae.encoder.conv_in.weight.dtype)
+    distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
+    moments = distribution.mode().float()
+    mean, deviation = _statistics(vae, moments)
+    return (moments - mean) / deviation
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w).
+
+    Where a GPU has too little memory left the picture is decoded in overlapping tiles, which changes it slightly; and
+    where float16 overflows it is decoded again in float32, as are later ones. A line of the log says so.
+    """
+    latents = latents.float()
+    mean, deviation = _statistics(vae, latents)
+    latents = (latents * deviation + mean).to(decoder_dtype(vae))
+    memory.set_tiles(vae, latents)
+    video = vae.decode(latents).sample.float()
+    if latents.dtype == torch.float16 and not video.isfinite().all():
+        log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
+        del video
+        speed_up_decoder(vae, torch.float32)
+        latents = latents.float()
+        memory.set_tiles(vae, latents)
+        video = vae.decode(latents).sample
+    return video
+
+
+def glimpse(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Float32 picture (B, 3, height, width) in [-1, 1] of the first frame of latents (B, C, T, h, w).
+
+    It costs a fraction of decoding them all, and leaves the decoder as it is. Only the first needs no others: a VAE
+    sees it apart, and would read a later one in other colours.
+    """
+    latents = latents[:, :, :1].float()
+    mean, deviation = _statistics(vae, latents)
+    latents = (latents * deviation + mean).to(decoder_dtype(vae))
+    memory.set_tiles(vae, latents)
+    return vae.decode(latents).sample[:, :, 0].float().nan_to_num()
+
+
+def _statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, shaped for latents."""
+    config = vae.config
+    return tuple(
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+    )

@@ -1,0 +1,311 @@
+"""Text to video: the three stages between a prompt and frames."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nabla import InputError
+from wan.attention.apply import many_compiles
+from wan.caches.step_cache import StepCache
+from wan.checkpoints.weights import CheckpointError
+from wan.config.checks import check_prompt
+from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed, check_positions
+from wan.files.video import to_frames
+from wan.memory import placement as memory
+from wan.memory.planner import Plan
+from wan.models.wan import pretrained
+from wan.models.wan.latents import decode, encode
+from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
+from wan.observe.observer import Observer
+from wan.observe.recorder import observed
+from wan.parallel.distributed import Processes
+from wan.parallel.ulysses import gather_guidance
+from wan.sampling.finite import check_decoded, check_latents
+from wan.sampling.loop import denoise, make_solver, told_steps
+
+log = logging.getLogger("wan")
+
+
+class WanT2V:
+    """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.models.wan.pretrained`.
+
+    transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
+    vae: diffusers' `AutoencoderKLWan`, its encoder in float32
+    text_encoder: transformers' `UMT5EncoderModel`
+    sampling, video: the settings that `generate` uses where it is given none
+    processes: those that share the work, or None for this one alone. Of those that share a video one leads: only it
+        has a VAE, a text encoder unless that is sharded, and the result
+    seconds: how long each stage of the last `generate` took
+    plan: of memory, by which the models were loaded, or None
+    lora: what was merged into the transformer
+    """
+
+    from_pretrained = classmethod(pretrained.from_pretrained)
+    from_settings = classmethod(pretrained.from_settings)
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | None,
+        tokenizer: Any,
+        device: torch.device,
+        text_device: torch.device,
+        text_length: int,
+        offload: bool,
+        sampling: SamplingSettings,
+        video: VideoSettings,
+        processes: Processes | None = None,
+    ):
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.device = device
+        self.text_device = text_device
+        self.text_length = text_length
+        self.offload = offload
+        self.sampling = sampling
+        self.video = video
+        self.processes = processes
+        self.seconds: dict[str, float] = {}
+        self.plan: Plan | None = None
+        self.lora: Sequence[LoraFile] = ()
+        self._cut: set[str] = set()
+        transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
+
+    def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training.
+
+        Too long ones are cut, which the log says once of each.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        for prompt in prompts:
+            note = None if prompt in self._cut else cut_note(self.tokenizer, prompt, self.text_length)
+            if note is not None:
+                self._cut.add(prompt)
+                log.warning("warning: %s", note)
+        return tokenize(self.tokenizer, prompts, self.text_length)
+
+    @torch.no_grad()
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text states (B, text length, C) of token ids and mask (B, L), zero past each prompt's end."""
+        with memory.placed(self.text_encoder, self.text_device, self.offload) as encoder:
+            mask = mask.to(self.text_device)
+            states = encoder(ids.to(self.text_device), mask).last_hidden_state * mask[..., None]
+        return pad_rows(states.to(self.device, self.transformer.dtype), self.text_length)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context: Tensor,
+        negative_context: Tensor | None = None,
+        *,
+        noise: Tensor,
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
+        progress: bool = False,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
+
+        `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
+        What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
+        checkpoint says else. Processes that share a video must be given the same. progress: show a line, on the first
+        process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
+        outside what is allowed, and for latents not finite.
+        """
+        sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
+        if sampling.guide_scale != 1 and negative_context is None:
+            raise InputError(
+                f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
+            )
+        latents = _batched(noise, 5).to(self.device, torch.float32)
+        texts, gather = [self._ready_text(text, len(latents)) for text in (context, negative_context)], None
+        if sampling.guide_scale != 1:
+            texts, gather = self._own_branches(texts)
+        cache, observer = self.cache, observed(progress, observer)
+        alone = self.processes is None or self.processes.layout.sharing == 1
+        takes_batch = alone and not self._shares_masks and cache is None
+        with (
+            told_steps(self.transformer, sampling.steps) as tell,
+            memory.placed(self.transformer, self.device, self.offload) as transformer,
+            many_compiles(),
+            observer.sampling(self, sampling, latents),
+        ):
+
+            def at_step(step: int) -> None:
+                tell(step)
+                observer.step_begins(step)
+
+            def after_step(step: int, clean: Tensor) -> None:
+                # What overflows mostly does at once, and the other steps may take hours.
+                if step == 0:
+                    check_latents(clean, sampling, transformer.dtype, self.lora)
+                observer.step_ends(step, clean)
+
+            latents = denoise(
+                transformer,
+                latents,
+                *texts,
+                make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
+                sampling.guide_scale,
+                batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
+                at_step=at_step,
+                after_step=after_step,
+                gather=gather,
+                **({} if cache is None else {"in_branch": cache.branch}),
+            )
+        check_latents(latents, sampling, self.transformer.dtype, self.lora)
+        return latents.view(noise.shape)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
+        with memory.placed(self.vae, self.device, self.offload) as vae:
+            encoded = encode(vae, _batched(video, 5).to(self.device))
+        return encoded if video.ndim == 5 else encoded[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Float32 video (B, 3, 4 T - 3 frames, height, width) in [-1, 1] of latents (B, C, T, h, w); batch optional.
+
+        Tiled where memory asks for it, see `wan.models.wan.latents`. Raises `InputError` for one that is not finite.
+        """
+        with memory.placed(self.vae, self.device, self.offload) as vae:
+            video = decode(vae, _batched(latents, 5).to(self.device))
+        check_decoded(video, latents)
+        return video if latents.ndim == 5 else video[0]
+
+    def generate(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | str | None = None,
+        frame_num: int | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
+        progress: bool = False,
+        observer: Observer | None = None,
+    ) -> np.ndarray | None:
+        """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
+
+        size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
+        What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
+        device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
+        first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
+        outside what is allowed.
+        """
+        check_prompt(prompt)
+        video = changed(self.video, size=size, frame_num=frame_num)
+        sampling = changed(
+            self.sampling,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            guide_scale=guide_scale,
+            solver=solver,
+        ).with_seed()
+        check_positions(video, self.transformer.config.rope_max_seq_len)
+        self.seconds, observer = {}, observed(progress, observer)
+        with observer.video(self, prompt, video, sampling):
+            with self._stage("text", observer):
+                prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
+                contexts = self._text_for_all(prompts).split(1)
+            with self._stage("sampling", observer):
+                latents = self.sample(
+                    *contexts,
+                    noise=self._from_leader(self.draw_noise(video, sampling.seed)),
+                    steps=sampling.steps,
+                    shift=sampling.shift,
+                    guide_scale=sampling.guide_scale,
+                    solver=sampling.solver,
+                    observer=observer,
+                )
+            if not self.leads:
+                return None
+            with self._stage("decode", observer):
+                return to_frames(self.decode(latents)[0])
+
+    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = self.transformer.config.in_channels, *video.latents_size
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
+
+    @property
+    def cache(self) -> StepCache | None:
+        """What `wan.caches.step_cache.apply_cache` left on the transformer."""
+        return getattr(self.transformer, "step_cache", None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process has the results, of those that share a video."""
+        return self.processes is None or self.processes.leads
+
+    def describe_attention(self, video: VideoSettings) -> str:
+        """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
+        check_positions(video, self.transformer.config.rope_max_seq_len)
+        return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
+
+    @contextmanager
+    def _stage(self, name: str, observer: Observer) -> Iterator[None]:
+        observer.stage_begins(name)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - start
+        observer.stage_ends(name, self.seconds[name])
+
+    @property
+    def _shares_masks(self) -> bool:
+        """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
+        applied = getattr(self.transformer, "nabla", None)
+        return applied is not None and applied.config.mask_refresh > 1
+
+    def _own_branches(self, texts: list[Tensor]) -> tuple[list[Tensor | None], Callable | None]:
+        """The texts of guidance branches that this process runs, and, if not both, what gives both predictions."""
+        if self.processes is None or self.processes.layout.cfg == 1:
+            return texts, None
+        if self._shares_masks:
+            raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
+        branches = self.processes.branches
+        return [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
+
+    def _text_for_all(self, prompts: list[str]) -> Tensor:
+        """Text states of prompts, on all processes that share a video."""
+        if self.text_encoder is not None:
+            return self._from_leader(self.encode_text(*self.tokenize(prompts)))
+        shape = len(prompts), self.text_length, self.transformer.config.text_dim
+        return self._from_leader(torch.empty(shape, device=self.device, dtype=self.transformer.dtype))
+
+    def _from_leader(self, x: Tensor) -> Tensor:
+        return x if self.processes is None else self.processes.from_leader(x.contiguous())
+
+    def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
+        if text is None:
+            return None
+        text = _batched(text, 3).to(self.device, self.transformer.dtype).expand(batch, -1, -1)
+        return pad_rows(text, self.text_length)
+
+
+def _batched(x: Tensor, dims: int) -> Tensor:
+    return x if x.ndim == dims else x[None]

@@ -1,0 +1,165 @@
+"""From a checkpoint to a pipeline: its models loaded, and what changes how the transformer runs put on, in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nabla import NablaConfig
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import check_compiler
+from wan.caches.step_cache import apply_cache
+from wan.config.cache_settings import CacheSettings
+from wan.config.settings import LoraFile, Settings
+from wan.memory.planner import Plan
+from wan.models.wan.checkpoint import Checkpoint
+from wan.models.wan.loading import load_models
+from wan.parallel.distributed import Processes
+from wan.parallel.ulysses import apply_sequence
+from wan.sampling.finite import check_vae
+
+if TYPE_CHECKING:
+    from wan.models.wan.pipeline import WanT2V
+
+log = logging.getLogger("wan")
+
+
+def from_pretrained(
+    cls: type[WanT2V],
+    path: str | Path | Checkpoint,
+    attention: NablaConfig | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    offload: bool | None = None,
+    t5_cpu: bool = False,
+    compile: bool | None = None,
+    fp8: bool | None = None,
+    vae_dtype: torch.dtype | None = None,
+    processes: Processes | None = None,
+    dit_fsdp: bool = False,
+    t5_fsdp: bool = False,
+    transformer: str | Path | None = None,
+    lora: Sequence[str | LoraFile] | None = None,
+    cache: CacheSettings | str | None = None,
+    plan: Plan | None = None,
+) -> WanT2V:
+    """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
+
+    What is None is what the checkpoint's `defaults.yaml` says, and where it says nothing what stands here.
+
+    attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
+    dtype: of the transformer and the text encoder, float32 by default; the VAE's encoder is float32
+    fp8: run the transformer's linear layers in float8, see `wan.quantize.float8`; off by default
+    vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32
+    transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`
+    lora: files, or `file:scale`, merged into the transformer's weights, see `wan.checkpoints.lora`; none by default
+    cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
+        "none", the default, is off
+    For the rest see `from_settings`. Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is
+    damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
+    asked = {
+        "dtype": dtype and str(dtype).removeprefix("torch."),
+        "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
+        "fp8": fp8,
+        "transformer": transformer and str(transformer),
+        "lora": lora,
+        "cache": cache,
+        # Whatever the checkpoint names is not looked at then.
+        "attention": None if attention is None else {"algorithm": "dense"},
+    }
+    settings = checkpoint.resolve(asked, {"prompt": "none"})
+    if attention is None:
+        log.info("attention of the checkpoint: %s", settings.attention.algorithm)
+    else:
+        attention = NablaConfig.parse(attention) if isinstance(attention, str) else attention
+        settings = replace(settings, attention=attention)
+    return cls.from_settings(
+        checkpoint,
+        settings,
+        device,
+        offload=offload,
+        t5_cpu=t5_cpu,
+        compile=compile,
+        processes=processes,
+        dit_fsdp=dit_fsdp,
+        t5_fsdp=t5_fsdp,
+        plan=plan,
+    )
+
+
+def from_settings(
+    cls: type[WanT2V],
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+    offload: bool | None = None,
+    t5_cpu: bool = False,
+    compile: bool | None = None,
+    processes: Processes | None = None,
+    dit_fsdp: bool = False,
+    t5_fsdp: bool = False,
+    plan: Plan | None = None,
+) -> WanT2V:
+    """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
+
+    offload: keep each component in host memory while it is idle; None decides by the size of the GPU
+    t5_cpu: run the text encoder on the CPU
+    compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
+    processes: share the work as they are laid out
+    dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
+    plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
+        `wan.memory.budget.plan_run`
+    Raises as `from_pretrained` does.
+    """
+    device = torch.device(device)
+    compile = device.type == "cuda" if compile is None else compile
+    if compile:
+        check_compiler(device)
+    models = load_models(
+        checkpoint,
+        device,
+        getattr(torch, settings.dtype or "float32"),
+        settings.vae_dtype and getattr(torch, settings.vae_dtype),
+        fp8=settings.fp8,
+        offload=offload,
+        t5_cpu=t5_cpu,
+        processes=processes,
+        dit_fsdp=dit_fsdp,
+        t5_fsdp=t5_fsdp,
+        transformer_file=settings.transformer,
+        lora=settings.lora,
+        plan=plan,
+    )
+    t5_cpu = t5_cpu if plan is None else plan.text == "cpu"
+    pipe = cls(
+        **models._asdict(),
+        device=device,
+        text_device=torch.device("cpu") if t5_cpu else device,
+        text_length=checkpoint.text_length,
+        sampling=settings.sampling,
+        video=settings.video,
+        processes=processes,
+    )
+    pipe.plan, pipe.lora = plan, settings.lora
+    if pipe.vae is not None:
+        check_vae(pipe.vae, checkpoint.folder)
+    _put_on(pipe, settings, compile)
+    return pipe
+
+
+def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
+    """What changes how the transformer runs, each over what was put on before."""
+    if compiled:
+        compile_blocks(pipe.transformer)
+    if settings.cache is not None:
+        apply_cache(pipe.transformer, settings.cache)
+    if pipe.processes is not None and pipe.processes.layout.ulysses > 1:
+        apply_sequence(pipe.transformer, pipe.processes.sequence)
+    apply_attention(pipe.transformer, settings.attention)

@@ -1,0 +1,108 @@
+"""The published layout: what it calls a model's tensors, and how the model is read off these and its one JSON."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wan.models.wan import names
+from wan.models.wan.component_configs import check_eps, check_layers, numbers, positive
+
+Shapes = Mapping[str, tuple[int, ...]]
+# What says the same in the JSON and in diffusers' configuration.
+SAME_SIZE = {
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_layers",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+}
+CONFIG_KEYS = {*SAME_SIZE, "model_type", "dim", "text_len", "eps", "sparse_algo"}
+
+
+def tensor_name(model: nn.Module) -> Callable[[str], str]:
+    """From the name of a tensor in a model of diffusers or transformers to its published one."""
+    if isinstance(model, AutoencoderKLWan):
+        return functools.partial(names.published_vae, residuals=model.config.num_res_blocks + 1)
+    rules = names.TRANSFORMER if isinstance(model, WanTransformer3DModel) else names.TEXT_ENCODER
+    return functools.partial(names.published, rules=rules)
+
+
+def transformer(config: Mapping[str, Any], shapes: Shapes) -> WanTransformer3DModel:
+    """The transformer of a JSON and tensors of these shapes, on the meta device."""
+    sizes = {own: positive(key, config.get(key)) for key, own in SAME_SIZE.items()}
+    width = positive("dim", config.get("dim"))
+    if width % sizes["num_attention_heads"]:
+        raise ValueError(f"dim {width} is not {sizes['num_attention_heads']} heads (num_heads) of one size")
+    check_eps("eps", config.get("eps"))
+    check_layers(sizes["num_layers"], numbers(shapes, "blocks."))
+    with torch.device("meta"):
+        return WanTransformer3DModel(
+            patch_size=tuple(shapes["patch_embedding.weight"][2:]),
+            attention_head_dim=width // sizes["num_attention_heads"],
+            text_dim=shapes["text_embedding.0.weight"][1],
+            eps=float(config["eps"]),
+            **sizes,
+        )
+
+
+def transformer_config(model: WanTransformer3DModel, text_length: int) -> dict[str, Any]:
+    """The JSON that `transformer` reads back.
+
+    text_length: rows of text states that the model sees
+    """
+    own = model.config
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": own.num_attention_heads * own.attention_head_dim,
+        **{key: own[name] for key, name in SAME_SIZE.items()},
+        "text_len": text_length,
+        "eps": own.eps,
+    }
+
+
+def vae(shapes: Shapes) -> AutoencoderKLWan:
+    """The VAE of tensors of these shapes, on the meta device; the statistics of its latents are diffusers' defaults.
+
+    The encoder's list of stages is residual blocks, then one `resample` between stages.
+    """
+    base = shapes["encoder.conv1.weight"][0]
+    count = numbers(shapes, "encoder.downsamples.")
+    resamples = [n for n in range(count) if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
+    if not resamples or count != (len(resamples) + 1) * (resamples[0] + 1) - 1:
+        raise ValueError(f"its encoder has {count} blocks, of which {resamples} change the size; stages differ")
+    last_of_stage = [*(n - 1 for n in resamples), count - 1]
+    with torch.device("meta"):
+        return AutoencoderKLWan(
+            base_dim=base,
+            decoder_base_dim=shapes["decoder.head.0.gamma"][0],
+            z_dim=shapes["conv2.weight"][0],
+            dim_mult=[shapes[f"encoder.downsamples.{n}.residual.6.weight"][0] // base for n in last_of_stage],
+            num_res_blocks=resamples[0],
+            temperal_downsample=[f"encoder.downsamples.{n}.time_conv.weight" in shapes for n in resamples],
+        )
+
+
+def text_encoder(shapes: Shapes) -> UMT5EncoderModel:
+    """The text encoder of tensors of these shapes, on the meta device."""
+    vocabulary, width = shapes["token_embedding.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=shapes["blocks.0.attn.q.weight"][0] // heads,
+        d_ff=shapes["blocks.0.ffn.fc1.weight"][0],
+        num_layers=numbers(shapes, "blocks."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
+    with torch.device("meta"):
+        return UMT5EncoderModel(config)

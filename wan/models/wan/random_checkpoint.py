@@ -1,0 +1,226 @@
+"""Checkpoints of any size in the published layout with random weights: real speed and memory, meaningless pictures."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from nabla import InputError
+from wan.checkpoints.saving import save_json, save_pickle, save_shards
+from wan.config.settings import VideoSettings
+from wan.memory.budget import weigh
+from wan.memory.estimates import Weights, Work
+from wan.models.wan import names, published
+from wan.models.wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
+from wan.models.wan.components import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, TIED, VAE_FILE, finish_transformer
+from wan.models.wan.vae import vae_dtype_of
+
+FREQ_DIM = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that tell Wan2.1's models apart; all else is common to them."""
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    text_dim: int = 4096
+    text_heads: int = 64
+    text_layers: int = 24
+    text_ffn_dim: int = 10240
+    vocabulary: int = 256384
+    vae_dim: int = 96
+
+
+MODELS = {
+    "nano": Sizes(
+        128, 2, 2, 256, text_dim=64, text_heads=4, text_layers=2, text_ffn_dim=128, vocabulary=512, vae_dim=8
+    ),
+    "t2v-1.3B": Sizes(1536, 12, 30, 8960),
+    "t2v-14B": Sizes(5120, 40, 40, 13824),
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def transformer_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the transformer's tensors."""
+    state = meta_transformer(sizes).state_dict()
+    return {names.published(name, names.TRANSFORMER): tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def random_transformer(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    layers: int | None = None,
+    place: Callable[[WanTransformer3DModel], Callable[[str, Tensor], Tensor]] | None = None,
+) -> WanTransformer3DModel:
+    """The transformer of the size of `model`, a key of `MODELS`, with random weights, without a checkpoint on disk.
+
+    layers: how many instead of the model's own
+    place: from the model to what is done with each tensor by its name, as it is drawn on the device
+    """
+    transformer = meta_transformer(MODELS[model], layers)
+    placed = (lambda name, tensor: tensor) if place is None else place(transformer)
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for name, tensor in transformer.state_dict().items():
+        kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
+        drawn = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
+        state[name] = placed(name, drawn)
+    transformer.load_state_dict(state, assign=True)
+    finish_transformer(transformer, device)
+    return transformer.requires_grad_(False).eval()
+
+
+def meta_transformer(sizes: Sizes, layers: int | None = None) -> WanTransformer3DModel:
+    """The transformer on the meta device, with so many layers instead of its own."""
+    with torch.device("meta"):
+        return WanTransformer3DModel(
+            num_attention_heads=sizes.heads,
+            attention_head_dim=sizes.dim // sizes.heads,
+            text_dim=sizes.text_dim,
+            freq_dim=FREQ_DIM,
+            ffn_dim=sizes.ffn_dim,
+            num_layers=sizes.layers if layers is None else layers,
+        )
+
+
+def random_vae(model: str, device: torch.device, seed: int = 0) -> AutoencoderKLWan:
+    """The VAE of `model` with random weights, in float32."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoencoderKLWan(base_dim=MODELS[model].vae_dim).eval().requires_grad_(False)
+
+
+def meta_text_encoder(sizes: Sizes) -> UMT5EncoderModel:
+    """The text encoder on the meta device."""
+    config = UMT5Config(
+        vocab_size=sizes.vocabulary,
+        d_model=sizes.text_dim,
+        d_kv=sizes.text_dim // sizes.text_heads,
+        d_ff=sizes.text_ffn_dim,
+        num_layers=sizes.text_layers,
+        num_heads=sizes.text_heads,
+    )
+    with torch.device("meta"):
+        return UMT5EncoderModel(config)
+
+
+def text_encoder_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the text encoder's tensors."""
+    state = meta_text_encoder(sizes).state_dict()
+    state.pop("encoder.embed_tokens.weight", None)
+    return {names.published(name, names.TEXT_ENCODER): tuple(t.shape) for name, t in state.items()}
+
+
+def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> UMT5EncoderModel:
+    """The text encoder of `model` with random weights, drawn on a device, in host memory."""
+    encoder = meta_text_encoder(MODELS[model])
+    draw = functools.partial(random_tensor, dtype=dtype, generator=torch.Generator(device).manual_seed(seed))
+    named = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items() if name != TIED}
+    state = {name: draw(names.published(name, names.TEXT_ENCODER), shape).cpu() for name, shape in named.items()}
+    encoder.load_state_dict(state, strict=False, assign=True)
+    encoder.tie_weights()
+    return encoder.requires_grad_(False).eval()
+
+
+@functools.cache
+def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) -> tuple[Weights, Weights, int]:
+    """What `planner.choose` has to know of the models: transformer, text encoder, and bytes of the VAE in float32."""
+    transformer, text = meta_transformer(sizes, layers), meta_text_encoder(sizes)
+    return (
+        weigh(transformer, transformer.blocks, dtype, transformer._keep_in_fp32_modules),
+        weigh(text, text.encoder.block, dtype, ()),
+        sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
+    )
+
+
+def work_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Work:
+    """And of a video that they make on a GPU, their blocks compiled."""
+    return Work(
+        tokens=math.prod(video.token_grid),
+        dim=sizes.dim,
+        ffn_dim=sizes.ffn_dim,
+        heads=sizes.heads,
+        text_dim=sizes.text_dim,
+        size=video.size,
+        frames=video.frame_num,
+        itemsize=dtype.itemsize,
+        vae_itemsize=vae_dtype_of(None, dtype).itemsize,
+        vae_width=sizes.vae_dim,
+    )
+
+
+def vae_shapes(sizes: Sizes) -> Shapes:
+    """Published names and shapes of the VAE's tensors."""
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=sizes.vae_dim)
+    residuals = model.config.num_res_blocks + 1
+    return {names.published_vae(name, residuals): tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | None = None, seed: int = 0) -> None:
+    """Write a checkpoint of the size of `model`, a key of `MODELS`; `dtype` is the transformer's."""
+    sizes = MODELS[model]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
+    drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
+    save_shards(drawn, folder, MODEL_STEM)
+    for file, shapes, kept in (
+        (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
+        (VAE_FILE, vae_shapes(sizes), torch.float32),
+    ):
+        save_pickle({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
+    _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
+    config = published.transformer_config(meta_transformer(sizes), TEXT_LENGTH)
+    if sparse_algorithm is not None:
+        config["sparse_algo"] = sparse_algorithm
+    save_json(config, folder / "config.json")
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Values for a published name, on the generator's device, that keep activations near unit size at any depth."""
+    device = generator.device
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if name.endswith("gamma") or (len(shape) == 1 and "norm" in name):
+        return torch.ones(shape, dtype=dtype, device=device)
+    is_table = name == "token_embedding.weight" or "modulation" in name
+    scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+
+def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer with T5's special tokens, trained on captions of simple scenes."""
+    colours, things = ("red", "green", "blue", "yellow"), ("circle", "square", "cat", "boat", "tree", "river")
+    places = ("on a white background", "under a cloudy sky", "at night in the city", "in front of a mountain")
+    moves = ("moves from left to right", "jumps high", "turns slowly", "waits quietly")
+    captions = (f"A {c} {t} {m} {p}." for c in colours for t in things for m in moves for p in places)
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = [PAD_TOKEN, "</s>", "<unk>"]
+    size = min(vocabulary, 400)
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD_TOKEN, eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )

@@ -1,0 +1,95 @@
+"""A file of prompts: a video for each line, and the names of videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nabla import InputError
+from wan.config.checks import check_prompt
+from wan.config.settings import Settings, resolve
+from wan.files.plain_data import parse_json, read_text
+from wan.run.sidecars import comparable
+
+KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
+# Where each stands in the schema of the YAML files.
+SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "frame_num": "video"}
+
+Layer = dict[str, Any]
+
+
+def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
+    """Settings that each line of a file of prompts makes, and the name that it gives its video's file, or None.
+
+    A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num" and
+    "name", which has no ending; empty lines are skipped. Raises `InputError` with the line's number for anything else.
+    """
+    try:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"prompt_file {path} cannot be read ({reason}); give a text file, a prompt a line") from None
+    jobs = [(number, *_job(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise InputError(f"prompt_file {path} has no prompts; write one a line")
+    numbers: dict[str, int] = {}
+    for number, _, name in jobs:
+        if name is not None and numbers.setdefault(name, number) != number:
+            raise InputError(f"{path}, lines {numbers[name]} and {number}: both are named {name!r}; name one otherwise")
+    return [(layer, name) for _, layer, name in jobs]
+
+
+def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
+    given: Layer = {"prompt": line.strip()}
+    if line.lstrip().startswith("{"):
+        try:
+            given = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+    if unknown := given.keys() - set(KEYS):
+        raise InputError(f"{path}, line {number}: {sorted(unknown)[0]!r} is not known; use {', '.join(KEYS)}")
+    name = given.pop("name", None)
+    layer: Layer = {}
+    for key, value in given.items():
+        (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
+    try:
+        check_prompt(given.get("prompt"), "in this line")
+        resolve(layer, {"checkpoint": "any"})
+    except InputError as error:
+        raise InputError(f"{path}, line {number}: {error}") from None
+    if name is None:
+        return layer, None
+    if not isinstance(name, str) or not _is_file_name(name):
+        raise InputError(f"{path}, line {number}: name {name!r} is not a plain file name without a folder")
+    return layer, re.sub(r"\.(mp4|png)$", "", name)
+
+
+def _is_file_name(name: str) -> bool:
+    # Surrogates and control characters are not printable.
+    return name.isprintable() and Path(name).name == name and not name.startswith(".")
+
+
+def words_of(prompt: str) -> str:
+    """The first words of a prompt as part of a file name."""
+    return re.sub(r"\W+", "-", prompt).strip("-")[:40].rstrip("-") or "video"
+
+
+def name_of(settings: Settings) -> str:
+    """A file name, without an ending, that belongs to what a video shows: its prompt, settings and seed."""
+    what = json.dumps(comparable(settings), sort_keys=True, ensure_ascii=False)
+    return f"{words_of(settings.prompt)}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+
+def names_of(every: Iterable[Settings]) -> list[str]:
+    """The names of several videos, with a number for those that are asked for more than once."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in map(name_of, every):
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names

@@ -1,0 +1,228 @@
+"""Videos from settings: load once, then generate, write and report each."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nabla import InputError
+from wan.config.settings import Settings, read_made_with
+from wan.files.video import record_of, write_with_record
+from wan.memory import placement as memory
+from wan.memory.budget import plan_run
+from wan.models.wan.checkpoint import Checkpoint
+from wan.models.wan.pipeline import WanT2V
+from wan.models.wan.vae import decoder_dtype
+from wan.observe.observer import Observer, Observers
+from wan.observe.recorder import Recorder
+from wan.observe.report import draw_report
+from wan.parallel.distributed import Processes
+from wan.run.remaking import otherwise_packed
+from wan.run.sidecars import Video, free_path
+
+log = logging.getLogger("wan")
+
+VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao", "peft", "gguf")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, which does not change the video but where a plan of memory packs weights; see generate.py's flags.
+    None: by default.
+
+    log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
+    overwrite: let a video take the place of one that is finished
+    again: where the settings are from, which if it is the record of a video says how its weights were packed
+    """
+
+    device: str | None = None
+    offload: bool | None = None
+    t5_cpu: bool = False
+    compile: bool | None = None
+    replicas: int | None = None
+    cfg_size: int | None = None
+    ulysses_size: int | None = None
+    dit_fsdp: bool = False
+    t5_fsdp: bool = False
+    memory: str | float | None = None
+    log: Path | None = None
+    report: Path | None = None
+    named_apart: bool = False
+    overwrite: bool = False
+    again: str | None = None
+
+
+def make_all(
+    checkpoint: Checkpoint,
+    videos: list[Video],
+    device: torch.device,
+    options: Options,
+    processes: Processes | None = None,
+) -> None:
+    """Load the models once, and make videos, each by the processes of a replica.
+
+    Raises `InputError` with what to lower if a GPU or the machine runs out of memory.
+    """
+    start = time.perf_counter()
+    every = [one for one, _ in videos]
+    pipe = load(checkpoint, every, device, options, processes)
+    loading = time.perf_counter() - start
+    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
+        settings, path = videos[number]
+        make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
+
+
+def load(
+    checkpoint: Checkpoint,
+    every: list[Settings],
+    device: torch.device,
+    options: Options,
+    processes: Processes | None = None,
+) -> WanT2V:
+    """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `make_all` does."""
+    settings, plan = every[0], None
+    if options.memory is not None:
+        plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
+    if options.again is not None and (processes is None or processes.rank == 0):
+        if line := otherwise_packed(options.again, read_made_with(options.again), settings, plan):
+            log.warning("warning: %s", line)
+    with _clear_about_memory(settings, options):
+        pipe = WanT2V.from_settings(
+            checkpoint,
+            settings,
+            device,
+            offload=options.offload,
+            t5_cpu=options.t5_cpu,
+            compile=options.compile,
+            processes=processes,
+            dit_fsdp=options.dit_fsdp,
+            t5_fsdp=options.t5_fsdp,
+            plan=plan,
+        )
+    place = settings.checkpoint, device, settings.dtype
+    decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
+    log.info("checkpoint: %s on %s in %s%s", *place, decoder)
+    if settings.transformer is not None:
+        log.info("transformer: %s", settings.transformer)
+    if pipe.leads:
+        log.setLevel(logging.INFO)
+    return pipe
+
+
+def make(
+    pipe: WanT2V,
+    settings: Settings,
+    path: Path,
+    options: Options,
+    loading: float,
+    observer: Observer | None = None,
+) -> None:
+    """Make the video that the settings describe and write it to `path`, its record beside it as JSON.
+
+    A path ending in .png takes one frame, any other is written as H.264 mp4. `observer` is told what happens
+    besides. Raises `InputError` as `make_all` does.
+    """
+    video, sampling = settings.video, settings.sampling
+    detailed = options.log is not None or options.report is not None
+    recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
+    with _clear_about_memory(settings, options):
+        log.info("attention: %s", pipe.describe_attention(video))
+        size = "x".join(map(str, video.size))
+        walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
+        log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
+        frames = pipe.generate(
+            settings.prompt,
+            size=video.size,
+            frame_num=video.frame_num,
+            observer=recorder if observer is None else Observers(recorder, observer),
+            **asdict(sampling),
+        )
+    if frames is None:
+        return
+    seconds = {"loading": loading} | pipe.seconds
+    made_with = _made_with(pipe.device, seconds)
+    made_with |= {"offload": pipe.offload, "t5_cpu": options.t5_cpu, "compile": options.compile}
+    if pipe.cache is not None:
+        log.info("cache: %s", pipe.cache.describe())
+        made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
+    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": asdict(pipe.plan)}
+    if pipe.processes is not None:
+        made_with["layout"] = asdict(pipe.processes.layout)
+    if not options.overwrite and (free := free_path(path)) != path:
+        log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
+        path = free
+    write_with_record(path, frames, video.fps, {"settings": settings.to_dict(), "made_with": made_with})
+    stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
+    peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
+    log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
+    log.info("wrote %s and %s", path, record_of(path))
+    if options.log is not None:
+        log.info("log: %s", options.log)
+    if options.report is not None:
+        try:
+            draw_report(recorder.records, options.report, recorder.examples)
+            log.info("report: %s", options.report)
+        except InputError as error:
+            # As a log that a full disk ends: the videos to come are worth more.
+            log.warning("warning: no report: %s", error)
+
+
+def named_after(path: Path, options: Options) -> Options:
+    """The options for one of several videos, its log and report named after it too."""
+    files = {"log": options.log, "report": options.report}
+    own = {name: file.with_stem(f"{file.stem}-{path.stem}") for name, file in files.items() if file is not None}
+    return replace(options, **own)
+
+
+@contextmanager
+def _clear_about_memory(settings: Settings, options: Options) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        offload = bool(options.offload or options.memory)
+        raise InputError(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
+
+
+def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -> str:
+    width, height = settings.video.size
+    hints = [f"a smaller --size than {width}*{height}", f"fewer than {settings.video.frame_num} frames (--frame_num)"]
+    hints += [] if offload else ["--offload_model true"]
+    hints += [] if t5_cpu else ["--t5_cpu"]
+    return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Versions, hardware, times and peak memory of this process."""
+    host = memory.peak_host_bytes()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    peak = {"host": f"{host / memory.GIB:.1f} GiB"}
+    if device.type == "cuda":
+        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
+    return {
+        "versions": installed_versions(VERSIONS_OF),
+        "device": f"{device.type}, {name}",
+        "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
+        "peak_memory": peak,
+    }

@@ -1,0 +1,47 @@
+"""Making a video again from its record: what may differ though the settings are the same.
+
+A plan of memory packs weights as much as it must, which changes the video and is no setting of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from wan.config.settings import Settings
+from wan.memory.estimates import GGUF
+from wan.memory.planner import Plan
+
+# What a plan may pack, and where it says how.
+MODELS = {"transformer": "packing", "text encoder": "text_packing"}
+
+Packing = dict[str, str | None]
+
+
+def packing_of(plan: object, fp8: bool) -> Packing:
+    """How each model is packed by a plan, as a record has it, or without one; not what its file has packed."""
+    own = {"packing": "fp8" if fp8 else None, "text_packing": None}
+    own |= plan if isinstance(plan, dict) else {}
+    return {name: None if own[key] == GGUF else own[key] for name, key in MODELS.items()}
+
+
+def otherwise_packed(record: str, made_with: Mapping[str, Any], settings: Settings, plan: Plan | None) -> str | None:
+    """A line if a run packs weights otherwise than that of a record, and what gives the same; None if it does not.
+
+    made_with: what the record says of it; empty of other files of settings
+    """
+    if not made_with:
+        return None
+    then = packing_of(made_with.get("plan"), settings.fp8)
+    now = packing_of(plan and asdict(plan), settings.fp8)
+    differing = [name for name in MODELS if then[name] != now[name]]
+    if not differing:
+        return None
+    own = settings.dtype
+    what = " and ".join(f"the {name} in {then[name] or own} (here {now[name] or own})" for name in differing)
+    memory = made_with.get("memory")
+    back = (
+        f"--memory {memory} packs as there, if as much is free" if memory else "leave --memory out to have it as there"
+    )
+    return f"{record} was made with {what}, so this video will differ; {back}"

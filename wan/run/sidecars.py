@@ -1,0 +1,120 @@
+"""The JSON file beside a video: what it is of, whether that is there, and which videos are still to be made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nabla import InputError
+from wan.config.settings import Settings, resolve
+from wan.files.plain_data import read_json
+from wan.files.video import count_frames, digest, record_of
+
+ENDINGS = (".mp4", ".png")
+
+Video = tuple[Settings, Path]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the JSON file beside a video says. made: the settings; file: name and digest, of older records empty."""
+
+    path: Path
+    made: dict[str, Any]
+    file: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """None for a file that is no record, or none that can be read."""
+        try:
+            content = read_json(path)
+            made = comparable(resolve(content["settings"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        file = content.get("file")
+        return cls(path, made, file if isinstance(file, dict) else {})
+
+    @property
+    def video(self) -> Path | None:
+        """The video or picture that it is of, or None if that is not there."""
+        named = self.file.get("name")
+        names = [named] if isinstance(named, str) else [self.path.with_suffix(end).name for end in ENDINGS]
+        found = [self.path.with_name(name) for name in names if Path(name).name == name]
+        return next((path for path in found if path.is_file()), None)
+
+    def is_of(self, wanted: dict[str, Any]) -> bool:
+        """Whether it is of a video of these `comparable` settings, whatever seed they draw."""
+        any_seed = {"sampling": self.made["sampling"] | {"seed": None}} if wanted["sampling"]["seed"] is None else {}
+        return self.made | any_seed == wanted
+
+    def is_whole(self) -> bool:
+        """Whether its video is there as it was written."""
+        video = self.video
+        if video is None:
+            return False
+        if "sha256" in self.file:
+            return digest(video) == self.file["sha256"]
+        return video.suffix != ".mp4" or count_frames(video) == self.made["video"]["frame_num"]
+
+
+def still_to_make(videos: Sequence[Video], folder: Path, named: Sequence[bool]) -> list[Video]:
+    """The videos for a folder of which no record there says that they are made, wherever they stand in the list.
+
+    named: of each, whether its name was given: then the same video under another one does not count
+    """
+    records = [one for path in sorted(folder.glob("*.json")) if (one := Record.read(path)) is not None]
+    left = []
+    for (settings, path), is_named in zip(videos, named, strict=True):
+        wanted = comparable(settings)
+        fits = [one for one in records if one.is_of(wanted) and (one.video == path or not is_named)]
+        found = next((one for one in sorted(fits, key=lambda one: one.video != path) if one.is_whole()), None)
+        if found is None:
+            left.append((settings, path))
+        else:
+            records.remove(found)
+    return left
+
+
+def is_made(path: Path, settings: Settings) -> bool:
+    """Whether a video of these settings, whatever seed they draw, stands whole at `path`."""
+    record = Record.read(record_of(path))
+    return record is not None and record.video == path and record.is_of(comparable(settings)) and record.is_whole()
+
+
+def check_free(path: Path, settings: Settings, flag: str, overwrite: bool = False) -> None:
+    """Raise `InputError` if a video or a record that is there would be lost to a video at `path`, which a flag names.
+
+    One of the same settings that is no longer as it was written is none to keep. overwrite: may it take its own place
+    """
+    other = f"give --overwrite to replace it, or choose another {flag}"
+    record = Record.read(record_of(path))
+    if record is not None and record.video not in (None, path):
+        raise InputError(f"{record.path} is the record of {record.video}; choose another {flag}")
+    if (
+        overwrite
+        or not path.exists()
+        or (record is not None and record.is_of(comparable(settings)) and not record.is_whole())
+    ):
+        return
+    raise InputError(f"{path} is there already{'' if record else ', without its record'}; {other}")
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or with a number if a video of another run has come to stand there."""
+    record = Record.read(record_of(path))
+    if record is None or not record.is_whole():
+        return path
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(one for one in numbered if not one.exists() and not record_of(one).exists())
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON has them, with one word for a seed that is drawn."""
+    plain = json.loads(json.dumps(settings.to_dict()))
+    if plain["sampling"]["seed"] == -1:
+        plain["sampling"]["seed"] = None
+    return plain

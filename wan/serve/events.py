@@ -1,0 +1,236 @@
+"""What happens when the page's controls are used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from nabla import InputError
+from wan.config.settings import Settings, read_made_with, resolve
+from wan.files.plain_data import read_json
+from wan.sampling.loop import Cancelled
+from wan.serve.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
+from wan.serve.guard import Hearing, Presence
+from wan.serve.layout import (
+    LEAST_AMOUNT,
+    Controls,
+    about_preset,
+    amount_label,
+    has_amount,
+    has_window,
+    what_runs,
+    within,
+)
+from wan.serve.limits import Visitor
+from wan.serve.shown import record_to_share
+from wan.serve.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
+from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
+from wan.serve.studio import Job, Made, Progress, Studio
+
+# New values or looks of controls, by control.
+Updates = dict[Any, Any]
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class Events:
+    """The page's events over a studio, its presets and its LoRA files. `wire` puts them on the controls."""
+
+    def __init__(self, studio: Studio, presets: Presets, library: LoraLibrary, controls: Controls, presence: Presence):
+        self.studio = studio
+        self.presets = presets
+        self.library = library
+        self.controls = controls
+        self.presence = presence
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Put the events on the controls of an open page."""
+        c, told = self.controls, self._told
+        shown = [c.base, c.chosen, c.preset, c.about, *c.values, c.kind, c.amount, c.window, c.said]
+        attention = [c.kind, c.amount, c.window]
+        algorithm = c.form["algorithm"]
+        c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"]], shown, **QUIET)
+        c.load_record.upload(told(self.load), [c.load_record, c.base], shown, **QUIET)
+        c.add_lora.upload(told(self.add), [c.add_lora, c.base, c.form["lora"]], [c.form["lora"], c.said], **QUIET)
+        for control in attention:
+            control.input(told(self.spell), attention, [algorithm, c.amount, c.window, c.said], **QUIET)
+        gr.on([algorithm.submit, algorithm.blur], told(self.read), algorithm, [*attention, c.said], **QUIET)
+        results = [c.generate, c.cancel, c.said, c.picture, c.video, c.save_video, c.save_record]
+        gr.on(
+            [c.generate.click, c.form["prompt"].submit],
+            self.generate,
+            [c.base, *c.values],
+            results,
+            concurrency_limit=None,
+            trigger_mode="once",
+            **QUIET,
+        )
+        c.cancel.click(self.cancel, queue=False, **QUIET)
+        page.load(self.refresh, [c.base], [c.form["lora"], c.said], **QUIET)
+        page.unload(self.leave)
+
+    def _told(self, event: Callable[..., Updates]) -> Callable[..., Updates]:
+        """An event whose `InputError` is said on the page."""
+
+        @functools.wraps(event)
+        def run(*values: Any) -> Updates:
+            try:
+                return event(*values)
+            except InputError as error:
+                return {self.controls.said: said_html(str(error), "wrong")}
+
+        return run
+
+    def choose(self, name: str | None, chosen: str | None, prompt: str) -> Updates:
+        """A preset's settings into the controls; the prompt stays."""
+        c = self.controls
+        if name == chosen:
+            # Its control was only passed by, which must not undo what the others were set to.
+            return {c.chosen: chosen}
+        settings = self.presets.settings(name)
+        about = about_preset(self.presets, name, settings, self.studio.limits)
+        return self._show(settings, prompt) | {c.chosen: name, c.about: about}
+
+    def load(self, upload: str, base: Settings) -> Updates:
+        """The settings of a video's record into the controls."""
+        record = read_record(Path(upload))
+        self.studio.limits.check(resolve(record, {"checkpoint": base.checkpoint, "prompt": "none"}))
+        files = lora_choices(self.library.files(), base)
+        settings, notes = from_record(record, base, self.presets.flags, self.presets.checkpoints(), files)
+        notes += packed_notes(read_made_with(upload))
+        c, name = self.controls, Path(upload).name
+        return self._show(settings, settings.prompt) | {
+            c.preset: None,
+            c.chosen: None,
+            c.about: f"From `{name}`. {what_runs(settings)}",
+            c.said: said_html(f"Loaded the settings of {name}", "done") + notes_html(notes),
+        }
+
+    def _show(self, settings: Settings, prompt: str) -> Updates:
+        c = self.controls
+        form, _ = within(to_form(settings, prompt), self.studio.limits)
+        updates: Updates = {c.form[field.name]: getattr(form, field.name) for field in fields(Form)}
+        files = lora_choices(self.library.files(), settings)
+        updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))
+        updates[c.form["size"]] = gr.update(choices=size_choices(settings), value=form.size)
+        return updates | {c.base: settings} | self.read(form.algorithm)
+
+    def add(self, upload: str, base: Settings, chosen: Sequence[str]) -> Updates:
+        """An uploaded LoRA into the library, and among the chosen ones."""
+        name = self.library.add(Path(upload))
+        files = lora_choices(self.library.files(), base)
+        value = list(dict.fromkeys([*chosen, name]))
+        return {
+            self.controls.form["lora"]: gr.update(choices=list(files), value=value),
+            self.controls.said: said_html(f"Added {name}", "done"),
+        }
+
+    def refresh(self, base: Settings) -> Updates:
+        """The LoRA files that there are now."""
+        files = lora_choices(self.library.files(), base)
+        return {self.controls.form["lora"]: gr.update(choices=list(files)), self.controls.said: READY}
+
+    def spell(self, kind: str, amount: float | None, window: str) -> Updates:
+        """The algorithm that the controls of attention spell."""
+        algorithm = to_algorithm(kind, amount, window)
+        c = self.controls
+        return {
+            c.form["algorithm"]: algorithm,
+            c.amount: gr.update(label=amount_label(kind), visible=has_amount(kind)),
+            c.window: gr.update(visible=has_window(kind)),
+        }
+
+    def read(self, algorithm: str) -> Updates:
+        """The controls of attention as an algorithm sets them."""
+        kind, amount, window = to_controls(algorithm)
+        c = self.controls
+        return {
+            c.kind: kind,
+            c.amount: gr.update(
+                value=amount, minimum=min(LEAST_AMOUNT, amount), label=amount_label(kind), visible=has_amount(kind)
+            ),
+            c.window: gr.update(value=window, visible=has_window(kind)),
+        }
+
+    def generate(self, request: gr.Request, base: Settings, *values: Any) -> Iterator[Updates]:
+        """Make the video of the controls, and show how far it is."""
+        c = self.controls
+        idle = {c.generate: gr.update(visible=True), c.cancel: gr.update(visible=False)}
+        hidden = {c.picture: gr.update(visible=False, value=None)}
+        try:
+            job = self.studio.submit(self._layer(base, values), _visitor(request))
+        except InputError as error:
+            yield {c.said: said_html(str(error), "wrong")}
+            return
+        try:
+            yield from self._follow(job)
+            made = job.result()
+        except Cancelled:
+            yield idle | hidden | {c.said: said_html("Cancelled")}
+        except InputError as error:
+            yield idle | hidden | {c.said: said_html(str(error), "wrong")}
+        except Exception:
+            yield idle | hidden | {c.said: said_html("Something broke; the program's output says what", "wrong")}
+            raise
+        else:
+            yield idle | self._show_made(made, job.progress)
+        finally:
+            # Who leaves the page wants no video.
+            job.cancel()
+
+    def _layer(self, base: Settings, values: Sequence[Any]) -> Mapping[str, Any]:
+        form = Form(**{field.name: value for field, value in zip(fields(Form), values)})
+        return to_layer(form, base, lora_choices(self.library.files(), base))
+
+    def _follow(self, job: Job) -> Iterator[Updates]:
+        """What to show while a job runs; pictures only when they are new."""
+        c = self.controls
+        yield {
+            c.generate: gr.update(visible=False),
+            c.cancel: gr.update(visible=True),
+            c.save_video: gr.update(visible=False),
+            c.save_record: gr.update(visible=False),
+        }
+        shown = None
+        hearing = Hearing(self.presence, job.visitor.session)
+        for progress in job.changes():
+            if not hearing.goes_on():
+                job.cancel()
+            updates: Updates = {c.said: progress_html(progress)}
+            if progress.preview is not shown:
+                shown = progress.preview
+                updates |= {c.picture: gr.update(value=shown, visible=True), c.video: gr.update(visible=False)}
+            yield updates
+
+    def _show_made(self, made: Made, progress: Progress) -> Updates:
+        c, is_video = self.controls, made.path.suffix == ".mp4"
+        path = save_file_to_cache(made.path, c.video.GRADIO_CACHE)
+        return {
+            c.said: made_html(made, progress.notes),
+            c.picture: gr.update(value=None if is_video else path, visible=not is_video),
+            c.video: gr.update(value=path if is_video else None, visible=is_video),
+            c.save_video: gr.update(value=path, visible=True, label="Save video" if is_video else "Save picture"),
+            c.save_record: gr.update(value=_shared_record(made, Path(path).parent), visible=True),
+        }
+
+    def cancel(self, request: gr.Request) -> None:
+        self.studio.cancel(_visitor(request))
+
+    def leave(self, request: gr.Request) -> None:
+        self.cancel(request)
+
+
+def _visitor(request: gr.Request) -> Visitor:
+    return Visitor.at(request.client.host if request.client else None, request.session_hash)
+
+
+def _shared_record(made: Made, folder: Path) -> str:
+    """A copy of a video's record that visitors may have, beside the copy of their video."""
+    path = folder / made.record.name
+    path.write_text(record_to_share(read_json(made.record)), encoding="utf-8")
+    return str(path)

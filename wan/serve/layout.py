@@ -1,0 +1,261 @@
+"""The controls of the page and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import gradio as gr
+
+from nabla.config import BACKEND_NAMES
+from wan.config.checks import SOLVERS, VAE_STRIDE
+from wan.config.settings import Settings
+from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
+from wan.serve.limits import Limits
+from wan.serve.shown import name_of
+from wan.serve.sources import Presets
+from wan.serve.status import STARTING
+
+# Of a slider, unless settings go beyond.
+LEAST_AMOUNT = 0.05
+TITLE = "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters."
+PROMPT = "A red circle moves from left to right on a white background"
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What the events of the page read and write.
+
+    base: the settings that the form was made of; chosen: the preset that they are, or None
+    form: the controls of `Form`, by its fields' names
+    """
+
+    base: gr.State
+    chosen: gr.State
+    preset: gr.Dropdown
+    about: gr.Markdown
+    form: Mapping[str, gr.components.Component]
+    kind: gr.Radio
+    amount: gr.Slider
+    window: gr.Textbox
+    load_record: gr.UploadButton
+    add_lora: gr.UploadButton
+    generate: gr.Button
+    cancel: gr.Button
+    said: gr.HTML
+    picture: gr.Image
+    video: gr.Video
+    save_video: gr.DownloadButton
+    save_record: gr.DownloadButton
+
+    @property
+    def values(self) -> list[gr.components.Component]:
+        """The controls of the form in the order of its fields."""
+        return [self.form[field.name] for field in fields(Form)]
+
+
+def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> Controls:
+    """Build the controls, as the first preset sets them, into the `gr.Blocks` that is open."""
+    first = presets.settings(presets.first)
+    form, _ = within(to_form(first), limits)
+    gr.Markdown(
+        "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters.", elem_classes="title"
+    )
+    with gr.Row(elem_classes="board"):
+        with gr.Column(elem_classes="what", min_width=0):
+            parts = _what(presets, first, form, limits)
+            generate = gr.Button("Generate", variant="primary", elem_id="generate")
+            cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+        with gr.Column(elem_classes="results", min_width=0):
+            results = _results()
+        with gr.Column(elem_classes="more", min_width=0):
+            with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                sampling = _sampling(form)
+            with gr.Accordion("LoRA", open=bool(form.lora), elem_id="loras"):
+                lora, add_lora = _lora(form, lora_choices(lora_files, first))
+            with gr.Accordion("Attention", open=False, elem_id="attention"):
+                attention, helpers = _attention(form)
+    return Controls(
+        base=gr.State(first),
+        chosen=gr.State(presets.first),
+        form=parts.pop("form") | sampling | lora | attention,
+        add_lora=add_lora,
+        generate=generate,
+        cancel=cancel,
+        **parts,
+        **helpers,
+        **results,
+    )
+
+
+def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict:
+    prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder=PROMPT, elem_id="prompt")
+    with gr.Row():
+        preset = gr.Dropdown(
+            presets.names, value=presets.first, label="Preset", scale=3, min_width=160, elem_id="preset"
+        )
+        load_record = gr.UploadButton(
+            "Load settings", file_types=[".json"], size="md", scale=1, min_width=130, elem_id="load-record"
+        )
+    about = gr.Markdown(about_preset(presets, presets.first, first, limits), elem_classes="about", elem_id="about")
+    with gr.Row():
+        size = gr.Dropdown(
+            size_choices(first),
+            value=form.size,
+            label="Size",
+            allow_custom_value=True,
+            min_width=130,
+            elem_id="size",
+        )
+        seed = gr.Textbox(form.seed, label="Seed", placeholder="drawn anew", max_lines=1, min_width=130, elem_id="seed")
+    with gr.Row():
+        frames = gr.Slider(
+            1,
+            limits.frames,
+            form.frame_num,
+            step=VAE_STRIDE[0],
+            label="Frames",
+            min_width=150,
+            buttons=[],
+            elem_id="frames",
+        )
+        steps = gr.Slider(
+            1,
+            limits.steps,
+            form.steps,
+            step=1,
+            label="Steps",
+            min_width=150,
+            buttons=[],
+            elem_id="steps",
+        )
+    controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
+    return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
+
+
+def within(form: Form, limits: Limits) -> tuple[Form, str]:
+    """A form whose sliders are within the limits, and a sentence if they were beyond; gradio refuses such values."""
+    frames = min(form.frame_num, VAE_STRIDE[0] * ((limits.frames - 1) // VAE_STRIDE[0]) + 1)
+    fitting = replace(form, frame_num=frames, steps=min(form.steps, limits.steps))
+    return fitting, "" if fitting == form else f"This page makes up to {limits.frames} frames in {limits.steps} steps."
+
+
+def about_preset(presets: Presets, name: str, settings: Settings, limits: Limits) -> str:
+    """What a preset's file says of it, what runs, and whether that is less than the preset wants."""
+    _, note = within(to_form(settings), limits)
+    return " ".join(filter(None, (presets.describe(name), note, what_runs(settings))))
+
+
+def what_runs(settings: Settings) -> str:
+    """A sentence for whoever opens the page, who need not know where a folder lies."""
+    return f"Runs `{name_of(settings.checkpoint)}`."
+
+
+def _sampling(form: Form) -> dict[str, gr.components.Component]:
+    negative = gr.Textbox(form.negative_prompt, label="Negative prompt", lines=2, max_lines=6, elem_id="negative")
+    with gr.Row():
+        guide = gr.Number(form.guide_scale, label="Guidance", info="1: off, twice as fast", min_width=120, step=0.5)
+        shift = gr.Number(form.shift, label="Shift", info="5 is usual", min_width=120, step=0.5)
+        solver = gr.Dropdown(list(SOLVERS), value=form.solver, label="Solver", info="unipc is usual", min_width=120)
+    with gr.Row():
+        fp8 = gr.Checkbox(form.fp8, label="Float8 layers", info="Ada GPUs and newer", min_width=120, elem_id="fp8")
+        cache = gr.Checkbox(form.cache, label="Step cache", info="reuses steps", min_width=120, elem_id="cache")
+    controls = {"negative_prompt": negative, "guide_scale": guide, "shift": shift, "solver": solver}
+    return controls | {"fp8": fp8, "cache": cache}
+
+
+def _lora(form: Form, files: Mapping[str, str]) -> tuple[dict[str, gr.components.Component], gr.UploadButton]:
+    lora = gr.Dropdown(
+        list(files), value=list(form.lora), multiselect=True, label="Files", show_label=False, elem_id="lora"
+    )
+    with gr.Row():
+        scales = gr.Textbox(
+            form.scales,
+            label="Scales",
+            placeholder="1, or one each: 0.8, 1.0",
+            scale=2,
+            min_width=150,
+            elem_id="scales",
+        )
+        add = gr.UploadButton(
+            "Add a file", file_types=[".safetensors"], size="md", scale=1, min_width=110, elem_id="add-lora"
+        )
+    gr.Markdown("Another choice of files or scales loads the model again.", elem_classes="about")
+    return {"lora": lora, "scales": scales}, add
+
+
+def _attention(form: Form) -> tuple[dict[str, gr.components.Component], dict]:
+    kind, amount, window = to_controls(form.algorithm)
+    kinds = gr.Radio([DENSE, THRESHOLD, SHARE, WINDOW], value=kind, label="Blocks are kept by", elem_id="kind")
+    with gr.Row():
+        amounts = gr.Slider(
+            min(LEAST_AMOUNT, amount),
+            1,
+            amount,
+            step=0.05,
+            label=amount_label(kind),
+            min_width=150,
+            buttons=[],
+            visible=has_amount(kind),
+            elem_id="amount",
+        )
+        windows = gr.Textbox(
+            window,
+            label="Window",
+            info="frames-rows-columns, in blocks",
+            placeholder="none",
+            max_lines=1,
+            min_width=150,
+            visible=has_window(kind),
+            elem_id="window",
+        )
+    algorithm = gr.Textbox(
+        form.algorithm, label="As a string", info="nabla-0.7, keep-0.2, sta-11-3-3, nabla-0.6_sta-11-3-3, dense",
+        max_lines=1, elem_id="algorithm",
+    )  # fmt: skip
+    with gr.Row():
+        dense_steps = gr.Number(
+            form.dense_steps, label="Dense steps", info="at the start", precision=0,
+            min_width=110, elem_id="dense-steps",
+        )  # fmt: skip
+        refresh = gr.Number(
+            form.mask_refresh, label="Mask refresh", info="every so many steps", precision=0,
+            min_width=110, elem_id="mask-refresh",
+        )  # fmt: skip
+        backend = gr.Dropdown(
+            list(BACKEND_NAMES), value=form.backend, label="Backend", info="kernel", min_width=110, elem_id="backend"
+        )
+    controls = {"algorithm": algorithm, "dense_steps": dense_steps, "mask_refresh": refresh, "backend": backend}
+    return controls, {"kind": kinds, "amount": amounts, "window": windows}
+
+
+def amount_label(kind: str) -> str:
+    return "Share of blocks kept" if kind == SHARE else "Probability kept"
+
+
+def has_amount(kind: str) -> bool:
+    return kind in (THRESHOLD, SHARE)
+
+
+def has_window(kind: str) -> bool:
+    return kind != DENSE
+
+
+def _results() -> dict:
+    said = gr.HTML(STARTING, padding=False, elem_id="said")
+    picture = gr.Image(
+        label="Preview", interactive=False, visible=False, buttons=[], show_label=False, elem_id="picture"
+    )
+    video = gr.Video(
+        label="Video", interactive=False, autoplay=True, loop=True, show_label=False, buttons=[], elem_id="video"
+    )
+    with gr.Row():
+        save_video = gr.DownloadButton("Save video", visible=False, size="sm", elem_id="save-video")
+        save_record = gr.DownloadButton("Save settings", visible=False, size="sm", elem_id="save-record")
+    return {
+        "said": said,
+        "picture": picture,
+        "video": video,
+        "save_video": save_video,
+        "save_record": save_record,
+    }

@@ -1,0 +1,205 @@
+"""Where the page's settings come from: presets, the records of videos, and files of LoRA. Files of users are data."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nabla import InputError
+from wan.checkpoints.weights import SAFETENSORS, CheckpointError, WeightFiles, weight_file
+from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
+from wan.files.atomic import whole
+from wan.files.video import make_folder
+from wan.models.wan.checkpoint import Checkpoint, check_hub_id
+from wan.run.remaking import packing_of
+from wan.serve.shown import name_of
+
+OWN = "The checkpoint's own"
+# A record is a few hundred bytes and a prompt.
+MAX_RECORD_BYTES = 64 * 1024
+# What a page takes from a record; the rest names files, of which a page has its own.
+FROM_RECORD = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
+
+Layer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Presets:
+    """The settings to start from.
+
+    flags: from the command line, which rank above every preset
+    default_checkpoint: if neither flags nor a preset name one
+    config: of the command line: a file, or a name in `configs/`, which is the first preset
+    """
+
+    flags: Mapping[str, Any]
+    default_checkpoint: str
+    config: str | None = None
+    files: Mapping[str, Path] = field(init=False)
+
+    def __post_init__(self) -> None:
+        files = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
+        if self.config is not None:
+            read_settings(self.config)
+            files = {Path(self.config).stem: Path(self.config)} | files
+        object.__setattr__(self, "files", files)
+
+    @property
+    def names(self) -> list[str]:
+        return [OWN, *self.files]
+
+    @property
+    def first(self) -> str:
+        return OWN if self.config is None else Path(self.config).stem
+
+    def settings(self, name: str) -> Settings:
+        """The settings of a preset, without a prompt of its own.
+
+        A checkpoint's own ones are among them if it is a directory; from a hub it is fetched when a video wants it.
+        Raises `InputError` for settings that are not allowed, and a checkpoint that can be neither.
+        """
+        layers = self.flags, self._layer(name), self._lowest
+        settings = resolve(*layers)
+        if Path(settings.checkpoint).expanduser().is_dir():
+            return Checkpoint.open(settings.checkpoint).resolve(*layers)
+        check_hub_id(settings.checkpoint)
+        return settings
+
+    def describe(self, name: str) -> str:
+        """The comment that a preset's file begins with."""
+        if name not in self.files:
+            return ""
+        path = self.files[name]
+        path = path if path.is_file() else CONFIG_FOLDER / path
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = [line[1:].strip() for line in lines if line.startswith("#")] if path.suffix == ".yaml" else []
+        return " ".join(comment)
+
+    def checkpoints(self) -> set[str]:
+        """The checkpoints that the page may run."""
+        return {resolve(self.flags, self._layer(n), self._lowest).checkpoint for n in self.names}
+
+    @property
+    def _lowest(self) -> Layer:
+        return {"prompt": "none", "checkpoint": self.default_checkpoint}
+
+    def _layer(self, name: str) -> Layer:
+        if name == OWN:
+            return {}
+        if name not in self.files:
+            raise InputError(f"preset {name!r} is not known; use one of {', '.join(self.names)}")
+        return {key: value for key, value in read_settings(self.files[name]).items() if key != "prompt"}
+
+
+class LoraLibrary:
+    """A folder of LoRA files: those of who runs the page, and those that users add, named by what they hold.
+
+    It is made if it is not there; raises `InputError` if that cannot be.
+    """
+
+    def __init__(self, folder: Path):
+        make_folder(folder, "lora_dir")
+        self.folder = folder
+
+    def files(self) -> dict[str, str]:
+        """Paths by name."""
+        return {path.name: str(path.resolve()) for path in sorted(self.folder.glob(f"*{SAFETENSORS}"))}
+
+    def added_bytes(self) -> int:
+        """What the files that were added hold on the disk; they end in a digest."""
+        added = re.compile(rf".*-[0-9a-f]{{8}}{re.escape(SAFETENSORS)}")
+        return sum(path.lstat().st_size for path in self.folder.iterdir() if added.fullmatch(path.name))
+
+    def add(self, upload: Path) -> str:
+        """Take in a copy of an uploaded file, and give its name.
+
+        Raises `InputError` unless it is safetensors, of which only names and shapes are read, and if it cannot be kept;
+        whether it fits a transformer is checked when it is used.
+        """
+        path = weight_file("lora", upload, (SAFETENSORS,))
+        try:
+            WeightFiles([path])
+        except CheckpointError as error:
+            raise InputError(str(error).replace(str(path), path.name)) from None
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()[:8]
+        stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:60] or "lora"
+        name = f"{stem.removesuffix('-' + digest)}-{digest}{SAFETENSORS}"
+        try:
+            with whole(self.folder / name) as partial:
+                shutil.copyfile(path, partial)
+        except (OSError, InputError) as error:
+            # `whole` names the server's folder.
+            reason = getattr(error.__cause__ or error, "strerror", None) or "it cannot be written"
+            raise InputError(f"{path.name} cannot be kept ({reason}); see --lora_dir") from error
+        return name
+
+
+def read_record(path: Path) -> Layer:
+    """The settings of the JSON file beside a video; raises `InputError` for any other file."""
+    if path.suffix != ".json":
+        raise InputError(f"{path.name} is not the JSON file beside a video")
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise InputError(f"{path.name} is larger than {MAX_RECORD_BYTES // 1024} KB; give the JSON file beside a video")
+    try:
+        return read_settings(path)
+    except RecursionError:
+        raise InputError(f"{path.name} is nested too deeply; give the JSON file beside a video") from None
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), path.name)) from None
+
+
+def from_record(
+    record: Layer, own: Settings, flags: Mapping[str, Any], checkpoints: set[str], lora_files: Mapping[str, str]
+) -> tuple[Settings, list[str]]:
+    """The settings of a record as this page can run them, and a line for each thing that it runs otherwise.
+
+    own: the page's settings, which give what a record may not
+    checkpoints, lora_files: those that the page has; a record may name no others, for it may come from anyone
+    """
+    if _names_file(record.get("cache")):
+        raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
+    made = resolve(record)
+    notes = []
+    names = {name_of(own.checkpoint): own.checkpoint}
+    names = {name_of(one): one for one in checkpoints} | names | {one: one for one in checkpoints}
+    checkpoint = names.get(made.checkpoint, own.checkpoint)
+    if made.checkpoint not in (checkpoint, name_of(checkpoint)):
+        notes.append(f"the video was made with {made.checkpoint}, and this page runs {name_of(checkpoint)}")
+    if made.transformer not in (own.transformer, name_of(own.transformer)):
+        runs = name_of(own.transformer)
+        notes.append(f"the video was made with transformer {made.transformer}, and this page runs {runs}")
+    lora = []
+    for one in made.lora:
+        name = Path(one.file).name
+        if name in lora_files:
+            lora.append({"file": lora_files[name], "scale": one.scale})
+        else:
+            notes.append(f"LoRA {name} is not here; add the file")
+    values = made.to_dict()
+    taken = {key: values[key] for key in FROM_RECORD}
+    settings = resolve({"lora": lora}, flags, taken, {"checkpoint": checkpoint}, own.to_dict())
+    for key in flags.keys() & {"dtype"}:
+        if values[key] not in (None, flags[key]):
+            notes.append(f"the video was made in {values[key]}, and this page runs {flags[key]}")
+    return settings, notes
+
+
+def packed_notes(made_with: Mapping[str, Any]) -> list[str]:
+    """A line if a plan of memory packed the weights of a recorded video, which no setting says."""
+    packing = packing_of(made_with.get("plan"), fp8=False)
+    packed = [f"the {name} in {kind}" for name, kind in packing.items() if kind not in (None, "fp8")]
+    what = " and ".join(packed)
+    return [f"the video was made with {what}, and this page packs weights only as its --memory asks"] if packed else []
+
+
+def _names_file(cache: object) -> bool:
+    """Whether a `cache` of settings would be read from a file."""
+    if isinstance(cache, Mapping):
+        return isinstance(cache.get("ratios"), str)
+    return isinstance(cache, str) and cache.count(":") > 1

@@ -1,0 +1,195 @@
+"""Wan's VAE as it is trained: whole clips in one pass instead of diffusers' chunks of four frames, and its loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    WanRMS_norm,
+    WanUpsample,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nabla import InputError
+from nabla.config import is_count
+from wan.config.checks import VAE_STRIDE
+from wan.models.wan.vae import causal_conv
+from wan.shapes.vae_settings import LossSettings
+
+# At first: of the logarithm of the latents' variance, since nothing is learned through noise as strong as the latents;
+# and the gain of residual branches.
+FIRST_LOG_VARIANCE, FIRST_GAIN = -6.0, 0.1
+COLOURS = 3
+STATISTICS = ("latents_mean", "latents_std")
+
+
+def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
+    """A VAE with the weights that training begins with, in float32.
+
+    Convolutions keep the deviation of what they are given and residual branches add little to it. With torch's own
+    weights each convolution weakens the picture beside its biases, and little of it reaches the latents: 180 small
+    steps found no more than the mean colour.
+
+    sizes: keys of diffusers' `AutoencoderKLWan`; raises `InputError` for others, and for other strides than Wan2.1's
+    """
+    torch.manual_seed(seed)
+    _check_sizes(sizes)
+    try:
+        vae = AutoencoderKLWan(**sizes)
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"vae: {error}; its keys are those of diffusers' AutoencoderKLWan") from None
+    if len(vae.config.dim_mult) != 4 or sum(vae.config.temperal_downsample) != 2 or vae.config.patch_size is not None:
+        raise InputError(f"vae {dict(sizes)}: its strides must be Wan2.1's, {VAE_STRIDE}")
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.mul_(FIRST_GAIN)
+        vae.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
+    return vae
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks"):
+        # Null makes the decoder as wide as the encoder.
+        is_left = name not in sizes or (name == "decoder_base_dim" and sizes[name] is None)
+        if not is_left and (not is_count(sizes[name]) or sizes[name] == 0):
+            raise InputError(f"vae: {name} {sizes[name]!r} is not a positive integer")
+    multiples = sizes.get("dim_mult", [1])
+    if not isinstance(multiples, (list, tuple)) or not all(is_count(n) and n for n in multiples):
+        raise InputError(f"vae: dim_mult {multiples!r} is not a list of positive integers; [1, 2, 4, 4] is Wan's")
+    for name in ("in_channels", "out_channels"):
+        if sizes.get(name, COLOURS) != COLOURS:
+            raise InputError(f"vae: {name} {sizes[name]!r} must be {COLOURS}, as videos have; leave it out")
+
+
+def trained_vae(folder: str, sizes: Mapping[str, Any]) -> AutoencoderKLWan:
+    """A VAE from a folder in diffusers' layout, in float32. Raises `InputError` if it is not one, or of other sizes."""
+    if not (Path(folder).expanduser() / "config.json").is_file():
+        raise InputError(f"start {folder} is not the folder of a VAE; it would hold a config.json")
+    try:
+        # Else diffusers would take a pickle where there are no safetensors.
+        vae = AutoencoderKLWan.from_pretrained(
+            Path(folder).expanduser(), torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"start {folder} cannot be read ({' '.join(str(error).split())[:200]}); give the folder vae of a run"
+        ) from error
+    for name, value in sizes.items():
+        # Statistics are those of the weights, and found anew at the end.
+        if name not in STATISTICS and vae.config.get(name) != value:
+            raise InputError(f"start {folder}: its {name} is {vae.config.get(name)!r}, but {value!r} is asked for")
+    return vae
+
+
+def take_whole_clips(vae: nn.Module) -> None:
+    """Give the layers of a VAE, or of its encoder alone, forwards that take a whole clip in one pass, in place.
+
+    For `posterior` and `reconstruction`: diffusers' encode and decode, which give the same by chunks of four frames
+    with five times as many kernels for 17 frames and nearly three times the memory traffic, no longer work on it.
+    Its weights are as before.
+    """
+    for module in vae.modules():
+        if isinstance(module, WanResample) and module.mode == "downsample3d":
+            module.forward = functools.partial(_halve_frames, module)
+        elif isinstance(module, WanResample) and module.mode == "upsample3d":
+            module.forward = functools.partial(_double_frames, module)
+        elif isinstance(module, WanCausalConv3d):
+            module.forward = functools.partial(causal_conv, module)
+        elif isinstance(module, WanRMS_norm):
+            module.forward = functools.partial(_rms_norm, module)
+        elif isinstance(module, WanUpsample):
+            # Nearest neighbours are exact in every precision, so there is no need for diffusers' float32.
+            module.forward = functools.partial(nn.Upsample.forward, module)
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+
+
+class Autoencoder(nn.Module):
+    """What a step of training computes, as one module, which can be compiled and spread over processes."""
+
+    def __init__(self, vae: AutoencoderKLWan):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A video (B, 3, frames, height, width) from latents drawn about its own, and their distribution's parameters.
+
+        noise: normally distributed, of the shape of the latents
+        """
+        latents = posterior(self.vae, video)
+        return reconstruction(self.vae, latents.mean + latents.std * noise), latents.parameters
+
+    def noise_for(self, video: Tensor, seed: int) -> Tensor:
+        frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], VAE_STRIDE))
+        generator = torch.Generator(video.device).manual_seed(seed)
+        shape = len(video), self.vae.config.z_dim, frames, height, width
+        return torch.randn(shape, generator=generator, device=video.device)
+
+
+def posterior(vae: AutoencoderKLWan, video: Tensor) -> DiagonalGaussianDistribution:
+    """The distribution of latents (B, C, T, h, w) of a video (B, 3, 4 T - 3, height, width) in [-1, 1], in float32."""
+    return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(video)).float())
+
+
+def reconstruction(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """The float32 video (B, 3, 4 T - 3, height, width) of latents; not clamped, which would stop gradients."""
+    return vae.decoder(vae.post_quant_conv(latents)).float()
+
+
+def _halve_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+    """Half the rows and columns, and of frames 0, 1, 2, ... the first as it is and one for every two after it."""
+    x = _each_frame(resample.resample, x)
+    return torch.cat([x[:, :, :1], resample.time_conv(x)], dim=2) if x.shape[2] > 1 else x
+
+
+def _double_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+    """Twice the rows and columns, and for each frame but the first two, which the first has no part in."""
+    if x.shape[2] > 1:
+        batch, channels, frames, height, width = x.shape
+        pairs = resample.time_conv(x[:, :, 1:]).view(batch, 2, channels, frames - 1, height, width)
+        x = torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
+    return _each_frame(resample.resample, x)
+
+
+def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    batch = len(x)
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    """In fewer passes than diffusers', and with results of the input's dtype, which autocast else makes float32."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+    return x * (norm.scale / length).to(x.dtype) * norm.gamma.to(x.dtype)
+
+
+def loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, weights: LossSettings) -> Tensor:
+    """The loss of each clip, (B,): the mean absolute error and, weighted, what `LossSettings` names."""
+    error = video - original
+    size = error[0].numel()
+    edges = sum(error.diff(dim=axis).abs().flatten(1).sum(1) / size for axis in (2, 3, 4))
+    # Diffusers sums over the axes of a picture, which leaves one of a video's.
+    divergence = latents.kl().flatten(1).sum(1) / latents.mean[0].numel()
+    errors = error.abs().flatten(1).mean(1) + weights.squares * error.square().flatten(1).mean(1)
+    return errors + weights.edges * edges + weights.kl * divergence
+
+
+def psnr(video: Tensor, original: Tensor) -> Tensor:
+    """Peak signal to noise of each clip, (B,), in dB; both videos in [-1, 1], what is outside clamped."""
+    return -10 * torch.log10(F.mse_loss(video.clamp(-1, 1), original, reduction="none").flatten(1).mean(1) / 4)

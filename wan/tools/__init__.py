@@ -1,0 +1,1 @@
+"""Programs around the models: benchmarks, the doctor, measurements."""

@@ -1,0 +1,117 @@
+"""Benchmarks of the masks and of one layer's attention."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import nabla
+from nabla import NablaConfig
+from nabla.attention import Plan, chosen_blocks, tiles_and_means
+from nabla.backends import BACKENDS, lack, verify
+from wan.config.settings import VideoSettings
+from wan.models.wan.random_checkpoint import MODELS
+from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, timed
+
+
+def random_qkv(args: argparse.Namespace, grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    sizes = MODELS[args.model]
+    shape = 1, math.prod(grid), sizes.heads, sizes.dim // sizes.heads
+    torch.manual_seed(0)
+    return tuple(torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(3))
+
+
+@torch.no_grad()
+def mask_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """A layer's block lists from q and k: the pooling rides on the gather into tiles, so it costs their difference."""
+    for video in videos:
+        grid, name = video.token_grid, label(video)
+        q, k, _ = random_qkv(args, grid)
+        for config in [*configs(args), NablaConfig(threshold=0.7, backend=args.backend)]:
+            plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1])
+            selection, backend = plan.selection, BACKENDS[plan.backend]
+            means = [tiles_and_means(x, selection.layout)[1] for x in (q, k)]
+            lists = timed(
+                f"{name}: lists, {config.algorithm}, {plan.backend}", lambda: backend.choose(*means, selection), args
+            )
+            yield lists
+        pooled = timed(
+            f"{name}: gather of q and k with pooling",
+            lambda: [tiles_and_means(x, selection.layout) for x in (q, k)],
+            args,
+        )
+        plain = timed(f"{name}: gather of q and k", lambda: [selection.layout.to_tiles(x) for x in (q, k)], args)
+        yield from (pooled, plain)
+        yield timed(f"{name}: kept blocks by sorting", lambda: selection.blocks(*means), args)
+
+
+@torch.no_grad()
+def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """One layer's attention over chosen blocks, masks apart, and whole.
+
+    tflops counts kept pairs of tokens, block_tflops whole blocks, in which padding counts too.
+    """
+    for video in videos:
+        grid, name = video.token_grid, label(video)
+        q, k, v = random_qkv(args, grid)
+        flops = 4 * q.shape[1] ** 2 * q.shape[2] * q.shape[3]
+        for kernel, context in {} if args.no_dense else dense_kernels(device).items():
+            with context():
+                row = timed(f"{name}: dense, {kernel}", lambda: nabla.attention(q, k, v, grid, NablaConfig()), args)
+            yield row | {"tflops": round(flops / row["ms"] / 1e9, 1)}
+        for share in args.keep:
+            for backend in [b for b in BACKENDS if b != "reference" and not lack(BACKENDS[b], q.dtype, q.shape[-1])]:
+                if backend != args.backend != "auto" or verify(backend, q.device, NablaConfig().block):
+                    continue
+                plan = nabla.plan(grid, NablaConfig(keep=share, backend=backend), device)
+                yield kernel_row(args, f"{name}: {backend}, keep {share}", backend, q, k, v, plan)
+                yield timed(f"{name}: attend by {backend}, keep {share}", lambda: nabla.attend(q, k, v, plan), args)
+            if row := fa4_row(args, f"{name}: FlashAttention-4, 128-token blocks, keep {share}", grid, q, k, v, share):
+                yield row
+
+
+def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Row:
+    layout = plan.selection.layout
+    (q_tiles, q_means), (k_tiles, k_means) = (tiles_and_means(x, layout) for x in (q, k))
+    v_tiles = layout.to_tiles(v)
+    prepared = BACKENDS[backend].choose(q_means, k_means, plan.selection)
+    kept = chosen_blocks(q_means, k_means, plan.selection, backend)
+    pairs = (kept.double() @ layout.sizes.double() @ layout.sizes.double()).sum().item()
+    row = timed(what, lambda: BACKENDS[backend].attend(q_tiles, k_tiles, v_tiles, prepared), args)
+    rate = 4 * q.shape[3] / row["ms"] / 1e9
+    blocks = kept.sum().item()
+    per_block = round(1e6 * row["ms"] / blocks, 3)
+    whole = round(rate * blocks * layout.block**2, 1)
+    return row | {"tflops": round(rate * pairs, 1), "block_tflops": whole, "ns_per_block": per_block}
+
+
+def fa4_row(
+    args: argparse.Namespace, what: str, grid: tuple, q: Tensor, k: Tensor, v: Tensor, share: float
+) -> Row | None:
+    """FlashAttention-4 where it is installed and the grid has no partial tiles; checked against flex on one head."""
+    try:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_fwd
+    except ImportError:
+        return None
+    plan = nabla.plan(grid, NablaConfig(keep=share, tile=(1, 8, 16), backend="flex"), q.device)
+    layout = plan.selection.layout
+    if layout.has_partial_tiles:
+        return None
+    (q, q_means), (k, k_means) = (tiles_and_means(x, layout) for x in (q, k))
+    v = layout.to_tiles(v)
+    prepared = BACKENDS["flex"].choose(q_means, k_means, plan.selection)
+    lists = prepared.full
+    none = torch.zeros_like(lists.counts), torch.zeros_like(lists.indices)
+    blocks = BlockSparseTensorsTorch(*none, *lists, block_size=(layout.block, layout.block))
+    tokens_first = [x.transpose(1, 2) for x in (q, k, v)]
+    out = _flash_attn_fwd(*tokens_first, block_sparse_tensors=blocks)[0].transpose(1, 2)
+    exact = BACKENDS["flex"].attend(q, k, v, prepared)
+    error = ((out - exact).float().norm() / exact.float().norm()).item()
+    row = timed(what, lambda: _flash_attn_fwd(*tokens_first, block_sparse_tensors=blocks), args)
+    flops = 4 * q.shape[3] * lists.counts.sum().item() * layout.block**2
+    return row | {"tflops": round(flops / row["ms"] / 1e9, 1), "difference_to_flex": f"{error:.1e}"}

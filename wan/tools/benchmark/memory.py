@@ -1,0 +1,220 @@
+"""Runs within a budget of GPU memory beside the one without: time and real peak of each stage, with random weights.
+
+Torch's memory is limited to each budget, so that a run that exceeded it would fail; its row then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from nabla import InputError, NablaConfig
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.config.settings import VideoSettings
+from wan.memory.budget import budget_of, limit
+from wan.memory.estimates import GIB
+from wan.memory.placement import placed
+from wan.memory.planner import GB, Budget, Plan, choose
+from wan.memory.streaming import stream_blocks
+from wan.models.wan.fused_gelu import fuse_gelu
+from wan.models.wan.latents import decode
+from wan.models.wan.random_checkpoint import (
+    MODELS,
+    random_text_encoder,
+    random_transformer,
+    random_vae,
+    weigh_models,
+    work_for,
+)
+from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
+from wan.quantize.packing import check_packing, make_packer
+from wan.tools.benchmark.timing import Row, configs, label, synchronize, timed
+from wan.tools.benchmark.transformer import TEXT_ROWS, random_inputs
+
+# A budget that no machine has, for devices without a limit.
+NO_LIMIT = 10_000.0
+PROBE = 2**30
+
+
+@torch.no_grad()
+def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """For each video: all that the GPU has, then each budget. Rows of a forward compare with the first one."""
+    if device.type == "cuda":
+        yield _link_row(args, device)
+    config = configs(args)[0]
+    for video in videos:
+        free: dict[str, float] = {}
+        for given in [None, *args.budget]:
+            name = f"{label(video)}: {'no limit' if given is None else f'{given:g} GB'}"
+            with _limited(args, device, given) as budget:
+                try:
+                    plan = _plan(args, video, budget, device)
+                except InputError as error:
+                    print(f"{name}: {error}")
+                    continue
+                print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
+                stages = {"text": _text_row, "sampling": partial(_forward_row, config=config), "decoding": _decode_row}
+                for stage, measure in stages.items():
+                    row = _stage_row(args, device, f"{name}, {stage}", partial(measure, args, video, device, plan))
+                    if row is None:
+                        continue
+                    if plan.in_turns:
+                        # Else models that stay would count too, and each stage is measured alone.
+                        row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
+                    row["budget_gib"] = round(budget.gpu / GIB, 2)
+                    if given is None:
+                        free[stage] = row["ms"]
+                    if stage in free:
+                        row["times_no_limit"] = round(row["ms"] / free[stage], 3)
+                    yield row
+
+
+@contextlib.contextmanager
+def _limited(args: argparse.Namespace, device: torch.device, given: float | None) -> Iterator[Budget]:
+    """A budget in GB, or all there is, enforced."""
+    if device.type != "cuda":
+        yield Budget(int((given or NO_LIMIT) * GB), *[int(NO_LIMIT * GB)] * 2)
+        return
+    _clean(device)
+    budget = budget_of(device, "auto" if given is None else given)
+    limit(device, budget)
+    try:
+        yield budget
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+
+
+def _plan(args: argparse.Namespace, video: VideoSettings, budget: Budget, device: torch.device) -> Plan:
+    sizes, dtype = MODELS[args.model], getattr(torch, args.dtype)
+    plan = choose(
+        *weigh_models(sizes, dtype, args.layers),
+        work_for(sizes, video, dtype),
+        budget,
+        "fp8" if args.fp8 else None,
+        can_pack=dtype == torch.bfloat16,
+    )
+    for packing in (plan.packing, plan.text_packing):
+        check_packing(packing, device, dtype)
+    return plan
+
+
+def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measure: Callable[[str], Row]) -> Row | None:
+    """What a stage measures, or None and a line if it does not fit."""
+    _clean(device)
+    try:
+        return measure(name)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(f"{name}: FAILED, out of memory: {' '.join(str(error).split())[:300]}", flush=True)
+        return None
+
+
+def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: Plan, name: str) -> Row:
+    """Two prompts, the weights' way to the GPU included."""
+    encoder = random_text_encoder(args.model, getattr(torch, args.dtype), device)
+    packer = make_packer(encoder, encoder.encoder.block, plan.text_packing, device, torch.device("cpu"))
+    if packer is not None:
+        state = {name: packer(name, tensor) for name, tensor in encoder.state_dict().items()}
+        encoder.load_state_dict(state, assign=True)
+    if plan.text == "stream" or packer is not None:
+        kept = 0 if plan.text == "stream" else len(encoder.encoder.block)
+        stream_blocks(encoder, encoder.encoder.block, device, kept, plan.pinned)
+    elif not plan.in_turns:
+        encoder.to(device)
+    ids = torch.zeros(2, TEXT_ROWS, dtype=torch.int64, device=device)
+
+    def encode() -> Tensor:
+        with placed(encoder, device, plan.in_turns):
+            return encoder(ids, torch.ones_like(ids)).last_hidden_state
+
+    return _measured(args, name, encode, device)
+
+
+def _forward_row(
+    args: argparse.Namespace,
+    video: VideoSettings,
+    device: torch.device,
+    plan: Plan,
+    name: str,
+    config: NablaConfig,
+) -> Row:
+    """Forwards of a batch of one; a guided step is two."""
+    transformer = _transformer(args, device, plan)
+    apply_attention(transformer, config)
+    with placed(transformer, device, plan.in_turns):
+        latents, timestep, text = random_inputs(transformer, video, 1)
+
+        def forward() -> Tensor:
+            out = transformer(latents, timestep, text, return_dict=False)[0]
+            if not out.isfinite().all():
+                raise RuntimeError(f"{name}: the forward's result is not finite")
+            return out
+
+        row = _measured(args, name, forward, device)
+    return row | {"attention": config.algorithm, "packing": plan.packing or args.dtype, "kept_blocks": plan.kept}
+
+
+def _transformer(args: argparse.Namespace, device: torch.device, plan: Plan) -> WanTransformer3DModel:
+    home = torch.device("cpu") if plan.in_turns else device
+
+    def place(model: WanTransformer3DModel) -> Callable[[str, Tensor], Tensor]:
+        packer = make_packer(model, model.blocks, plan.packing, device, home)
+
+        def placed_one(name: str, tensor: Tensor) -> Tensor:
+            packed = tensor if packer is None else packer(name, tensor)
+            return tensor.to(home) if packed is tensor else packed
+
+        return placed_one
+
+    transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers, place=place)
+    fuse_gelu(transformer)
+    compile_blocks(transformer)
+    if plan.in_turns:
+        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned)
+    return transformer
+
+
+def _decode_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: Plan, name: str) -> Row:
+    vae = random_vae(args.model, device)
+    speed_up_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype)))
+    latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
+    row = _measured(args, name, lambda: decode(vae, latents), device)
+    return row | {"tiles": plan.tiles}
+
+
+def _measured(args: argparse.Namespace, name: str, function: Callable[[], Tensor], device: torch.device) -> Row:
+    """Times after a first run, and the most that tensors took and that torch held, compiling included."""
+    start = time.perf_counter()
+    function()
+    synchronize(args)
+    first = round(time.perf_counter() - start, 1)
+    row = timed(name, function, args, warm=False, first_s=first)
+    if device.type != "cuda":
+        return row
+    peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return row | {"peak_gib": round(peak / GIB, 2), "reserved_gib": round(held / GIB, 2)}
+
+
+def _link_row(args: argparse.Namespace, device: torch.device) -> Row:
+    """A GiB from pinned host memory to the GPU."""
+    host = torch.empty(PROBE, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(PROBE, dtype=torch.uint8, device=device)
+    row = timed("1 GiB from pinned host memory", lambda: there.copy_(host, non_blocking=True), args)
+    return row | {"gb_a_second": round(PROBE / 1e6 / row["ms"], 1)}
+
+
+def _clean(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

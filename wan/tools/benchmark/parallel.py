@@ -1,0 +1,207 @@
+"""Benchmarks of several GPUs against one of them, under torchrun, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from nabla import InputError, NablaConfig
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.config.settings import VideoSettings
+from wan.models.wan.fused_gelu import fuse_gelu
+from wan.models.wan.latents import decode
+from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.parallel.distributed import Layout, Processes, started_by_torchrun
+from wan.parallel.ulysses import apply_fsdp, apply_sequence, gather_guidance, interleaved
+from wan.sampling.loop import denoise, make_solver
+from wan.tools.benchmark.timing import Row, configs, label, peak, reset_peak, timed
+from wan.tools.benchmark.transformer import random_inputs
+
+# Half of the heads keep about the first share of blocks, half the second, in order of their numbers.
+UNEVEN_SHARES = 0.05, 0.35
+UNEVEN_THRESHOLD = 0.7
+# Logarithm of the greatest factor on queries, and how often the range up to it is halved.
+MOST_SHARPENED, CALIBRATION_ROUNDS = 6.0, 8
+
+
+@torch.no_grad()
+def parallel_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """Forwards and guided steps on one GPU and on all, as `args.rows` says."""
+    if not started_by_torchrun():
+        raise InputError("mode parallel compares several processes; start it with torchrun")
+    with Processes.together(None if device.type == "cuda" else args.device) as processes:
+        args.device = str(processes.device)
+        for name in args.rows:
+            for video in videos:
+                yield from ROWS[name](args, processes, video)
+                # A model and its hooks hold each other, and two do not fit.
+                torch._dynamo.reset()
+                gc.collect()
+
+
+def model(args: argparse.Namespace, processes: Processes, layers: int | None = None) -> WanTransformer3DModel:
+    dtype = getattr(torch, args.dtype)
+    transformer = random_transformer(args.model, dtype, processes.device, layers=layers or args.layers)
+    fuse_gelu(transformer)
+    compile_blocks(transformer)
+    return transformer
+
+
+def shared_by_all(processes: Processes) -> DeviceMesh:
+    processes.lay_out(Layout(ulysses=processes.count))
+    return processes.sequence
+
+
+def compare(args: argparse.Namespace, what: str, function: Callable[[], object], alone: Row | None = None) -> Row:
+    """A row of forwards, after two that compile and balance heads, with its speed-up over that of one GPU."""
+    for _ in range(2):
+        function()
+    dist.barrier()
+    reset_peak(args)
+    row = timed(what, function, args, warm=False) | peak(args)
+    # Those that share work take as long as the slowest GPU, and GPUs of a kind differ.
+    every = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, row["ms"])
+    row |= {"ms_of_each": [round(ms, 1) for ms in every]}
+    return row if alone is None else row | {"speedup": round(alone["ms"] / row["ms"], 3)}
+
+
+def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+    transformer = model(args, processes)
+    inputs = random_inputs(transformer, video, 1)
+    forward = partial(transformer, *inputs, return_dict=False)
+    every = [*([] if args.no_dense else [NablaConfig()]), *configs(args)]
+    alone = {}
+    for config in every:
+        apply_attention(transformer, config)
+        alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
+        yield alone[config]
+    apply_sequence(transformer, shared_by_all(processes))
+    for config in every:
+        apply_attention(transformer, config)
+        what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
+        yield compare(args, what, forward, alone[config]) | {"by_peers": transformer.sequence.by_peers}
+        if transformer.sequence.by_peers:
+            transformer.sequence.by_peers = False
+            yield compare(args, f"{what}, by collectives", forward, alone[config])
+            transformer.sequence.by_peers = True
+
+
+def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+    """Half the heads sparse, half dense, in adjacent order: as they come, dealt out in turn, and by what they kept."""
+    config = NablaConfig(threshold=UNEVEN_THRESHOLD, backend=args.backend)
+    mesh = shared_by_all(processes)
+    transformer = model(args, processes)
+    forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
+    apply_attention(transformer, config)
+    calibrate(transformer, forward)
+    alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
+    yield alone
+    apply_sequence(transformer, mesh)
+    heads = transformer.sequence.heads
+    balance = transformer.sequence.balance
+    in_turn = interleaved(heads, mesh.size())
+    orders = {"as they come": torch.arange(heads), "in turn": in_turn, "by what they kept": None}
+    for name, order in orders.items():
+        transformer.sequence.balance = balance if order is None else lambda kept: None
+        if order is not None:
+            transformer.sequence.order = order.repeat(len(transformer.blocks), 1)
+            transformer.sequence.on_device = None
+        apply_attention(transformer, config)
+        row = compare(args, f"{label(video)}: forward, uneven heads, dealt {name}", forward, alone)
+        kept = torch.stack([block.attn1.nabla_share for block in transformer.blocks])
+        yield row | {"kept_here": round(kept.mean().item(), 3)}
+
+
+def calibrate(transformer: WanTransformer3DModel, forward: Callable[[], object]) -> None:
+    """Set the norms of queries so that each head keeps its share of `UNEVEN_SHARES`, nearly, by bisection."""
+    modules = [block.attn1 for block in transformer.blocks]
+    heads, device = modules[0].heads, modules[0].norm_q.weight.device
+    for module in modules:
+        module.nabla_share = torch.ones(heads, device=device)
+    few, many = UNEVEN_SHARES
+    wanted = torch.where(torch.arange(heads, device=device) < heads // 2, few, many)
+    low = torch.zeros(len(modules), heads, device=device)
+    high = torch.full_like(low, MOST_SHARPENED)
+    for _ in range(CALIBRATION_ROUNDS):
+        middle = (low + high) / 2
+        for module, factors in zip(modules, middle.exp()):
+            weight = module.norm_q.weight
+            weight.copy_(factors.repeat_interleave(len(weight) // heads))
+        forward()
+        is_dense = torch.stack([module.nabla_share for module in modules]) > wanted
+        low, high = torch.where(is_dense, middle, low), torch.where(is_dense, high, middle)
+
+
+def guidance_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+    """A guided step: both branches in turn, and side by side on two GPUs."""
+    if processes.count % 2:
+        return
+    transformer = model(args, processes)
+    inputs = random_inputs(transformer, video, 1)
+    processes.lay_out(Layout(cfg=2, replicas=processes.count // 2))
+    branches = processes.branches
+
+    def forward() -> Tensor:
+        return transformer(*inputs, return_dict=False)[0].float()
+
+    for config in configs(args):
+        apply_attention(transformer, config)
+        what = f"{label(video)}: guided step, {config.algorithm}"
+        alone = compare(args, f"{what}, one GPU", lambda: (forward(), forward()))
+        yield alone
+        yield compare(args, f"{what}, cfg 2", lambda: gather_guidance(forward(), branches), alone)
+
+
+def same_video_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+    """PSNR of the video of all GPUs to that of one, from the same noise."""
+    transformer = model(args, processes)
+    latents, _, context = random_inputs(transformer, video, 1)
+
+    def sample() -> Tensor:
+        solver = make_solver("unipc", args.steps, 5.0, processes.device)
+        return denoise(transformer, latents.float(), context, -context, solver, 5.0)
+
+    apply_attention(transformer, configs(args)[0])
+    alone = sample()
+    apply_sequence(transformer, shared_by_all(processes))
+    apply_attention(transformer, configs(args)[0])
+    shared = sample()
+    vae = random_vae(args.model, processes.device)
+    error = (decode(vae, alone) - decode(vae, shared)).square().mean().item()
+    psnr = round(10 * math.log10(4 / max(error, 1e-12)), 1)
+    change = round(((alone - shared).norm() / alone.norm()).item(), 5)
+    what = f"{label(video)}: {args.steps} guided steps, {configs(args)[0].algorithm}, one GPU and ulysses"
+    yield {"what": what, "ms": 0.0, "low": 0.0, "high": 0.0, "psnr": psnr, "change_of_latents": change}
+
+
+def sharded_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+    transformer = model(args, processes)
+    forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
+    config = configs(args)[0]
+    mesh = shared_by_all(processes)
+    apply_sequence(transformer, mesh)
+    apply_attention(transformer, config)
+    what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
+    whole = compare(args, f"{what}, whole weights", forward)
+    yield whole
+    apply_fsdp(transformer, transformer.blocks, mesh)
+    yield compare(args, f"{what}, sharded weights", forward, whole)
+
+
+ROWS = {
+    "even": even_rows,
+    "uneven": uneven_rows,
+    "guidance": guidance_rows,
+    "video": same_video_rows,
+    "sharded": sharded_rows,
+}

@@ -1,0 +1,73 @@
+"""What all benchmarks share: rows of a table, their timing, and the dense kernels to compare with."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nabla import NablaConfig
+from wan.config.settings import VideoSettings
+
+Row = dict[str, Any]
+
+
+def timed(what: str, function: Callable[[], object], args: argparse.Namespace, warm: bool = True, **extra: Any) -> Row:
+    """A row: the median of `args.repeats` runs, after one that warms up, with the least and the greatest."""
+    if warm:
+        function()
+    synchronize(args)
+    times = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        function()
+        synchronize(args)
+        times.append(1000 * (time.perf_counter() - start))
+    return row_of(what, times) | extra
+
+
+def row_of(what: str, times: list[float]) -> Row:
+    """A row from times in milliseconds."""
+    return {"what": what, "ms": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def label(video: VideoSettings) -> str:
+    return f"{video.size[0]}x{video.size[1]}x{video.frame_num}"
+
+
+def configs(args: argparse.Namespace) -> list[NablaConfig]:
+    kept = [NablaConfig(keep=share, backend=args.backend) for share in args.keep]
+    return kept + [NablaConfig(threshold=value, backend=args.backend) for value in args.threshold]
+
+
+def dense_kernels(device: torch.device) -> dict[str, Any]:
+    """Dense attention's kernels by name, each with the context that selects it."""
+    if device.type != "cuda":
+        return {"sdpa": nullcontext}
+    return {
+        "cudnn": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+        "flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+    }
+
+
+def reset_peak(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(args: argparse.Namespace) -> Row:
+    """The most GPU memory that tensors took since `reset_peak`."""
+    if not args.device.startswith("cuda"):
+        return {}
+    return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}

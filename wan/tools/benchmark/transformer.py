@@ -1,0 +1,168 @@
+"""Benchmarks of the transformer, the decoder and whole videos, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from nabla import NablaConfig
+from wan.attention.apply import apply_attention, compile_blocks
+from wan.config.settings import VideoSettings
+from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
+from wan.models.wan.latents import decode
+from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.models.wan.vae import speed_up_decoder
+from wan.quantize.float8 import apply_fp8
+from wan.sampling.loop import denoise, make_solver
+from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, peak, reset_peak, row_of, synchronize, timed
+
+TEXT_ROWS = 512
+PUBLISHED_STEPS = 50
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, bool, WanTransformer3DModel]]:
+    """The model as benchmarks use it: dense as diffusers has it, then ours; in args.dtype, then in float8 if asked for.
+
+    Yields a suffix for the rows' names, whether it is the dense one, and the model with compiled blocks.
+    """
+    transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
+    for kind in ["", " fp8"] if args.fp8 else [""]:
+        if kind:
+            print(apply_fp8(transformer).describe())
+        for is_dense in [False] if args.no_dense else [True, False]:
+            torch._dynamo.reset()
+            for block in transformer.blocks:
+                block.__dict__.pop("forward", None)
+            (unfuse_gelu if is_dense else fuse_gelu)(transformer)
+            compile_blocks(transformer)
+            yield kind, is_dense, transformer
+
+
+@torch.no_grad()
+def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """The whole transformer: dense as diffusers does it, then sparse, speed-ups against dense of the same precision."""
+    exact: dict[str, Tensor] = {}
+    dense: dict[str, float] = {}
+    for kind, is_dense, transformer in transformers(args, device):
+        for video, config in itertools.product(videos, [NablaConfig()] if is_dense else configs(args)):
+            apply_attention(transformer, config)
+            kernel, context = next(iter(dense_kernels(device).items())) if is_dense else ("", nullcontext)
+            name = f"dense, {kernel}" if is_dense else config.algorithm
+            inputs = random_inputs(transformer, video, 1)
+            with context():
+                row = forward_row(args, f"{label(video)}: {name}{kind}", transformer, inputs, exact, kind)
+            if is_dense:
+                dense[label(video) + kind] = row["ms"]
+            elif not args.no_dense:
+                row["speedup"] = round(dense[label(video) + kind] / row["ms"], 2)
+            yield row
+
+
+def forward_row(
+    args: argparse.Namespace,
+    what: str,
+    transformer: WanTransformer3DModel,
+    inputs: tuple,
+    exact: dict[str, Tensor],
+    kind: str,
+) -> Row:
+    def forward() -> Tensor:
+        return transformer(*inputs, return_dict=False)[0]
+
+    start = time.perf_counter()
+    out = forward().cpu()
+    first = round(time.perf_counter() - start, 1)
+    graphs = compiled_graphs()
+    reset_peak(args)
+    row = timed(what, forward, args, warm=False, first_s=first)
+    row |= {"recompiles": compiled_graphs() - graphs} | peak(args)
+    before = exact.setdefault(what.removesuffix(kind), out)
+    if kind:
+        row["error_of_fp8"] = round(((out - before).float().norm() / before.float().norm()).item(), 4)
+    return row
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def random_inputs(
+    transformer: WanTransformer3DModel, video: VideoSettings, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text states."""
+    own, generator = transformer.config, torch.Generator(transformer.device).manual_seed(0)
+    shapes = (batch, own.in_channels, *video.latents_size), (batch, TEXT_ROWS, own.text_dim)
+    latents, text = (torch.randn(s, generator=generator, device=transformer.device) for s in shapes)
+    timestep = torch.full((batch,), 500, device=transformer.device)
+    return latents.to(transformer.dtype), timestep, text.to(transformer.dtype)
+
+
+@torch.no_grad()
+def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torch.device) -> Iterator[Row]:
+    """Guided steps and the decoder; `video_s` is 50 such steps and a decode, extrapolated, without the text encoder."""
+    for video in videos:
+        decoding = list(decode_rows(args, video, device))
+        yield from decoding
+        for kind, is_dense, transformer in transformers(args, device):
+            refreshed = [replace(config, mask_refresh=n) for config in configs(args) for n in args.mask_refresh]
+            last: dict[str, Tensor] = {}
+            for config in [NablaConfig()] if is_dense else [*configs(args), *refreshed]:
+                apply_attention(transformer, config)
+                row, latents = step_row(args, f"{label(video)}: a step, {config.algorithm}{kind}", transformer, video)
+                row["video_s"] = round((PUBLISHED_STEPS * row["ms"] + decoding[-1]["ms"]) / 1000)
+                if config.mask_refresh > 1:
+                    plain = last[config.algorithm]
+                    row["what"] += f", masks kept for {config.mask_refresh} steps"
+                    row["change_of_latents"] = round(((latents - plain).norm() / plain.norm()).item(), 4)
+                last.setdefault(config.algorithm, latents)
+                yield row
+
+
+def step_row(
+    args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings, **loop: Any
+) -> tuple[Row, Tensor]:
+    """Guided steps after the first, in a loop with what else `denoise` takes."""
+    latents, _, context = random_inputs(transformer, video, 1)
+    solver, starts = make_solver("unipc", args.steps, 5.0, args.device), []
+    steps = transformer.nabla.steps
+
+    def at_step(step: int) -> None:
+        synchronize(args)
+        starts.append(time.perf_counter())
+        steps.tell(step)
+
+    latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step, **loop)
+    at_step(args.steps)
+    seconds = [after - before for before, after in itertools.pairwise(starts)]
+    later = [1000 * taken for taken in seconds[1:] or seconds]
+    return row_of(what, later) | {"first_s": round(seconds[0], 1)}, latents
+
+
+def decode_rows(args: argparse.Namespace, video: VideoSettings, device: torch.device) -> Iterator[Row]:
+    """The decoder as diffusers has it, in float32, and as the pipeline runs it."""
+    vae = random_vae(args.model, device)
+    latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
+    exact = decode(vae, latents)
+    for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
+        name = "as diffusers has it" if dtype == torch.float32 and device.type == "cuda" else "fast"
+        if name == "fast":
+            speed_up_decoder(vae, dtype)
+        start = time.perf_counter()
+        error = (decode(vae, latents) - exact).square().mean().item()
+        first = round(time.perf_counter() - start, 2)
+        reset_peak(args)
+        what = f"{label(video)}: decode, {name}, {str(dtype).removeprefix('torch.')}"
+        row = timed(what, lambda: decode(vae, latents), args, warm=False, first_s=first)
+        yield row | peak(args) | {"psnr": round(10 * math.log10(4 / max(error, 1e-12)), 1)}

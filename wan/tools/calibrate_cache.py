@@ -1,0 +1,104 @@
+"""Measure how much what a checkpoint's blocks add grows from step to step: the ratios that `--cache mag` needs.
+
+They hold for the checkpoint, attention, solver, shift, guidance and steps that they are measured with, which the file
+says. A video is sampled in full for each prompt of the file, and not decoded. Further flags are those of generate.py
+that say what runs and how: --ckpt_dir, --config, --transformer, --lora, --sparse_algo, --size, --frame_num, --sample_*,
+--negative_prompt, --mask_refresh, --fp8, --dtype, --device, --memory, --offload_model, --t5_cpu, --compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from generate import SMALL_CHECKPOINT, Parser, flag_settings
+from generate import parse_args as parse_run
+from nabla import InputError
+from wan import WanT2V
+from wan.caches.step_cache import calibrated
+from wan.config.cache_settings import conditions
+from wan.config.settings import Settings
+from wan.files.video import check_writable, write_json
+from wan.memory.budget import check_memory, parse_memory
+from wan.observe.console import log_to_stderr, say
+from wan.parallel.distributed import pick_device
+from wan.run.making import Options, load
+from wan.run.run import Request, settle, unexpected
+
+log = logging.getLogger("wan")
+
+# What generate.py does and this does not.
+UNFIT = "task cache save_dir log_file report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
+
+
+def main() -> int:
+    args = parse_args()
+    log_to_stderr()
+    try:
+        check_writable(args.out, "--out")
+        result = measure(args)
+        write_json(args.out, result)
+    except InputError as error:
+        say(f"error: {error}")
+        return 2
+    print(f"{args.out}: {', '.join(f'{ratio:.4f}' for ratio in result['ratios'])}")
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    """generate.py's flags, and this program's own besides."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--prompt_file", required=True, help="a few prompts that differ, a line each, as for generate.py")
+    add("--out", type=Path, required=True, help="a JSON file, for `--cache mag:0.06:FILE` or `ratios` in a config")
+    add("--steps", help="the same as --sample_steps")
+    add("--seed", type=int, default=0, help="of the first prompt, the next count on, where none is given (default: 0)")
+    own, rest = parser.parse_known_args()
+    steps = [] if own.steps is None else ["--sample_steps", own.steps]
+    args = parse_run([*rest, *steps, "--prompt_file", own.prompt_file])
+    for name in UNFIT:
+        if getattr(args, name):
+            parser.error(f"--{name} is not for measuring ratios; leave it out")
+    return argparse.Namespace(**vars(args) | {"out": own.out, "seed": own.seed})
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The ratios, and what they were measured on."""
+    device = pick_device(args.device)
+    options = Options(
+        device=args.device,
+        offload=args.offload_model,
+        t5_cpu=args.t5_cpu,
+        compile=args.compile,
+        memory=None if args.memory is None else parse_memory(args.memory),
+    )
+    check_memory(options.memory, device, None, options.offload)
+    flags = flag_settings(args) | {"cache": "none"}
+    request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
+    checkpoint, videos = settle(request, device)
+    every = [settings for settings, _ in videos]
+    for line in unexpected(checkpoint, every[0]):
+        log.warning("warning: %s", line)
+    pipe = load(checkpoint, every, device, options)
+    made = []
+    with calibrated(pipe.transformer) as calibration:
+        for number, settings in enumerate(every):
+            given = settings.sampling.seed
+            seed = args.seed + number if given in (None, -1) else given
+            sample(pipe, settings, seed)
+            video = {"size": list(settings.video.size), "frame_num": settings.video.frame_num, "seed": seed}
+            made.append({"prompt": settings.prompt, "negative_prompt": settings.sampling.negative_prompt} | video)
+        ratios = calibration.ratios()
+    return {"ratios": ratios, "measured_on": conditions(every[0]), "videos": made}
+
+
+def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:
+    """Sample a video, without decoding it."""
+    walk = settings.sampling
+    texts = [settings.prompt] if walk.guide_scale == 1 else [settings.prompt, walk.negative_prompt]
+    contexts = pipe.encode_text(*pipe.tokenize(texts)).split(1)
+    noise = pipe.draw_noise(settings.video, seed)
+    chosen = {"steps": walk.steps, "shift": walk.shift, "guide_scale": walk.guide_scale, "solver": walk.solver}
+    pipe.sample(*contexts, noise=noise, progress=True, **chosen)

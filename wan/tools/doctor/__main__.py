@@ -1,0 +1,65 @@
+"""What this machine can do, and what it would take to do it faster: python -m wan.doctor
+
+Exit code 1 if something that is needed is broken, which the last lines name; 2 for a wrong flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from wan.observe.console import exit_with, printable, run_program
+from wan.tools.doctor.packages import Package, needed_faults, packages
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)} (see --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out the checks of the kernels, which compile, and that of gradio, whose import takes long",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(argv)
+    return run_program(report, args)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print what is found; 1 if something that is needed is broken."""
+    found = packages(args.quick)
+    broken = needed_faults(found)
+    facts: dict[str, Any] = {"packages": found}
+    if not broken:
+        # Imported here, since they need the packages.
+        from wan.tools.doctor.examine import examine
+
+        facts, broken = examine(found, args.device, not args.quick)
+    if args.json:
+        plain = {name: _plain(part) for name, part in facts.items()}
+        print(json.dumps(plain | {"broken": broken, "ok": not broken}, indent=2))
+    else:
+        print("\n".join(map(printable, _text(facts, found, broken))))
+    return 1 if broken else 0
+
+
+def _plain(part: Any) -> Any:
+    return [asdict(one) for one in part] if isinstance(part, tuple) else asdict(part)
+
+
+def _text(facts: dict[str, Any], found: tuple[Package, ...], broken: list[str]) -> list[str]:
+    from wan.tools.doctor import text
+
+    lines = text.all_but_packages(facts) if len(facts) > 1 else []
+    return [*lines, *text.of_packages(found), *text.ending(facts.get("advice"), broken)]
+
+
+if __name__ == "__main__":
+    exit_with(main())
