@@ -6,8 +6,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from generate import SMALL_CHECKPOINT, Parser, boolean
 from wan.observe.console import exit_with, log_to_stderr, run_program, say
+from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, boolean
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -15,11 +15,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt_dir", help="checkpoint: a directory or a hub id, whatever a preset names (default: the small one)")
     add("--config", help="the preset to begin with: a YAML file, by path or by name in configs/")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on the CPU")
+    add_shared(parser, "--device", "--dtype")
     add("--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory")
-    add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
-    add("--memory", help="auto, or GB of the GPU to stay under: chooses offloading, precision and tiles, and says so")
+    add_shared(parser, "--t5_cpu", "--memory")
     add("--save_dir", type=Path, default=Path("outputs"), help="where videos are kept (default: outputs)")
     add("--lora_dir", type=Path, help="LoRA files to offer, and where added ones are kept (default: SAVE_DIR/loras)")
     add("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 for every machine that reaches this one")

@@ -24,6 +24,7 @@ from wan.files import video
 from wan.models.wan.checkpoint import TOKENIZER_FOLDER
 from wan.models.wan.components import VAE_FILE
 from wan.models.wan.random_checkpoint import random_transformer
+from wan.run.flags import make_parser, parse_args
 
 
 @pytest.fixture
@@ -448,12 +449,12 @@ def test_an_interrupted_run_writes_nothing(run, monkeypatch):
 
 def test_flags_are_not_taken_for_torchrun_s():
     known = {name for action in get_args_parser()._actions for name in action.option_strings}
-    flags = re.findall(r"^  (?:-h, )?(--\w+)", generate.make_parser().format_help(), re.MULTILINE)
+    flags = re.findall(r"^  (?:-h, )?(--\w+)", make_parser().format_help(), re.MULTILINE)
     assert len(flags) > 30 and "--log_file" in flags
     for flag in set(flags) - {"--help"}:
         assert not [name for name in known if name.startswith(flag)]
         assert get_args_parser().parse_args(["generate.py", flag, "1"]).training_script_args == [flag, "1"]
-    assert generate.parse_args(["--log", "x.jsonl"]).log_file == Path("x.jsonl")
+    assert parse_args(["--log", "x.jsonl"]).log_file == Path("x.jsonl")
 
 
 def test_as_a_program_from_another_directory(tmp_path):

@@ -13,8 +13,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from generate import SMALL_CHECKPOINT, Parser, flag_settings
-from generate import parse_args as parse_run
 from nabla import InputError
 from wan import WanT2V
 from wan.caches.step_cache import calibrated
@@ -24,6 +22,8 @@ from wan.files.video import check_writable, write_json
 from wan.memory.budget import check_memory, parse_memory
 from wan.observe.console import log_to_stderr, say
 from wan.parallel.distributed import pick_device
+from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings
+from wan.run.flags import parse_args as parse_run
 from wan.run.making import Options, load
 from wan.run.run import Request, settle, unexpected
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from wan.observe.console import exit_with, printable, run_program
+from wan.run.flags import Parser, add_shared
 from wan.tools.doctor.packages import Package, needed_faults, packages
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)} (see --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add_shared(parser, "--device")
     parser.add_argument(
         "--quick",
         action="store_true",

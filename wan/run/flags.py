@@ -1,0 +1,177 @@
+"""The command line of a run, and what other programs share of it.
+
+Imports nothing heavy: --help and a mistyped flag should not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wan.observe.console import printable
+
+MAX_MESSAGE = 2000
+# What runs if nothing names a checkpoint, and what is said then.
+SMALL_CHECKPOINT = str(Path(__file__).resolve().parents[2] / "checkpoints" / "wan-shapes")
+ABOUT_SMALL = (
+    "checkpoint: checkpoints/wan-shapes, a small model that knows moving shapes and comes with the program; "
+    "for Wan2.1 14B add --config nabla_0.7.yaml (69 GB are downloaded once) or --ckpt_dir"
+)
+TASKS = {
+    "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
+    "t2v-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
+    "t2i-14B": "Wan-AI/Wan2.1-T2V-14B",
+}
+# Flags that several programs have.
+SHARED: dict[str, dict[str, Any]] = {
+    "--device": {"help": "cuda, cuda:1, cpu (default: cuda if there is one)"},
+    "--dtype": {
+        "choices": ("bfloat16", "float16", "float32"),
+        "help": "default: bfloat16 on a GPU, float32 on the CPU",
+    },
+    "--memory": {"help": "auto, or GB of the GPU to stay under: chooses offloading, precision and tiles, and says so"},
+    "--t5_cpu": {"action": "store_true", "help": "run the text encoder on the CPU"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage before it, which of so many flags fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)[:MAX_MESSAGE]} (see --help)\n")
+
+
+def boolean(text: str) -> bool:
+    """The type of a flag that says whether."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add flags of `SHARED` to a program's parser."""
+    for name in names:
+        parser.add_argument(name, **SHARED[name])
+
+
+def make_parser(description: str | None = None) -> Parser:
+    """The parser of generate.py."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("--prompt", help="what the video shows")
+    add(
+        "--config",
+        help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again",
+    )
+    add(
+        "--task",
+        choices=TASKS,
+        help="t2v makes a video, t2i one picture; picks the checkpoint of Wan2.1 if nothing else names one",
+    )
+    add("--ckpt_dir", help="checkpoint: a directory or a hub id (default: the small one in checkpoints/wan-shapes)")
+    add("--transformer", metavar="FILE", help="weights in place of the checkpoint's transformer: .safetensors or .gguf")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA to merge into the transformer, .safetensors; may be given several times (default scale: 1)",
+    )
+    add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
+    add("--negative_prompt", help="what the video should not show")
+    add("--size", help="width*height in pixels, such as 1280*720; multiples of 16")
+    add("--frame_num", type=int, help="frames, 4n+1")
+    add("--base_seed", type=int, help="seed of the noise; -1 draws one")
+    add(
+        "--prompt_file", type=Path, help="a video a line: a prompt, or a JSON object with prompt, seed, size, name, ..."
+    )
+    add("--save_dir", type=Path, help="where the videos of --prompt_file go (default: the working directory)")
+    add("--save_file", type=Path, help="output, .mp4 (or .png for t2i); the settings go beside it as .json")
+    add("--overwrite", action="store_true", help="make videos again that are there; else none takes another's place")
+    add("--sample_solver", help="unipc or dpm++")
+    add("--sample_steps", type=int)
+    add("--sample_shift", type=float)
+    add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
+    add(
+        "--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)"
+    )
+    add_shared(parser, "--memory", "--t5_cpu")
+    add("--compile", type=boolean, help="compile the transformer's blocks (default: true on a GPU)")
+    add_shared(parser, "--device", "--dtype")
+    add(
+        "--fp8",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="the transformer's linear layers in float8 (Ada GPUs and newer, torchao); false, if a config asks for it",
+    )
+    add(
+        "--vae_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the VAE's decoder; default: on a GPU float16, unless --dtype is float32",
+    )
+    add(
+        "--cache",
+        metavar="KIND[:LIMIT[:RATIOS]]",
+        help="reuse what blocks computed in earlier steps: first_block:THRESHOLD, mag:THRESHOLD:RATIOS, "
+        "taylorseer:INTERVAL, none; such as taylorseer:2",
+    )
+    add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
+    add("--cfg_size", type=int, help="under torchrun: 2 runs the guidance branches side by side (default: chosen)")
+    add("--ulysses_size", type=int, help="under torchrun: GPUs that share a sequence of tokens (default: chosen)")
+    add("--replicas", type=int, help="under torchrun: videos of --prompt_file made side by side (default: chosen)")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder over the GPUs that share a video")
+    add("--dit_fsdp", action="store_true", help="shard the transformer over the GPUs that share a video")
+    # torchrun, which may read the whole line first, takes a bare --log for several of its own.
+    add(
+        "--log_file",
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="what each layer keeps and takes in each step, a JSON object a line: .jsonl",
+    )
+    add("--report", type=Path, help="a picture of it, .png; needs matplotlib")
+    return parser
+
+
+def parse_args(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
+    """The flags of generate.py, as far as they contradict each other without a checkpoint."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.task == "t2i-14B" and args.frame_num not in (None, 1):
+        parser.error(f"frame_num {args.frame_num}: task t2i-14B makes one picture; leave --frame_num out")
+    if args.task == "t2i-14B" and args.save_file is not None and args.save_file.suffix != ".png":
+        parser.error(f"save_file {args.save_file}: task t2i-14B makes a picture; end it in .png")
+    if args.prompt_file is not None and (args.prompt is not None or args.save_file is not None):
+        parser.error("--prompt_file has prompts and names of its own; leave --prompt and --save_file out")
+    if args.save_dir is not None and args.prompt_file is None:
+        parser.error("--save_dir is for --prompt_file; name a single video with --save_file")
+    return args
+
+
+def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, in the schema of the YAML files."""
+
+    def given(**values: Any) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value is not None}
+
+    return given(
+        checkpoint=args.ckpt_dir,
+        prompt=args.prompt,
+        transformer=args.transformer,
+        lora=args.lora,
+        dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
+        fp8=args.fp8,
+        cache=args.cache,
+        attention=given(algorithm=args.sparse_algo, mask_refresh=args.mask_refresh),
+        sampling=given(
+            solver=args.sample_solver,
+            steps=args.sample_steps,
+            shift=args.sample_shift,
+            guide_scale=args.sample_guide_scale,
+            seed=args.base_seed,
+            negative_prompt=args.negative_prompt,
+        ),
+        video=given(size=args.size, frame_num=1 if args.task == "t2i-14B" else args.frame_num),
+    )
