@@ -62,14 +62,14 @@ class Plan:
         return f"{config.algorithm}{extra}, backend {backend}, {grid}, {blocks}; backend {self.reason}"
 
 
-class KeptBlocks(NamedTuple):
-    """Blocks that are chosen by one `attend` and taken by others.
+class ReusableBlockMask(NamedTuple):
+    """A block mask that one `attend` chooses and others take.
 
-    blocks: (B, heads, N, N) bool
-    reuse: whether to take them from there, rather than to choose and write them
+    mask: (B, heads, N, N) bool
+    reuse: whether to attend by it as it is, rather than to choose it anew and write it there
     """
 
-    blocks: Tensor
+    mask: Tensor
     reuse: bool
 
 
@@ -108,14 +108,14 @@ def attend(
     v: Tensor,
     plan: Plan,
     rotary: Rotary | None = None,
-    kept: KeptBlocks | None = None,
-    share: Tensor | None = None,
+    block_mask: ReusableBlockMask | None = None,
+    density: Tensor | None = None,
 ) -> Tensor:
     """Sparse attention of q, k, v (B, S, heads, D) in raster order; same shape and dtype.
 
     rotary: to turn q and k by on their way into tiles; None if they are turned already
-    kept: where to write the chosen blocks, or to take them from; None to choose and forget
-    share: (heads,) float32, where to write the share of blocks that each head keeps, if given
+    block_mask: where to write which blocks are chosen, or to take them from; None to choose and forget
+    density: (heads,) float32, where to write the share of blocks that each head keeps, if given
     For gradients the choice of blocks is a constant. May be traced by torch.compile. Raises `InputError` if the shapes
     do not fit the plan, or if its backend cannot do what is asked.
     """
@@ -129,12 +129,12 @@ def attend(
 
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of = slice(start, start + q.shape[1])
-        group = None if kept is None else KeptBlocks(kept.blocks[:, of], kept.reuse)
+        mask = None if block_mask is None else ReusableBlockMask(block_mask.mask[:, of], block_mask.reuse)
         prepared = plan.fixed or probe.run(
-            probe.MASK, _prepare, plan.backend, plan.selection, q_means[:, of], k_means[:, of], group
+            probe.MASK, _prepare, plan.backend, plan.selection, q_means[:, of], k_means[:, of], mask
         )
-        if share is not None:
-            share[of].copy_(backend.kept_counts(prepared).float().mean((0, 2)) / layout.blocks)
+        if density is not None:
+            density[of].copy_(backend.block_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
         return probe.run(probe.ATTENTION, backend.attend, q, k, layout.to_tiles(v), prepared)
 
@@ -155,13 +155,13 @@ def tiles_and_means(
     return tiles, block_means(tiles, layout) if needs_means else None
 
 
-def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, kept: KeptBlocks | None) -> Any:
-    """The blocks to attend to for block means q and k, prepared for a backend."""
-    if kept is None:
+def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, block_mask: ReusableBlockMask | None) -> Any:
+    """The blocks to attend to for block means q and k (B, heads, N, D), prepared for a backend."""
+    if block_mask is None:
         return BACKENDS[name].choose(q, k, selection)
-    if not kept.reuse:
-        kept.blocks.copy_(chosen_blocks(q, k, selection, name))
-    return BACKENDS[name].prepare(kept.blocks, selection.layout)
+    if not block_mask.reuse:
+        block_mask.mask.copy_(chosen_blocks(q, k, selection, name))
+    return BACKENDS[name].prepare(block_mask.mask, selection.layout)
 
 
 def chosen_blocks(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:

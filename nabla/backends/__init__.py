@@ -1,8 +1,9 @@
 """The kernels behind one interface, and the choice of one for a device.
 
 A backend is a module with `choose(q_means, k_means, selection)` and `prepare(blocks, layout)`, which both give what its
-`attend(q, k, v, prepared)` needs; with `kept_counts(prepared)`; with `missing(device, block)`, why it cannot run there;
-with `missing_backward(device, dtype)`, why it has no gradients there; and with `DTYPES` and `HEAD_SIZES`, None for all.
+`attend(q, k, v, prepared)` needs; with `block_counts(prepared)`; with `missing(device, block)`, why it cannot run
+there; with `missing_backward(device, dtype)`, why it has no gradients there; and with `DTYPES` and `HEAD_SIZES`, None
+for all.
 Before it is used on a device it must agree there with `reference` on small problems that dense attention would fail,
 and so must its gradients before it is used for training.
 """

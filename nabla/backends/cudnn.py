@@ -56,7 +56,7 @@ def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     return Blocks(*choose_lists(q, k, selection), _sizes(selection.layout))
 
 
-def kept_counts(blocks: Blocks) -> Tensor:
+def block_counts(blocks: Blocks) -> Tensor:
     """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
     return blocks.lists.counts
 

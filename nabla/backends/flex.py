@@ -70,7 +70,7 @@ def _blocks(lists: list[BlockLists], layout: TileLayout) -> Blocks:
     return Blocks(*lists, layout.valid.flatten())
 
 
-def kept_counts(blocks: Blocks) -> Tensor:
+def block_counts(blocks: Blocks) -> Tensor:
     """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
     return blocks.full.counts + (0 if blocks.partial is None else blocks.partial.counts)
 

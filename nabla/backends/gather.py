@@ -49,7 +49,7 @@ def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     return prepare(selection.blocks(q, k), selection.layout)
 
 
-def kept_counts(blocks: Blocks) -> Tensor:
+def block_counts(blocks: Blocks) -> Tensor:
     """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
     return blocks.kept.sum(dim=-1)
 

@@ -44,14 +44,14 @@ def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     return prepare(selection.blocks(q, k), selection.layout)
 
 
-def kept_counts(blocks: Blocks) -> Tensor:
+def block_counts(blocks: Blocks) -> Tensor:
     """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
     return blocks.kept.sum(dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
-    probe.see(lambda: kept_counts(blocks), lambda chosen: blocks.kept[:, chosen])
+    probe.see(lambda: block_counts(blocks), lambda chosen: blocks.kept[:, chosen])
     batch, heads, length, _ = q.shape
     kept = blocks.kept.expand(batch, heads, -1, -1)
     block = length // kept.shape[-1]

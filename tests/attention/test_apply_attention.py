@@ -242,7 +242,7 @@ def test_kept_masks_follow_timesteps_where_no_loop_tells_the_steps():
         with torch.inference_mode():
             latents, timestep = torch.randn(shape), torch.full(shape[:1], 800.0)
             transformer(latents, timestep, text_states(shape[0]), return_dict=False)
-        assert not module.nabla_kept.reuse and module.nabla_kept.blocks.shape[0] == shape[0]
+        assert not module.nabla_kept.reuse and module.nabla_kept.mask.shape[0] == shape[0]
     forward(transformer, 950.0)
     assert not module.nabla_kept.reuse
     transformer.train()

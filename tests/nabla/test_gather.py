@@ -42,7 +42,7 @@ def test_equals_the_reference(dtype, bound, grid, batch, heads):
     result = gather.attend(*qkv, gather.prepare(kept, layout))
     exact = reference.attend(*(x.double() for x in qkv), reference.prepare(kept, layout))
     assert result.dtype == dtype and relative_error(result.double(), exact) < bound
-    assert torch.equal(gather.kept_counts(gather.prepare(kept, layout)), kept.sum(-1))
+    assert torch.equal(gather.block_counts(gather.prepare(kept, layout)), kept.sum(-1))
 
 
 @pytest.mark.parametrize("key_numbers, threads", ((1, 1), (1, 3), (2**30, 1)))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import nabla
 import wan
 from nabla import NablaConfig, backends
-from nabla.attention import KeptBlocks
+from nabla.attention import ReusableBlockMask
 from nabla.backends import cudnn, flex, flex_options, reference
 from nabla.block_lists import BlockLists, from_lists, to_lists
 from nabla.rotary import Rotary
@@ -112,17 +112,17 @@ def test_in_a_compiled_caller_and_under_checkpointing(grid, backend, dim):
         Rotary(angles.cos(), angles.sin()),
     )
     blocks = plan.selection.layout.blocks
-    kept = KeptBlocks(torch.zeros(1, 4, blocks, blocks, dtype=torch.bool, device="cuda"), reuse=False)
+    block_mask = ReusableBlockMask(torch.zeros(1, 4, blocks, blocks, dtype=torch.bool, device="cuda"), reuse=False)
     wanted = torch.autograd.grad(nabla.attend(*qkv, plan, rotary), qkv, weight)
     attend = torch.compile(nabla.attend, fullgraph=True, dynamic=False)
     for result in (
         attend(*qkv, plan, rotary),
-        checkpoint(nabla.attend, *qkv, plan, rotary, kept, use_reentrant=False),
-        checkpoint(attend, *qkv, plan, rotary, kept, use_reentrant=False),
+        checkpoint(nabla.attend, *qkv, plan, rotary, block_mask, use_reentrant=False),
+        checkpoint(attend, *qkv, plan, rotary, block_mask, use_reentrant=False),
     ):
-        chosen = kept.blocks.clone()
+        chosen = block_mask.mask.clone()
         found = torch.autograd.grad(result, qkv, weight)
-        assert torch.equal(kept.blocks, chosen)
+        assert torch.equal(block_mask.mask, chosen)
         assert all(relative_error(a, b) < 1e-2 for a, b in zip(found, wanted))
 
 

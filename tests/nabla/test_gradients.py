@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nabla
 from nabla import NablaConfig
-from nabla.attention import KeptBlocks
+from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary, rotate
 from nabla.tiling import TileLayout
 
@@ -78,8 +78,9 @@ def test_under_checkpointing_the_same_blocks_are_chosen_again(is_compiled):
     plan = nabla.plan(PARTIAL, CONFIG, "cpu", trains=True)
     qkv, weight = random_qkv(PARTIAL), random_qkv(PARTIAL, seed=1)[0].detach()
     blocks = torch.zeros(1, 2, plan.selection.layout.blocks, plan.selection.layout.blocks, dtype=torch.bool)
+    block_mask = ReusableBlockMask(blocks, reuse=False)
     attend = torch.compile(nabla.attend, fullgraph=True, dynamic=False) if is_compiled else nabla.attend
-    out = checkpoint(lambda *qkv: attend(*qkv, plan, None, KeptBlocks(blocks, False)), *qkv, use_reentrant=False)
+    out = checkpoint(lambda *qkv: attend(*qkv, plan, None, block_mask), *qkv, use_reentrant=False)
     chosen = blocks.clone()
     blocks.zero_()
     found = torch.autograd.grad(out, qkv, weight)

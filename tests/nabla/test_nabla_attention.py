@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import nabla
 from nabla import InputError, NablaConfig
-from nabla.attention import KeptBlocks
+from nabla.attention import ReusableBlockMask
 from nabla.backends import BACKENDS, reference
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import Rotary, rotate
@@ -176,15 +176,16 @@ def test_kept_blocks_are_written_and_taken_again():
     other_q, other_k, _ = random_qkv(grid, seed=1)
     plan = nabla.plan(grid, config, "cpu")
     blocks = plan.selection.layout.blocks
-    kept = torch.zeros(1, 2, blocks, blocks, dtype=torch.bool)
-    assert torch.equal(nabla.attend(q, k, v, plan, kept=KeptBlocks(kept, False)), nabla.attend(q, k, v, plan))
-    assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
-    reused = nabla.attend(other_q, other_k, v, plan, kept=KeptBlocks(kept, True))
+    mask = torch.zeros(1, 2, blocks, blocks, dtype=torch.bool)
+    written = nabla.attend(q, k, v, plan, block_mask=ReusableBlockMask(mask, reuse=False))
+    assert torch.equal(written, nabla.attend(q, k, v, plan))
+    assert torch.equal(mask, nabla.select_blocks(q, k, grid, config))
+    reused = nabla.attend(other_q, other_k, v, plan, block_mask=ReusableBlockMask(mask, reuse=True))
     tiles = [plan.selection.layout.to_tiles(x) for x in (other_q, other_k, v)]
     backend = BACKENDS[plan.backend]
-    wanted = backend.attend(*tiles, backend.prepare(kept, plan.selection.layout))
+    wanted = backend.attend(*tiles, backend.prepare(mask, plan.selection.layout))
     assert torch.equal(reused, plan.selection.layout.to_raster(wanted))
-    assert torch.equal(kept, nabla.select_blocks(q, k, grid, config))
+    assert torch.equal(mask, nabla.select_blocks(q, k, grid, config))
 
 
 def test_higher_threshold_keeps_more_and_never_nothing():

@@ -77,7 +77,7 @@ def chosen_anew(monkeypatch):
 
     def attend_and_choose(q, k, v, plan, rotary, kept, share):
         if kept is not None and kept.reuse:
-            masks.append(kept.blocks.clone())
+            masks.append(kept.mask.clone())
         elif plan.selection is not None:
             masks.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
         return attend(q, k, v, plan, rotary, kept, share)

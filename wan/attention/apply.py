@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nabla
 from nabla import InputError, NablaConfig, Plan
-from nabla.attention import KeptBlocks
+from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary
 from wan.attention.steps import StepCounter
 from wan.caches.step_cache import ran_in_full
@@ -83,10 +83,11 @@ class AppliedAttention:
     """What `apply_attention` leaves on a transformer: plans by grid, and what is needed to take it out again.
 
     Each self-attention module is told what to do by attributes set before every forward, outside the blocks, so that
-    these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, `KeptBlocks` or
-    None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and `nabla_share`, where the share
-    of blocks that each of its own heads keeps is written, or None. While `switched_off`, all layers run dense. They are
-    of one forward: of several at once, by threads, only the one that began last can be right, and others raise.
+    these can be compiled: `nabla_plan`, a plan, or None for diffusers' own attention; `nabla_kept`, a
+    `ReusableBlockMask` or None; `nabla_exchange`, an `Exchange` where processes share the video, or None; and
+    `nabla_share`, where the share of blocks that each of its own heads keeps is written, or None. While `switched_off`,
+    all layers run dense. They are of one forward: of several at once, by threads, only the one that began last can be
+    right, and others raise.
     """
 
     def __init__(self, transformer: WanTransformer3DModel, config: NablaConfig, steps: StepCounter):
@@ -233,12 +234,12 @@ class AppliedAttention:
         shape = batch, exchange.own_heads(heads) if exchange else heads, layout.blocks, layout.blocks
         for module in self.sparse:
             kept = module.nabla_kept
-            if kept is None or kept.blocks.shape != shape or kept.blocks.device != layout.sizes.device:
+            if kept is None or kept.mask.shape != shape or kept.mask.device != layout.sizes.device:
                 with torch.inference_mode(False):
-                    blocks = torch.empty(shape, dtype=torch.bool, device=layout.sizes.device)
+                    mask = torch.empty(shape, dtype=torch.bool, device=layout.sizes.device)
             else:
-                blocks = kept.blocks
-            module.nabla_kept = KeptBlocks(blocks, reuse=False)
+                mask = kept.mask
+            module.nabla_kept = ReusableBlockMask(mask, reuse=False)
 
     @torch.compiler.disable
     def _after_forward(self, transformer: nn.Module, *_: Any) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import nabla
 from nabla import InputError, Plan
-from nabla.attention import KeptBlocks
+from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary, rotate
 from wan.parallel.peers import Peers, are_peers, make_peers
 
@@ -99,7 +99,7 @@ def attend_together(
     heads: int,
     plan: Plan,
     rotary: Rotary,
-    kept: KeptBlocks | None,
+    kept: ReusableBlockMask | None,
     share: Tensor | None,
     exchange: Exchange,
 ) -> Tensor:
