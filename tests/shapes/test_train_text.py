@@ -17,6 +17,7 @@ import torch
 import yaml
 from places import ROOT
 from safetensors.torch import load_file
+from shapes_runs import SMALL_TEXT_RUN
 from torch import Tensor
 
 from nabla import InputError
@@ -35,22 +36,10 @@ from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.stopping import Diverged, Stopped
 
 SENTENCES = ROOT / "tests/data/shapes_sentences.yaml"
-SMALL = {
-    "steps": 12,
-    "encoder": {"width": 32, "layers": 1, "heads": 2, "head_size": 16, "ffn_width": 48},
-    "vocabulary": 400,
-    "tokenizer_captions": 300,
-    "batch_size": 8,
-    "lr": 1e-2,
-    "warmup": 4,
-    "precision": "float32",
-    "held_out": 4,
-    "save_every": 5,
-}
 
 
 def settings(folder: Path, **changes) -> TextSettings:
-    return TextSettings.from_dict(SMALL | {"out": str(folder)} | changes)
+    return TextSettings.from_dict(SMALL_TEXT_RUN | {"out": str(folder)} | changes)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -229,7 +218,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         return ended.value.code
 
     config = tmp_path / "text.yaml"
-    config.write_text(yaml.safe_dump(SMALL | {"out": str(tmp_path / "run"), "steps": 2}))
+    config.write_text(yaml.safe_dump(SMALL_TEXT_RUN | {"out": str(tmp_path / "run"), "steps": 2}))
     assert run("--config", str(config), "--minutes", "0") == 0 and "start again" in capsys.readouterr().out
     assert run("--config", str(config)) == 0 and "trained" in capsys.readouterr().out
     for wrong in (

@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKLWan
 from places import ROOT
+from shapes_runs import vae_settings_dict
 
 from nabla import InputError
 from wan.config.settings import CONFIG_FOLDER, read_settings
@@ -26,33 +27,12 @@ from wan.shapes.vae_model import loss, posterior, reconstruction, take_whole_cli
 from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_parts
-from wan.training.schema import overlaid, with_overrides
+from wan.training.schema import with_overrides
 from wan.training.stopping import Diverged, Stopped
 
 CPU = torch.device("cpu")
 # What a row says of the training itself, rather than of its speed.
 EXACT = ("step", "loss", "kl", "lr", "grad_norm", "psnr")
-
-
-def content(out: Path, **changes: Any) -> dict[str, Any]:
-    """A run of six small steps, as the content of a YAML file."""
-    base = {
-        "out": str(out),
-        "steps": 6,
-        "vae": {"base_dim": 4, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
-        "cuts": [
-            {"batch": 2, "size": "32*32", "frames": 5, "clips": 9},
-            {"batch": 3, "size": "16*32", "frames": 1, "drawn": "48*40", "clips": 5},
-        ],
-        "video_frames": 5,
-        "optimizer": {"lr": 0.003, "warmup": 2, "schedule": "cosine"},
-        "matrix_lr": 0.01,
-        "validation": {"every": 3, "clips": 2, "sizes": ["32*32", "16*16"]},
-        "precision": "float32",
-        "statistics_clips": 12,
-        "dtype": "float32",
-    }
-    return overlaid(base, changes)
 
 
 def train(settings: dict[str, Any], **limits: float) -> bool:
@@ -66,7 +46,7 @@ def exact_rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "run"
-    assert train(content(folder))
+    assert train(vae_settings_dict(folder))
     return folder
 
 
@@ -117,7 +97,7 @@ def test_loss_sees_blurred_edges_and_each_clip_alone():
 
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
-    settings = VaeSettings.from_dict(content(tmp_path))
+    settings = VaeSettings.from_dict(vae_settings_dict(tmp_path))
     pools, again = Pools(settings, CPU), Pools(replace(settings, workers=2), CPU)
     assert {pools.batch(step).videos.shape for step in range(8)} == {(2, 3, 5, 32, 32), (3, 3, 1, 32, 16)}
     for step in (3, 1):
@@ -125,7 +105,7 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
         assert torch.equal(one.videos, other.videos) and one[1:] == other[1:]
     numbers = {number for step in range(40) for number in pools.batch(step).numbers}
     assert numbers == set(range(9))
-    other_seed = Pools(VaeSettings.from_dict(content(tmp_path, seed=1)), CPU)
+    other_seed = Pools(VaeSettings.from_dict(vae_settings_dict(tmp_path, seed=1)), CPU)
     assert any(
         pools.batch(s).videos.shape != other_seed.batch(s).videos.shape
         or not torch.equal(pools.batch(s).videos, other_seed.batch(s).videos)
@@ -135,7 +115,7 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
 
 def test_processes_share_a_batch(tmp_path):
     cuts = [{"batch": 4, "size": "16*16", "frames": 1, "drawn": "32*32", "clips": 3}]
-    settings = VaeSettings.from_dict(content(tmp_path, cuts=cuts))
+    settings = VaeSettings.from_dict(vae_settings_dict(tmp_path, cuts=cuts))
     whole = Pools(settings, CPU).batch(0)
     own = [Pools(settings, CPU, rank, 2).batch(0) for rank in range(2)]
     assert torch.equal(torch.stack([own[0].videos, own[1].videos], 1).flatten(0, 1), whole.videos)
@@ -151,7 +131,7 @@ def test_a_compiled_step_is_the_same(tmp_path):
     runs = [tmp_path / "eager", tmp_path / "compiled"]
     for run in runs:
         small = {"cuts": cuts, "steps": 2, "statistics_clips": 1, "validation": {"every": 2, "clips": 1}}
-        train(content(run, compile=run.name == "compiled", **small))
+        train(vae_settings_dict(run, compile=run.name == "compiled", **small))
     eager, compiled = (exact_rows(run) for run in runs)
     for one, other in zip(eager, compiled):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
@@ -164,14 +144,14 @@ def test_steps_lower_the_loss(tmp_path):
         "statistics_clips": 2,
         "precision": "bfloat16",
     }
-    assert train(content(tmp_path / "run", steps=16, validation={"every": 16}, **small))
+    assert train(vae_settings_dict(tmp_path / "run", steps=16, validation={"every": 16}, **small))
     losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if "loss" in row]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
 def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    assert not train(content(run), minutes=0)
+    assert not train(vae_settings_dict(run), minutes=0)
     assert exact_rows(run) == []
 
     class Asked(vae_training.VaeTrainer):
@@ -180,17 +160,17 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
             return super()._step(clips, ends)
 
     with pytest.raises(Stopped, match="step 2"):
-        Asked(VaeSettings.from_dict(content(run))).run()
+        Asked(VaeSettings.from_dict(vae_settings_dict(run))).run()
     # What was logged after the last state, before the run was killed, is done again.
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
     (run / ".partial-state.pt").write_bytes(b"half a state")
-    assert train(content(run, workers=2))
+    assert train(vae_settings_dict(run, workers=2))
     assert exact_rows(run) == exact_rows(whole_run)
     ends = [AutoencoderKLWan.from_pretrained(folder / "vae").state_dict() for folder in (run, whole_run)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     with pytest.raises(InputError, match="choose another out"):
-        train(content(run, seed=5))
+        train(vae_settings_dict(run, seed=5))
 
 
 def test_the_result_loads_in_diffusers_and_here(whole_run):
@@ -203,14 +183,14 @@ def test_the_result_loads_in_diffusers_and_here(whole_run):
 
 
 def test_a_run_may_start_from_the_weights_of_another(whole_run, tmp_path):
-    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run", start=str(whole_run / "vae"))))
+    trainer = VaeTrainer(VaeSettings.from_dict(vae_settings_dict(tmp_path / "run", start=str(whole_run / "vae"))))
     written = AutoencoderKLWan.from_pretrained(whole_run / "vae").state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in trainer.vae.state_dict().items())
 
 
 def test_a_decoder_alone_learns_for_the_latents_that_there_are(whole_run, tmp_path):
     run = tmp_path / "run"
-    train(content(run, start=str(whole_run / "vae"), decoder_only=True))
+    train(vae_settings_dict(run, start=str(whole_run / "vae"), decoder_only=True))
     before, after = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (whole_run, run))
     changed = {n.split(".")[0] for n, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[n])}
     assert changed == {"decoder", "post_quant_conv"}
@@ -231,7 +211,7 @@ def test_statistics_normalise_latents(whole_run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = VaeTrainer(VaeSettings.from_dict(content(tmp_path / "run")))
+    trainer = VaeTrainer(VaeSettings.from_dict(vae_settings_dict(tmp_path / "run")))
     with torch.no_grad():
         trainer.weights[0].fill_(math.nan)
     with pytest.raises(Diverged, match=r"step 1: .* at item \d"):
@@ -263,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, message, capsys):
     program = runpy.run_path(str(ROOT / "scripts" / "train_vae.py"))["main"]
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content(tmp_path / "run") | changes))
+    path.write_text(yaml.safe_dump(vae_settings_dict(tmp_path / "run") | changes))
     assert program(["--config", str(path)]) == 2
     assert message in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ import torch
 import yaml
 from places import PROGRAMS, ROOT
 from safetensors.torch import load_file
+from shapes_runs import vae_settings_dict
 from starting import finish, fork, start
-from test_train_vae import content as vae_content
 from training_runs import exact_rows, settings_dict, train
 
 from wan.training.metrics import METRICS_FILE, read_metrics
@@ -113,7 +113,9 @@ def test_a_run_whose_launcher_is_told_to_end_leaves_a_checkpoint_and_ends(alone,
 
 
 def test_two_processes_train_a_vae(tmp_path):
-    content = vae_content(tmp_path / "run", cuts=[{"batch": 2, "size": "16*16", "frames": 5, "clips": 4}], steps=3)
+    content = vae_settings_dict(
+        tmp_path / "run", cuts=[{"batch": 2, "size": "16*16", "frames": 5, "clips": 4}], steps=3
+    )
     path = write_config(content, tmp_path / "config.yaml")
     code, _, said = finish(start(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
     assert code == 0, said

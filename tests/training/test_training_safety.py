@@ -19,9 +19,8 @@ import yaml
 from places import PROGRAMS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shapes_runs import SMALL_TEXT_RUN, vae_settings_dict
 from starting import Forked, finish, fork
-from test_train_text import SMALL as TEXT
-from test_train_vae import content as vae_content
 from training_runs import settings_dict, train
 
 from nabla import InputError
@@ -154,7 +153,7 @@ def test_a_run_of_others_goes_on_without_their_code_or_not_at_all(base, random_n
 @pytest.mark.parametrize("name", ("text", "vae"))
 def test_states_of_small_trainers_run_nothing_and_are_named_where_damaged(tmp_path, capfd, name):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    content = TEXT | {"out": str(run)} if name == "text" else vae_content(run)
+    content = SMALL_TEXT_RUN | {"out": str(run)} if name == "text" else vae_settings_dict(run)
     main = {"text": train_text, "vae": train_vae}[name].main
     arguments = ["--config", write_config(tmp_path / "run.yaml", content | {"steps": 1})]
     assert main(arguments) == 0
@@ -218,8 +217,8 @@ def test_a_disk_that_fills_up_ends_all_processes_and_leaves_no_half_checkpoint(
 def test_a_disk_that_fills_up_is_one_line_of_every_script(random_nano, tmp_path, script):
     out = tmp_path / "out"
     content = {
-        "train_vae": vae_content(out, steps=1),
-        "train_text": TEXT | {"out": str(out), "steps": 1},
+        "train_vae": vae_settings_dict(out, steps=1),
+        "train_text": SMALL_TEXT_RUN | {"out": str(out), "steps": 1},
         "prepare_data": {
             "checkpoint": str(random_nano),
             "out": str(out),
@@ -313,7 +312,7 @@ def test_metrics_that_are_no_rows_are_one_line(tmp_path, line):
 
 def test_a_vae_to_start_from_is_no_pickle(tmp_path, capfd):
     run, start = tmp_path / "run", tmp_path / "start"
-    config = write_config(tmp_path / "run.yaml", vae_content(run, steps=1))
+    config = write_config(tmp_path / "run.yaml", vae_settings_dict(run, steps=1))
     assert train_vae.main(["--config", config]) == 0
     shutil.copytree(run / "vae", start)
     (start / "diffusion_pytorch_model.safetensors").unlink()
