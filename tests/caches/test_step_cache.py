@@ -20,8 +20,9 @@ import generate
 import wan
 from nabla import InputError, NablaConfig
 from wan.caches.step_cache import LEADERS, apply_cache, calibrated, ran_in_full, remove_cache
-from wan.config.cache_settings import CacheSettings, measured_otherwise
+from wan.config.cache_settings import CacheSettings
 from wan.config.settings import resolve
+from wan.run.ratios import measured_otherwise
 
 SPARSE = NablaConfig(threshold=0.4)
 RATIOS = (1.0, 1.1, 0.95, 1.05, 0.98, 1.02)

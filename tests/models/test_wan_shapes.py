@@ -15,10 +15,10 @@ from places import ROOT
 
 import generate
 from wan import WanT2V
-from wan.config.cache_settings import measured_otherwise
 from wan.models.wan import latents
 from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.convert import convert
+from wan.run.ratios import measured_otherwise
 from wan.shapes.measure import background_colour, measured
 
 SHIPPED = Path(generate.SMALL_CHECKPOINT)

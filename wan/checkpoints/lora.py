@@ -19,8 +19,9 @@ from torch import Tensor
 from nabla import InputError
 from wan.checkpoints.lora_names import Layer, mismatch, scale_by_peft, understand
 from wan.checkpoints.reading import damage, exists, read_json
-from wan.checkpoints.weights import SAFETENSORS, WeightFiles, weight_file
+from wan.checkpoints.weights import WeightFiles, weight_file
 from wan.config.settings import LoraFile
+from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import parse_json
 
 log = logging.getLogger("wan")

@@ -20,8 +20,9 @@ from nabla import InputError
 from wan.checkpoints import quantised as quantisation
 from wan.checkpoints.gguf_header import check_gguf
 from wan.checkpoints.reading import CheckpointError, damage
-from wan.checkpoints.weights import SAFETENSORS, Part, WeightFiles, open_tensors, stored_types, weight_file
+from wan.checkpoints.weights import Part, WeightFiles, open_tensors, stored_types, weight_file
 from wan.config.checks import PATCH
+from wan.files.formats import SAFETENSORS
 from wan.models.wan import names
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.checkpoints.quantised import check_header
 from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
+from wan.files.formats import SAFETENSORS
 
 __all__ = ["CheckpointError", "Part", "WeightFiles", "check_names", "open_tensors", "read_json", "weight_file"]
 
-SAFETENSORS = ".safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of safetensors, in its names: what a tensor may be for its values to be what they say.
 STORED = (

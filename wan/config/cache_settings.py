@@ -7,15 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.config.checks import MAX_STEPS, check_path
 from wan.files.plain_data import parse_json, read_json
-
-if TYPE_CHECKING:
-    from wan.config.settings import Settings
 
 # Thresholds that diffusers sets by default; not measured on Wan.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
@@ -40,7 +37,7 @@ class CacheSettings:
     interval: of `taylorseer`, from one computed step to the next
     ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
         the nearest are taken
-    measured_on: the `conditions` that ratios hold for, which their file says too; None if that is not known
+    measured_on: what `ratios` hold for, as their file says too: checkpoint, attention, steps and more; None if not known
     """
 
     kind: str
@@ -125,34 +122,6 @@ class CacheSettings:
     def describe(self) -> str:
         limit = f"threshold {self.threshold}" if self.interval is None else f"interval {self.interval}"
         return f"{self.kind}, {limit}"
-
-
-def conditions(settings: Settings) -> dict[str, Any]:
-    """What MagCache's ratios depend on, as plain values; files by their names alone, which may lie elsewhere later."""
-    sampling = settings.sampling
-    return {
-        "checkpoint": Path(settings.checkpoint).name,
-        "transformer": settings.transformer and Path(settings.transformer).name,
-        "lora": [f"{Path(one.file).name}:{one.scale:g}" for one in settings.lora],
-        "fp8": settings.fp8,
-        "attention": settings.attention.algorithm,
-        "solver": sampling.solver,
-        "steps": sampling.steps,
-        "shift": sampling.shift,
-        "guide_scale": sampling.guide_scale,
-    }
-
-
-def measured_otherwise(settings: Settings) -> str | None:
-    """A line if the ratios of a run's cache were measured under other conditions, as far as they say."""
-    measured_on = (settings.cache and settings.cache.measured_on) or {}
-    others = {name: value for name, value in conditions(settings).items() if measured_on.get(name, value) != value}
-    if not others:
-        return None
-    then = ", ".join(f"{name} {measured_on[name]}" for name in others)
-    now = ", ".join(f"{name} {value}" for name, value in others.items())
-    again = "scripts/calibrate_cache.py measures others"
-    return f"the cache's ratios were measured with {then}, and this runs with {now}; {again}"
 
 
 def _read(name: str) -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.models.wan.text import clean_prompt
 
 VAE_STRIDE = (4, 8, 8)
 PATCH = (1, 2, 2)
@@ -95,13 +94,6 @@ def check_text(name: str, text: object) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
-
-
-def check_prompt(prompt: object, where: str = "with --prompt") -> None:
-    """Raise `InputError` unless a prompt says something; where: it can be given."""
-    check_text("prompt", prompt or "")
-    if not clean_prompt(prompt or ""):
-        raise InputError(f"the prompt is empty; say what the video should show {where}")
 
 
 def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
-from wan.checkpoints.weights import SAFETENSORS
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import (
     PATCH,
@@ -19,12 +18,13 @@ from wan.config.checks import (
     absolute_path,
     check_keys,
     check_path,
-    check_prompt,
     check_sampling,
     check_text,
     check_video,
     parse_size,
 )
+from wan.config.prompts import check_prompt
+from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import read_json, read_yaml
 
 T = TypeVar("T")

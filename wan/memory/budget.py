@@ -15,9 +15,10 @@ from torch import nn
 
 from nabla import InputError
 from wan.checkpoints.single_file import GgufFile, check_packed
-from wan.checkpoints.weights import SAFETENSORS, Part, WeightFiles, weight_file
+from wan.checkpoints.weights import Part, WeightFiles, weight_file
 from wan.config.cache_settings import COPIES
 from wan.config.settings import LoraFile, Settings
+from wan.files.formats import SAFETENSORS
 from wan.memory.estimates import GGUF, Weights, Work
 from wan.memory.placement import free_bytes
 from wan.memory.planner import GB, Budget, Plan, choose

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.config.checks import check_prompt
+from wan.config.prompts import check_prompt
 from wan.config.settings import Settings, resolve
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable

@@ -17,9 +17,9 @@ from nabla import InputError
 from nabla.config import is_count
 from wan.attention.compile import check_compiler
 from wan.checkpoints.single_file import open_transformer
-from wan.checkpoints.weights import SAFETENSORS, CheckpointError, weight_file
-from wan.config.cache_settings import measured_otherwise
+from wan.checkpoints.weights import CheckpointError, weight_file
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
+from wan.files.formats import SAFETENSORS
 from wan.files.video import check_encoder, check_writable, make_folder, record_of, to_json
 from wan.memory.budget import check_memory
 from wan.models.wan.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from wan.parallel.distributed import Processes, choose_layout, pick_device, star
 from wan.quantize.float8 import check_fp8
 from wan.run.jobs import names_of, read_prompts
 from wan.run.making import Options, make_all, named_after
+from wan.run.ratios import measured_otherwise
 from wan.run.sidecars import Video, check_free, is_made, still_to_make
 
 log = logging.getLogger("wan")

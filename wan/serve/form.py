@@ -10,8 +10,8 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
+from wan.config.prompts import clean_prompt
 from wan.config.settings import Settings
-from wan.models.wan.text import clean_prompt
 
 # What keeps blocks, as the page names it.
 DENSE, THRESHOLD, SHARE, WINDOW = "Dense", "Threshold", "Share", "Window"

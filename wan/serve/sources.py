@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.checkpoints.weights import SAFETENSORS, CheckpointError, WeightFiles, weight_file
+from wan.checkpoints.weights import CheckpointError, WeightFiles, weight_file
 from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files.atomic import whole
+from wan.files.formats import SAFETENSORS
 from wan.files.video import make_folder
 from wan.models.wan.checkpoint import Checkpoint, check_hub_id
 from wan.run.remaking import packing_of

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from nabla import InputError
+from wan.config.prompts import clean_prompt
 from wan.files.plain_data import read_yaml
-from wan.models.wan.text import clean_prompt
 from wan.shapes.attributes import ATTRIBUTES, attributes, numbers, said
 from wan.shapes.captions import caption
 from wan.shapes.dataset import Shapes

@@ -16,7 +16,6 @@ from typing import Any
 from nabla import InputError
 from wan import WanT2V
 from wan.caches.step_cache import calibrated
-from wan.config.cache_settings import conditions
 from wan.config.settings import Settings
 from wan.files.video import check_writable, write_json
 from wan.memory.budget import check_memory, parse_memory
@@ -25,6 +24,7 @@ from wan.parallel.distributed import pick_device
 from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings
 from wan.run.flags import parse_args as parse_run
 from wan.run.making import Options, load
+from wan.run.ratios import conditions
 from wan.run.run import Request, settle, unexpected
 
 log = logging.getLogger("wan")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
-from wan.config.checks import check_prompt
+from wan.config.prompts import check_prompt
 from wan.config.settings import (
     SamplingSettings,
     VideoSettings,

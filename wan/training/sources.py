@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from nabla import InputError
 from nabla.config import is_number
 from wan.config.checks import check_text, check_video, parse_size
+from wan.config.prompts import clean_prompt
 from wan.config.settings import VideoSettings
 from wan.files.plain_data import parse_json
-from wan.models.wan.text import clean_prompt
 from wan.shapes.dataset import Shapes
 
 CAPTIONS_FILE = "captions.jsonl"

@@ -17,7 +17,7 @@ from nabla import InputError
 from wan.attention.apply import many_compiles
 from wan.caches.step_cache import StepCache
 from wan.checkpoints.weights import CheckpointError
-from wan.config.checks import check_prompt
+from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed, check_positions
 from wan.files.video import to_frames
 from wan.memory import placement as memory

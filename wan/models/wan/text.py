@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import re
 from typing import Any
 
-import ftfy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.config.prompts import clean_prompt
 
 # Of a text in a message.
 WORDS_SHOWN, LETTERS_SHOWN = 8, 60
-
-
-def clean_prompt(prompt: str) -> str:
-    """Mend broken encodings, resolve HTML entities twice, fold white space, as was done for training."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:

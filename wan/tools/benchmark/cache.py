@@ -15,12 +15,13 @@ from torch import Tensor
 from nabla import InputError, NablaConfig
 from wan.attention.apply import apply_attention, compile_blocks
 from wan.caches.step_cache import apply_cache, calibrated, remove_cache
-from wan.config.cache_settings import KINDS, CacheSettings, measured_otherwise
+from wan.config.cache_settings import KINDS, CacheSettings
 from wan.config.settings import Settings, VideoSettings, changed
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.quantize.float8 import apply_fp8
+from wan.run.ratios import measured_otherwise
 from wan.shapes.sentences import of_shapes
 from wan.tools.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
 from wan.tools.benchmark.transformer import step_row

@@ -1,0 +1,24 @@
+"""What a video shows, in words: prompts as they are checked, and cleaned for a text encoder."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import ftfy
+
+from nabla import InputError
+from wan.config.checks import check_text
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken encodings, resolve HTML entities twice, fold white space, as was done for training."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def check_prompt(prompt: object, where: str = "with --prompt") -> None:
+    """Raise `InputError` unless a prompt says something; where: it can be given."""
+    check_text("prompt", prompt or "")
+    if not clean_prompt(prompt or ""):
+        raise InputError(f"the prompt is empty; say what the video should show {where}")

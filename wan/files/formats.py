@@ -1,0 +1,3 @@
+"""Formats of files of weights, by the endings of their names."""
+
+SAFETENSORS = ".safetensors"
