@@ -37,7 +37,7 @@ class CacheSettings:
     interval: of `taylorseer`, from one computed step to the next
     ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
         the nearest are taken
-    measured_on: what `ratios` hold for, as their file says too: checkpoint, attention, steps and more; None if not known
+    measured_on: what `ratios` hold for, as their file says too: checkpoint, attention, steps and more, if known
     """
 
     kind: str
