@@ -165,7 +165,7 @@ def test_optional_packages_say_all_that_they_are_for(run):
     said = run("--quick")[1]
     assert "int8 and 4-bit weights of --memory, any GPU; --fp8, Ada and newer" in said
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    optional = {line.partition(">=")[0] for name in extras.keys() - {"test"} for line in extras[name]}
+    optional = {line.partition(">=")[0] for name in extras.keys() - {"lint", "test"} for line in extras[name]}
     assert optional == packages.OPTIONAL.keys() and "gradio" in said
 
 
