@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import probe
-from nabla.backends import BACKENDS, choose, lack
+from nabla.backends import BACKENDS, choose, inputs_unsupported_reason
 from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
 from nabla.kernels import selection as fast_selection
@@ -197,10 +197,10 @@ def _needs_gradients(*tensors: Tensor) -> bool:
 
 
 def _check_backend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    if fault := lack(BACKENDS[plan.backend], q.dtype, q.shape[-1]):
+    if reason := inputs_unsupported_reason(BACKENDS[plan.backend], q.dtype, q.shape[-1]):
         if plan.config.backend != "auto":
-            raise InputError(f"backend {plan.backend} {fault}; use backend: auto or reference")
-        raise InputError(f"backend {plan.backend} of this plan {fault}; give dtype and head_size to nabla.plan")
+            raise InputError(f"backend {plan.backend} {reason}; use backend: auto or reference")
+        raise InputError(f"backend {plan.backend} of this plan {reason}; give dtype and head_size to nabla.plan")
     if plan.backend != "reference" and not plan.trains and _needs_gradients(q, k, v):
         raise InputError("this plan is for inference, but gradients are needed; give trains=True to nabla.plan")
 

@@ -30,7 +30,7 @@ def block_map(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def keep_mass(probability: Tensor, cut: Tensor) -> Tensor:
+def top_p_mask(probability: Tensor, cut: Tensor) -> Tensor:
     """Smallest set of blocks a row whose probability reaches 1 - cut; bool, the shape of `probability`.
 
     Blocks are dropped from the least probable up, the lower-numbered first where two are equal, while the running
@@ -40,7 +40,7 @@ def keep_mass(probability: Tensor, cut: Tensor) -> Tensor:
     return _unsort(ascending.cumsum(dim=-1) >= cut, order)
 
 
-def keep_count(probability: Tensor, count: Tensor) -> Tensor:
+def top_k_mask(probability: Tensor, count: Tensor) -> Tensor:
     """The `count` most probable blocks of every row, the higher-numbered first where two are equal; bool."""
     order = probability.sort(dim=-1, stable=True).indices
     rank = torch.arange(probability.shape[-1], device=probability.device)
@@ -100,8 +100,10 @@ class Selection:
         groups = []
         for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):
             probability = block_map(q_group, k_group)
-            by_mass = self.count is None
-            groups.append(keep_mass(probability, self.cut) if by_mass else keep_count(probability, self.count))
+            if self.count is None:
+                groups.append(top_p_mask(probability, self.cut))
+            else:
+                groups.append(top_k_mask(probability, self.count))
         kept = torch.cat(groups, dim=1)
         return kept if self.window is None else kept | self.window
 

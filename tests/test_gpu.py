@@ -26,7 +26,7 @@ from nabla.kernels.block_lists import lists_of_blocks
 from nabla.kernels.selection import choose_lists, lists_of_map
 from nabla.kernels.tile_gather import tiles_and_means
 from nabla.rotary import Rotary, rotate
-from nabla.selection import Selection, block_means, keep_count, keep_mass
+from nabla.selection import Selection, block_means, top_k_mask, top_p_mask
 from nabla.tiling import TileLayout
 from wan.caches.step_cache import apply_cache
 from wan.config.cache_settings import CacheSettings
@@ -60,7 +60,7 @@ def dense_error(q, k, v):
 
 
 def needs_cudnn():
-    if reason := cudnn.missing(torch.device("cuda", 0), 64):
+    if reason := cudnn.unsupported_reason(torch.device("cuda", 0), 64):
         pytest.skip(f"backend cudnn: {reason}")
 
 
@@ -83,7 +83,7 @@ def test_fast_kernels_are_as_exact_as_dense_attention(grid, algorithm, backend, 
 def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
     assert nabla.plan(FULL, AUTO, "cuda", torch.float32).backend == "flex"
     plan = nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 128)
-    if reason := cudnn.missing(torch.device("cuda", 0), 64):
+    if reason := cudnn.unsupported_reason(torch.device("cuda", 0), 64):
         assert plan.backend == "flex" and f"cudnn: {reason}" in plan.describe()
         return
     assert plan.backend == "cudnn" and "the fastest that passed its check" in plan.describe()
@@ -174,7 +174,7 @@ def test_lists_of_a_map_keep_what_the_rule_says(algorithm, grid, heads):
         kept = lists[0] if full is None else lists[0] | lists[1]
 
         by_sort = scores.softmax(-1)
-        by_sort = keep_count(by_sort, count) if cut is None else keep_mass(by_sort, cut)
+        by_sort = top_k_mask(by_sort, count) if cut is None else top_p_mask(by_sort, cut)
         by_sort = by_sort if window is None else by_sort | window
         # Where float32 rounds two probabilities to one, or a sum to the cut, the neighbour at the edge may be kept.
         differ = (kept != by_sort).sum(-1)

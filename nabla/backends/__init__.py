@@ -1,9 +1,9 @@
 """The kernels behind one interface, and the choice of one for a device.
 
 A backend is a module with `choose(q_means, k_means, selection)` and `prepare(blocks, layout)`, which both give what its
-`attend(q, k, v, prepared)` needs; with `block_counts(prepared)`; with `missing(device, block)`, why it cannot run
-there; with `missing_backward(device, dtype)`, why it has no gradients there; and with `DTYPES` and `HEAD_SIZES`, None
-for all.
+`attend(q, k, v, prepared)` needs; with `block_counts(prepared)`; with `unsupported_reason(device, block)`, why it
+cannot run there; with `backward_unsupported_reason(device, dtype)`, why it has no gradients there; and with `DTYPES`
+and `HEAD_SIZES`, None for all.
 Before it is used on a device it must agree there with `reference` on small problems that dense attention would fail,
 and so must its gradients before it is used for training.
 """
@@ -45,29 +45,29 @@ def choose(
     named backend is none of that.
     """
     if name != "auto":
-        if fault := lack(BACKENDS[name], dtype, head_size):
-            raise InputError(f"backend {name} {fault}; use backend: auto or reference")
-        if fault := verify(name, device, block, dtype, trains):
-            raise InputError(f"backend {name} does not work on {device}: {fault}; use backend: auto or reference")
+        if reason := inputs_unsupported_reason(BACKENDS[name], dtype, head_size):
+            raise InputError(f"backend {name} {reason}; use backend: auto or reference")
+        if reason := verify(name, device, block, dtype, trains):
+            raise InputError(f"backend {name} does not work on {device}: {reason}; use backend: auto or reference")
         return name, "as asked for"
     refused = []
     for candidate, backend in BACKENDS.items():
-        fault = backend.missing(device, block) or lack(backend, dtype, head_size)
-        if not fault and trains:
-            fault = backend.missing_backward(device, dtype)
-        if not fault and candidate == "flex" and device.type != "cuda":
+        reason = backend.unsupported_reason(device, block) or inputs_unsupported_reason(backend, dtype, head_size)
+        if not reason and trains:
+            reason = backend.backward_unsupported_reason(device, dtype)
+        if not reason and candidate == "flex" and device.type != "cuda":
             key = candidate, device, block, check_dtype(device, dtype), trains
-            fault = _verified.get(key, "compiles for long on a CPU")
-        elif not fault and (fault := verify(candidate, device, block, dtype, trains)):
-            warnings.warn(f"{candidate} does not work on {device} ({fault}); using a slower backend", stacklevel=3)
-        if not fault:
+            reason = _verified.get(key, "compiles for long on a CPU")
+        elif not reason and (reason := verify(candidate, device, block, dtype, trains)):
+            warnings.warn(f"{candidate} does not work on {device} ({reason}); using a slower backend", stacklevel=3)
+        if not reason:
             return candidate, "; ".join(["the fastest that passed its check", *refused])
-        refused.append(f"{candidate}: {fault}")
+        refused.append(f"{candidate}: {reason}")
     raise AssertionError("the reference works everywhere")
 
 
-def lack(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None) -> str:
-    """What a backend cannot do of what is asked, or ""; None is not asked."""
+def inputs_unsupported_reason(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None) -> str:
+    """Why a backend does not take tensors of a dtype or heads of a size (None: not known), or ""."""
     if dtype is not None and backend.DTYPES is not None and dtype not in backend.DTYPES:
         return f"does not take {dtype}"
     if head_size is not None and backend.HEAD_SIZES is not None and head_size not in backend.HEAD_SIZES:
@@ -81,11 +81,14 @@ def verify(name: str, device: torch.device, block: int, dtype: torch.dtype | Non
     trains: whether to check its gradients too
     """
     backend = BACKENDS[name]
-    if fault := backend.missing(device, block) or (backend.missing_backward(device, dtype) if trains else ""):
-        return fault
+    reason = backend.unsupported_reason(device, block)
+    if not reason and trains:
+        reason = backend.backward_unsupported_reason(device, dtype)
+    if reason:
+        return reason
     key = name, device, block, check_dtype(device, dtype), trains
     if key not in _verified:
-        _verified[key] = "" if backend is reference else _fault(backend, *key[1:])
+        _verified[key] = "" if backend is reference else _check_against_reference(backend, *key[1:])
     return _verified[key]
 
 
@@ -96,7 +99,9 @@ def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
-def _fault(backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype, trains: bool) -> str:
+def _check_against_reference(
+    backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype, trains: bool
+) -> str:
     """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
     sizes: Tensor | None
 
 
-def missing(device: torch.device, block: int) -> str:
+def unsupported_reason(device: torch.device, block: int) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < HOPPER:
         return "needs an NVIDIA GPU of compute capability 9.0 or more"
@@ -39,7 +39,7 @@ def missing(device: torch.device, block: int) -> str:
     return ""
 
 
-def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
     """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
     if torch.cuda.get_device_capability(device) >= CONSUMER_BLACKWELL:
         return "has no backward on compute capability 12.0 or more"

@@ -43,12 +43,12 @@ class Blocks(NamedTuple):
     valid: Tensor | None
 
 
-def missing(device: torch.device, block: int) -> str:
+def unsupported_reason(device: torch.device, block: int) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return ""
 
 
-def missing_backward(device: torch.device, dtype: torch.dtype | None) -> str:
+def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
     """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
     return "" if device.type == "cuda" else f"has no backward on {device.type}"
 

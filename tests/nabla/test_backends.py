@@ -48,7 +48,7 @@ def test_a_backend_that_is_named_and_cannot_run_is_one_line():
 def test_the_first_that_can_do_it_and_passes_is_taken(install):
     install(fast=kernel(), slow=kernel())
     assert backends.choose("auto", CPU, 64) == ("fast", "the fastest that passed its check")
-    install(fast=kernel(missing=lambda device, block: "not installed"), slow=kernel())
+    install(fast=kernel(unsupported_reason=lambda device, block: "not installed"), slow=kernel())
     assert backends.choose("auto", CPU, 64) == ("slow", "the fastest that passed its check; fast: not installed")
     install(fast=kernel(DTYPES=(torch.bfloat16,)), small=kernel(HEAD_SIZES=(64,)), slow=kernel())
     name, why = backends.choose("auto", CPU, 64, torch.float32, 128)
@@ -89,7 +89,7 @@ def test_a_kernel_with_wrong_gradients_infers_but_does_not_train(install):
 
 
 def test_a_kernel_without_gradients_infers_but_does_not_train(install):
-    install(fast=kernel(missing_backward=lambda device, dtype: f"has no backward in {dtype}"), slow=kernel())
+    install(fast=kernel(backward_unsupported_reason=lambda device, dtype: f"has no backward in {dtype}"), slow=kernel())
     assert backends.choose("auto", CPU, 64, torch.float32)[0] == "fast"
     name, why = backends.choose("auto", CPU, 64, torch.float32, trains=True)
     assert name == "slow" and "fast: has no backward in torch.float32" in why
@@ -113,14 +113,14 @@ def test_a_plan_whose_backend_cannot_do_what_comes_is_an_error_and_not_slow_in_s
 
 def test_what_cudnn_asks_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert cudnn.missing(GPU, 64) == "needs an NVIDIA GPU of compute capability 9.0 or more"
+    assert cudnn.unsupported_reason(GPU, 64) == "needs an NVIDIA GPU of compute capability 9.0 or more"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert cudnn.missing(GPU, 32) == "takes blocks of 64 tokens, not 32"
+    assert cudnn.unsupported_reason(GPU, 32) == "takes blocks of 64 tokens, not 32"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cudnn.missing(GPU, 64) == "not installed, see requirements-cudnn.txt"
+    assert cudnn.unsupported_reason(GPU, 64) == "not installed, see requirements-cudnn.txt"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert cudnn.missing(GPU, 64) == ""
-    assert cudnn.missing_backward(GPU, torch.bfloat16) == cudnn.missing_backward(GPU, None) == ""
-    assert cudnn.missing_backward(GPU, torch.float16) == "has no backward in torch.float16"
+    assert cudnn.unsupported_reason(GPU, 64) == ""
+    assert cudnn.backward_unsupported_reason(GPU, torch.bfloat16) == cudnn.backward_unsupported_reason(GPU, None) == ""
+    assert cudnn.backward_unsupported_reason(GPU, torch.float16) == "has no backward in torch.float16"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert cudnn.missing_backward(GPU, None) == "has no backward on compute capability 12.0 or more"
+    assert cudnn.backward_unsupported_reason(GPU, None) == "has no backward on compute capability 12.0 or more"

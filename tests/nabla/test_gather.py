@@ -103,5 +103,5 @@ def test_infers_but_does_not_train():
 
 
 def test_is_for_cpus_alone():
-    assert gather.missing(torch.device("cuda", 0), 64) == "is for CPUs alone"
-    assert gather.missing(torch.device("cpu"), 64) == ""
+    assert gather.unsupported_reason(torch.device("cuda", 0), 64) == "is for CPUs alone"
+    assert gather.unsupported_reason(torch.device("cpu"), 64) == ""

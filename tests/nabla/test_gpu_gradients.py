@@ -39,8 +39,10 @@ def random_weight(grid, heads=4, dim=128, dtype=torch.bfloat16):
 
 
 def needs(backend):
-    if backend == "cudnn" and (reason := cudnn.missing(GPU, 64) or cudnn.missing_backward(GPU, torch.bfloat16)):
-        pytest.skip(f"backend cudnn: {reason}")
+    if backend == "cudnn":
+        reason = cudnn.unsupported_reason(GPU, 64) or cudnn.backward_unsupported_reason(GPU, torch.bfloat16)
+        if reason:
+            pytest.skip(f"backend cudnn: {reason}")
 
 
 def exact_gradients(qkv, weight, grid, config):

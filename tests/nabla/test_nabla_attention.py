@@ -21,7 +21,7 @@ from nabla.attention import ReusableBlockMask
 from nabla.backends import BACKENDS, reference
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import Rotary, rotate
-from nabla.selection import blocks_to_keep, keep_mass
+from nabla.selection import blocks_to_keep, top_p_mask
 
 ALGORITHMS = ("nabla-0.5", "nabla-0.9", "sta-3-1-3", "nabla-0.3_sta-1-3-1", "keep-0.3", "keep-0.2_sta-3-1-1")
 
@@ -219,7 +219,7 @@ def test_autocast_does_not_change_the_selection():
 
 def test_ties_drop_lower_numbered_blocks_first():
     probability = torch.full((1, 1, 1, 8), 1 / 8)
-    assert keep_mass(probability, torch.tensor(0.4)).flatten().tolist() == [False] * 3 + [True] * 5
+    assert top_p_mask(probability, torch.tensor(0.4)).flatten().tolist() == [False] * 3 + [True] * 5
 
 
 def test_block_lists_name_the_kept_blocks_in_order():

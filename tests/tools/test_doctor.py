@@ -39,7 +39,7 @@ def budget_of(*gib: float) -> Budget:
 @pytest.fixture
 def run(capsys, monkeypatch):
     """The doctor in this process, its kernels taken as checked: `run(*flags)` -> (exit code, output, errors)."""
-    monkeypatch.setattr(backends, "_fault", lambda *_: "")
+    monkeypatch.setattr(backends, "_check_against_reference", lambda *_: "")
 
     def run(*flags):
         monkeypatch.setattr(backends, "_verified", {})
@@ -89,13 +89,13 @@ def test_as_a_program_it_says_all_for_people_and_for_programs(run):
 
 
 def test_a_kernel_that_fails_its_check_is_told_and_is_not_fatal(run, monkeypatch):
-    monkeypatch.setattr(backends, "_fault", lambda *_: "its result is off by 70%")
+    monkeypatch.setattr(backends, "_check_against_reference", lambda *_: "its result is off by 70%")
     code, said, _ = run("--device", "cpu")
     assert code == 0 and "fails its check: its result is off by 70%" in said
 
 
 def test_quick_checks_nothing(run, monkeypatch):
-    monkeypatch.setattr(backends, "_fault", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(backends, "_check_against_reference", lambda *_: pytest.fail("checked"))
     imported, import_fault = [], packages._import_fault
     monkeypatch.setattr(packages, "_import_fault", lambda name: imported.append(name) or import_fault(name))
     code, said, errors = run("--quick")
@@ -256,6 +256,6 @@ def test_on_a_gpu_every_kernel_that_is_installed_passes():
     facts, broken = examine.examine(packages.packages(), None, check=True)
     assert broken == [] and facts["machine"].driver and facts["machine"].card.gib > 1
     for kernel in facts["kernels"]:
-        is_missing = backends.BACKENDS[kernel.name].missing(GPU, 64)
+        is_missing = backends.BACKENDS[kernel.name].unsupported_reason(GPU, 64)
         assert kernel.usable if not is_missing else kernel.note == is_missing
     assert [one.name for one in kernels(GPU) if one.chosen] == [next(k.name for k in facts["kernels"] if k.usable)]

@@ -12,7 +12,7 @@ from torch import Tensor
 import nabla
 from nabla import NablaConfig
 from nabla.attention import Plan, chosen_blocks, tiles_and_means
-from nabla.backends import BACKENDS, lack, verify
+from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
 from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, timed
@@ -64,8 +64,12 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
                 row = timed(f"{name}: dense, {kernel}", lambda: nabla.attention(q, k, v, grid, NablaConfig()), args)
             yield row | {"tflops": round(flops / row["ms"] / 1e9, 1)}
         for share in args.keep:
-            for backend in [b for b in BACKENDS if b != "reference" and not lack(BACKENDS[b], q.dtype, q.shape[-1])]:
-                if backend != args.backend != "auto" or verify(backend, q.device, NablaConfig().block):
+            for backend, module in BACKENDS.items():
+                if backend == "reference" or backend != args.backend != "auto":
+                    continue
+                if inputs_unsupported_reason(module, q.dtype, q.shape[-1]):
+                    continue
+                if verify(backend, q.device, NablaConfig().block):
                     continue
                 plan = nabla.plan(grid, NablaConfig(keep=share, backend=backend), device)
                 yield kernel_row(args, f"{name}: {backend}, keep {share}", backend, q, k, v, plan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nabla
 from nabla import NablaConfig
-from nabla.backends import BACKENDS, lack, verify
+from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
 from wan.attention.apply import apply_attention, compile_blocks
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import random_transformer
@@ -67,7 +67,7 @@ def training_backends(args: argparse.Namespace, q: Tensor) -> list[str]:
     """The backends that can train on q, of those that are asked for; the reference where there is no other."""
     block, found = NablaConfig().block, []
     for name, backend in BACKENDS.items():
-        fits = args.backend in ("auto", name) and not lack(backend, q.dtype, q.shape[-1])
+        fits = args.backend in ("auto", name) and not inputs_unsupported_reason(backend, q.dtype, q.shape[-1])
         if fits and (name != "reference" or not found) and not verify(name, q.device, block, q.dtype, trains=True):
             found.append(name)
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nabla import NablaConfig
-from nabla.backends import BACKENDS, CHECK_HEAD_SIZE, check_dtype, choose, lack, verify
+from nabla.backends import BACKENDS, CHECK_HEAD_SIZE, check_dtype, choose, inputs_unsupported_reason, verify
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def kernels(device: torch.device, check: bool = True) -> tuple[Kernel, ...]:
         chosen, _ = choose("auto", device, block, dtype, CHECK_HEAD_SIZE) if check else ("", "")
     found = []
     for name, backend in BACKENDS.items():
-        fault = backend.missing(device, block) or lack(backend, dtype, CHECK_HEAD_SIZE)
+        fault = backend.unsupported_reason(device, block) or inputs_unsupported_reason(backend, dtype, CHECK_HEAD_SIZE)
         usable: bool | None = False
         if not fault and not check:
             usable, fault = None, "installed; not checked"
