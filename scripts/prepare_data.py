@@ -28,11 +28,11 @@ def make(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from wan.config.settings import read_settings
+    from wan.tools.datasets import open_dataset
     from wan.training.models import open_parts
     from wan.training.prepare import Encoder, prepare
     from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
-    from wan.training.sources import open_dataset
     from wan.training.stopping import stop_with_launcher
 
     stop_with_launcher()

@@ -20,10 +20,11 @@ from nabla import InputError
 from wan.config.settings import CONFIG_FOLDER, read_settings
 from wan.models.wan import latents
 from wan.models.wan.components import vae_part
+from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes import train_vae as vae_training
 from wan.shapes.train_vae import VaeTrainer
 from wan.shapes.vae_data import Pools
-from wan.shapes.vae_model import loss, posterior, reconstruction, take_whole_clips
+from wan.shapes.vae_model import loss
 from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_parts

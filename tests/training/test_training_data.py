@@ -21,11 +21,12 @@ from scripts import prepare_data
 from wan import WanT2V
 from wan.files import atomic as files
 from wan.models.wan.components import TEXT_ENCODER_FILE, VAE_FILE
+from wan.tools.datasets import open_dataset
 from wan.training.data import Clips
 from wan.training.models import open_parts
 from wan.training.prepare import Encoder, prepare
 from wan.training.prepare_settings import PrepareSettings
-from wan.training.sources import VideoFolder, open_dataset
+from wan.training.video_folder import VideoFolder
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,10 @@ from torch import Tensor
 from nabla import InputError
 from wan.config.settings import read_settings
 from wan.files.atomic import hold, whole
+from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
 from wan.shapes.vae_export import draw, export, latent_statistics, quality
-from wan.shapes.vae_model import (
-    Autoencoder,
-    loss,
-    new_vae,
-    posterior,
-    psnr,
-    reconstruction,
-    take_whole_clips,
-    trained_vae,
-)
+from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
 from wan.training.evaluation import averaged
 from wan.training.metrics import Metrics, peak_memory

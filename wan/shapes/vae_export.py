@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from wan.files.atomic import remove, whole
 from wan.files.video import to_frames, write_image
 from wan.models.wan import latents
+from wan.models.wan.whole_clips import posterior
 from wan.shapes.vae_data import as_input
-from wan.shapes.vae_model import posterior, psnr
+from wan.shapes.vae_model import psnr
 
 # Of the picture of reconstructions: frames a video, and how much stronger differences are drawn.
 FRAMES, VIDEOS, DIFFERENCE = 3, 6, 4

@@ -28,10 +28,10 @@ from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.latents import encode
 from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder
-from wan.shapes.vae_model import posterior, take_whole_clips
+from wan.models.wan.whole_clips import posterior, take_whole_clips
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.reading import read
-from wan.training.sources import Checked, InOrder, Sample
+from wan.training.samples import Checked, InOrder, Sample
 
 log = logging.getLogger("wan")
 

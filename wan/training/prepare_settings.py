@@ -17,7 +17,7 @@ class PrepareSettings:
     """What `prepare_data.py` makes: latents and text states of a dataset, in shards.
 
     checkpoint: whose VAE, text encoder and tokenizer to use; it needs no transformer
-    dataset: a name in `wan.training.sources.DATASETS`; options: what that one takes
+    dataset: a name in `wan.tools.datasets.DATASETS`; options: what that one takes
     dropped_text: what a clip without its text says; batch: clips encoded at once; workers: reading processes
     dtype: of what is stored; vae_dtype: of the VAE's encoder, much faster on a GPU in float16, which may overflow
     whole_clips: encode in one pass rather than by chunks of four frames, faster with more memory

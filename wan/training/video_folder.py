@@ -1,35 +1,26 @@
-"""Where clips come from: datasets by name, a folder of videos among them, and what is bad about a sample."""
+"""A folder of videos and captions as a data set to prepare."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import hashlib
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from nabla import InputError
 from nabla.config import is_number
-from wan.config.checks import check_text, check_video, parse_size
-from wan.config.prompts import clean_prompt
+from wan.config.checks import check_video, parse_size
 from wan.config.settings import VideoSettings
 from wan.files.plain_data import parse_json
-from wan.shapes.dataset import Shapes
+from wan.training.samples import BadSample, check_sample
 
 CAPTIONS_FILE = "captions.jsonl"
-
-
-class BadSample(InputError):
-    """A sample that cannot be used; the message says why."""
 
 
 class VideoFolder:
@@ -84,7 +75,7 @@ class VideoFolder:
         name, caption = self._entry(index)
         try:
             video = self._read(self.folder / name)
-            _check(video, caption)
+            check_sample(video, caption)
         except InputError as error:
             raise BadSample(f"{name}: {error}") from None
         return video, caption
@@ -174,107 +165,3 @@ def read_frames(
     if not frames:
         raise BadSample("has no frames")
     return np.stack(frames)
-
-
-# A dataset's name in a config -> what makes it of its options: indexable, giving (video, caption).
-def shapes(
-    count: int,
-    seed: int = 0,
-    size: str = "256*256",
-    frame_num: int = 33,
-    split: str = "train",
-    offset: int = 0,
-    rough: float = 0.0,
-    turning: float = 0.0,
-    several: float = 0.0,
-    alike: float = 0.0,
-    brief: float = 0.0,
-) -> Shapes:
-    """`count` clips of `Shapes`, beginning with number `offset`."""
-    width, height = parse_size(size)
-    check_video((width, height), frame_num)
-    return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several, alike, brief)
-
-
-DATASETS: dict[str, Callable[..., Any]] = {"videos": VideoFolder, "shapes": shapes}
-
-
-def open_dataset(name: str, options: dict[str, Any]) -> Any:
-    """The dataset of a name in `DATASETS`; raises `InputError` for another name or options that it does not have."""
-    if name not in DATASETS:
-        raise InputError(f"dataset {name!r} is not known; use one of {', '.join(DATASETS)}")
-    try:
-        inspect.signature(DATASETS[name]).bind(**options)
-    except TypeError as error:
-        takes = ", ".join(inspect.signature(DATASETS[name]).parameters)
-        raise InputError(f"dataset {name}: {error}; its options are {takes}") from None
-    return DATASETS[name](**options)
-
-
-class InOrder:
-    """Any iterable of (video, caption) as something indexable, as long as indices only rise.
-
-    Raises `RuntimeError` where it raises `OSError` or `ValueError`.
-    """
-
-    def __init__(self, iterable: Iterable[tuple[np.ndarray, str]]):
-        self.items = enumerate(iterable)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        try:
-            for number, item in self.items:
-                if number == index:
-                    return item
-        except (OSError, ValueError) as error:
-            # A generator that raised is at its end: to skip the sample would lose those after it.
-            raise RuntimeError(
-                f"sample {index}: an iterable cannot go on after an error; mend it, or index it"
-            ) from error
-        raise IndexError(index)
-
-
-class Sample(NamedTuple):
-    """One sample of a dataset as it is: `reason` says why it cannot be used, or is empty."""
-
-    index: int
-    video: Tensor | None = None
-    caption: str = ""
-    reason: str = ""
-
-
-class Checked(Dataset):
-    """A dataset whose bad samples are values that say why, rather than errors; None past its end."""
-
-    def __init__(self, source: Any):
-        self.source = source
-
-    def __getitem__(self, index: int) -> Sample | None:
-        if hasattr(self.source, "__len__") and index >= len(self.source):
-            return None
-        try:
-            item = self.source[index]
-            if not isinstance(item, (list, tuple)) or len(item) != 2:
-                raise BadSample(f"a {type(item).__name__} is not a pair of a video and its caption")
-            video, caption = np.asarray(item[0]), item[1]
-            _check(video, caption)
-        except (OSError, ValueError) as error:
-            # Of an error that is not ours the type says the most.
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            return Sample(index, reason=kind + " ".join(str(error).split()))
-        except IndexError:
-            if hasattr(self.source, "__len__"):
-                raise
-            return None
-        # Copied if it may not be written, of which torch warns.
-        return Sample(index, torch.from_numpy(np.require(video, requirements="W")), caption)
-
-
-def _check(video: np.ndarray, caption: object) -> None:
-    """Raise `InputError` unless training can use a video and its caption."""
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
-        raise BadSample(f"the video is {video.dtype} {video.shape}, not uint8 (frames, height, width, 3)")
-    check_text("caption", caption)
-    if not clean_prompt(caption):
-        raise BadSample("the caption is empty")
-    frames, height, width, _ = video.shape
-    check_video((width, height), frames)
