@@ -22,7 +22,7 @@ import generate
 from nabla import InputError
 from wan.config.settings import resolve
 from wan.models.wan import random_checkpoint
-from wan.parallel.distributed import Layout, choose_layout
+from wan.parallel.layout import ParallelLayout, choose_layout
 from wan.parallel.ulysses import dealt, interleaved, shares
 from wan.run.jobs import name_of, names_of, read_prompts
 
@@ -223,19 +223,19 @@ def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
 @pytest.mark.parametrize(
     "asked, layout",
     (
-        (dict(processes=1, heads=12, guided=True), Layout()),
-        (dict(processes=2, heads=12, guided=True), Layout(cfg=2)),
-        (dict(processes=2, heads=12, guided=False), Layout(ulysses=2)),
-        (dict(processes=8, heads=12, guided=True), Layout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=12, guided=False), Layout(ulysses=8)),
-        (dict(processes=3, heads=40, guided=True), Layout(ulysses=3)),
-        (dict(processes=8, heads=40, guided=True, prompts=96), Layout(replicas=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=8), Layout(replicas=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=9), Layout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=40, guided=True, prompts=6), Layout(replicas=2, cfg=2, ulysses=2)),
-        (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), Layout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=40, guided=True, ulysses=8), Layout(ulysses=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), Layout(replicas=4, ulysses=2)),
+        (dict(processes=1, heads=12, guided=True), ParallelLayout()),
+        (dict(processes=2, heads=12, guided=True), ParallelLayout(cfg=2)),
+        (dict(processes=2, heads=12, guided=False), ParallelLayout(ulysses=2)),
+        (dict(processes=8, heads=12, guided=True), ParallelLayout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=12, guided=False), ParallelLayout(ulysses=8)),
+        (dict(processes=3, heads=40, guided=True), ParallelLayout(ulysses=3)),
+        (dict(processes=8, heads=40, guided=True, prompts=96), ParallelLayout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=8), ParallelLayout(replicas=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=9), ParallelLayout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, prompts=6), ParallelLayout(replicas=2, cfg=2, ulysses=2)),
+        (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), ParallelLayout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=40, guided=True, ulysses=8), ParallelLayout(ulysses=8)),
+        (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), ParallelLayout(replicas=4, ulysses=2)),
     ),
 )
 def test_the_layout_that_is_chosen(asked, layout):

@@ -12,7 +12,8 @@ from nabla import NablaConfig
 from wan import WanT2V
 from wan.caches.step_cache import SharedDecision, apply_cache
 from wan.config.cache_settings import CacheSettings
-from wan.parallel.distributed import Layout, Processes
+from wan.parallel.distributed import DistributedContext
+from wan.parallel.layout import ParallelLayout
 
 ATTENTION = NablaConfig(threshold=0.4, dense_steps=1)
 STEPS = 6
@@ -21,24 +22,26 @@ TAYLORSEER = CacheSettings("taylorseer", interval=3, warmup=0)
 MAG = CacheSettings("mag", 1e6, warmup=0, max_skips=2, ratios=(1.0, 1.1, 0.9, 1.1, 0.9, 1.1))
 
 
-def cases(processes: Processes, checkpoint: Path) -> Iterator[dict[str, object]]:
+def cases(distributed: DistributedContext, checkpoint: Path) -> Iterator[dict[str, object]]:
     """For each, on the first process the error of latents, and on all how many forwards reused."""
-    for layout in (Layout(ulysses=2), Layout(cfg=2)):
+    for layout in (ParallelLayout(ulysses=2), ParallelLayout(cfg=2)):
         for sharded in (False, True):
-            processes.lay_out(layout)
+            distributed.init_meshes(layout)
             form = {"dit_fsdp": sharded, "t5_fsdp": sharded}
-            pipe = WanT2V.from_pretrained(checkpoint, ATTENTION, processes=processes, **form)
+            pipe = WanT2V.from_pretrained(checkpoint, ATTENTION, processes=distributed, **form)
             for settings in (FIRST, MAG, TAYLORSEER):
-                yield compare(processes, pipe, checkpoint, settings) | {"sharded": sharded}
+                yield compare(distributed, pipe, checkpoint, settings) | {"sharded": sharded}
             if layout.ulysses == 2:
-                yield compare(processes, pipe, checkpoint, between(pipe)) | {"disagree": True}
+                yield compare(distributed, pipe, checkpoint, between(pipe)) | {"disagree": True}
 
 
-def compare(processes: Processes, pipe: WanT2V, checkpoint: Path, settings: CacheSettings) -> dict[str, object]:
+def compare(
+    distributed: DistributedContext, pipe: WanT2V, checkpoint: Path, settings: CacheSettings
+) -> dict[str, object]:
     cache = apply_cache(pipe.transformer, settings)
     latents = [sample(pipe) for _ in range(2)][1]
-    found = {"kind": settings.kind, "cfg": processes.layout.cfg, "reused": cache.reused, "forwards": cache.forwards}
-    if processes.rank > 0:
+    found = {"kind": settings.kind, "cfg": distributed.layout.cfg, "reused": cache.reused, "forwards": cache.forwards}
+    if distributed.rank > 0:
         return found
     alone = WanT2V.from_pretrained(checkpoint, ATTENTION, cache=settings)
     exact = sample(alone)

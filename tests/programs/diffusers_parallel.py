@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import wan
 from nabla import NablaConfig
-from wan.parallel.distributed import Processes
+from wan.parallel.distributed import DistributedContext
 
 
 @torch.no_grad()
-def errors(processes: Processes) -> Iterator[float]:
+def errors(distributed: DistributedContext) -> Iterator[float]:
     """The greatest error of an output, with sparse attention applied before parallelism and after it."""
     for applied_first in (True, False):
         torch.manual_seed(0)
@@ -35,20 +35,20 @@ def errors(processes: Processes) -> Iterator[float]:
         exact = transformer(*inputs, return_dict=False)[0]
         if not applied_first:
             wan.remove_attention(transformer)
-        enable(transformer, processes)
+        enable(transformer, distributed)
         if not applied_first:
             wan.apply_attention(transformer, config)
         yield (transformer(*inputs, return_dict=False)[0] - exact).abs().max().item()
 
 
-def error_of_pipeline(processes: Processes, checkpoint: Path) -> float:
+def error_of_pipeline(distributed: DistributedContext, checkpoint: Path) -> float:
     """Of the latents of diffusers' pipeline with a LoRA, split over processes and its blocks offloaded."""
 
     def split_and_offload(transformer: WanTransformer3DModel) -> None:
-        enable(transformer, processes)
+        enable(transformer, distributed)
         diffusers_pipeline.offload_blocks(transformer, device)
 
-    device = processes.device
+    device = distributed.device
     with tempfile.TemporaryDirectory() as folder:
         factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(checkpoint, "dense").transformer)
         lora = weight_files.write_lora(Path(folder) / "style.safetensors", factors, "diffusers")
@@ -57,14 +57,14 @@ def error_of_pipeline(processes: Processes, checkpoint: Path) -> float:
     return ((latents - exact).norm() / exact.norm()).item()
 
 
-def enable(transformer: WanTransformer3DModel, processes: Processes) -> None:
+def enable(transformer: WanTransformer3DModel, distributed: DistributedContext) -> None:
     """`transformer.enable_parallelism`, and what it does on a CPU, where it fails at counting devices."""
-    config = ContextParallelConfig(ulysses_degree=processes.count)
-    if processes.device.type == "cuda":
+    config = ContextParallelConfig(ulysses_degree=distributed.world_size)
+    if distributed.device.type == "cuda":
         transformer.enable_parallelism(config=config)
         return
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
-    config.setup(processes.rank, processes.count, torch.device("cpu"), mesh)
+    config.setup(distributed.rank, distributed.world_size, torch.device("cpu"), mesh)
     parallel = type("ParallelConfig", (), {"context_parallel_config": config})
     for block in transformer.blocks:
         block.attn1.processor._parallel_config = parallel

@@ -20,7 +20,8 @@ from diffusers_parallel import error_of_pipeline, errors
 
 from nabla import NablaConfig
 from wan import Checkpoint, WanT2V
-from wan.parallel.distributed import Layout, Processes
+from wan.parallel.distributed import DistributedContext
+from wan.parallel.layout import ParallelLayout
 
 SIZES = {"full tiles": (3, 16, 16), "partial tiles": (2, 18, 22)}
 CONFIGS = {
@@ -31,56 +32,56 @@ CONFIGS = {
     ),
     "masks kept": NablaConfig(threshold=0.4, mask_refresh=2),
 }
-LAYOUTS = {2: (Layout(cfg=2), Layout(ulysses=2)), 4: (Layout(cfg=2, ulysses=2),)}
+LAYOUTS = {2: (ParallelLayout(cfg=2), ParallelLayout(ulysses=2)), 4: (ParallelLayout(cfg=2, ulysses=2),)}
 
 
 def main(device: str, checkpoints: list[Path]) -> None:
-    with Processes.together(device) as processes:
+    with DistributedContext.join(device) as distributed:
         for checkpoint in checkpoints:
             heads = Checkpoint.open(checkpoint).heads
-            for case in cases(processes.count, heads, compiles=device == "cuda"):
+            for case in cases(distributed.world_size, heads, compiles=device == "cuda"):
                 say(
-                    processes,
+                    distributed,
                     heads=heads,
                     layout=asdict(case[0]),
                     sharded=case[1],
                     case=case[2:],
-                    **compare(processes, checkpoint, *case),
+                    **compare(distributed, checkpoint, *case),
                 )
-        if processes.count == 2 and device == "cpu":
-            case = Layout(ulysses=2), False, "nabla", "partial tiles"
-            say(processes, what="compiled", **compare(processes, checkpoints[0], *case, compiles=True))
-            for result in cached.cases(processes, checkpoints[0]):
-                say(processes, what="cached", **result)
-            for error in errors(processes):
-                say(processes, what="diffusers", error=error)
+        if distributed.world_size == 2 and device == "cpu":
+            case = ParallelLayout(ulysses=2), False, "nabla", "partial tiles"
+            say(distributed, what="compiled", **compare(distributed, checkpoints[0], *case, compiles=True))
+            for result in cached.cases(distributed, checkpoints[0]):
+                say(distributed, what="cached", **result)
+            for error in errors(distributed):
+                say(distributed, what="diffusers", error=error)
         # diffusers' own parallelism divides heads evenly.
-        if processes.count == 2 and Checkpoint.open(checkpoints[0]).heads % 2 == 0:
-            say(processes, what="pipeline of diffusers", error=error_of_pipeline(processes, checkpoints[0]))
+        if distributed.world_size == 2 and Checkpoint.open(checkpoints[0]).heads % 2 == 0:
+            say(distributed, what="pipeline of diffusers", error=error_of_pipeline(distributed, checkpoints[0]))
 
 
 def compare(
-    processes: Processes,
+    distributed: DistributedContext,
     checkpoint: Path,
-    layout: Layout,
+    layout: ParallelLayout,
     sharded: bool,
     attention: str,
     size: str,
     compiles: bool | None = None,
 ) -> dict[str, float]:
     """On the first process, the error of latents, and the share of the transformer's parameters that it holds."""
-    processes.lay_out(layout)
+    distributed.init_meshes(layout)
     form = {"dit_fsdp": sharded, "t5_fsdp": sharded, "compile": compiles}
-    pipe = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], processes.device, processes=processes, **form)
+    pipe = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], distributed.device, processes=distributed, **form)
     latents = sample(pipe, SIZES[size])
-    if processes.rank > 0:
+    if distributed.rank > 0:
         return {}
-    exact, whole = alone(checkpoint, attention, size, processes.device)
+    exact, whole = alone(checkpoint, attention, size, distributed.device)
     error = (latents - exact).norm() / exact.norm()
     return {"error": error.item(), "held": own_bytes(pipe.transformer) / whole}
 
 
-def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[Layout, bool, str, str]]:
+def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[ParallelLayout, bool, str, str]]:
     """All, but few of them with sharded weights, with heads that do not divide, or where each takes a compile."""
     for layout, sharded in itertools.product(LAYOUTS[count], (False, True)):
         few = compiles or sharded or heads % 2 > 0
@@ -111,8 +112,8 @@ def sample(pipe: WanT2V, size: tuple[int, int, int]) -> torch.Tensor:
     return pipe.sample(*texts, noise=noise, steps=3)
 
 
-def say(processes: Processes, **result: object) -> None:
-    if processes.rank == 0:
+def say(distributed: DistributedContext, **result: object) -> None:
+    if distributed.rank == 0:
         print(json.dumps(result), flush=True)
 
 

@@ -14,7 +14,8 @@ from nabla import NablaConfig
 from wan import Recorder, WanT2V
 from wan.config.cache_settings import CacheSettings
 from wan.observe import records
-from wan.parallel.distributed import Layout, Processes
+from wan.parallel.distributed import DistributedContext
+from wan.parallel.layout import ParallelLayout
 
 # After two steps of three, whatever changed.
 REUSES = CacheSettings("first_block", 1e9, warmup=0.6)
@@ -37,12 +38,12 @@ class Keeping(Recorder):
 
 def main(checkpoint: str) -> None:
     config = NablaConfig(threshold=0.4, window=(1, 1, 1), dense_steps=1, dense_layers=(1,))
-    with Processes.together("cpu") as processes:
-        for cache, layout in product((None, REUSES), (Layout(cfg=2), Layout(ulysses=2))):
+    with DistributedContext.join("cpu") as distributed:
+        for cache, layout in product((None, REUSES), (ParallelLayout(cfg=2), ParallelLayout(ulysses=2))):
             alone = sampled(WanT2V.from_pretrained(checkpoint, config, cache=cache))
-            processes.lay_out(layout)
-            recorder = sampled(WanT2V.from_pretrained(checkpoint, config, cache=cache, processes=processes))
-            if processes.rank == 0:
+            distributed.init_meshes(layout)
+            recorder = sampled(WanT2V.from_pretrained(checkpoint, config, cache=cache, processes=distributed))
+            if distributed.rank == 0:
                 # Those of layers that did not run are nan.
                 shares = [np.nan_to_num(np.stack(one.shares), nan=-1) for one in (recorder, alone)]
                 differs = np.abs(shares[0] - shares[1]).max()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from nabla import Plan, probe
 from wan.caches.step_cache import ran_in_full
 from wan.memory import placement as memory
-from wan.parallel.distributed import Layout, Processes
+from wan.parallel.distributed import DistributedContext
+from wan.parallel.layout import ParallelLayout
 
 BLOCK = "block"
 DENSE = "sdpa"
@@ -122,14 +123,14 @@ class Watch(probe.Probe):
         self,
         transformer: nn.Module,
         device: torch.device,
-        processes: Processes | None = None,
+        distributed: DistributedContext | None = None,
         times: bool = False,
         examples: Container[int] = (),
     ):
-        self.transformer, self.device, self.processes = transformer, device, processes
+        self.transformer, self.device, self.distributed = transformer, device, distributed
         self.applied = getattr(transformer, "nabla", None)
         self.attentions = [block.attn1 for block in transformer.blocks]
-        self.layout = Layout() if processes is None else processes.layout
+        self.layout = ParallelLayout() if distributed is None else distributed.layout
         self.times, self.examples = times, examples
         self.layer: int | None = None
         self.part: str | None = None
@@ -169,7 +170,9 @@ class Watch(probe.Probe):
         seen = self.seen
         if self.applied and self.applied.sparse:
             kept = torch.stack(seen.forwards)
-            seen.kept = (kept if self.layout.sharing == 1 else self._of_all(kept)).to("cpu", non_blocking=True)
+            seen.kept = (kept if self.layout.processes_per_video == 1 else self._of_all(kept)).to(
+                "cpu", non_blocking=True
+            )
         if self.device.type == "cuda":
             used, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
             seen.memory = {"gpu_gib": used / memory.GIB, "gpu_peak_gib": peak / memory.GIB}
@@ -252,6 +255,6 @@ class Watch(probe.Probe):
     def _of_all(self, kept: Tensor) -> Tensor:
         """Forwards (forwards, layers, heads) of all heads, and of both guidance branches where these run apart."""
         whole = kept.new_zeros(self.layout.cfg, *kept.shape)
-        whole[self.processes.branches.get_local_rank()] = kept
-        dist.all_reduce(whole, group=self.processes.sharing.get_group())
+        whole[self.distributed.cfg_mesh.get_local_rank()] = kept
+        dist.all_reduce(whole, group=self.distributed.video_mesh.get_group())
         return whole.flatten(0, 1)

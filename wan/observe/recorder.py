@@ -69,15 +69,15 @@ class Recorder(Observer):
     @contextmanager
     def sampling(self, pipe: WanT2V, sampling: SamplingSettings, latents: Tensor) -> Iterator[None]:
         self.records, self.examples, self.waiting = [], [], []
-        self.writer = RunLog(self.log) if self.log is not None and pipe.leads else None
-        self.times = self.timed and pipe.leads
+        self.writer = RunLog(self.log) if self.log is not None and pipe.is_leader else None
+        self.times = self.timed and pipe.is_leader
         # What a GPU has done is read back when the next step has been asked for, so that it never runs out of work.
         self.lag = int(pipe.device.type == "cuda")
         self._add([records.header(pipe, sampling, latents, self.about)])
         # With a cache it is not known beforehand which step is the last that computes all layers.
         looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
-        examples = looked_at if self.keeps_examples and pipe.leads else ()
-        watch = Watch(pipe.transformer, pipe.device, pipe.processes, self.times, examples)
+        examples = looked_at if self.keeps_examples and pipe.is_leader else ()
+        watch = Watch(pipe.transformer, pipe.device, pipe.distributed, self.times, examples)
         with self._line(pipe, sampling.steps, "sampling"), watch as self.watch:
             yield
             self._settle(0)
@@ -92,7 +92,7 @@ class Recorder(Observer):
     @contextmanager
     def _line(self, pipe: WanT2V, steps: int, stage: str | None = None) -> Iterator[None]:
         """A line of progress, that begins in a stage, unless there is one or this process shows none."""
-        if self.progress or not self.shows or (pipe.processes is not None and pipe.processes.rank > 0):
+        if self.progress or not self.shows or (pipe.distributed is not None and pipe.distributed.rank > 0):
             yield
             return
         self.progress = Progress(steps)

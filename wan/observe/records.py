@@ -61,7 +61,7 @@ def header(pipe: WanT2V, sampling: SamplingSettings, latents: Tensor, about: Rec
         "grid": [n // p for n, p in zip(latents.shape[2:], config.patch_size)],
         "device": _device_name(pipe.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "processes": 1 if pipe.processes is None else pipe.processes.layout.sharing,
+        "processes": 1 if pipe.distributed is None else pipe.distributed.layout.processes_per_video,
         "measured": MEASURED,
     }
 

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError
 from wan.observe.console import ENDING_SIGNALS, Ended, say
+from wan.parallel.layout import ParallelLayout
 
 # Others wait in a collective while one decodes, and torchrun ends the run if one dies: no time-out is needed for that.
 TIMEOUT = timedelta(days=7)
@@ -33,91 +33,23 @@ GRACE_SECONDS = 3.0
 LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many ways a run is split: prompts over replicas, guidance branches, and the sequence of tokens."""
-
-    replicas: int = 1
-    cfg: int = 1
-    ulysses: int = 1
-
-    @property
-    def sharing(self) -> int:
-        """How many processes share a video."""
-        return self.cfg * self.ulysses
-
-    def describe(self) -> str:
-        ways = {"replicas": self.replicas, "guidance branches": self.cfg, "ways of the sequence": self.ulysses}
-        split = " x ".join(f"{count} {what}" for what, count in ways.items() if count > 1)
-        return f"{self.replicas * self.sharing} processes: {split or 'one video'}"
-
-
-def choose_layout(
-    processes: int,
-    heads: int,
-    guided: bool,
-    prompts: int = 1,
-    sharded: bool = False,
-    replicas: int | None = None,
-    cfg: int | None = None,
-    ulysses: int | None = None,
-) -> Layout:
-    """The layout for so many processes, with what is asked for; the rest is chosen.
-
-    Several prompts go to replicas, which send each other nothing, as far as none is idle at the end, and unless weights
-    are sharded over those that share a video. Guidance branches come next, which send least; then the sequence, of at
-    most as many ways as heads.
-    guided: whether there are two guidance branches that can run apart
-    Raises `InputError` if nothing fits.
-    """
-    for name, value in (("replicas", replicas), ("cfg_size", cfg), ("ulysses_size", ulysses)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} is not a positive integer")
-    if cfg is not None and cfg > 1 + guided:
-        reason = "there are two guidance branches" if guided else "guidance is off, or its branches share masks"
-        raise InputError(f"cfg_size {cfg} is too many: {reason}; leave it out")
-    if ulysses is not None and ulysses > heads:
-        raise InputError(f"ulysses_size {ulysses} is more than the {heads} heads of the model; lower it")
-    found = [
-        Layout(r, c, processes // (r * c))
-        for r in ([replicas] if replicas else range(1, min(prompts, processes) + 1))
-        for c in ([cfg] if cfg else (1, 2) if guided else (1,))
-        if processes % (r * c) == 0 and processes // (r * c) <= heads
-    ]
-    found = [layout for layout in found if ulysses in (None, layout.ulysses)]
-    if not found:
-        asked = {"replicas": replicas, "cfg_size": cfg, "ulysses_size": ulysses}
-        named = ", ".join(f"{name} {value}" for name, value in asked.items() if value) or "no size asked for"
-        raise InputError(
-            f"{processes} processes cannot be laid out ({named}): replicas (of {prompts} to make) x cfg_size (up to "
-            f"{1 + guided}) x ulysses_size (up to {heads}) must be {processes}; start another number, or change a size"
-        )
-
-    def cost(layout: Layout) -> tuple[int, int, int]:
-        # Rounds of videos, by the time that each takes.
-        time = -(-prompts // layout.replicas) * layout.replicas
-        return layout.replicas if sharded else time, -layout.replicas, -layout.cfg
-
-    return min(found, key=cost)
-
-
-class Processes:
-    """This process among those that torchrun started, from `together`; `lay_out` comes before models are loaded."""
+class DistributedContext:
+    """This process among those that torchrun started, from `join`; `init_meshes` comes before models are loaded."""
 
     def __init__(self, store: dist.Store, device: torch.device):
         self.store, self.device = store, device
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     @classmethod
     @contextmanager
-    def together(cls, device_name: str | None) -> Iterator[Processes]:
+    def join(cls, device_name: str | None) -> Iterator[DistributedContext]:
         """Join the others, on nccl for GPUs and gloo for CPUs, for the length of a with statement.
 
         If that fails or is interrupted, the first process that does says so, and each ends at once with a code of its
         own, 2 for a wrong input: those that wait for it in a collective cannot go on, and torchrun ends them.
         """
-        watch = _Watch()
-        processes = None
+        watchdog = _SignalWatchdog()
+        context = None
         try:
             device = pick_device(device_name)
             if device.type == "cuda":
@@ -129,27 +61,27 @@ class Processes:
             store.set_timeout(TIMEOUT)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-            processes = watch.processes = cls(dist.PrefixStore("wan", store), device)
-            yield processes
-            processes._wait_for_all()
+            context = watchdog.context = cls(dist.PrefixStore("wan", store), device)
+            yield context
+            context._wait_for_all()
             dist.destroy_process_group()
         except BaseException as error:
-            is_first = processes is None or processes.fails_first()
+            is_first = context is None or context.claim_first_failure()
             _leave(_report(error) if is_first else 1)
 
     def _wait_for_all(self) -> None:
         """Until all are done, since nccl's own end needs all at once; a leader may decode and write for long."""
-        if self.store.add("done", 1) == self.count:
+        if self.store.add("done", 1) == self.world_size:
             self.store.set("all done", "")
         self.store.wait(["all done"], TIMEOUT)
 
-    def lay_out(self, layout: Layout) -> None:
+    def init_meshes(self, layout: ParallelLayout) -> None:
         """Set the layout, and the meshes of those that share a video with this one: all, and along each axis."""
         self.layout = layout
-        ranks = torch.arange(self.count).view(layout.replicas, layout.cfg, layout.ulysses)
-        self.sharing = self._mesh(ranks.flatten(1))
-        self.branches = self._mesh(ranks.movedim(1, -1).flatten(0, 1))
-        self.sequence = self._mesh(ranks.flatten(0, 1))
+        ranks = torch.arange(self.world_size).view(layout.replicas, layout.cfg, layout.ulysses)
+        self.video_mesh = self._mesh(ranks.flatten(1))
+        self.cfg_mesh = self._mesh(ranks.movedim(1, -1).flatten(0, 1))
+        self.ulysses_mesh = self._mesh(ranks.flatten(0, 1))
 
     def _mesh(self, groups: Tensor) -> DeviceMesh:
         """The mesh of this process's row. Not by init_device_mesh, whose groups have a time-out of their own."""
@@ -157,33 +89,33 @@ class Processes:
         return DeviceMesh.from_group(own, self.device.type)
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process reads prompts, decodes and writes for those that share its video."""
-        return self.sharing.get_local_rank() == 0
+        return self.video_mesh.get_local_rank() == 0
 
-    def from_leader(self, x: Tensor) -> Tensor:
+    def broadcast_from_leader(self, x: Tensor) -> Tensor:
         """The leader's tensor, in place, on all that share its video."""
-        dist.broadcast(x, group=self.sharing.get_group(), group_src=0)
+        dist.broadcast(x, group=self.video_mesh.get_group(), group_src=0)
         return x
 
-    def from_first(self, thing: Any) -> Any:
-        """What the first of all processes has."""
+    def broadcast_object(self, thing: Any) -> Any:
+        """What the first of all processes has, on all of them."""
         box = [thing]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def take_jobs(self, count: int) -> Iterator[int]:
+    def claim_jobs(self, count: int) -> Iterator[int]:
         """Numbers below `count`, each for one replica, which takes the next whenever it is done with one."""
         while True:
             number = torch.zeros(1, dtype=torch.int64, device=self.device)
-            if self.leads:
+            if self.is_leader:
                 number += self.store.add("jobs", 1) - 1
-            number = self.from_leader(number).item()
+            number = self.broadcast_from_leader(number).item()
             if number >= count:
                 return
             yield number
 
-    def fails_first(self) -> bool:
+    def claim_first_failure(self) -> bool:
         """Whether this process is the first that reports a failure; the others fail for its absence, or likewise."""
         try:
             return self.store.add("failures", 1) == 1
@@ -244,14 +176,14 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _Watch:
+class _SignalWatchdog:
     """Makes SIGINT, SIGTERM and SIGHUP interrupt the main thread, and end the process if that is stuck.
 
     Python handles signals between its own instructions alone, so a process that waits in a library would ignore them.
     """
 
     def __init__(self) -> None:
-        self.processes: Processes | None = None
+        self.context: DistributedContext | None = None
         self.receiving, sending = socket.socketpair()
         sending.setblocking(False)
         self.sending = sending
@@ -265,6 +197,6 @@ class _Watch:
         while self.receiving.recv(1)[0] not in INTERRUPTS:
             pass
         time.sleep(GRACE_SECONDS)
-        if self.processes is None or self.processes.fails_first():
+        if self.context is None or self.context.claim_first_failure():
             say("interrupted")
         os._exit(130)

@@ -25,7 +25,7 @@ from wan.models.wan.vae import decoder_dtype
 from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
-from wan.parallel.distributed import Processes
+from wan.parallel.distributed import DistributedContext
 from wan.run.remaking import otherwise_packed
 from wan.run.sidecars import Video, free_path
 
@@ -66,7 +66,7 @@ def make_all(
     videos: list[Video],
     device: torch.device,
     options: Options,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
 ) -> None:
     """Load the models once, and make videos, each by the processes of a replica.
 
@@ -76,7 +76,7 @@ def make_all(
     every = [one for one, _ in videos]
     pipe = load(checkpoint, every, device, options, processes)
     loading = time.perf_counter() - start
-    for number in range(len(videos)) if processes is None else processes.take_jobs(len(videos)):
+    for number in range(len(videos)) if processes is None else processes.claim_jobs(len(videos)):
         settings, path = videos[number]
         make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
 
@@ -86,7 +86,7 @@ def load(
     every: list[Settings],
     device: torch.device,
     options: Options,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
 ) -> WanT2V:
     """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `make_all` does."""
     settings, plan = every[0], None
@@ -113,7 +113,7 @@ def load(
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
     if settings.transformer is not None:
         log.info("transformer: %s", settings.transformer)
-    if pipe.leads:
+    if pipe.is_leader:
         log.setLevel(logging.INFO)
     return pipe
 
@@ -155,8 +155,8 @@ def make(
         log.info("cache: %s", pipe.cache.describe())
         made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
     made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": asdict(pipe.plan)}
-    if pipe.processes is not None:
-        made_with["layout"] = asdict(pipe.processes.layout)
+    if pipe.distributed is not None:
+        made_with["layout"] = asdict(pipe.distributed.layout)
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free

@@ -25,7 +25,8 @@ from wan.memory.budget import check_memory
 from wan.models.wan.checkpoint import Checkpoint
 from wan.observe.report import check_report
 from wan.observe.run_log import check_log
-from wan.parallel.distributed import Processes, choose_layout, pick_device, started_by_torchrun
+from wan.parallel.distributed import DistributedContext, pick_device, started_by_torchrun
+from wan.parallel.layout import choose_layout
 from wan.quantize.float8 import check_fp8
 from wan.run.jobs import names_of, read_prompts
 from wan.run.making import Options, make_all, named_after
@@ -62,7 +63,7 @@ class Request:
 def run(request: Request, options: Options) -> None:
     """Make the video or videos of a request. Under torchrun all its processes come here, and work together."""
     if started_by_torchrun():
-        with Processes.together(options.device) as processes:
+        with DistributedContext.join(options.device) as processes:
             log.setLevel(logging.INFO if processes.rank == 0 else logging.WARNING)
             _run(request, options, processes.device, processes)
         return
@@ -78,7 +79,7 @@ def run(request: Request, options: Options) -> None:
     _run(request, options, pick_device(options.device), None)
 
 
-def _run(request: Request, options: Options, device: torch.device, processes: Processes | None) -> None:
+def _run(request: Request, options: Options, device: torch.device, processes: DistributedContext | None) -> None:
     check_memory(options.memory, device, processes, options.offload)
     if device.type == "cuda" if options.compile is None else options.compile:
         check_compiler(device)
@@ -91,13 +92,13 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
         _say_what_runs(checkpoint, videos, request)
         videos = _still_to_make(videos, request, options)
     if processes is not None:
-        videos = processes.from_first(videos)
+        videos = processes.broadcast_object(videos)
     if not videos:
         return
     if processes is not None:
         every = [settings for settings, _ in videos]
         layout = choose_layout(
-            processes.count,
+            processes.world_size,
             min(checkpoint.heads, *(math.prod(one.video.token_grid) for one in every)),
             # Branches that share masks have to take turns.
             guided=all(one.sampling.guide_scale != 1 and one.attention.mask_refresh == 1 for one in every),
@@ -108,7 +109,7 @@ def _run(request: Request, options: Options, device: torch.device, processes: Pr
             ulysses=options.ulysses_size,
         )
         log.info("layout: %s", layout.describe())
-        processes.lay_out(layout)
+        processes.init_meshes(layout)
     options = replace(options, named_apart=request.prompt_file is not None, again=request.config)
     make_all(checkpoint, videos, device, options, processes)
 

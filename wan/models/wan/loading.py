@@ -23,7 +23,7 @@ from wan.models.wan import components as parts
 from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
-from wan.parallel.distributed import Processes
+from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_fsdp
 from wan.quantize.float8 import apply_fp8, check_fp8
 from wan.quantize.packing import check_packing, make_packer
@@ -51,7 +51,7 @@ def load_models(
     fp8: bool,
     offload: bool | None,
     t5_cpu: bool,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
     transformer_file: str | Path | None = None,
@@ -75,29 +75,33 @@ def load_models(
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
     packed = check_packed(transformer_part, fp8, dit_fsdp)
     adapters = [read_lora(file, transformer_part.model) for file in lora]
-    leads = processes is None or processes.leads
+    is_leader = processes is None or processes.is_leader
     if offload is None:
-        sharing = processes.layout.sharing if processes else 1
+        sharing = processes.layout.processes_per_video if processes else 1
         need = transformer_part.bytes(dtype) // (sharing if dit_fsdp else 1)
-        need += vae_part.bytes(dtype) if leads else 0
-        need += text_part.bytes(dtype) // (sharing if t5_fsdp else 1) if (leads or t5_fsdp) and not t5_cpu else 0
+        need += vae_part.bytes(dtype) if is_leader else 0
+        need += text_part.bytes(dtype) // (sharing if t5_fsdp else 1) if (is_leader or t5_fsdp) and not t5_cpu else 0
         offload = memory.is_crowded(device, need)
         if offload and sharing > 1 and not dit_fsdp:
             log.warning("warning: idle weights move to host memory, a copy for each process; --dit_fsdp shards them")
     home = cpu if offload else device
     vae = text_encoder = None
-    if leads:
+    if is_leader:
         vae = vae_part.load(torch.float32, home)
         speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     if t5_fsdp:
         text_encoder = text_part.load(
-            dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.sharing)
+            dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.video_mesh)
         )
-    elif leads:
+    elif is_leader:
         text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
     if dit_fsdp:
         transformer = parts.load_transformer(
-            transformer_part, dtype, device, lambda model: apply_fsdp(model, model.blocks, processes.sharing), adapters
+            transformer_part,
+            dtype,
+            device,
+            lambda model: apply_fsdp(model, model.blocks, processes.video_mesh),
+            adapters,
         )
     else:
         transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home, adapters=adapters)
@@ -152,9 +156,11 @@ def _load_planned(
     return Models(transformer, vae, text_encoder, tokenizer, plan.in_turns)
 
 
-def _check_sharding(processes: Processes | None, dit_fsdp: bool, t5_fsdp: bool, fp8: bool, t5_cpu: bool) -> None:
+def _check_sharding(
+    processes: DistributedContext | None, dit_fsdp: bool, t5_fsdp: bool, fp8: bool, t5_cpu: bool
+) -> None:
     for name, asked in (("dit_fsdp", dit_fsdp), ("t5_fsdp", t5_fsdp)):
-        if asked and (processes is None or processes.layout.sharing == 1):
+        if asked and (processes is None or processes.layout.processes_per_video == 1):
             raise InputError(f"{name} shards over processes that share a video, and here none do; leave it out")
     if dit_fsdp and fp8:
         raise InputError("dit_fsdp and fp8 do not work together; leave one of them out")

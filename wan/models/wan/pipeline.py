@@ -27,7 +27,7 @@ from wan.models.wan.latents import decode, encode
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
 from wan.observe.recorder import observed
-from wan.parallel.distributed import Processes
+from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import gather_guidance
 from wan.sampling.finite import check_decoded, check_latents
 from wan.sampling.loop import denoise, make_solver, told_steps
@@ -64,7 +64,7 @@ class WanT2V:
         offload: bool,
         sampling: SamplingSettings,
         video: VideoSettings,
-        processes: Processes | None = None,
+        processes: DistributedContext | None = None,
     ):
         self.transformer = transformer
         self.vae = vae
@@ -76,7 +76,7 @@ class WanT2V:
         self.offload = offload
         self.sampling = sampling
         self.video = video
-        self.processes = processes
+        self.distributed = processes
         self.seconds: dict[str, float] = {}
         self.plan: Plan | None = None
         self.lora: Sequence[LoraFile] = ()
@@ -138,7 +138,7 @@ class WanT2V:
         if sampling.guide_scale != 1:
             texts, gather = self._own_branches(texts)
         cache, observer = self.cache, observed(progress, observer)
-        alone = self.processes is None or self.processes.layout.sharing == 1
+        alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
         takes_batch = alone and not self._shares_masks and cache is None
         with (
             told_steps(self.transformer, sampling.steps) as tell,
@@ -239,7 +239,7 @@ class WanT2V:
                     solver=sampling.solver,
                     observer=observer,
                 )
-            if not self.leads:
+            if not self.is_leader:
                 return None
             with self._stage("decode", observer):
                 return to_frames(self.decode(latents)[0])
@@ -256,9 +256,9 @@ class WanT2V:
         return getattr(self.transformer, "step_cache", None)
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process has the results, of those that share a video."""
-        return self.processes is None or self.processes.leads
+        return self.distributed is None or self.distributed.is_leader
 
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
@@ -283,11 +283,11 @@ class WanT2V:
 
     def _own_branches(self, texts: list[Tensor]) -> tuple[list[Tensor | None], Callable | None]:
         """The texts of guidance branches that this process runs, and, if not both, what gives both predictions."""
-        if self.processes is None or self.processes.layout.cfg == 1:
+        if self.distributed is None or self.distributed.layout.cfg == 1:
             return texts, None
         if self._shares_masks:
             raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
-        branches = self.processes.branches
+        branches = self.distributed.cfg_mesh
         return [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
 
     def _text_for_all(self, prompts: list[str]) -> Tensor:
@@ -298,7 +298,7 @@ class WanT2V:
         return self._from_leader(torch.empty(shape, device=self.device, dtype=self.transformer.dtype))
 
     def _from_leader(self, x: Tensor) -> Tensor:
-        return x if self.processes is None else self.processes.from_leader(x.contiguous())
+        return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())
 
     def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
         if text is None:

@@ -19,7 +19,7 @@ from wan.config.settings import LoraFile, Settings
 from wan.memory.planner import Plan
 from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
-from wan.parallel.distributed import Processes
+from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_sequence
 from wan.sampling.finite import check_vae
 
@@ -40,7 +40,7 @@ def from_pretrained(
     compile: bool | None = None,
     fp8: bool | None = None,
     vae_dtype: torch.dtype | None = None,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
     transformer: str | Path | None = None,
@@ -102,7 +102,7 @@ def from_settings(
     offload: bool | None = None,
     t5_cpu: bool = False,
     compile: bool | None = None,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
     plan: Plan | None = None,
@@ -160,6 +160,6 @@ def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
         compile_blocks(pipe.transformer)
     if settings.cache is not None:
         apply_cache(pipe.transformer, settings.cache)
-    if pipe.processes is not None and pipe.processes.layout.ulysses > 1:
-        apply_sequence(pipe.transformer, pipe.processes.sequence)
+    if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
+        apply_sequence(pipe.transformer, pipe.distributed.ulysses_mesh)
     apply_attention(pipe.transformer, settings.attention)

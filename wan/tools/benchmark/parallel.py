@@ -20,7 +20,8 @@ from wan.config.settings import VideoSettings
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
-from wan.parallel.distributed import Layout, Processes, started_by_torchrun
+from wan.parallel.distributed import DistributedContext, started_by_torchrun
+from wan.parallel.layout import ParallelLayout
 from wan.parallel.ulysses import apply_fsdp, apply_sequence, gather_guidance, interleaved
 from wan.sampling.loop import denoise, make_solver
 from wan.tools.benchmark.timing import Row, configs, label, peak, reset_peak, timed
@@ -38,27 +39,29 @@ def parallel_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
     """Forwards and guided steps on one GPU and on all, as `args.rows` says."""
     if not started_by_torchrun():
         raise InputError("mode parallel compares several processes; start it with torchrun")
-    with Processes.together(None if device.type == "cuda" else args.device) as processes:
-        args.device = str(processes.device)
+    with DistributedContext.join(None if device.type == "cuda" else args.device) as distributed:
+        args.device = str(distributed.device)
         for name in args.rows:
             for video in videos:
-                yield from ROWS[name](args, processes, video)
+                yield from ROWS[name](args, distributed, video)
                 # A model and its hooks hold each other, and two do not fit.
                 torch._dynamo.reset()
                 gc.collect()
 
 
-def model(args: argparse.Namespace, processes: Processes, layers: int | None = None) -> WanTransformer3DModel:
+def model(
+    args: argparse.Namespace, distributed: DistributedContext, layers: int | None = None
+) -> WanTransformer3DModel:
     dtype = getattr(torch, args.dtype)
-    transformer = random_transformer(args.model, dtype, processes.device, layers=layers or args.layers)
+    transformer = random_transformer(args.model, dtype, distributed.device, layers=layers or args.layers)
     fuse_gelu(transformer)
     compile_blocks(transformer)
     return transformer
 
 
-def shared_by_all(processes: Processes) -> DeviceMesh:
-    processes.lay_out(Layout(ulysses=processes.count))
-    return processes.sequence
+def shared_by_all(distributed: DistributedContext) -> DeviceMesh:
+    distributed.init_meshes(ParallelLayout(ulysses=distributed.world_size))
+    return distributed.ulysses_mesh
 
 
 def compare(args: argparse.Namespace, what: str, function: Callable[[], object], alone: Row | None = None) -> Row:
@@ -75,8 +78,8 @@ def compare(args: argparse.Namespace, what: str, function: Callable[[], object],
     return row if alone is None else row | {"speedup": round(alone["ms"] / row["ms"], 3)}
 
 
-def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
-    transformer = model(args, processes)
+def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
+    transformer = model(args, distributed)
     inputs = random_inputs(transformer, video, 1)
     forward = partial(transformer, *inputs, return_dict=False)
     every = [*([] if args.no_dense else [NablaConfig()]), *configs(args)]
@@ -85,10 +88,10 @@ def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettin
         apply_attention(transformer, config)
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
-    apply_sequence(transformer, shared_by_all(processes))
+    apply_sequence(transformer, shared_by_all(distributed))
     for config in every:
         apply_attention(transformer, config)
-        what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
+        what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
         yield compare(args, what, forward, alone[config]) | {"by_peers": transformer.sequence.by_peers}
         if transformer.sequence.by_peers:
             transformer.sequence.by_peers = False
@@ -96,11 +99,11 @@ def even_rows(args: argparse.Namespace, processes: Processes, video: VideoSettin
             transformer.sequence.by_peers = True
 
 
-def uneven_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """Half the heads sparse, half dense, in adjacent order: as they come, dealt out in turn, and by what they kept."""
     config = NablaConfig(threshold=UNEVEN_THRESHOLD, backend=args.backend)
-    mesh = shared_by_all(processes)
-    transformer = model(args, processes)
+    mesh = shared_by_all(distributed)
+    transformer = model(args, distributed)
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     apply_attention(transformer, config)
     calibrate(transformer, forward)
@@ -142,14 +145,14 @@ def calibrate(transformer: WanTransformer3DModel, forward: Callable[[], object])
         low, high = torch.where(is_dense, middle, low), torch.where(is_dense, high, middle)
 
 
-def guidance_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """A guided step: both branches in turn, and side by side on two GPUs."""
-    if processes.count % 2:
+    if distributed.world_size % 2:
         return
-    transformer = model(args, processes)
+    transformer = model(args, distributed)
     inputs = random_inputs(transformer, video, 1)
-    processes.lay_out(Layout(cfg=2, replicas=processes.count // 2))
-    branches = processes.branches
+    distributed.init_meshes(ParallelLayout(cfg=2, replicas=distributed.world_size // 2))
+    branches = distributed.cfg_mesh
 
     def forward() -> Tensor:
         return transformer(*inputs, return_dict=False)[0].float()
@@ -162,21 +165,21 @@ def guidance_rows(args: argparse.Namespace, processes: Processes, video: VideoSe
         yield compare(args, f"{what}, cfg 2", lambda: gather_guidance(forward(), branches), alone)
 
 
-def same_video_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
+def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """PSNR of the video of all GPUs to that of one, from the same noise."""
-    transformer = model(args, processes)
+    transformer = model(args, distributed)
     latents, _, context = random_inputs(transformer, video, 1)
 
     def sample() -> Tensor:
-        solver = make_solver("unipc", args.steps, 5.0, processes.device)
+        solver = make_solver("unipc", args.steps, 5.0, distributed.device)
         return denoise(transformer, latents.float(), context, -context, solver, 5.0)
 
     apply_attention(transformer, configs(args)[0])
     alone = sample()
-    apply_sequence(transformer, shared_by_all(processes))
+    apply_sequence(transformer, shared_by_all(distributed))
     apply_attention(transformer, configs(args)[0])
     shared = sample()
-    vae = random_vae(args.model, processes.device)
+    vae = random_vae(args.model, distributed.device)
     error = (decode(vae, alone) - decode(vae, shared)).square().mean().item()
     psnr = round(10 * math.log10(4 / max(error, 1e-12)), 1)
     change = round(((alone - shared).norm() / alone.norm()).item(), 5)
@@ -184,14 +187,14 @@ def same_video_rows(args: argparse.Namespace, processes: Processes, video: Video
     yield {"what": what, "ms": 0.0, "low": 0.0, "high": 0.0, "psnr": psnr, "change_of_latents": change}
 
 
-def sharded_rows(args: argparse.Namespace, processes: Processes, video: VideoSettings) -> Iterator[Row]:
-    transformer = model(args, processes)
+def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
+    transformer = model(args, distributed)
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     config = configs(args)[0]
-    mesh = shared_by_all(processes)
+    mesh = shared_by_all(distributed)
     apply_sequence(transformer, mesh)
     apply_attention(transformer, config)
-    what = f"{label(video)}: forward, {config.algorithm}, ulysses {processes.count}"
+    what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
     whole = compare(args, f"{what}, whole weights", forward)
     yield whole
     apply_fsdp(transformer, transformer.blocks, mesh)
