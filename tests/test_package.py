@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -33,6 +34,20 @@ def test_every_module_and_file_is_packaged():
     assert {file.parent for file in files} == packaged
     data = set().union(*map(data_of, TOOL["packages"]))
     assert {file for file in files if file.suffix != ".py"} == data
+
+
+@pytest.mark.parametrize("package", ["nabla", "wan"])
+def test_type_checkers_of_users_read_the_annotations(package):
+    assert (ROOT / package / "py.typed").read_text() == "" and ROOT / package / "py.typed" in data_of(package)
+
+
+def test_what_the_tests_run_with_is_in_the_supported_range():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    extras = PROJECT["project"]["optional-dependencies"]
+    ranges = map(Requirement, [*PROJECT["project"]["dependencies"], *extras["test"], *extras["lint"]])
+    outside = {str(one): pins.get(one.name) for one in ranges if pins.get(one.name, "") not in one.specifier}
+    assert not outside
 
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"].values())

@@ -169,6 +169,15 @@ def test_optional_packages_say_all_that_they_are_for(run):
     assert optional == packages.OPTIONAL.keys() and "gradio" in said
 
 
+def test_versions_are_read_as_the_project_and_as_its_metadata_write_them():
+    assert packages._split("torchao>=0.15") == ("torchao", "0.15")
+    assert packages._split("diffusers>=0.42,<0.43") == packages._split("diffusers<0.43,>=0.42")
+    newest = packages._look("PyYAML", "1.0,<2.0", "", True, "PyYAML")
+    oldest = packages._look("PyYAML", "99.0,<100.0", "", True, "PyYAML")
+    assert not newest.problem and oldest.problem.endswith("older than 99.0")
+    assert oldest.install == 'pip install "PyYAML>=99.0,<100.0"'
+
+
 def test_what_fits_follows_the_memory():
     def plans(free, host):
         return {(one.model, one.size[1]): one for one in fits(budget_of(free, host, host), free * 1.02, True)}

@@ -52,7 +52,7 @@ def packages(quick: bool = False) -> tuple[Package, ...]:
     All are imported, but for `SLOW` if `quick`.
     """
     dependencies, extras = _requirements()
-    needed = [_look(name, least, "", True, name) for name, least in map(_split, dependencies)]
+    needed = [_look(name, versions, "", True, name) for name, versions in map(_split, dependencies)]
     optional = [
         _look(name, extras[name], purpose, False, how, imports=not (quick and name == SLOW))
         for name, (purpose, how) in OPTIONAL.items()
@@ -61,7 +61,7 @@ def packages(quick: bool = False) -> tuple[Package, ...]:
 
 
 def _requirements() -> tuple[list[str], dict[str, str]]:
-    """What the project needs, and the least versions of optional packages, by its file or, installed, its metadata."""
+    """What the project needs, and the versions of optional packages, by its file or, installed, its metadata."""
     if IS_SOURCE:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         optional = [line for lines in project["optional-dependencies"].values() for line in lines]
@@ -79,23 +79,24 @@ def needed_faults(found: tuple[Package, ...]) -> list[str]:
 
 
 def _split(requirement: str) -> tuple[str, str]:
-    """A package and its least version."""
-    name, _, least = requirement.partition(">=")
-    return name, least
+    """A package and its versions, as "0.42" or "0.42,<0.43"; the metadata of a package has the ceiling first."""
+    name, limits = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
+    return name, ",".join(sorted(limits.split(","), reverse=True)).removeprefix(">=")
 
 
-def _look(name: str, least: str, purpose: str, needed: bool, how: str, imports: bool = True) -> Package:
+def _look(name: str, versions: str, purpose: str, needed: bool, how: str, imports: bool = True) -> Package:
     try:
         found = version(name)
     except PackageNotFoundError:
         found = None
     problem = "missing" if found is None else ""
+    least = versions.partition(",")[0]
     if found is not None and _numbers(found) < _numbers(least):
         problem = f"{found} is older than {least}"
     if not problem and imports:
         problem = _import_fault(MODULES.get(name, name))
     # The files of requirements are not installed.
-    wanted = f'"{name}>={least}"' if how == name or not IS_SOURCE else how
+    wanted = f'"{name}>={versions}"' if how == name or not IS_SOURCE else how
     return Package(name, purpose, needed, found, problem, f"pip install {wanted}")
 
 
