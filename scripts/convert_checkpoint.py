@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from nabla import InputError
-    from wan.models.wan.checkpoint import Checkpoint
+    from wan.models.checkpoint import Checkpoint
     from wan.models.wan.convert import convert
 
     dtype = args.dtype and getattr(torch, args.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wan.attention.apply import apply_attention, remove_attention
     from wan.checkpoints.weights import CheckpointError
-    from wan.models.wan.checkpoint import Checkpoint
+    from wan.models.checkpoint import Checkpoint
     from wan.models.wan.pipeline import WanT2V
     from wan.observe.observer import Observer
     from wan.observe.recorder import Recorder
@@ -24,7 +24,7 @@ __all__ = [
 ]
 # Imported when first asked for: a program parses its flags, and minds Ctrl-C, before the seconds that torch takes.
 _MODULES = {
-    "Checkpoint": "models.wan.checkpoint",
+    "Checkpoint": "models.checkpoint",
     "CheckpointError": "checkpoints.weights",
     "Observer": "observe.observer",
     "Recorder": "observe.recorder",

@@ -19,8 +19,8 @@ from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.checkpoints.single_file import open_transformer
 from wan.config.settings import LoraFile
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.convert import convert
 
 ODD = (

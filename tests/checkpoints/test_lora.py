@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import published
-from wan.models.wan.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import wan
 from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile, resolve
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.convert import convert
 
 

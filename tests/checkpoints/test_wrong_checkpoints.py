@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from nabla import InputError
 from wan.checkpoints.reading import damage, require_file, unreadable
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
-from wan.models.wan.components import TEXT_ENCODER_FILE, VAE_FILE
 from wan.models.wan.convert import convert
+from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 
 LAYER = "blocks.0.ffn.0"
 

@@ -28,8 +28,8 @@ from wan.memory.estimates import GGUF, GIB
 from wan.memory.placement import placed, split_picture
 from wan.memory.planner import Budget, Plan
 from wan.memory.streaming import stream_blocks
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.quantize.packing import Packer
 from wan.run import run

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 import wan
 from nabla import InputError
 from wan.checkpoints.weights import CheckpointError
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import random_checkpoint
-from wan.models.wan.checkpoint import TOKENIZER_FOLDER, Checkpoint
-from wan.models.wan.components import TEXT_ENCODER_FILE, VAE_FILE
+from wan.models.wan.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from wan.models.wan.vae import decoder_dtype
 
 SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -315,7 +315,7 @@ def test_a_hub_id_is_downloaded_configuration_first(monkeypatch, random_nano):
         asked.append((name, allow_patterns, ignore_patterns))
         return str(random_nano)
 
-    monkeypatch.setattr("wan.models.wan.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("wan.checkpoints.locate.snapshot_download", download)
     checkpoint = Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B")
     assert checkpoint.name == "Wan-AI/Wan2.1-T2V-1.3B" and checkpoint.folder == random_nano
     assert [name for name, *_ in asked] == ["Wan-AI/Wan2.1-T2V-1.3B"] * 2
@@ -388,7 +388,7 @@ def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, mo
     random_checkpoint.write("some", tmp_path, torch.float32)
     code = (
         "import sys, torch\n"
-        "from wan.models.wan.checkpoint import Checkpoint\n"
+        "from wan.models.checkpoint import Checkpoint\n"
         "from wan.models.wan.components import load_transformer, transformer_part\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
         "checkpoint = Checkpoint.open(sys.argv[1])\n"

@@ -21,11 +21,11 @@ import generate
 from nabla import InputError
 from scripts import convert_checkpoint
 from wan.checkpoints.weights import WeightFiles
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import latents, published
-from wan.models.wan.checkpoint import Checkpoint
-from wan.models.wan.components import TEXT_ENCODER_FILE, VAE_FILE
 from wan.models.wan.convert import convert, fold_statistics
+from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.models.wan.pipeline import WanT2V
 
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -15,8 +15,8 @@ from places import ROOT
 
 import generate
 from wan import WanT2V
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import latents
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.convert import convert
 from wan.run.ratios import measured_otherwise
 from wan.shapes.measure import background_colour, measured

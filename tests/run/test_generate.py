@@ -21,8 +21,7 @@ from torch.distributed.run import get_args_parser
 import generate
 from wan import WanT2V
 from wan.files import video
-from wan.models.wan.checkpoint import TOKENIZER_FOLDER
-from wan.models.wan.components import VAE_FILE
+from wan.models.wan.layout import TOKENIZER_FOLDER, VAE_FILE
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.flags import make_parser, parse_args
 

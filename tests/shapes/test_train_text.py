@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.config.settings import read_settings
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.text import tokenize
 from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes

@@ -22,8 +22,8 @@ import wan
 from nabla import InputError, NablaConfig
 from scripts import plot_training
 from scripts import train as train_script
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.training.config import TrainingSettings
 from wan.training.data import Batches, Clips
 from wan.training.metrics import Metrics

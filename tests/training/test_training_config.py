@@ -10,9 +10,9 @@ import yaml
 from training_runs import TRANSFORMER
 
 from nabla import InputError
+from wan.checkpoints import locate
 from wan.config.settings import CONFIG_FOLDER, SamplingSettings, VideoSettings, read_settings
-from wan.models.wan import checkpoint
-from wan.models.wan.checkpoint import Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.shapes.train_text import TextSettings
 from wan.shapes.vae_settings import VaeSettings
 from wan.training.config import CHANGEABLE, LoraSettings, TrainingSettings
@@ -118,7 +118,7 @@ def test_the_docs_list_what_a_continuation_may_change():
 
 
 def test_a_hub_checkpoint_that_cannot_be_had_is_named_as_training_takes_it(monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(locate, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"pass --ckpt_dir DIR \(checkpoint=DIR to training\), or"):
         open_parts("Wan-AI/Wan2.1-T2V-1.3B")
 

@@ -20,7 +20,7 @@ from nabla import InputError
 from scripts import prepare_data
 from wan import WanT2V
 from wan.files import atomic as files
-from wan.models.wan.components import TEXT_ENCODER_FILE, VAE_FILE
+from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.tools.datasets import open_dataset
 from wan.training.data import Clips
 from wan.training.models import open_parts

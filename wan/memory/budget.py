@@ -22,8 +22,8 @@ from wan.files.formats import SAFETENSORS
 from wan.memory.estimates import GGUF, Weights, Work
 from wan.memory.placement import free_bytes
 from wan.memory.planner import GB, Budget, Plan, choose
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.vae import vae_dtype_of
 
 log = logging.getLogger("wan")

@@ -19,7 +19,7 @@ from wan.config.settings import Settings, read_made_with
 from wan.files.video import record_of, write_with_record
 from wan.memory import placement as memory
 from wan.memory.budget import plan_run
-from wan.models.wan.checkpoint import Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.vae import decoder_dtype
 from wan.observe.observer import Observer, Observers

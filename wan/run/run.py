@@ -22,7 +22,7 @@ from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, check_positio
 from wan.files.formats import SAFETENSORS
 from wan.files.video import check_encoder, check_writable, make_folder, record_of, to_json
 from wan.memory.budget import check_memory
-from wan.models.wan.checkpoint import Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.observe.report import check_report
 from wan.observe.run_log import check_log
 from wan.parallel.distributed import DistributedContext, pick_device, started_by_torchrun

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.checkpoints.locate import check_hub_id
 from wan.checkpoints.weights import CheckpointError, WeightFiles, weight_file
 from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files.atomic import whole
 from wan.files.formats import SAFETENSORS
 from wan.files.video import make_folder
-from wan.models.wan.checkpoint import Checkpoint, check_hub_id
+from wan.models.checkpoint import Checkpoint
 from wan.run.remaking import packing_of
 from wan.serve.shown import name_of
 

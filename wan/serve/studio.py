@@ -22,8 +22,8 @@ from wan.attention.apply import apply_attention
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import Settings, resolve
 from wan.files.video import make_folder
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.text import cut_note
 from wan.observe.observer import Observer

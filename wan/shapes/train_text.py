@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from wan.config.settings import DTYPES, read_settings
 from wan.files.atomic import hold, remove, whole
-from wan.models.wan.checkpoint import TEXT_LENGTH
+from wan.models.wan.layout import TEXT_LENGTH
 from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes
 from wan.shapes.reader import EncoderSettings, Reader

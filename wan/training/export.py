@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.config.settings import attention_to_dict
 from wan.files.atomic import remove, whole
+from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.models.wan.components import MODEL_STEM, TEXT_ENCODER_STEM
 from wan.models.wan.convert import write_index, write_part
 from wan.training.config import TrainingSettings
 from wan.training.schema import overlaid, plain
@@ -43,9 +43,9 @@ def provide_parts(base: Checkpoint, folder: Path, anew: bool) -> None:
                 # Not to links in the checkpoint of another run, which that run removes when it has later ones.
                 partial.symlink_to((base.folder / name).resolve())
             elif name == "vae":
-                write_part(parts.vae_part(base), partial, MODEL_STEM)
+                write_part(parts.vae_part(base), partial, DIFFUSERS_STEM)
             elif name == "text_encoder":
-                write_part(parts.text_encoder_part(base, torch.float32), partial, TEXT_ENCODER_STEM)
+                write_part(parts.text_encoder_part(base, torch.float32), partial, TRANSFORMERS_STEM)
             else:
                 shutil.copytree(base.tokenizer_folder, partial)
 
@@ -72,7 +72,7 @@ def write_model(
     own = folder / "transformer"
     own.mkdir(parents=True)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(state, own / f"{MODEL_STEM}.safetensors", {"format": "pt"})
+    save_file(state, own / f"{DIFFUSERS_STEM}.safetensors", {"format": "pt"})
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config = {"_class_name": WanTransformer3DModel.__name__} | config
     if "text_len" in base.config:

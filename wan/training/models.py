@@ -24,8 +24,9 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
 from wan.attention.apply import apply_attention, compile_blocks
 from wan.config.checks import PATCH
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
+from wan.models.wan.family import WAN
 from wan.parallel.ulysses import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
@@ -52,7 +53,7 @@ def open_parts(name: str | Path, transformer: Mapping[str, Any] | None = None) -
     """
     folder = Path(name).expanduser()
     if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
-        checkpoint = Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={})
+        checkpoint = Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={}, family=WAN)
     else:
         checkpoint = Checkpoint.open(name)
     if not transformer:

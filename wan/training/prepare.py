@@ -23,8 +23,8 @@ from nabla.config import is_count
 from wan.checkpoints.weights import CheckpointError, read_json
 from wan.files.atomic import whole
 from wan.files.plain_data import parse_json
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.latents import encode
 from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder

@@ -16,8 +16,8 @@ from nabla import InputError
 from wan.checkpoints.weights import read_json
 from wan.config.settings import read_settings
 from wan.files.atomic import whole
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.training.config import CHANGEABLE, TrainingSettings
 from wan.training.data import Clips
 from wan.training.schema import check_continues

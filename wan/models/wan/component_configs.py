@@ -9,7 +9,7 @@ from typing import Any
 from transformers import UMT5Config
 
 from nabla.config import is_count, is_number
-from wan.models.wan.checkpoint import MAX_POSITIONS
+from wan.models.wan.layout import MAX_POSITIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Several times what any Wan has; a model of more would take long to build, even without memory.

@@ -15,18 +15,19 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
 from nabla.config import is_count, is_number
+from wan.checkpoints.component_files import ComponentFiles
+from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, attach, merging
 from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
 from wan.checkpoints.single_file import FIRST, GgufFile, load_gguf, open_transformer
 from wan.checkpoints.weights import Part, WeightFiles
 from wan.config.checks import PATCH, VAE_STRIDE
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
-from wan.models.wan.checkpoint import OWN_KEYS, VAE_FILE, Checkpoint
 from wan.models.wan.component_configs import check_transformer, check_vae, text_config
+from wan.models.wan.layout import COMPONENTS, OWN_KEYS
 
-MODEL_STEM = "diffusion_pytorch_model"
-TEXT_ENCODER_STEM = "model"
-TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TRANSFORMER, VAE, TEXT_ENCODER = COMPONENTS
 PAD_TOKEN = "<pad>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # The rotary embedding divides a head's channels among three axes.
@@ -52,8 +53,7 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
     """
-    folder = checkpoint.folder if checkpoint.published else checkpoint.folder / "transformer"
-    weights = WeightFiles.find(folder, MODEL_STEM) if file is None else open_transformer(file)
+    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file)
     _check_kind(weights)
     if file is not None:
         _check_size(weights, checkpoint)
@@ -104,13 +104,12 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
 
 def vae_part(checkpoint: Checkpoint) -> Part:
     """The VAE; without statistics of its latents in its configuration it has the published ones."""
+    weights = _find(checkpoint, VAE)
     if checkpoint.published:
-        weights = WeightFiles([checkpoint.folder / VAE_FILE])
         with _fits(AutoencoderKLWan, weights):
             model = published.vae(weights.shapes)
     else:
-        weights = WeightFiles.find(checkpoint.folder / "vae", MODEL_STEM)
-        config = read_json(checkpoint.folder / "vae" / "config.json")
+        config = read_json(checkpoint.folder / VAE.name / CONFIG)
         with _fits(AutoencoderKLWan, weights):
             check_vae(config, weights.shapes)
             model = _model(AutoencoderKLWan, config)
@@ -128,13 +127,12 @@ def vae_part(checkpoint: Checkpoint) -> Part:
 
 def text_encoder_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
     """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
+    weights = _find(checkpoint, TEXT_ENCODER)
     if checkpoint.published:
-        weights = WeightFiles([checkpoint.folder / TEXT_ENCODER_FILE])
         with _fits(UMT5EncoderModel, weights):
             model = published.text_encoder(weights.shapes)
     else:
-        weights = WeightFiles.find(checkpoint.folder / "text_encoder", TEXT_ENCODER_STEM)
-        config = read_json(checkpoint.folder / "text_encoder" / "config.json")
+        config = read_json(checkpoint.folder / TEXT_ENCODER.name / CONFIG)
         with _fits(UMT5EncoderModel, weights), torch.device("meta"):
             model = UMT5EncoderModel(text_config(config, weights.shapes))
     return _part(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
@@ -161,6 +159,10 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
             f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
         )
     return tokenizer
+
+
+def _find(checkpoint: Checkpoint, files: ComponentFiles) -> WeightFiles:
+    return files.find(checkpoint.folder, checkpoint.published)
 
 
 def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:

@@ -21,21 +21,24 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from nabla import InputError
+from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.checkpoints.weights import CheckpointError, Part, read_json
 from wan.config.settings import SamplingSettings, attention_config
 from wan.files.atomic import whole
+from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import published
-from wan.models.wan.checkpoint import DEFAULTS_FILE, OWN_KEYS, TEXT_LENGTH, TOKENIZER_FOLDER, Checkpoint
-from wan.models.wan.components import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, TIED, VAE_FILE
+from wan.models.wan.components import TIED
+from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
 from wan.sampling.loop import TRAIN_TIMESTEPS
 
 LAYOUTS = ("published", "diffusers")
 STATISTICS = ("latents_mean", "latents_std")
 # What two models of the same tensors may differ in without computing anything else.
 NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
-INDEX, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COMPONENTS = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -173,7 +176,7 @@ def _write_published(
         config["sparse_algo"] = checkpoint.config["sparse_algo"]
     save_json(config, folder / "config.json")
     transformer = _cast(models.transformer.tensors(), dtype)
-    save_shards(_renamed(models.transformer.model, transformer), folder, MODEL_STEM)
+    save_shards(_renamed(models.transformer.model, transformer), folder, DIFFUSERS_STEM)
     text_encoder = dict(models.text_encoder.tensors())
     if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
         raise CheckpointError(
@@ -201,9 +204,9 @@ def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path,
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
         del also["text_len"]
-    write_part(models.transformer, folder / "transformer", MODEL_STEM, also, dtype)
-    write_part(models.vae, folder / "vae", MODEL_STEM, dtype=dtype)
-    write_part(models.text_encoder, folder / "text_encoder", TEXT_ENCODER_STEM, dtype=dtype)
+    write_part(models.transformer, folder / "transformer", DIFFUSERS_STEM, also, dtype)
+    write_part(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
+    write_part(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
     write_index(folder, checkpoint.settings_layers[0])
 
 

@@ -19,8 +19,8 @@ from wan.memory import placement as memory
 from wan.memory.estimates import GGUF
 from wan.memory.planner import Plan
 from wan.memory.streaming import stream_blocks
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.checkpoint import Checkpoint
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.parallel.distributed import DistributedContext

@@ -17,7 +17,7 @@ from wan.caches.step_cache import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile, Settings
 from wan.memory.planner import Plan
-from wan.models.wan.checkpoint import Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_sequence

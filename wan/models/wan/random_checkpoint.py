@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla import InputError
+from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.config.settings import VideoSettings
 from wan.memory.budget import weigh
 from wan.memory.estimates import Weights, Work
 from wan.models.wan import names, published
-from wan.models.wan.checkpoint import TEXT_LENGTH, TOKENIZER_FOLDER
-from wan.models.wan.components import MODEL_STEM, PAD_TOKEN, TEXT_ENCODER_FILE, TIED, VAE_FILE, finish_transformer
+from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
+from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
 from wan.models.wan.vae import vae_dtype_of
 
 FREQ_DIM = 256
@@ -182,7 +183,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
     drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
-    save_shards(drawn, folder, MODEL_STEM)
+    save_shards(drawn, folder, DIFFUSERS_STEM)
     for file, shapes, kept in (
         (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
         (VAE_FILE, vae_shapes(sizes), torch.float32),

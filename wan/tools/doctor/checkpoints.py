@@ -8,10 +8,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from wan.checkpoints.weights import CheckpointError, WeightFiles
+from wan.checkpoints.weights import CheckpointError
 from wan.config.settings import CONFIG_FOLDER, read_settings
-from wan.models.wan.checkpoint import CONFIGURATIONS, Checkpoint
-from wan.models.wan.components import MODEL_STEM, TEXT_ENCODER_FILE, TEXT_ENCODER_STEM, VAE_FILE
+from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
+from wan.models.registry import FAMILIES
 from wan.tools.doctor.packages import IS_SOURCE, ROOT
 
 SHIPPED = Path("checkpoints/wan-shapes")
@@ -42,7 +42,8 @@ def hub_names() -> list[str]:
 
 def _cached(name: str) -> Found | None:
     try:
-        folder = Path(snapshot_download(name, allow_patterns=CONFIGURATIONS, local_files_only=True))
+        patterns = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     return Found(name, str(folder), _lack(folder))
@@ -52,15 +53,13 @@ def _lack(folder: Path) -> str:
     """What a checkpoint's folder lacks, in one line."""
     try:
         checkpoint = Checkpoint.open(folder)
-        parts = {".": MODEL_STEM}
-        if not checkpoint.published:
-            parts = {"transformer": MODEL_STEM, "vae": MODEL_STEM, "text_encoder": TEXT_ENCODER_STEM}
-        for where, stem in parts.items():
-            WeightFiles.find(folder / where, stem)
-        for file in (VAE_FILE, TEXT_ENCODER_FILE) if checkpoint.published else ():
-            if not (folder / file).is_file():
-                return f"{file} is missing"
-        if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
+        for files in checkpoint.family.components:
+            # A pickle takes long to open.
+            if not (checkpoint.published and files.is_one_file):
+                files.find(folder, checkpoint.published)
+            elif not (folder / files.published).is_file():
+                return f"{files.published} is missing"
+        if not all((tokenizer / TOKENIZER_FILE).is_file() for tokenizer in checkpoint.tokenizer_folders):
             return "without a tokenizer, so it cannot read prompts"
     except CheckpointError as error:
         return str(error)

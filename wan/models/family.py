@@ -1,0 +1,95 @@
+"""The seam between the machinery and a model family: what one has to know of the other, in one frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nabla import InputError
+from wan.checkpoints.component_files import ComponentFiles
+
+# What a family may have no use for, or not support yet, by the names of the settings that ask for it.
+FEATURES = frozenset({"cache", "dit_fsdp", "fp8", "gguf", "lora", "t5_fsdp", "ulysses_size"})
+
+
+class Layout(NamedTuple):
+    """What a family reads off a folder that holds one of its checkpoints.
+
+    published: in the layout in which the family's weights were published, else in diffusers'
+    config: of the transformer, as its JSON says, or as its tensors do where there is none
+    """
+
+    published: bool
+    config: dict[str, Any]
+
+
+class TransformerFacts(NamedTuple):
+    """What is asked of a transformer before any of its files is opened, off its configuration alone.
+
+    heads: of its attention, as the configuration has it, right or wrong
+    positions: of its rotary table, along each axis
+    text_length: rows of text states that it sees
+    """
+
+    heads: object
+    positions: int
+    text_length: int
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Patterns of the files of a checkpoint on the hub, in any layout.
+
+    configurations: all that `Family.recognise` reads: what is of another family should not cost its whole download
+    others: all else that a run may need
+    transformer: of those, the transformer's weights, which a run that has them elsewhere leaves out
+    """
+
+    configurations: tuple[str, ...]
+    others: tuple[str, ...]
+    transformer: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. docs/adding_a_model.md goes through the fields.
+
+    name: as messages say it, after "only" and before "checkpoints are supported"
+    recognise: the layout of a folder, by what its configurations and tensors say, never by its name. None for what
+        another family may know; raises `CheckpointError` for what is of this one but cannot be used, saying why
+    landmarks: files that together are in no folder but one in the family's published layout; for messages alone
+    hub_files: what is downloaded of a checkpoint
+    components: the models of a checkpoint, the transformer first
+    tokenizers: their folders in the published layout, by those in diffusers'
+    facts: reads what has to be known of a transformer off its configuration
+    pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
+        pipeline opens checkpoints itself and so stands above the list of families
+    defaults: a layer of settings, below those that a checkpoint brings
+    features: those of `FEATURES` that it supports
+    """
+
+    name: str
+    recognise: Callable[[Path], Layout | None]
+    landmarks: tuple[str, ...]
+    hub_files: HubFiles
+    components: tuple[ComponentFiles, ...]
+    tokenizers: Mapping[str, str]
+    facts: Callable[[Layout], TransformerFacts]
+    pipeline: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    features: frozenset[str] = FEATURES
+
+    def load_pipeline(self) -> type[Any]:
+        """The class of `pipeline`."""
+        module, _, name = self.pipeline.partition(":")
+        return getattr(import_module(module), name)
+
+    def require(self, feature: str) -> None:
+        """Raise `InputError` unless the family supports a feature, one of `FEATURES`."""
+        if feature not in FEATURES:
+            raise ValueError(f"{feature!r} is none of {sorted(FEATURES)}")
+        if feature not in self.features:
+            raise InputError(f"{feature} is not supported for {self.name}; leave it out")

@@ -1,0 +1,8 @@
+"""The model families, in the order in which a checkpoint is shown to them. A new one is a line here."""
+
+from __future__ import annotations
+
+from wan.models.family import Family
+from wan.models.wan.family import WAN
+
+FAMILIES: tuple[Family, ...] = (WAN,)

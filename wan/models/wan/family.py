@@ -1,0 +1,18 @@
+"""Wan2.1 text-to-video, as the machinery knows it."""
+
+from __future__ import annotations
+
+from wan.checkpoints.locate import CONFIG
+from wan.models.family import Family
+from wan.models.wan import layout
+
+WAN = Family(
+    name=layout.NAME,
+    recognise=layout.recognise,
+    landmarks=(CONFIG, layout.VAE_FILE),
+    hub_files=layout.HUB_FILES,
+    components=layout.COMPONENTS,
+    tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
+    facts=layout.facts,
+    pipeline="wan.models.wan.pipeline:WanT2V",
+)

@@ -1,0 +1,102 @@
+"""A folder of Wan2.1 text-to-video, in the published or in diffusers' layout: what tells it, what lies where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nabla.config import is_count
+from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
+from wan.checkpoints.locate import CONFIG, INDEX
+from wan.checkpoints.reading import CheckpointError, exists, read_json
+from wan.models.family import HubFiles, Layout, TransformerFacts
+
+NAME = "Wan2.1 text-to-video"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+VAE_FILE = "Wan2.1_VAE.pth"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+COMPONENTS = (
+    ComponentFiles("transformer", DIFFUSERS_STEM, DIFFUSERS_STEM),
+    ComponentFiles("vae", DIFFUSERS_STEM, VAE_FILE),
+    ComponentFiles("text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_FILE),
+)
+HUB_FILES = HubFiles(
+    configurations=(CONFIG, INDEX, "transformer/config.json"),
+    others=("*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", "defaults.yaml"),
+    transformer=("diffusion_pytorch_model*", "transformer/*.safetensors"),
+)
+TEXT_LENGTH = 512
+ROTARY_POSITIONS = 1024
+# Eight times Wan's; a text encoder's memory grows with its square.
+MAX_TEXT_LENGTH = 4096
+MAX_POSITIONS = 2**15
+PIPELINE_CLASS, TRANSFORMER_CLASS = "WanPipeline", "WanTransformer3DModel"
+# Of what lies beside a transformer in diffusers' layout.
+COMPONENT_CLASSES = ("AutoencoderKLWan", "UMT5EncoderModel", "UniPCMultistepScheduler")
+WAN22_FOLDERS = ("high_noise_model", "low_noise_model")
+# What a transformer's configuration may say beyond what diffusers takes.
+OWN_KEYS = ("sparse_algo", "text_len")
+
+
+def recognise(folder: Path) -> Layout | None:
+    """See `Family.recognise`; other kinds of Wan are refused by what they are."""
+    if exists(folder / INDEX):
+        return _recognise_diffusers(folder)
+    if any(exists(folder / expert) for expert in WAN22_FOLDERS):
+        raise CheckpointError(
+            f"{folder} is Wan2.2, of two transformers ({', '.join(WAN22_FOLDERS)}); only {NAME} "
+            "checkpoints are supported, such as Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    if not exists(folder / CONFIG):
+        return None
+    config = read_json(folder / CONFIG)
+    _check_text_to_video(folder, config)
+    _check_lengths(folder / CONFIG, config)
+    return Layout(True, config)
+
+
+def _recognise_diffusers(folder: Path) -> Layout | None:
+    index = read_json(folder / INDEX)
+    if index.get("_class_name") != PIPELINE_CLASS:
+        return None
+    if index.get("expand_timesteps") or index.get("transformer_2") not in (None, [None, None]):
+        raise CheckpointError(f"{folder} is a Wan2.2 pipeline; only {NAME} checkpoints are supported")
+    file = folder / "transformer" / CONFIG
+    config = read_json(file)
+    if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS or config.get("image_dim"):
+        raise CheckpointError(f"{file.parent} is not a text-to-video {TRANSFORMER_CLASS}")
+    _check_lengths(file, config)
+    return Layout(False, config)
+
+
+def _check_text_to_video(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("_class_name")
+    if kind == TRANSFORMER_CLASS or kind in COMPONENT_CLASSES or config.get("model_type") == "umt5":
+        above = folder.parent
+        found = f"give {above}" if exists(above / INDEX) else f"give the folder above, with {INDEX}"
+        raise CheckpointError(f"{folder} is one part of a checkpoint in diffusers' layout; {found}")
+    if kind == "VaceWanModel" or config.get("vace_layers"):
+        raise CheckpointError(f"{folder} is a VACE model; only {NAME} ('t2v') checkpoints are supported")
+    if config.get("model_type", "t2v") != "t2v":
+        raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
+
+
+def _check_lengths(file: Path, config: Mapping[str, Any]) -> None:
+    for key, most in (("text_len", MAX_TEXT_LENGTH), ("rope_max_seq_len", MAX_POSITIONS)):
+        value = config.get(key, 1)
+        if not is_count(value) or value == 0:
+            raise CheckpointError(f"{file}: {key} is {value!r}, not a positive integer")
+        if value > most:
+            raise CheckpointError(f"{file}: {key} is {value}, but can be at most {most}")
+
+
+def facts(layout: Layout) -> TransformerFacts:
+    """See `Family.facts`."""
+    config = layout.config
+    return TransformerFacts(
+        heads=config.get("num_heads" if layout.published else "num_attention_heads"),
+        # The published layout has no word for them.
+        positions=ROTARY_POSITIONS if layout.published else config.get("rope_max_seq_len", ROTARY_POSITIONS),
+        text_length=config.get("text_len", TEXT_LENGTH),
+    )
