@@ -35,8 +35,8 @@ from wan.models.wan.fused_gelu import linear_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import MODELS, random_transformer
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder
-from wan.observe import records
-from wan.observe.profiler import Watch
+from wan.observe import events
+from wan.observe.profiler import Profiler
 from wan.observe.run_log import read_log
 
 pytestmark = pytest.mark.gpu
@@ -413,8 +413,8 @@ def test_a_recorder_times_what_runs_in_compiled_blocks(random_nano, backend, tmp
         assert step["memory"]["gpu_peak_gib"] >= step["memory"]["gpu_gib"] > 0
     last = {one["layer"]: one["kept"] for one in layers if one["step"] == 2}
     for example in recorder.examples:
-        assert example.blocks.mean() == pytest.approx(example.share, abs=1e-5)
-        assert example.share in (pytest.approx(last[example.layer][which], abs=1e-5) for which in ("min", "max"))
+        assert example.blocks.mean() == pytest.approx(example.density, abs=1e-5)
+        assert example.density in (pytest.approx(last[example.layer][which], abs=1e-5) for which in ("min", "max"))
 
 
 def test_watching_costs_less_than_a_percent_of_a_step():
@@ -425,24 +425,24 @@ def test_watching_costs_less_than_a_percent_of_a_step():
     latents = torch.randn(1, 16, 21, 60, 104, device="cuda", dtype=torch.bfloat16)
     text, timestep = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16), torch.tensor([500], device="cuda")
 
-    def seconds(watch) -> float:
+    def seconds(profiler) -> float:
         times = []
         for step in range(8):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            if watch is not None:
-                watch.begin(step)
+            if profiler is not None:
+                profiler.begin_step(step)
             with torch.no_grad():
                 transformer(latents, timestep, text, return_dict=False)
-            seen = watch.end() if watch is not None else None
+            trace = profiler.end_step() if profiler is not None else None
             torch.cuda.synchronize()
-            if seen is not None:
-                records.of_step(seen, timed=True)
+            if trace is not None:
+                events.step_events(trace, timed=True)
             times.append(time.perf_counter() - start)
         return min(times[2:])
 
     plain = seconds(None)
-    with Watch(transformer, torch.device("cuda", 0), times=True) as watch:
-        watched = seconds(watch)
+    with Profiler(transformer, torch.device("cuda", 0), times=True) as profiler:
+        watched = seconds(profiler)
     print(f"a step of four layers: {1000 * plain:.1f} ms, watched {1000 * watched:.1f} ms")
     assert min(seconds(None), plain) * 1.01 > watched

@@ -50,7 +50,6 @@ KNOWN = {
     "wan.checkpoints names a class of a family",
     "wan.memory looks up to wan.models",
     "wan.memory names a class of a family",
-    "wan.observe looks up to wan.models",
     "wan.parallel names a class of a family",
     "wan.quantize names a class of a family",
 }

@@ -26,9 +26,10 @@ from wan.caches.step_cache import apply_cache, remove_cache
 from wan.config.cache_settings import CacheSettings
 from wan.memory import placement as memory
 from wan.models.wan import random_checkpoint
-from wan.observe import records
-from wan.observe.progress import Progress
-from wan.observe.report import draw_report, drawn_of
+from wan.observe import events
+from wan.observe.progress import ProgressLine
+from wan.observe.report import draw_report
+from wan.observe.report_data import report_data
 from wan.observe.report_figure import figure_of
 from wan.observe.run_log import RunLog, read_log
 
@@ -61,7 +62,7 @@ def kinds(records, kind):
 
 
 def test_time_left_is_of_recent_steps_and_not_of_the_first(capsys):
-    line = Progress(10)
+    line = ProgressLine(10)
     # The first compiles, the third is left out by a cache.
     for seconds in (30.0, 10.0, 0.0, 10.0):
         line.step(seconds, None)
@@ -125,7 +126,7 @@ def test_shares_and_examples_are_those_of_masks_chosen_anew(name, guidance, pipe
     assert {example.layer for example in recorder.examples} == set(last)
     for example in recorder.examples:
         mask = last[example.layer][0 if example.head is None else example.head].numpy()
-        assert (example.blocks == mask).all() and example.share == pytest.approx(mask.mean(), abs=2e-6)
+        assert (example.blocks == mask).all() and example.density == pytest.approx(mask.mean(), abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ("dense", "nabla", "a step and a layer dense"))
@@ -174,9 +175,9 @@ def test_where_blocks_came_from_and_what_is_said_of_steps_that_a_cache_cut_short
     assert [one["blocks"] for one in steps] == blocks
     assert {(one.step, one.layer) for one in recorder.examples} == {(example_step, layer) for layer in range(layers)}
     means = [one["kept"]["mean"] for one in kinds(recorder.records, "layer") if one["kept"]]
-    assert records.stages({}, recorder.records)["kept"] == pytest.approx(np.mean(means), abs=2e-6)
+    assert events.stages_event({}, recorder.records)["kept"] == pytest.approx(np.mean(means), abs=2e-6)
     drawn = draw_report(recorder.records, tmp_path / "report.png", recorder.examples)
-    assert drawn.whole.tolist() == [one["layers_run"] == layers for one in steps]
+    assert drawn.complete.tolist() == [one["layers_run"] == layers for one in steps]
     heat, _, by_step, *_ = figure_of(recorder.records[0], drawn).subfigs[0].axes
     said = [text.get_text() for text in (*heat.get_legend().get_texts(), *by_step.get_legend().get_texts())]
     assert ("left out by the cache" in said) == (cache is not None)
@@ -257,7 +258,7 @@ def test_the_log_is_whole_after_every_step_and_the_report_says_the_same(pipe, tm
     drawn = draw_report(logged, tmp_path / "report.png", recorder.examples)
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     for one in kinds(logged, "layer"):
-        assert drawn.kept[one["layer"], one["step"]] == one["kept"]["mean"]
+        assert drawn.densities[one["layer"], one["step"]] == one["kept"]["mean"]
         assert drawn.dense[one["layer"], one["step"]] == (one["step"] == 0)
     assert drawn.by_step.tolist() == [one["kept"] for one in kinds(logged, "step")]
     sparse = [one["kept"] for one in kinds(logged, "layer") if one["step"] == 2]
@@ -269,7 +270,7 @@ def test_the_log_is_whole_after_every_step_and_the_report_says_the_same(pipe, tm
     )
     assert drawn.window.mean() < 1 and all((one.blocks | ~drawn.window).all() for one in drawn.examples)
     heat = figure_of(logged[0], drawn).subfigs[0].axes[0].images[0].get_array()
-    assert (heat.mask == drawn.dense).all() and (heat.data == drawn.kept).all()
+    assert (heat.mask == drawn.dense).all() and (heat.data == drawn.densities).all()
 
 
 def test_a_prompt_that_fonts_lack_is_drawn_without_boxes_and_whole_in_the_description(pipe, tmp_path):
@@ -305,7 +306,7 @@ def test_a_layer_that_does_not_run_is_null(pipe, tmp_path):
         del block.forward
     kept = [one["kept"] for one in kinds(recorder.records, "layer") if one["layer"] == 1]
     assert kept[0] is not None and kept[1:] == [None, None]
-    assert np.isnan(draw_report(recorder.records, tmp_path / "report.png").kept[1]).tolist() == [False, True, True]
+    assert np.isnan(draw_report(recorder.records, tmp_path / "report.png").densities[1]).tolist() == [False, True, True]
 
 
 def test_an_observer_is_told_all_in_order_and_may_end_a_video(random_nano):
@@ -445,7 +446,7 @@ def test_a_full_disk_ends_the_log_with_whole_lines_and_a_warning(tmp_path, monke
 
 def test_records_of_no_step_make_no_report(tmp_path):
     with pytest.raises(InputError, match="of no sampling step"):
-        drawn_of([{"kind": "run"}])
+        report_data([{"kind": "run"}])
 
 
 def test_processes_that_share_a_video_put_their_shares_together(tmp_path):

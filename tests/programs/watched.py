@@ -13,7 +13,8 @@ import torch
 from nabla import NablaConfig
 from wan import Recorder, WanT2V
 from wan.config.cache_settings import CacheSettings
-from wan.observe import records
+from wan.observe import events
+from wan.observe.step_trace import MaskExample
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
 
@@ -31,9 +32,9 @@ class Keeping(Recorder):
 
     def step_ends(self, step: int, latents: torch.Tensor) -> None:
         super().step_ends(step, latents)
-        seen = self.watch.seen
-        self.shares.append(records.kept_shares(seen))
-        self.first.append((seen.forwards[0] if seen.kept is None else seen.kept[0]).numpy())
+        trace = self.profiler.trace
+        self.shares.append(events.head_densities(trace))
+        self.first.append((trace.densities[0] if trace.host_densities is None else trace.host_densities[0]).numpy())
 
 
 def main(checkpoint: str) -> None:
@@ -47,12 +48,12 @@ def main(checkpoint: str) -> None:
                 # Those of layers that did not run are nan.
                 shares = [np.nan_to_num(np.stack(one.shares), nan=-1) for one in (recorder, alone)]
                 differs = np.abs(shares[0] - shares[1]).max()
-                heads = [[one.head, one.share - share_of(alone, one)] for one in recorder.examples]
+                heads = [[one.head, one.density - share_of(alone, one)] for one in recorder.examples]
                 layers = [record for record in recorder.records if record["kind"] == "layer"]
                 print(json.dumps({"differs": differs, "examples": heads, "layers": len(layers)}), flush=True)
 
 
-def share_of(recorder: Keeping, example: records.Example) -> float:
+def share_of(recorder: Keeping, example: MaskExample) -> float:
     """What one process said of the same head, of the branch that the leader of two runs."""
     return float(recorder.first[example.step][example.layer, example.head])
 

@@ -1,16 +1,33 @@
-"""Whoever wants to know what `WanT2V.generate` is doing, while it does it."""
+"""Whoever wants to know what a pipeline's `generate` is doing, while it does it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from wan.parallel.distributed import DistributedContext
 
 if TYPE_CHECKING:
     from wan.config.settings import SamplingSettings, VideoSettings
-    from wan.models.wan.pipeline import WanT2V
+
+
+class ObservedPipeline(Protocol):
+    """What an observer may look at of the pipeline that makes a video."""
+
+    @property
+    def transformer(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def distributed(self) -> DistributedContext | None: ...
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def cache(self) -> Any: ...
 
 
 class Observer:
@@ -21,18 +38,18 @@ class Observer:
     """
 
     def video(
-        self, pipe: WanT2V, prompt: str, video: VideoSettings, sampling: SamplingSettings
+        self, pipe: ObservedPipeline, prompt: str, video: VideoSettings, sampling: SamplingSettings
     ) -> AbstractContextManager:
         """Entered before a video with these settings, and left when it is there, or on an error."""
         return nullcontext()
 
     def stage_begins(self, name: str) -> None:
-        """A stage begins: "text", "sampling", or "decode" on the process that leads."""
+        """A stage begins: "text", "sampling", or "decode" on the leader."""
 
     def stage_ends(self, name: str, seconds: float) -> None:
         """A stage has ended, and the device is done with it."""
 
-    def sampling(self, pipe: WanT2V, sampling: SamplingSettings, latents: Tensor) -> AbstractContextManager:
+    def sampling(self, pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tensor) -> AbstractContextManager:
         """Entered before the first step from noise (B, C, T, h, w), and left after the last one, or on an error."""
         return nullcontext()
 
@@ -50,7 +67,9 @@ class Observers(Observer):
         self.observers = observers
 
     @contextmanager
-    def video(self, pipe: WanT2V, prompt: str, video: VideoSettings, sampling: SamplingSettings) -> Iterator[None]:
+    def video(
+        self, pipe: ObservedPipeline, prompt: str, video: VideoSettings, sampling: SamplingSettings
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             for one in self.observers:
                 stack.enter_context(one.video(pipe, prompt, video, sampling))
@@ -65,7 +84,7 @@ class Observers(Observer):
             one.stage_ends(name, seconds)
 
     @contextmanager
-    def sampling(self, pipe: WanT2V, sampling: SamplingSettings, latents: Tensor) -> Iterator[None]:
+    def sampling(self, pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
             for one in self.observers:
                 stack.enter_context(one.sampling(pipe, sampling, latents))

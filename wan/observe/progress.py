@@ -24,7 +24,7 @@ class Pace:
         return steps * statistics.mean(self.recent)
 
 
-class Progress:
+class ProgressLine:
     """The line, on stderr; `close` leaves it there."""
 
     def __init__(self, steps: int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import font_manager, rc_context
@@ -13,11 +12,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from wan.observe.profiler import Example
-from wan.observe.records import Record
-
-if TYPE_CHECKING:
-    from wan.observe.report import Drawn
+from wan.observe.events import Event
+from wan.observe.report_data import ReportData
+from wan.observe.step_trace import MaskExample
 
 INK, FAINT, RULE = "#22303c", "#5f6f7e", "#d8dee4"
 BLUE, AMBER, TEAL, VIOLET, PALE, GREY = "#17527c", "#e39b3b", "#3d9a8b", "#8a79b8", "#8fb3cf", "#d3dae0"
@@ -45,21 +42,21 @@ LEAST_SPAN = 0.02
 LETTERS = 90
 
 
-def figure_of(run: Record, drawn: Drawn) -> Figure:
-    """A figure of what was drawn of a run, whose first record is given."""
+def figure_of(run: Event, data: ReportData) -> Figure:
+    """A figure of the data of a run, whose first event is given."""
     with rc_context(STYLE):
-        rows = [TOP, MASKS] if drawn.examples else [TOP]
+        rows = [TOP, MASKS] if data.examples else [TOP]
         figure = Figure(figsize=(WIDTH, sum(rows)), layout="constrained")
         parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=rows))
         _title(parts[0], run)
         grid = parts[0].add_gridspec(2, 3, width_ratios=(30, 0.6, 11), height_ratios=(3, 1))
         heat = parts[0].add_subplot(grid[0, 0])
-        _draw_kept(heat, parts[0].add_subplot(grid[0, 1]), drawn)
-        _draw_by_step(parts[0].add_subplot(grid[1, 0], sharex=heat), drawn)
-        _draw_seconds(parts[0].add_subplot(grid[0, 2]), "Time by stage", drawn.stages, STAGES)
-        _draw_parts(parts[0].add_subplot(grid[1, 2]), drawn.parts)
-        if drawn.examples:
-            _draw_examples(parts[1], run, drawn)
+        _draw_densities(heat, parts[0].add_subplot(grid[0, 1]), data)
+        _draw_by_step(parts[0].add_subplot(grid[1, 0], sharex=heat), data)
+        _draw_seconds(parts[0].add_subplot(grid[0, 2]), "Time by stage", data.stages, STAGES)
+        _draw_parts(parts[0].add_subplot(grid[1, 2]), data.parts)
+        if data.examples:
+            _draw_examples(parts[1], run, data)
         return figure
 
 
@@ -90,7 +87,7 @@ def _characters(file: str) -> set[str]:
     return set(map(chr, font.get_charmap())) if font.scalable else set()
 
 
-def _title(part: SubFigure, run: Record) -> None:
+def _title(part: SubFigure, run: Event) -> None:
     prompt = " ".join((run.get("prompt") or "").split())
     prompt, families = legible(prompt if len(prompt) <= LETTERS else f"{prompt[: LETTERS - 2].rstrip()} …")
     size = f"{'x'.join(map(str, run['size']))}, {run['frame_num']} frames" if "size" in run else ""
@@ -102,8 +99,8 @@ def _title(part: SubFigure, run: Record) -> None:
     part.suptitle(lines.replace("$", r"\$"), x=0.01, ha="left", fontsize=9.5, color=INK, family=families)
 
 
-def _draw_kept(axes: Axes, bar: Axes, drawn: Drawn) -> None:
-    shares = np.ma.masked_where(drawn.dense | np.isnan(drawn.kept), drawn.kept)
+def _draw_densities(axes: Axes, bar: Axes, data: ReportData) -> None:
+    shares = np.ma.masked_where(data.dense | np.isnan(data.densities), data.densities)
     axes.set_title("Blocks kept, mean over heads")
     axes.set(ylabel="layer")
     axes.tick_params(labelbottom=False)
@@ -114,9 +111,9 @@ def _draw_kept(axes: Axes, bar: Axes, drawn: Drawn) -> None:
         middle = min(max((low + high) / 2, LEAST_SPAN / 2), 1 - LEAST_SPAN / 2)
         low, high = middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2
     image = axes.imshow(shares, cmap=SHARES, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    ran, handles = ~np.isnan(drawn.kept), []
-    if (drawn.dense & ran).any():
-        axes.imshow(np.ma.masked_equal(drawn.dense & ran, False), cmap=ListedColormap((GREY,)), aspect="auto")
+    ran, handles = ~np.isnan(data.densities), []
+    if (data.dense & ran).any():
+        axes.imshow(np.ma.masked_equal(data.dense & ran, False), cmap=ListedColormap((GREY,)), aspect="auto")
         handles.append(Patch(color=GREY, label="dense"))
     if not ran.all():
         handles.append(Patch(facecolor="white", edgecolor=FAINT, label="left out by the cache"))
@@ -131,17 +128,17 @@ def _draw_kept(axes: Axes, bar: Axes, drawn: Drawn) -> None:
     bar.spines[:].set_visible(False)
 
 
-def _draw_by_step(axes: Axes, drawn: Drawn) -> None:
-    steps = np.arange(len(drawn.by_step))
+def _draw_by_step(axes: Axes, data: ReportData) -> None:
+    steps = np.arange(len(data.by_step))
     axes.set(xlabel="step", ylabel="kept")
     marker = "o" if len(steps) <= 30 else None
-    whole, part = steps[drawn.whole], steps[~drawn.whole & np.isfinite(drawn.by_step)]
+    whole, part = steps[data.complete], steps[~data.complete & np.isfinite(data.by_step)]
     band = {"color": PALE, "alpha": 0.45, "lw": 0, "label": "any head of a sparse layer"}
-    axes.fill_between(whole, drawn.low[whole], drawn.high[whole], **band)
-    axes.plot(whole, drawn.by_step[whole], color=BLUE, lw=1.6, marker=marker, ms=3, label="mean of all layers")
+    axes.fill_between(whole, data.low[whole], data.high[whole], **band)
+    axes.plot(whole, data.by_step[whole], color=BLUE, lw=1.6, marker=marker, ms=3, label="mean of all layers")
     if len(part):
-        axes.plot(part, drawn.by_step[part], "o", color=BLUE, mfc="white", ms=4, label="mean of the layers that ran")
-    top = np.nanmax(np.fmax(drawn.high, drawn.by_step)) if np.isfinite(drawn.by_step).any() else 1
+        axes.plot(part, data.by_step[part], "o", color=BLUE, mfc="white", ms=4, label="mean of the layers that ran")
+    top = np.nanmax(np.fmax(data.high, data.by_step)) if np.isfinite(data.by_step).any() else 1
     axes.set_ylim(0, min(1.02, top * 1.15))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -173,25 +170,25 @@ def _draw_parts(axes: Axes, seconds: Mapping[str, float]) -> None:
     _draw_seconds(axes, "Time of all steps", {name: seconds[name] for name in PARTS}, PARTS)
 
 
-def _draw_examples(part: SubFigure, run: Record, drawn: Drawn) -> None:
+def _draw_examples(part: SubFigure, run: Event, data: ReportData) -> None:
     """The window first, then the heads; blocks that are in the window too have a colour of their own."""
-    step = drawn.examples[0].step
+    step = data.examples[0].step
     title = f"Masks of step {step}: row by row, the key blocks that a query block keeps"
     part.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-    before = [] if drawn.window is None else [None]
-    panels: list[Example | None] = [*before, *drawn.examples]
+    before = [] if data.window is None else [None]
+    panels: list[MaskExample | None] = [*before, *data.examples]
     # Few panels are not to be as large as the page.
     all_axes = part.subplots(1, max(len(panels), 6))
     for axes in all_axes[len(panels) :]:
         axes.axis("off")
     for axes, example in zip(all_axes, panels):
-        _draw_mask(axes, run, drawn.window, example)
+        _draw_mask(axes, run, data.window, example)
     handles = [Patch(color=BLUE, label="chosen by content")]
-    handles += [Patch(color=AMBER, label="in the window")] if drawn.window is not None else []
+    handles += [Patch(color=AMBER, label="in the window")] if data.window is not None else []
     part.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=8.5)
 
 
-def _draw_mask(axes: Axes, run: Record, window: np.ndarray | None, example: Example | None) -> None:
+def _draw_mask(axes: Axes, run: Event, window: np.ndarray | None, example: MaskExample | None) -> None:
     blocks = window if example is None else example.blocks
     shade = blocks.astype(np.uint8)
     if window is not None:
@@ -205,7 +202,7 @@ def _draw_mask(axes: Axes, run: Record, window: np.ndarray | None, example: Exam
         return
     head = "all heads" if example.head is None else f"head {example.head}"
     axes.set_title(f"layer {example.layer}, {head}", fontsize=8.5, fontweight="normal")
-    axes.set_xlabel(f"{example.share:.1%} kept", fontsize=8.5)
+    axes.set_xlabel(f"{example.density:.1%} kept", fontsize=8.5)
 
 
 def _whole_numbers(axes: Axes) -> None:

@@ -16,7 +16,7 @@ ENDING = ".jsonl"
 
 
 class RunLog:
-    """Replaces the file at `path` by an empty one to write records to.
+    """Replaces the file at `path` by an empty one to write events to.
 
     A disk that is full ends the log, with a warning, and not the video, which may have taken hours.
     """
@@ -25,8 +25,8 @@ class RunLog:
         self.path, self.ended = path, False
         self._put("w", "")
 
-    def write(self, records: list[dict[str, Any]]) -> None:
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    def write(self, events: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in events)
         self._put("a", "".join(lines))
 
     def _put(self, mode: str, text: str) -> None:
@@ -51,7 +51,7 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log, without a last line that is not whole."""
+    """The events of a log, without a last line that is not whole."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 

@@ -26,7 +26,7 @@ from wan.models.wan import pretrained
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
-from wan.observe.recorder import observed
+from wan.observe.recorder import with_progress
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import gather_guidance
 from wan.sampling.finite import check_decoded, check_latents
@@ -137,7 +137,7 @@ class WanT2V:
         texts, gather = [self._ready_text(text, len(latents)) for text in (context, negative_context)], None
         if sampling.guide_scale != 1:
             texts, gather = self._own_branches(texts)
-        cache, observer = self.cache, observed(progress, observer)
+        cache, observer = self.cache, with_progress(progress, observer)
         alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
         takes_batch = alone and not self._shares_masks and cache is None
         with (
@@ -224,7 +224,7 @@ class WanT2V:
             solver=solver,
         ).with_seed()
         check_positions(video, self.transformer.config.rope_max_seq_len)
-        self.seconds, observer = {}, observed(progress, observer)
+        self.seconds, observer = {}, with_progress(progress, observer)
         with observer.video(self, prompt, video, sampling):
             with self._stage("text", observer):
                 prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]

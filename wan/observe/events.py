@@ -1,4 +1,4 @@
-"""What was seen of a generation, as records: plain objects of JSON, the same in a log and in a report."""
+"""What was seen of a generation, as events: plain objects of JSON, the same in a log and in a report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nabla import NablaConfig, probe
-from wan.observe.profiler import BLOCK, Example, Seen, Span
+from wan.observe.step_trace import BLOCK, MaskExample, Span, StepTrace
 
 if TYPE_CHECKING:
     from wan.config.settings import SamplingSettings
-    from wan.models.wan.pipeline import WanT2V
+    from wan.observe.observer import ObservedPipeline
 
-Record = dict[str, Any]
+Event = dict[str, Any]
 
 DIGITS = 6
 PARTS = {"mask_ms": probe.MASK, "attention_ms": probe.ATTENTION, "block_ms": BLOCK}
@@ -38,8 +38,8 @@ MEASURED = {
 }
 
 
-def header(pipe: WanT2V, sampling: SamplingSettings, latents: Tensor, about: Record) -> Record:
-    """The first record: what runs."""
+def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tensor, about: Event) -> Event:
+    """The first event: what runs."""
     applied, config = getattr(pipe.transformer, "nabla", None), pipe.transformer.config
     own = applied.config if applied else NablaConfig()
     return {
@@ -66,66 +66,69 @@ def header(pipe: WanT2V, sampling: SamplingSettings, latents: Tensor, about: Rec
     }
 
 
-def of_step(seen: Seen, timed: bool) -> list[Record]:
-    """A record for each layer of a step, and the step's own, which is the last; the device must be done with it."""
-    kept = kept_shares(seen)
-    times = _times(seen.spans)
+def step_events(trace: StepTrace, timed: bool) -> list[Event]:
+    """An event for each layer of a step, and the step's own, which is the last; the device must be done with it."""
+    densities = head_densities(trace)
+    times = _times(trace.spans)
     layers = []
-    for layer, (shares, kernel) in enumerate(zip(kept, seen.kernels)):
-        ran = not np.isnan(shares).all()
-        spread = {"mean": rounded(shares.mean()), "min": rounded(shares.min()), "max": rounded(shares.max())}
-        record = {"kind": "layer", "step": seen.step, "layer": layer, "kept": spread if ran else None, "kernel": kernel}
+    for layer, (by_head, kernel) in enumerate(zip(densities, trace.kernels)):
+        ran = not np.isnan(by_head).all()
+        spread = {"mean": rounded(by_head.mean()), "min": rounded(by_head.min()), "max": rounded(by_head.max())}
+        event = {"kind": "layer", "step": trace.step, "layer": layer, "kept": spread if ran else None, "kernel": kernel}
         if timed:
-            record |= {name: rounded(times.get((layer, part))) for name, part in PARTS.items()}
-        layers.append(record)
-    means = [record["kept"]["mean"] for record in layers if record["kept"]]
+            event |= {name: rounded(times.get((layer, part))) for name, part in PARTS.items()}
+        layers.append(event)
+    means = [event["kept"]["mean"] for event in layers if event["kept"]]
     step = {
         "kind": "step",
-        "step": seen.step,
+        "step": trace.step,
         "kept": rounded(sum(means) / len(means)) if means else None,
         "layers_run": len(means),
-        "blocks": _origin(seen),
-        "forwards": len(seen.forwards),
-        "ms": rounded(seen.start.milliseconds_to(seen.end)),
-        "memory": {name: rounded(amount) for name, amount in seen.memory.items()},
+        "blocks": _origin(trace),
+        "forwards": len(trace.densities),
+        "ms": rounded(trace.start.milliseconds_to(trace.end)),
+        "memory": {name: rounded(amount) for name, amount in trace.memory.items()},
     }
     return [*layers, step]
 
 
-def stages(seconds: dict[str, float], records: Iterable[Record]) -> Record:
-    """The last record: what each stage took, and the share that was kept in the mean over the layers of all steps."""
-    kept = [record["kept"]["mean"] for record in records if record["kind"] == "layer" and record["kept"]]
+def stages_event(seconds: dict[str, float], events: Iterable[Event]) -> Event:
+    """The last event: what each stage took, and the share that was kept in the mean over the layers of all steps."""
+    kept = [event["kept"]["mean"] for event in events if event["kind"] == "layer" and event["kept"]]
     taken = {name: round(value, 3) for name, value in seconds.items()}
     return {"kind": "stages", "seconds": taken, "kept": rounded(sum(kept) / len(kept)) if kept else None}
 
 
-def kept_shares(seen: Seen) -> np.ndarray:
-    """Shares (layers, heads) in the mean over the forwards of a step; nan for a layer that ran in none of them."""
-    shares = (torch.stack(seen.forwards) if seen.kept is None else seen.kept).double().numpy()
-    ran = (shares > 0).sum(axis=0)
-    return np.where(ran, shares.sum(axis=0) / np.maximum(ran, 1), np.nan)
+def head_densities(trace: StepTrace) -> np.ndarray:
+    """Densities (layers, heads) in the mean over the forwards of a step; nan for a layer that ran in none of them."""
+    by_forward = torch.stack(trace.densities) if trace.host_densities is None else trace.host_densities
+    densities = by_forward.double().numpy()
+    ran = (densities > 0).sum(axis=0)
+    return np.where(ran, densities.sum(axis=0) / np.maximum(ran, 1), np.nan)
 
 
-def examples_of(seen: Seen) -> list[Example]:
+def mask_examples(trace: StepTrace) -> list[MaskExample]:
     """Of each layer that was looked at, the head that keeps least and the one that keeps most."""
-    found: dict[int, list[Example]] = {}
-    for look in seen.looks:
-        for index, share, blocks in zip(look.heads.tolist(), look.shares.tolist(), look.blocks.numpy()):
-            head = look.before + index
-            number = None if look.alike else head if look.own is None else int(look.own[head])
-            found.setdefault(look.layer, []).append(Example(seen.step, look.layer, number, rounded(share), blocks))
+    found: dict[int, list[MaskExample]] = {}
+    for sample in trace.mask_samples:
+        for index, density, blocks in zip(sample.heads.tolist(), sample.densities.tolist(), sample.blocks.numpy()):
+            head = sample.before + index
+            number = None if sample.alike else head if sample.own is None else int(sample.own[head])
+            found.setdefault(sample.layer, []).append(
+                MaskExample(trace.step, sample.layer, number, rounded(density), blocks)
+            )
     chosen = []
     for examples in found.values():
-        least, most = (choose(examples, key=lambda one: one.share) for choose in (min, max))
+        least, most = (choose(examples, key=lambda one: one.density) for choose in (min, max))
         chosen += [least] if least.head == most.head else [least, most]
     return chosen
 
 
-def _origin(seen: Seen) -> str | None:
+def _origin(trace: StepTrace) -> str | None:
     """Where the blocks came from that the step's forwards attended to."""
-    if not seen.took_over:
+    if not trace.reused_masks:
         return None
-    return "taken over" if all(seen.took_over) else "chosen"
+    return "taken over" if all(trace.reused_masks) else "chosen"
 
 
 def rounded(value: float | None) -> float | None:
