@@ -203,6 +203,21 @@ def test_steps_are_counted_over_guidance_branches_experts_and_videos():
     assert seen == [0, 0, 1, 1, 2, 0, 1, 0]
 
 
+def test_a_video_begins_where_timesteps_rise_and_where_the_loop_tells_its_first_step():
+    counter, videos = StepCounter(), []
+    for timestep in (999.0, 999.0, 800.0, 999.0, 900.0, 950.0):
+        counter.see(torch.tensor([timestep]))
+        videos.append(counter.video)
+    assert videos == [1, 1, 1, 2, 2, 3]
+    for step in (0, 1, 2, 0, 1, None):
+        counter.tell(step)
+        videos.append(counter.video)
+    assert videos[6:] == [4, 4, 4, 5, 5, 5]
+    # What comes after the loop is another video, of whatever timestep.
+    counter.see(torch.tensor([0.0]))
+    assert counter.video == 6
+
+
 def test_the_loop_tells_the_steps_whatever_came_before(random_nano):
     config = nabla.NablaConfig(threshold=0.3, tile=(1, 4, 4), dense_steps=2)
     settings = dict(size=(96, 80), frame_num=5, seed=0, steps=4)
@@ -248,6 +263,31 @@ def test_kept_masks_follow_timesteps_where_no_loop_tells_the_steps():
     transformer.train()
     forward(transformer, 700.0)
     assert module.nabla_kept is None
+
+
+def test_masks_of_one_video_are_not_taken_for_the_same_steps_of_the_next():
+    """Of the same size, and so early that the masks of the first would be fresh enough."""
+    transformer, config = tiny_transformer(0), replace(CONFIG, mask_refresh=3)
+    latents = torch.randn(2, 1, 16, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+
+    def last_of(videos: torch.Tensor) -> torch.Tensor:
+        wan.apply_attention(transformer, config)
+        with torch.no_grad():
+            steps = [(video, torch.tensor([timestep])) for video in videos for timestep in (900.0, 800.0)]
+            return [transformer(*step, text_states(1), return_dict=False)[0] for step in steps][-1]
+
+    assert torch.equal(last_of(latents), last_of(latents[1:]))
+
+
+def test_masks_of_a_forward_before_sampling_are_not_taken_for_its_first_step(random_nano):
+    pipe = wan.WanT2V.from_pretrained(random_nano, NablaConfig(threshold=0.3, tile=(1, 4, 4), mask_refresh=2))
+    draw = torch.Generator().manual_seed(0)
+    noise, other = torch.randn(2, 1, 16, 2, 12, 10, generator=draw)
+    text = torch.randn(1, 7, pipe.transformer.config.text_dim, generator=draw)
+    wanted = pipe.sample(text, noise=noise, steps=2, guide_scale=1.0)
+    with torch.no_grad():
+        pipe.transformer(other, torch.tensor([500.0]), text, return_dict=False)
+    assert torch.equal(pipe.sample(text, noise=noise, steps=2, guide_scale=1.0), wanted)
 
 
 def test_masks_of_a_forward_that_failed_are_not_taken():
