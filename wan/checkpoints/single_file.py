@@ -21,7 +21,7 @@ from wan.checkpoints import quantised as quantisation
 from wan.checkpoints.gguf_header import check_gguf
 from wan.checkpoints.reading import CheckpointError, damage
 from wan.checkpoints.weights import Part, WeightFiles, open_tensors, stored_types, weight_file
-from wan.config.checks import PATCH
+from wan.config.geometry import DEFAULT_GEOMETRY
 from wan.files.formats import SAFETENSORS
 from wan.models.wan import names
 
@@ -35,14 +35,15 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 FIRST = "patch_embedding.weight"
 
 
-def open_transformer(name: str | Path) -> WeightFiles:
+def open_transformer(name: str | Path, patch: tuple[int, int, int] = DEFAULT_GEOMETRY.patch) -> WeightFiles:
     """The tensors of a transformer's file by their published names; no data is read.
 
+    patch: (frames, rows, columns) of latents to one token
     Raises `InputError` for a file that is not there or of a kind that is not read, and for GGUF without its library;
     `CheckpointError` for one that is damaged or holds something else.
     """
     file = weight_file("transformer", name, (SAFETENSORS, GGUF))
-    weights = GgufFile(file) if file.suffix == GGUF else ScaledFile(file)
+    weights = GgufFile(file, patch) if file.suffix == GGUF else ScaledFile(file)
     if FIRST not in weights.shapes:
         raise CheckpointError(f"{file} is not a transformer of Wan2.1: it has no {FIRST}")
     return weights
@@ -113,7 +114,7 @@ class ScaledFile(WeightFiles):
 class GgufFile(WeightFiles):
     """A GGUF file; its weights stay as they are packed, so that diffusers has to load them, by `load_gguf`."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, patch: tuple[int, int, int]):
         if importlib.util.find_spec("gguf") is None:
             raise InputError(f"transformer {file} needs gguf; pip install -r requirements-gguf.txt")
         from gguf import GGMLQuantizationType, GGUFReader
@@ -128,7 +129,7 @@ class GgufFile(WeightFiles):
         if len(self.shapes) != len(tensors):
             raise CheckpointError(f"{file} holds a tensor under another name again; it cannot be read")
         if FIRST in self.shapes:
-            self.shapes[FIRST] = self._patch_shape(self.shapes[FIRST])
+            self.shapes[FIRST] = self._patch_shape(self.shapes[FIRST], patch)
         # What stays packed, unless diffusers has a type for it.
         plain = GGMLQuantizationType.F32, GGMLQuantizationType.F16
         self.packed = {_published(t.name): int(t.n_bytes) for t in tensors if t.tensor_type not in plain}
@@ -147,18 +148,18 @@ class GgufFile(WeightFiles):
                     f"use a file of {known}"
                 )
 
-    def _patch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _patch_shape(self, shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, ...]:
         """The five axes of the patch's weights, which GGUF, having four at most, may hold folded into fewer."""
         if len(shape) == 5:
             return shape
         width = self.shapes.get("patch_embedding.bias", (0,))[0]
         per_row = math.prod(shape) // width if width else 0
-        channels = per_row // math.prod(PATCH)
-        if not width or math.prod(shape) != width * channels * math.prod(PATCH) or not channels:
+        channels = per_row // math.prod(patch)
+        if not width or math.prod(shape) != width * channels * math.prod(patch) or not channels:
             raise CheckpointError(
-                f"{self.where}: {FIRST} is {shape}, which is not the weights of a patch of {PATCH}; use another file"
+                f"{self.where}: {FIRST} is {shape}, which is not the weights of a patch of {patch}; use another file"
             )
-        return (width, channels, *PATCH)
+        return (width, channels, *patch)
 
     def bytes(self, dtype: torch.dtype) -> int:
         return self.packed_bytes

@@ -9,8 +9,6 @@ from typing import Any
 from nabla import InputError
 from nabla.config import is_count, is_number
 
-VAE_STRIDE = (4, 8, 8)
-PATCH = (1, 2, 2)
 SOLVERS = ("unipc", "dpm++")
 MAX_STEPS = 1000
 # Ten times what anyone uses; far beyond, numbers overflow on the way.
@@ -30,21 +28,6 @@ def parse_size(size: object) -> tuple[int, int]:
         given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
         raise InputError(f"size {given!r} is not of the form width*height, such as 1280*720")
     return int(size[0]), int(size[1])
-
-
-def check_video(size: tuple[int, int], frame_num: int) -> None:
-    """Raise `InputError` unless a video of `size` (width, height) and `frame_num` frames can be made, uncropped."""
-    width, height = size
-    rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE[1:], PATCH[1:]))
-    if not width or not height or width % columns or height % rows:
-        near = "*".join(str(max(n // m, 1) * m) for n, m in ((width, columns), (height, rows)))
-        raise InputError(
-            f"size {width}*{height}: both must be positive multiples of {rows}; the nearest below is {near}"
-        )
-    step = VAE_STRIDE[0]
-    if not is_count(frame_num) or frame_num % step != 1:
-        below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
-        raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
 
 
 def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +13,14 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import (
-    PATCH,
-    VAE_STRIDE,
     absolute_path,
     check_keys,
     check_path,
     check_sampling,
     check_text,
-    check_video,
     parse_size,
 )
+from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.prompts import check_prompt
 from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import read_json, read_yaml
@@ -72,41 +70,42 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """size: (width, height) in pixels; frame_num: frames; fps: frames a second."""
+    """size: (width, height) in pixels; frame_num: frames; fps: frames a second.
+
+    geometry: of the family that makes it, which says what sizes and counts of frames there are
+    """
 
     size: tuple[int, int] = (1280, 720)
     frame_num: int = 81
     fps: int = 16
+    # No field, so that it is neither compared nor written to records; `replace` hands it on all the same.
+    geometry: InitVar[Geometry] = DEFAULT_GEOMETRY
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, geometry: Geometry) -> None:
+        object.__setattr__(self, "geometry", geometry)
         object.__setattr__(self, "size", parse_size(self.size))
-        check_video(self.size, self.frame_num)
+        geometry.check_video(self.size, self.frame_num)
         if not is_count(self.fps) or not 1 <= self.fps <= MAX_FPS:
             raise InputError(f"fps {self.fps!r} is not a whole number from 1 to {MAX_FPS}; 16 is usual")
 
     @property
     def latents_size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the video's latents."""
-        (width, height), (t, h, w) = self.size, VAE_STRIDE
-        return (self.frame_num - 1) // t + 1, height // h, width // w
+        return self.geometry.latents_size(self.size, self.frame_num)
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
         """(frames, rows, columns) of the tokens that the transformer sees."""
-        return tuple(n // p for n, p in zip(self.latents_size, PATCH))
+        return self.geometry.token_grid(self.size, self.frame_num)
+
+    def check_positions(self, most: int) -> None:
+        """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
+        self.geometry.check_positions(self.size, self.frame_num, most)
 
 
 def changed(settings: T, **values: Any) -> T:
     """Settings with other values, but for those that are None."""
     return replace(settings, **{key: value for key, value in values.items() if value is not None})
-
-
-def check_positions(video: VideoSettings, most: int) -> None:
-    """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
-    if max(video.token_grid) > most:
-        width, height = (most * s * p for s, p in zip(VAE_STRIDE[:0:-1], PATCH[:0:-1]))
-        frames, size = (most - 1) * VAE_STRIDE[0] + 1, "*".join(map(str, video.size))
-        raise InputError(f"{video.frame_num} frames of {size} are too many; at most {frames} of {width}*{height}")
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,10 @@ class Settings:
 SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}
 
 
-def resolve(*layers: Mapping[str, Any]) -> Settings:
+def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY) -> Settings:
     """Settings from layers in the schema of the YAML files, the first layer first in rank.
 
+    geometry: of the family that makes the video
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
@@ -208,7 +208,7 @@ def resolve(*layers: Mapping[str, Any]) -> Settings:
         | {
             "attention": attention_config(merged["attention"]),
             "sampling": SamplingSettings(**merged["sampling"]),
-            "video": VideoSettings(**merged["video"]),
+            "video": VideoSettings(**merged["video"], geometry=geometry),
         }
     )
 

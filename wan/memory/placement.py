@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from wan.config.checks import VAE_STRIDE
 from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
 from wan.parallel.ulysses import is_sharded
 
@@ -96,12 +95,15 @@ def working_bytes(tokens: int, width: int, ffn_dim: int, itemsize: int) -> int:
     return tokens * (width * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
 
 
-def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
-    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+def set_tiles(vae: AutoencoderKLWan, latents: Tensor, stride: tuple[int, int, int]) -> None:
+    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several.
+
+    stride: (frames, rows, columns) of pixels to one latent
+    """
     vae.use_tiling = False
     if latents.device.type != "cuda":
         return
-    (_, _, frames, rows, columns), (t, h, w) = latents.shape, VAE_STRIDE
+    (_, _, frames, rows, columns), (t, h, w) = latents.shape, stride
     size = columns * w, rows * h
     width = vae.config.base_dim
     work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)

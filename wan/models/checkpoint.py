@@ -111,7 +111,13 @@ class Checkpoint:
     def resolve(self, *above: Mapping[str, Any]) -> Settings:
         """The settings of layers that rank above the checkpoint's own, of those, and of its family's."""
         try:
-            return resolve({"checkpoint": self.name}, *above, *self.settings_layers, self.family.defaults)
+            return resolve(
+                {"checkpoint": self.name},
+                *above,
+                *self.settings_layers,
+                self.family.defaults,
+                geometry=self.family.geometry,
+            )
         except InputError:
             # An algorithm that is not understood is no fault of the layers above; say where it stands.
             self.own_attention()

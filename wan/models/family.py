@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from nabla import InputError
 from wan.checkpoints.component_files import ComponentFiles
+from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 
 # What a family may have no use for, or not support yet, by the names of the settings that ask for it.
 FEATURES = frozenset({"cache", "dit_fsdp", "fp8", "gguf", "lora", "t5_fsdp", "ulysses_size"})
@@ -65,6 +66,7 @@ class Family:
     components: the models of a checkpoint, the transformer first
     tokenizers: their folders in the published layout, by those in diffusers'
     facts: reads what has to be known of a transformer off its configuration
+    geometry: how it cuts pixels into latents and tokens
     pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
         pipeline opens checkpoints itself and so stands above the list of families
     defaults: a layer of settings, below those that a checkpoint brings
@@ -79,6 +81,7 @@ class Family:
     tokenizers: Mapping[str, str]
     facts: Callable[[Layout], TransformerFacts]
     pipeline: str
+    geometry: Geometry = DEFAULT_GEOMETRY
     defaults: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = FEATURES
 

@@ -18,11 +18,12 @@ from nabla.config import is_count
 from wan.attention.compile import check_compiler
 from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import CheckpointError, weight_file
-from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, check_positions, read_settings, resolve
+from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, read_settings, resolve
 from wan.files.formats import SAFETENSORS
 from wan.files.video import check_encoder, check_writable, make_folder, record_of, to_json
 from wan.memory.budget import check_memory
 from wan.models.checkpoint import Checkpoint
+from wan.models.wan.geometry import GEOMETRY
 from wan.observe.report import check_report
 from wan.observe.run_log import check_log
 from wan.parallel.distributed import DistributedContext, pick_device, started_by_torchrun
@@ -133,7 +134,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     if settings.fp8:
         check_fp8(device, getattr(torch, settings.dtype or own_dtype))
     if settings.transformer is not None:
-        open_transformer(settings.transformer)
+        open_transformer(settings.transformer, GEOMETRY.patch)
     for lora in settings.lora:
         weight_file("lora", lora.file, (SAFETENSORS,))
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
@@ -144,7 +145,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     for layer, _ in jobs:
         settings = checkpoint.resolve(layer, flags, from_file)
         settings = replace(settings, dtype=settings.dtype or own_dtype)
-        check_positions(settings.video, checkpoint.positions)
+        settings.video.check_positions(checkpoint.positions)
         # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
         every.append(settings if request.prompt_file else replace(settings, sampling=settings.sampling.with_seed()))
     folder = request.save_dir or Path()

@@ -113,7 +113,7 @@ class Events:
 
     def _show(self, settings: Settings, prompt: str) -> Updates:
         c = self.controls
-        form, _ = within(to_form(settings, prompt), self.studio.limits)
+        form, _ = within(to_form(settings, prompt), self.studio.limits, settings.video.geometry)
         updates: Updates = {c.form[field.name]: getattr(form, field.name) for field in fields(Form)}
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 import gradio as gr
 
 from nabla.config import BACKEND_NAMES
-from wan.config.checks import SOLVERS, VAE_STRIDE
+from wan.config.checks import SOLVERS
+from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.settings import Settings
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.serve.limits import Limits
@@ -57,7 +58,7 @@ class Controls:
 def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> Controls:
     """Build the controls, as the first preset sets them, into the `gr.Blocks` that is open."""
     first = presets.settings(presets.first)
-    form, _ = within(to_form(first), limits)
+    form, _ = within(to_form(first), limits, first.video.geometry)
     gr.Markdown(
         "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters.", elem_classes="title"
     )
@@ -113,7 +114,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             1,
             limits.frames,
             form.frame_num,
-            step=VAE_STRIDE[0],
+            step=first.video.geometry.vae_stride[0],
             label="Frames",
             min_width=150,
             buttons=[],
@@ -133,16 +134,16 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
     return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
 
 
-def within(form: Form, limits: Limits) -> tuple[Form, str]:
+def within(form: Form, limits: Limits, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[Form, str]:
     """A form whose sliders are within the limits, and a sentence if they were beyond; gradio refuses such values."""
-    frames = min(form.frame_num, VAE_STRIDE[0] * ((limits.frames - 1) // VAE_STRIDE[0]) + 1)
+    frames = min(form.frame_num, geometry.most_frames(limits.frames))
     fitting = replace(form, frame_num=frames, steps=min(form.steps, limits.steps))
     return fitting, "" if fitting == form else f"This page makes up to {limits.frames} frames in {limits.steps} steps."
 
 
 def about_preset(presets: Presets, name: str, settings: Settings, limits: Limits) -> str:
     """What a preset's file says of it, what runs, and whether that is less than the preset wants."""
-    _, note = within(to_form(settings), limits)
+    _, note = within(to_form(settings), limits, settings.video.geometry)
     return " ".join(filter(None, (presets.describe(name), note, what_runs(settings))))
 
 

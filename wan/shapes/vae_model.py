@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.config.checks import VAE_STRIDE
+from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.whole_clips import posterior, reconstruction
 from wan.shapes.vae_settings import LossSettings
 
@@ -43,7 +43,7 @@ def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"vae: {error}; its keys are those of diffusers' AutoencoderKLWan") from None
     if len(vae.config.dim_mult) != 4 or sum(vae.config.temperal_downsample) != 2 or vae.config.patch_size is not None:
-        raise InputError(f"vae {dict(sizes)}: its strides must be Wan2.1's, {VAE_STRIDE}")
+        raise InputError(f"vae {dict(sizes)}: its strides must be Wan2.1's, {GEOMETRY.vae_stride}")
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -106,7 +106,7 @@ class Autoencoder(nn.Module):
         return reconstruction(self.vae, latents.mean + latents.std * noise), latents.parameters
 
     def noise_for(self, video: Tensor, seed: int) -> Tensor:
-        frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], VAE_STRIDE))
+        frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], GEOMETRY.vae_stride))
         generator = torch.Generator(video.device).manual_seed(seed)
         shape = len(video), self.vae.config.z_dim, frames, height, width
         return torch.randn(shape, generator=generator, device=video.device)

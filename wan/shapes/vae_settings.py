@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nabla import InputError
-from wan.config.checks import check_video, parse_size
+from wan.config.checks import parse_size
+from wan.models.wan.geometry import GEOMETRY
 from wan.training.config import PRECISIONS, OptimizerSettings
 from wan.training.schema import (
     build,
@@ -58,7 +59,7 @@ class CutSettings:
         for name in ("size", "drawn"):
             given = getattr(self, name)
             object.__setattr__(self, name, parse_size(self.size if given is None else given))
-        check_video(self.size, self.frames)
+        GEOMETRY.check_video(self.size, self.frames)
         if any(whole < part for whole, part in zip(self.drawn, self.size)):
             raise InputError(f"drawn {self.drawn} is smaller than the size {self.size} that is cut from it")
 
@@ -152,7 +153,7 @@ class VaeSettings:
         cuts = tuple(cut if isinstance(cut, CutSettings) else _cut(cut) for cut in self.cuts)
         object.__setattr__(self, "cuts", cuts)
         for size in self.validation.sizes:
-            check_video(size, self.video_frames)
+            GEOMETRY.check_video(size, self.video_frames)
         if (longest := max(cut.frames for cut in cuts)) > self.video_frames:
             raise InputError(f"cuts of {longest} frames do not fit in videos of {self.video_frames} (video_frames)")
 

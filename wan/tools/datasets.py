@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nabla import InputError
-from wan.config.checks import check_video, parse_size
+from wan.config.checks import parse_size
+from wan.models.wan.geometry import GEOMETRY
 from wan.shapes.dataset import Shapes
 from wan.training.video_folder import VideoFolder
 
@@ -27,7 +28,7 @@ def shapes(
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
-    check_video((width, height), frame_num)
+    GEOMETRY.check_video((width, height), frame_num)
     return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several, alike, brief)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from nabla import InputError
 from nabla.config import is_count
 from wan.checkpoints.weights import read_json
-from wan.config.checks import PATCH
+from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.objective import sigmas_of
@@ -131,7 +131,7 @@ class Clips:
                 )
         most = config["rope_max_seq_len"]
         for size, numbers in self.buckets.items():
-            if max(n // patch for n, patch in zip(size, PATCH)) > most:
+            if max(GEOMETRY.grid_of(size)) > most:
                 raise InputError(
                     f"{self.clips[numbers[0]].file}, sample {self.clips[numbers[0]].index}: its latents of {size} are "
                     f"too large for rope_max_seq_len {most}; 1024 is Wan's"

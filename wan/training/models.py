@@ -23,10 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
 from wan.attention.apply import apply_attention, compile_blocks
-from wan.config.checks import PATCH
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.family import WAN
+from wan.models.wan.geometry import GEOMETRY
 from wan.parallel.ulysses import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
@@ -42,7 +42,7 @@ CHANNELS = 16
 # Sinusoids come in pairs, and each of the three axes of a video has one at least.
 LEAST_EVEN = {"attention_head_dim": 6, "freq_dim": 2}
 # Of what else diffusers' class takes, all that makes Wan2.1 from text.
-FIXED = {"patch_size": PATCH, "qk_norm": "rms_norm_across_heads"}
+FIXED = {"patch_size": GEOMETRY.patch, "qk_norm": "rms_norm_across_heads"}
 FIXED |= dict.fromkeys(("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"))
 
 

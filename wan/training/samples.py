@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
-from wan.config.checks import check_text, check_video
+from wan.config.checks import check_text
 from wan.config.prompts import clean_prompt
+from wan.models.wan.geometry import GEOMETRY
 
 
 class BadSample(InputError):
@@ -85,4 +86,4 @@ def check_sample(video: np.ndarray, caption: object) -> None:
     if not clean_prompt(caption):
         raise BadSample("the caption is empty")
     frames, height, width, _ = video.shape
-    check_video((width, height), frames)
+    GEOMETRY.check_video((width, height), frames)

@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention.apply import many_compiles
 from wan.attention.compile import check_compiler
-from wan.config.checks import PATCH
-from wan.config.settings import check_positions
 from wan.files.video import check_encoder
+from wan.models.wan.geometry import GEOMETRY
 from wan.sampling.loop import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import TrainingSettings
@@ -138,7 +137,7 @@ class Trainer:
         samples = self.samples
         if samples is None or not samples.prompts:
             return None
-        check_positions(samples.video, self.transformer.config.rope_max_seq_len)
+        samples.video.check_positions(self.transformer.config.rope_max_seq_len)
         encoder = Encoder(self.base, self.device)
         pad = self.clips.padded
         for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
@@ -194,7 +193,7 @@ class Trainer:
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
         row = {"step": state.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
         state.step += 1
-        tokens = math.prod(n // p for n, p in zip(batch.latents.shape[2:], PATCH))
+        tokens = math.prod(GEOMETRY.grid_of(batch.latents.shape[2:]))
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
         return row | {"waited": waited, "memory_gib": peak_memory(self.device)}
 

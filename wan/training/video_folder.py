@@ -15,9 +15,10 @@ import numpy as np
 
 from nabla import InputError
 from nabla.config import is_number
-from wan.config.checks import check_video, parse_size
+from wan.config.checks import parse_size
 from wan.config.settings import VideoSettings
 from wan.files.plain_data import parse_json
+from wan.models.wan.geometry import GEOMETRY
 from wan.training.samples import BadSample, check_sample
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -46,9 +47,9 @@ class VideoFolder:
         self.folder, self.fps = Path(folder).expanduser(), fps
         self.sizes = [parse_size(size) for size in sizes]
         for size in self.sizes:
-            check_video(size, frame_num=1)
+            GEOMETRY.check_video(size, frame_num=1)
         for frame_num in frame_nums:
-            check_video(VideoSettings().size, frame_num)
+            GEOMETRY.check_video(VideoSettings().size, frame_num)
         self.frame_nums = sorted(frame_nums, reverse=True)
         captions = self.folder / CAPTIONS_FILE
         try:

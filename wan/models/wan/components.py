@@ -21,10 +21,10 @@ from wan.checkpoints.lora import Adapter, attach, merging
 from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
 from wan.checkpoints.single_file import FIRST, GgufFile, load_gguf, open_transformer
 from wan.checkpoints.weights import Part, WeightFiles
-from wan.config.checks import PATCH, VAE_STRIDE
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
 from wan.models.wan.component_configs import check_transformer, check_vae, text_config
+from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.layout import COMPONENTS, OWN_KEYS
 
 TRANSFORMER, VAE, TEXT_ENCODER = COMPONENTS
@@ -53,7 +53,7 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
     """
-    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file)
+    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file, GEOMETRY.patch)
     _check_kind(weights)
     if file is not None:
         _check_size(weights, checkpoint)
@@ -64,8 +64,8 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
             # A file has published names, by which its layers are counted the same.
             check_transformer(checkpoint.config, weights.shapes)
             model = _model(WanTransformer3DModel, checkpoint.config)
-    if tuple(model.config.patch_size) != PATCH:
-        raise CheckpointError(f"{weights.where} is not a transformer of Wan2.1: its patch must be {PATCH}")
+    if tuple(model.config.patch_size) != GEOMETRY.patch:
+        raise CheckpointError(f"{weights.where} is not a transformer of Wan2.1: its patch must be {GEOMETRY.patch}")
     if model.config.attention_head_dim % 2 or model.config.attention_head_dim < MIN_HEAD or model.config.freq_dim % 2:
         raise CheckpointError(
             f"{weights.where}: its heads' and frequencies' sizes must be even, and heads of {MIN_HEAD} at least"
@@ -115,8 +115,8 @@ def vae_part(checkpoint: Checkpoint) -> Part:
             model = _model(AutoencoderKLWan, config)
     own, where = model.config, weights.files[0].parent
     strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
-    if strides != VAE_STRIDE or own.patch_size is not None:
-        raise CheckpointError(f"{where} is not the VAE of Wan2.1: its strides must be {VAE_STRIDE}")
+    if strides != GEOMETRY.vae_stride or own.patch_size is not None:
+        raise CheckpointError(f"{where} is not the VAE of Wan2.1: its strides must be {GEOMETRY.vae_stride}")
     for name, values in (("latents_mean", own.latents_mean), ("latents_std", own.latents_std)):
         if not isinstance(values, (list, tuple)) or len(values) != own.z_dim or not all(map(is_number, values)):
             raise CheckpointError(f"{where}: the VAE's {name} is {values!r}, but must be {own.z_dim} numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wan.checkpoints.locate import CONFIG
 from wan.models.family import Family
 from wan.models.wan import layout
+from wan.models.wan.geometry import GEOMETRY
 
 WAN = Family(
     name=layout.NAME,
@@ -15,4 +16,5 @@ WAN = Family(
     tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
     facts=layout.facts,
     pipeline="wan.models.wan.pipeline:WanT2V",
+    geometry=GEOMETRY,
 )

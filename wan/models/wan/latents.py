@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from nabla import InputError
-from wan.config.checks import VAE_STRIDE
 from wan.memory import placement as memory
+from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder
 
 log = logging.getLogger("wan")
@@ -27,10 +27,11 @@ def encode(
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
     frames, height, width = video.shape[2:]
-    if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
+    t, h, w = GEOMETRY.vae_stride
+    if frames % t != 1 or height % h or width % w:
         raise InputError(
             f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
-            f"frames must be 4n+1, sizes multiples of {VAE_STRIDE[1]}"
+            f"frames must be 4n+1, sizes multiples of {h}"
         )
     video = video.to(vae.encoder.conv_in.weight.dtype)
     distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
@@ -48,14 +49,14 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     latents = latents.float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
-    memory.set_tiles(vae, latents)
+    memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
     video = vae.decode(latents).sample.float()
     if latents.dtype == torch.float16 and not video.isfinite().all():
         log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
         del video
         speed_up_decoder(vae, torch.float32)
         latents = latents.float()
-        memory.set_tiles(vae, latents)
+        memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
         video = vae.decode(latents).sample
     return video
 
@@ -69,7 +70,7 @@ def glimpse(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     latents = latents[:, :, :1].float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
-    memory.set_tiles(vae, latents)
+    memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
     return vae.decode(latents).sample[:, :, 0].float().nan_to_num()
 
 

@@ -18,7 +18,7 @@ from wan.attention.apply import many_compiles
 from wan.caches.step_cache import StepCache
 from wan.checkpoints.weights import CheckpointError
 from wan.config.prompts import check_prompt
-from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed, check_positions
+from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
 from wan.files.video import to_frames
 from wan.memory import placement as memory
 from wan.memory.planner import Plan
@@ -223,7 +223,7 @@ class WanT2V:
             guide_scale=guide_scale,
             solver=solver,
         ).with_seed()
-        check_positions(video, self.transformer.config.rope_max_seq_len)
+        video.check_positions(self.transformer.config.rope_max_seq_len)
         self.seconds, observer = {}, with_progress(progress, observer)
         with observer.video(self, prompt, video, sampling):
             with self._stage("text", observer):
@@ -262,7 +262,7 @@ class WanT2V:
 
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
-        check_positions(video, self.transformer.config.rope_max_seq_len)
+        video.check_positions(self.transformer.config.rope_max_seq_len)
         return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
 
     @contextmanager
