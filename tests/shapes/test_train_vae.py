@@ -156,9 +156,9 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
     assert exact_rows(run) == []
 
     class Asked(vae_training.VaeTrainer):
-        def _step(self, clips, ends):
+        def _step(self, batches):
             self.signal.asked = self.step == 1
-            return super()._step(clips, ends)
+            return super()._step(batches)
 
     with pytest.raises(Stopped, match="step 2"):
         Asked(VaeSettings.from_dict(vae_settings_dict(run))).run()

@@ -26,6 +26,7 @@ from wan.shapes.dataset import Shapes
 from wan.shapes.reader import EncoderSettings, Reader
 from wan.shapes.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.shapes.tokenizer import train_tokenizer
+from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics
 from wan.training.reading import read
 from wan.training.schema import (
@@ -39,7 +40,7 @@ from wan.training.schema import (
     plain,
 )
 from wan.training.state_file import check_step, load_state, save_state
-from wan.training.stopping import Diverged, Stopped, StopSignal
+from wan.training.stopping import Diverged
 from wan.training.writing import written_state
 
 log = logging.getLogger("wan")
@@ -101,13 +102,14 @@ class TextSettings:
         return build(cls, settings, "the settings of train_text", {"encoder": EncoderSettings})
 
 
-class TextTrainer:
+class TextTrainer(TrainingLoop):
     """One run, on a GPU if there is one. It goes on from the state in the folder `settings.out`, if there is one.
 
     Raises `InputError` for settings that do not fit what is in the folder.
     """
 
     def __init__(self, settings: TextSettings):
+        super().__init__(settings.steps, settings.save_every)
         self.settings, self.folder = settings, Path(settings.out).expanduser().resolve()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Before anything is written or trained.
@@ -123,11 +125,9 @@ class TextTrainer:
         self.schedule = get_scheduler(
             "cosine", self.optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps
         )
-        self.step = 0
         if (self.folder / STATE_FILE).is_file():
             load_state(self.folder / STATE_FILE, self.device, self._take)
             log.info("going on from step %d of %s", self.step, self.folder)
-        self.signal = StopSignal()
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         biases = self.model.position_biases()
@@ -162,33 +162,22 @@ class TextTrainer:
         """
         if not minutes >= 0:
             raise InputError(f"minutes {minutes} is no length of time; give 0 or more")
-        settings, end = self.settings, time.monotonic() + 60 * minutes
-        metrics = Metrics(self.folder, self.step)
-        with self.signal, contextlib.closing(self._batches()) as batches:
-            for batch in batches:
-                row = self._step(batch.to(self.device))
-                stops = self.signal.asked
-                ends = stops or self.step == settings.steps or time.monotonic() > end
-                if not stops and (ends or self.step % settings.validate_every == 0):
-                    row |= self._validate()
-                metrics.write(row)
-                if ends or self.step % settings.log_every == 0:
-                    log.info(", ".join(f"{key} {value:.5g}" for key, value in row.items() if key != "accuracy"))
-                if ends or self.step % settings.save_every == 0:
-                    self._save()
-                if stops:
-                    raise Stopped(f"stopped after step {self.step}; start again in the same way to go on")
-                if ends:
-                    break
+        self.deadline = time.monotonic() + 60 * minutes
+        self.metrics = Metrics(self.folder, self.step)
+        if self.step < self.steps:
+            with self.signal, contextlib.closing(self._batches()) as batches:
+                self._train(batches)
+            if self.stops and self.signal.asked:
+                raise self._stopped()
         self._export()
-        return self.step == settings.steps
+        return self.step == self.steps
 
     def _batches(self) -> Iterator[Batch]:
         data = Sentences(self.tokenizer, self.settings.seed, self.settings.batch_size)
         return read(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
-        """One step of the optimizer, and its row of metrics."""
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        batch = next(batches).to(self.device)
         start = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             loss = self.model.loss(batch)
@@ -204,10 +193,15 @@ class TextTrainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.stops = self._asks_to_stop
         return row | {"seconds": time.perf_counter() - start}
 
-    def _validate(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """Shares of sentences whose attributes are read rightly: by test and attribute, and the worst of each test."""
+        is_due = self._ends or self.step % self.settings.validate_every == 0
+        # Whoever sent a signal is not kept waiting.
+        if not is_due or (self.stops and self.signal.asked):
+            return {}
         shares = {name: self.accuracies(*test) for name, test in self.tests.items()}
         return {f"worst_{name}": min(share.values()) for name, share in shares.items()} | {"accuracy": shares}
 
@@ -219,14 +213,21 @@ class TextTrainer:
             right.append(self.model.are_right(encoded(self.tokenizer, texts[part], targets[part]).to(self.device)))
         return dict(zip(ATTRIBUTES, torch.cat(right).float().mean(0).tolist()))
 
+    def _log_line(self, row: dict[str, Any]) -> str | None:
+        if not self._ends and self.step % self.settings.log_every:
+            return None
+        return ", ".join(f"{key} {value:.5g}" for key, value in row.items() if key != "accuracy")
+
     def _save(self) -> None:
+        if self.unwritten is not None:
+            raise self.unwritten
         state = {name: part.state_dict() for name, part in self._parts().items()}
         save_state(state | {"step": self.step}, self.folder / STATE_FILE)
 
     def _take(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.step = check_step(state, self.settings.steps)
+        self.step = check_step(state, self.steps)
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}

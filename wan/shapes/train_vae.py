@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from wan.shapes.vae_export import draw, export, latent_statistics, quality
 from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
 from wan.training.evaluation import averaged
+from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
 from wan.training.state_file import check_step, load_state, save_state
-from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
+from wan.training.stopping import Diverged, let_go
 from wan.training.writing import together
 
 log = logging.getLogger("wan")
@@ -38,13 +40,15 @@ log = logging.getLogger("wan")
 SETTINGS_FILE, STATE_FILE, PICTURE_FILE, RESULT_FOLDER = "settings.yaml", "state.pt", "reconstructions.png", "vae"
 
 
-class VaeTrainer:
+class VaeTrainer(TrainingLoop):
     """One run in the folder `settings.out`, from its last state if it has one, by one process or several.
 
     Raises `InputError` for settings that cannot continue what is there.
     """
 
     def __init__(self, settings: VaeSettings):
+        # Not by steps: states are written after so many seconds, by the first process alone.
+        super().__init__(settings.steps, save_every=None)
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
         self.settings, self.device = settings, self.accelerator.device
@@ -57,18 +61,11 @@ class VaeTrainer:
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
         self._build()
-        self.step = 0
         if (self.folder / STATE_FILE).is_file():
             earlier = VaeSettings.from_dict(read_settings(self.folder / SETTINGS_FILE))
             check_continues(settings, earlier, CHANGEABLE)
             load_state(self.folder / STATE_FILE, self.device, self._take)
             log.info("going on after step %d", self.step)
-        self.signal = StopSignal()
-        # Agreed upon by all processes: whether one was asked to stop, or its time is up.
-        self.stops = False
-        self.metrics: Metrics | None = None
-        # Of the first process, told to the others with the next step.
-        self.unwritten: InputError | None = None
         self.held_out: dict[str, list[Tensor]] = {}
 
     def close(self) -> None:
@@ -108,7 +105,7 @@ class VaeTrainer:
         """
         if not minutes >= 0:
             raise InputError(f"minutes {minutes} is not a number of at least 0")
-        ends = time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + 60 * minutes
         with together(self.accelerator, self.folder):
             if self.leads:
                 with whole(self.folder / SETTINGS_FILE) as partial:
@@ -116,56 +113,51 @@ class VaeTrainer:
                 self.metrics = Metrics(self.folder, self.step)
                 self.held_out = validation_videos(self.settings)
         with self.signal:
-            self._train(ends)
+            self.stops = self._agree(time.monotonic() >= self.deadline)
+            self.first_step = self.step
+            self._train(self._batches())
         if self.signal.asked:
-            raise Stopped(f"stopped after step {self.step}; start again in the same way to go on")
-        if self.step < self.settings.steps:
-            log.info("time is up after step %d of %d; start again to go on", self.step, self.settings.steps)
+            raise self._stopped()
+        if self.step < self.steps:
+            log.info("time is up after step %d of %d; start again to go on", self.step, self.steps)
             return False
         with together(self.accelerator, self.folder / RESULT_FOLDER):
             if self.leads:
                 self._finish()
         return True
 
-    def _train(self, ends: float) -> None:
-        """Steps until the last, the end of the time or a signal, with states on the way and after."""
-        settings = self.settings
-        self.stops = self._agree(time.monotonic() >= ends)
-        if self.step < settings.steps and not self.stops:
-            pools = Pools(settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
-        self.first_step, self.saved = self.step, time.monotonic()
-        while self.step < settings.steps and not self.stops:
-            row = self._step(pools.batch(self.step), ends)
-            if not self.leads or self.unwritten is not None:
-                continue
-            try:
-                self._tell(row)
-            except InputError as error:
-                self.unwritten = error
-        with together(self.accelerator, self.folder):
-            if self.unwritten is not None:
-                raise self.unwritten
-            if self.leads:
-                self._save()
+    def _batches(self) -> Iterator[Batch]:
+        # Drawn here, which takes long, only once there is a first step to take.
+        pools = Pools(self.settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        self.saved = time.monotonic()
+        for step in range(self.step, self.steps):
+            yield pools.batch(step)
 
-    def _tell(self, row: dict[str, float]) -> None:
-        """What the first process writes after a step."""
-        settings = self.settings
-        if self.step % settings.validation.every == 0:
-            row |= self._validate()
-        self.metrics.write(row)
-        if self.step % settings.log_steps == 0 or self.step == self.first_step + 1 or "psnr" in row:
-            log.info(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-        if time.monotonic() - self.saved > settings.checkpoint_seconds:
-            self._save()
-            self.saved = time.monotonic()
+    def _evaluate(self) -> dict[str, float]:
+        if self.leads and self.step % self.settings.validation.every == 0:
+            with self._deferred():
+                return self._validate()
+        return {}
+
+    def _log_line(self, row: dict[str, Any]) -> str | None:
+        is_due = self.step % self.settings.log_steps == 0 or self.step == self.first_step + 1 or "psnr" in row
+        return ", ".join(f"{key} {value:.4g}" for key, value in row.items()) if is_due else None
+
+    def _after_step(self) -> None:
+        """A state on the way, when it is due."""
+        is_due = time.monotonic() - self.saved > self.settings.checkpoint_seconds
+        if not self.leads or not is_due or self.unwritten is not None:
+            return
+        with self._deferred():
+            save_state(self._state(), self.folder / STATE_FILE)
+        self.saved = time.monotonic()
 
     def _agree(self, stops: bool) -> bool:
         """Whether any of the processes wants to stop."""
         return self.accelerator.gather(torch.tensor([float(stops)], device=self.device)).any().item()
 
-    def _step(self, clips: Batch, ends: float) -> dict[str, float]:
-        """One step of the optimizers, and its row of metrics."""
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        clips = next(batches)
         start, settings = time.perf_counter(), self.settings
         video = as_input(clips.videos, self.device)
         dtype = getattr(torch, settings.precision)
@@ -181,8 +173,7 @@ class VaeTrainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.ema.step(self.weights)
-        stops = self.signal.asked or time.monotonic() > ends or self.unwritten is not None
-        seen = self._seen(losses.detach(), norm, made.detach(), video, latents, stops, clips.numbers)
+        seen = self._seen(losses.detach(), norm, made.detach(), video, latents, clips.numbers)
         self.step += 1
         seconds = time.perf_counter() - start
         row = {"step": self.step} | seen | {"lr": lr, "seconds": seconds, "clips_per_s": len(clips.numbers) / seconds}
@@ -197,7 +188,6 @@ class VaeTrainer:
         made: Tensor,
         video: Tensor,
         latents: DiagonalGaussianDistribution,
-        stops: bool,
         numbers: list[int],
     ) -> dict[str, float]:
         """What a row says of a step's losses and latents, over all processes; raises `Diverged`.
@@ -206,7 +196,7 @@ class VaeTrainer:
         """
         names = ("train_psnr", "kl", "noise", "grad_norm")
         values = psnr(made, video).mean(), latents.kl().sum() / latents.mean.numel(), latents.std.mean(), norm
-        own = torch.cat((losses, torch.stack((*values, losses.new_full((), stops)))))
+        own = torch.cat((losses, torch.stack((*values, losses.new_full((), self._asks_to_stop)))))
         every = self.accelerator.gather(own[None])
         losses, means = every[:, : len(losses)].flatten(), every[:, len(losses) :].mean(0).tolist()
         self.stops = means.pop() > 0
@@ -252,7 +242,11 @@ class VaeTrainer:
             return latent_statistics(self.vae, (as_input(video, self.device) for video in videos))
 
     def _save(self) -> None:
-        save_state(self._state(), self.folder / STATE_FILE)
+        with together(self.accelerator, self.folder):
+            if self.unwritten is not None:
+                raise self.unwritten
+            if self.leads:
+                save_state(self._state(), self.folder / STATE_FILE)
 
     def _state(self) -> dict[str, Any]:
         stateful = {"vae": self.vae, "ema": self.ema}
@@ -264,7 +258,7 @@ class VaeTrainer:
         self.ema.load_state_dict(state["ema"])
         for part, own in zip((*self.optimizers, *self.schedules), state["optimizers"], strict=True):
             part.load_state_dict(own)
-        self.step = check_step(state, self.settings.steps)
+        self.step = check_step(state, self.steps)
 
 
 def is_convolution(weight: Tensor) -> bool:

@@ -30,6 +30,7 @@ from wan.training.config import TrainingSettings
 from wan.training.data import Batch, Batches, Clips
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
+from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, peak_memory, speed
 from wan.training.models import (
     build_optimizers,
@@ -43,7 +44,7 @@ from wan.training.models import (
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
 from wan.training.record import check_record, inputs_of, write_record
-from wan.training.stopping import Diverged, Stopped, StopSignal, let_go
+from wan.training.stopping import Diverged, let_go
 from wan.training.writing import together
 
 log = logging.getLogger("wan")
@@ -52,13 +53,14 @@ log = logging.getLogger("wan")
 PATIENCE = timedelta(hours=2)
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     """One run. `run` trains from the last whole checkpoint in the folder `settings.out`, or from the start.
 
     Raises `InputError` for data, checkpoints and settings that do not fit each other or what is in the folder.
     """
 
     def __init__(self, settings: TrainingSettings):
+        super().__init__(settings.steps, settings.every.checkpoint)
         # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -103,14 +105,9 @@ class Trainer:
         if last is not None:
             check_record(self.folder, settings, self.inputs)
             self.state.load(last)
+            self.step = self.state.step
             log.info("going on from %s", last)
         self.sampler = self._make_sampler()
-        self.signal = StopSignal()
-        # Agreed upon by all processes, whichever got the signal when.
-        self.stops = False
-        self.metrics: Metrics | None = None
-        # Of the first process, told to the others with the next state.
-        self.unwritten: InputError | None = None
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
@@ -148,35 +145,25 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step. Raises `Diverged`, or `Stopped` after SIGTERM."""
-        settings, state = self.settings, self.state
-        if state.step >= settings.steps:
-            log.info("all %d steps are done: %s", state.step, self.checkpoints.last())
+        settings = self.settings
+        if self.step >= settings.steps:
+            log.info("all %d steps are done: %s", self.step, self.checkpoints.last())
             return
         with together(self.accelerator, self.folder):
             if self.accelerator.is_main_process:
                 write_record(self.folder, settings, self.inputs)
-                provide_parts(self.base, self.folder / "parts", anew=state.step == 0)
-                self.metrics = Metrics(self.folder, state.step)
-        batches = self.batches.load(state.step, settings.steps, settings.workers)
+                provide_parts(self.base, self.folder / "parts", anew=self.step == 0)
+                self.metrics = Metrics(self.folder, self.step)
+        batches = self.batches.load(self.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
-            if state.step == 0 and self.validation is not None:
+            if self.step == 0 and self.validation is not None:
                 self._write({"step": 0} | self._validate())
-            while state.step < settings.steps:
-                row = self._step(batches)
-                ends = state.step == settings.steps
-                if ends or state.step % settings.every.validation == 0:
-                    row |= self._validate()
-                self._write(row)
-                if self.sampler and (ends or state.step % settings.every.sample == 0):
-                    self._sample()
-                if ends or self.stops or state.step % settings.every.checkpoint == 0:
-                    self._save()
-                if self.stops and not ends:
-                    raise Stopped(f"stopped after step {state.step}; start again in the same way to go on")
+            self._train(batches)
+        if self.step < settings.steps:
+            raise self._stopped()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One step of the optimizer, and its row of metrics."""
-        start, state, settings = time.perf_counter(), self.state, self.settings
+        start, settings = time.perf_counter(), self.settings
         losses, waited = [], 0.0
         for part in range(self.batches.parts):
             before = time.perf_counter()
@@ -189,10 +176,10 @@ class Trainer:
                 (losses[-1].mean() / self.batches.parts).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        lr = state.update(self.weights)
+        lr = self.state.update(self.weights)
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
-        row = {"step": state.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
-        state.step += 1
+        row = {"step": self.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
+        self.step = self.state.step = self.step + 1
         tokens = math.prod(GEOMETRY.grid_of(batch.latents.shape[2:]))
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
         return row | {"waited": waited, "memory_gib": peak_memory(self.device)}
@@ -215,8 +202,7 @@ class Trainer:
         """
         shares = [module.nabla_share for module in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
-        stops = self.signal.asked or self.unwritten is not None
-        said = torch.stack((norm, kept, losses.new_full((), stops)))
+        said = torch.stack((norm, kept, losses.new_full((), self._asks_to_stop)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
         self.stops = bool(gathered[:, -1].any())
         parts, processes = self.batches.parts, self.accelerator.num_processes
@@ -225,12 +211,12 @@ class Trainer:
             raise Diverged(self._where(in_order))
         loss, norm = in_order.mean().item(), gathered[0, -3].item()
         if not math.isfinite(norm):
-            raise Diverged(f"step {self.state.step + 1}: the gradient's norm is {norm}, though the loss is {loss:.4g}")
+            raise Diverged(f"step {self.step + 1}: the gradient's norm is {norm}, though the loss is {loss:.4g}")
         row = {"loss": loss, "grad_norm": norm}
         return row | {"kept": gathered[:, -2].mean().item()} if shares else row
 
     def _where(self, losses: Tensor) -> str:
-        step = self.state.step
+        step = self.step
         numbers = self.batches.numbers(step)
         bad = [
             f"{losses[place]} at timestep {TRAIN_TIMESTEPS * self.batches.draw(step, place).sigma:.1f} of "
@@ -239,30 +225,32 @@ class Trainer:
         ]
         return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
 
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.metrics is None or self.unwritten is not None:
-            return
-        try:
-            self.metrics.write(row)
-        except InputError as error:
-            self.unwritten = error
-        if row["step"] % self.settings.every.log == 0 or any(key.startswith("validation") for key in row):
-            log.info(", ".join(f"{key} {value:.5g}" for key, value in row.items()))
+    def _evaluate(self) -> dict[str, float]:
+        is_due = self.step == self.steps or self.step % self.settings.every.validation == 0
+        return self._validate() if is_due else {}
+
+    def _log_line(self, row: dict[str, Any]) -> str | None:
+        if row["step"] % self.settings.every.log and not any(key.startswith("validation") for key in row):
+            return None
+        return ", ".join(f"{key} {value:.5g}" for key, value in row.items())
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        held_out, own, step = self.validation, self.settings, self.state.step
+        held_out, own = self.validation, self.settings
         if held_out is None:
             return {}
         with self._inference():
             losses = validation_losses(
-                self.transformer, held_out, own.data.clips, own.micro_batch, own.objective, self.accelerator, step
+                self.transformer, held_out, own.data.clips, own.micro_batch, own.objective, self.accelerator, self.step
             )
         return {f"validation_{name}": loss for name, loss in losses.items()}
 
-    def _sample(self) -> None:
+    def _after_step(self) -> None:
+        """Videos of the prompts, when they are due."""
+        if self.sampler is None or (self.step < self.steps and self.step % self.settings.every.sample):
+            return
         with self._inference():
-            folder = self.folder / "samples" / f"step-{self.state.step:08d}"
+            folder = self.folder / "samples" / f"step-{self.step:08d}"
             self.sampler.write(self.transformer, folder, self.accelerator)
 
     def _save(self) -> None:
@@ -271,11 +259,11 @@ class Trainer:
         own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.weights)
         finite = torch.stack([part.detach().isfinite().all() for part in own]).all()
         if not self.accelerator.gather(finite.float()[None]).all():
-            raise Diverged(f"after step {self.state.step}: weights are not finite")
+            raise Diverged(f"after step {self.step}: weights are not finite")
         with together(self.accelerator, self.folder):
             if self.unwritten is not None:
                 raise self.unwritten
-        with self.checkpoints.new(self.state.step) as folder:
+        with self.checkpoints.new(self.step) as folder:
             self.state.save(folder)
             self._export(folder / "model")
             if self.state.ema is not None:
@@ -293,7 +281,7 @@ class Trainer:
     def _write_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
         if self.settings.lora is not None:
             write_lora(folder / "lora", self.transformer, state)
-            if self.state.step < self.settings.steps:
+            if self.step < self.steps:
                 return
             state = merged_state(self.base, folder / "lora")
         defaults = defaults_of(self.settings, self.base)
