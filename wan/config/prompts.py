@@ -19,6 +19,8 @@ def clean_prompt(prompt: str) -> str:
 
 def check_prompt(prompt: object, where: str = "with --prompt") -> None:
     """Raise `InputError` unless a prompt says something; where: it can be given."""
-    check_text("prompt", prompt or "")
-    if not clean_prompt(prompt or ""):
+    text = prompt or ""
+    check_text("prompt", text)
+    assert isinstance(text, str)
+    if not clean_prompt(text):
         raise InputError(f"the prompt is empty; say what the video should show {where}")

@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Before the merge of "<<", whose keys others may replace.
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()

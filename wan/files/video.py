@@ -155,10 +155,12 @@ def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, **quiet)
         except OSError as error:
             raise EncoderError(f"encoder {ffmpeg} cannot be started ({error.strerror or error})") from error
+        frames = process.stdin
+        assert frames is not None
         try:
-            with process.stdin:
+            with frames:
                 for frame in video:
-                    process.stdin.write(np.ascontiguousarray(frame).data)
+                    frames.write(np.ascontiguousarray(frame).data)
         except BrokenPipeError:
             # It has ended, and its exit code says why.
             pass
