@@ -1,4 +1,4 @@
-"""scripts/setup.sh: whole or not there, however it is cut, and one at a time."""
+"""scripts/setup.sh: whole or not there, however it is cut, and one at a time. scripts/test.sh: no fault is lost."""
 
 from __future__ import annotations
 
@@ -96,3 +96,18 @@ def test_a_folder_that_cannot_be_locked_is_set_up_and_this_is_said(project, tmp_
     run = begin(project, PYTHONPATH=str(tmp_path / "lockless"))
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 0 and "this folder cannot be locked (Function not implemented)" in said
+
+
+@pytest.mark.parametrize("fault", ["", "ruff check", "ruff format --check", "mypy", "pytest"])
+def test_tests_fail_by_style_by_types_and_by_tests_and_say_of_which(tmp_path, fault):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "setup.sh").write_text("")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\necho "did $*"\n[[ -z "$FAULT" || "$*" != *"-m $FAULT"* ]] || exit 3\n')
+    python.chmod(0o755)
+    command = ["bash", "scripts/test.sh", "tests/nabla", "-x"]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | {"FAULT": fault}, capture_output=True, text=True)
+    assert run.returncode == (3 if fault else 0) and f"did -m {fault}" in run.stdout
+    assert fault.startswith("ruff") or ("did -m mypy" in run.stdout and "tests/nabla -x\n" in run.stdout)
