@@ -10,6 +10,7 @@ import pytest
 from places import ROOT
 
 from wan.config.settings import read_settings, resolve
+from wan.run.flags import make_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "integrations").rglob("*.md"))
@@ -58,6 +59,13 @@ def test_commands_are_of_programs_that_are_there_and_have_these_flags(page):
         assert (ROOT / program).is_file(), program
         unknown = set(re.findall(r"(--\w+)", arguments.partition("#")[0])) - flags()
         assert not unknown, (program, unknown)
+
+
+def test_every_flag_of_generate_is_in_the_table():
+    table = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    known = {flag for action in make_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    # `--log` is `--log_file`, see docs/multi_gpu.md.
+    assert known - {"--help", "--log"} <= set(re.findall(r"--\w+", table))
 
 
 def test_the_index_names_every_page():
