@@ -46,8 +46,6 @@ OF_A_FAMILY = re.compile(
 KNOWN = {
     "wan.attention names a class of a family",
     "wan.caches names a class of a family",
-    "wan.checkpoints looks up to wan.models",
-    "wan.checkpoints names a class of a family",
     "wan.memory looks up to wan.models",
     "wan.memory names a class of a family",
     "wan.parallel names a class of a family",

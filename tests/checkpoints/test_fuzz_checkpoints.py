@@ -22,6 +22,7 @@ from wan.config.settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.convert import convert
+from wan.models.wan.names import NAMING
 
 ODD = (
     None,
@@ -204,7 +205,7 @@ def test_headers_of_lora(model, tmp_path_factory, data):
     if isinstance(header.get("__metadata__"), dict):
         header["__metadata__"]["lora_adapter_metadata"] = json.dumps(said)
     write_header(file, header, tensors)
-    only_a_line(lambda: read_lora(LoraFile(str(file)), model))
+    only_a_line(lambda: read_lora(LoraFile(str(file)), model, NAMING))
 
 
 @few(150)
@@ -216,7 +217,7 @@ def test_headers_of_gguf(tmp_path_factory, random_nano, data):
         weight_files.write_gguf(file, load_file(next(random_nano.glob("*.safetensors"))))
     damaged = file.with_name("damaged.gguf")
     damaged.write_bytes(data.draw(flips(file.read_bytes(), data.draw(st.sampled_from((64, 512, 4000))))))
-    only_a_line(lambda: open_transformer(damaged))
+    only_a_line(lambda: open_transformer(damaged, NAMING))
 
 
 @few(60)

@@ -14,6 +14,7 @@ from wan.config.settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import published
+from wan.models.wan.names import NAMING
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def draw(base, layer, rank=4, seed=0):
 def merged(part, tensors, file, metadata=None):
     """The weights with a file of these tensors merged in, in published names."""
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata)
-    model = parts.load_transformer(part, torch.float32, "cpu", adapters=[read_lora(LoraFile(str(file)), part.model)])
+    model = parts.load_transformer(
+        part, torch.float32, "cpu", adapters=[read_lora(LoraFile(str(file)), part.model, NAMING)]
+    )
     rename = published.tensor_name(model)
     return {rename(name): tensor for name, tensor in model.state_dict().items()}
 

@@ -17,6 +17,7 @@ from wan.config.settings import LoraFile, resolve
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.convert import convert
+from wan.models.wan.names import NAMING
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def published(random_nano):
 
 def load(checkpoint, *lora, file=None, dtype=torch.float32):
     part = parts.transformer_part(checkpoint, file)
-    adapters = [read_lora(LoraFile.parse(one), part.model) for one in lora]
+    adapters = [read_lora(LoraFile.parse(one), part.model, NAMING) for one in lora]
     return parts.load_transformer(part, dtype, "cpu", adapters=adapters)
 
 
@@ -210,11 +211,11 @@ def test_pickles_and_damaged_files_are_refused(checkpoint, tmp_path):
     for name, message in (("a.pt", "must end in .safetensors"), ("a.safetensors", "truncated or corrupt")):
         torch.save({"a": torch.ones(1)}, tmp_path / name)
         with pytest.raises(InputError, match=message):
-            read_lora(LoraFile(str(tmp_path / name)), model)
+            read_lora(LoraFile(str(tmp_path / name)), model, NAMING)
         with pytest.raises(InputError, match=message):
             parts.transformer_part(checkpoint, tmp_path / name)
     with pytest.raises(InputError, match="lora .*none.safetensors is not a file"):
-        read_lora(LoraFile("none.safetensors"), model)
+        read_lora(LoraFile("none.safetensors"), model, NAMING)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
@@ -322,7 +323,7 @@ def test_what_does_not_go_with_packed_weights(random_nano, published, tmp_path, 
 
 def test_without_gguf_the_error_says_what_to_install(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("wan.checkpoints.single_file.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("wan.checkpoints.gguf_file.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs gguf; pip install -r requirements-gguf.txt"):
         parts.transformer_part(checkpoint, tmp_path / "a.gguf")
 

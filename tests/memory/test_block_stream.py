@@ -30,6 +30,7 @@ from wan.memory.planner import Budget, Plan
 from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
+from wan.models.wan.names import NAMING
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.quantize.packing import Packer
 from wan.run import run
@@ -243,7 +244,7 @@ def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(p
     part, lora = packed
     for files in ((), (lora,)):
         expected = budget.weights_of(part, part.model.blocks, torch.float32, files)
-        adapters = [read_lora(file, part.model) for file in files]
+        adapters = [read_lora(file, part.model, NAMING) for file in files]
         model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
         plain = forward(model, inputs)
         sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes

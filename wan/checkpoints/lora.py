@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError
 from wan.checkpoints.lora_names import Layer, mismatch, scale_by_peft, understand
+from wan.checkpoints.naming import TransformerNaming
 from wan.checkpoints.reading import damage, exists, read_json
 from wan.checkpoints.weights import WeightFiles, weight_file
 from wan.config.settings import LoraFile
@@ -50,7 +50,7 @@ class Adapter:
         return f"{self.file.file} at {self.file.scale:g}, {len(self.scaling)} layers{more}"
 
 
-def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
+def read_lora(file: LoraFile, model: nn.Module, naming: TransformerNaming) -> Adapter:
     """Read a LoRA in any trainer's names, see `wan.checkpoints.lora_names`, for a transformer on the meta device.
 
     Raises `InputError` for a file that is not there, is damaged or is not safetensors, and for one of which nothing,
@@ -60,9 +60,9 @@ def read_lora(file: LoraFile, model: WanTransformer3DModel) -> Adapter:
         raise InputError("lora needs peft, which is not installed; pip install peft")
     path = weight_file("lora", file.file, (SAFETENSORS,))
     tensors = _read(path)
-    contents = understand(path, list(tensors), model)
+    contents = understand(path, list(tensors), model, naming)
     if contents.unknown or not tensors:
-        raise mismatch(path, len(tensors), contents.unknown)
+        raise mismatch(path, len(tensors), contents.unknown, naming)
     state = model.state_dict()
     differences = {target: tensors[name] for target, name in contents.differences.items()}
     for target, difference in differences.items():
@@ -147,7 +147,7 @@ def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable
 
 
 @torch.no_grad()
-def attach(model: WanTransformer3DModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
+def attach(model: Any, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
     """Put adapters beside the weights of a transformer that cannot take them in, because they are packed, in place."""
     names = []
     for number, adapter in enumerate(adapters):
@@ -166,7 +166,7 @@ def attach(model: WanTransformer3DModel, adapters: Sequence[Adapter], dtype: tor
     model.requires_grad_(False)
 
 
-def _add(model: WanTransformer3DModel, name: str, difference: Tensor, file: str) -> None:
+def _add(model: nn.Module, name: str, difference: Tensor, file: str) -> None:
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = getattr(getattr(module, "base_layer", module), kind)
@@ -175,7 +175,7 @@ def _add(model: WanTransformer3DModel, name: str, difference: Tensor, file: str)
     parameter += difference.to(parameter)
 
 
-def _inject(model: WanTransformer3DModel, name: str, factors: Mapping[str, Tensor]) -> None:
+def _inject(model: Any, name: str, factors: Mapping[str, Tensor]) -> None:
     """Put peft's layers around those that have factors, as an adapter of this name."""
     with warnings.catch_warnings():
         # Several adapters are meant.

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from nabla import InputError
-from wan.models.wan import published
+from wan.checkpoints.naming import TransformerNaming
 
 # Trainers put these before a layer's name, some of them several.
 PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "module.", "dit.")
@@ -24,7 +24,7 @@ PLAIN_NAME = re.compile(r"[\w.-]+")
 # Files that were extracted from whole models hold differences beside factors: their endings, and the tensors changed.
 DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 MERGE = "merge it into its base model with the program that made it, and give that as --transformer"
-# Pieces of names, the first that fits: what they are of, and what helps.
+# Pieces of names, the first that fits: what they are of, and what helps. Of other models the family knows them.
 KINDS = (
     ("hada_", "LoHa, another method than LoRA", MERGE),
     ("lokr_", "LoKr, another method than LoRA", MERGE),
@@ -40,11 +40,6 @@ KINDS = (
     ("modules_to_save", "peft's whole modules beside its factors", MERGE),
     ("lora_te", "a LoRA of a text encoder too", "use one that was trained on the transformer alone"),
     ("text_encoder", "a LoRA of a text encoder too", "use one that was trained on the transformer alone"),
-    ("transformer_2.", "a LoRA of Wan2.2's second transformer", "use one made for Wan2.1 text-to-video"),
-    ("vace", "a LoRA of a VACE model", "use one made for Wan2.1 text-to-video"),
-) + tuple(
-    (part, "a LoRA of image-to-video", "use one made for Wan2.1 text-to-video")
-    for part in ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "image_embedder", "norm_added")
 )
 
 
@@ -70,9 +65,9 @@ class Contents:
     unknown: list[str] = field(default_factory=list)
 
 
-def understand(path: Path, names: Sequence[str], model: nn.Module) -> Contents:
+def understand(path: Path, names: Sequence[str], model: nn.Module, naming: TransformerNaming) -> Contents:
     """Sort a file's names; raises `InputError` for a layer that stands in it twice."""
-    table, found = _Targets(model), Contents()
+    table, found = _Targets(model, naming), Contents()
     for name in names:
         factor, (stem, _, last) = FACTOR.fullmatch(name), name.rpartition(".")
         if factor:
@@ -111,11 +106,11 @@ def _once(path: Path, earlier: str | None, name: str) -> None:
 class _Targets:
     """The model's tensors by the names that files have for them."""
 
-    def __init__(self, model: nn.Module):
-        rename, state = published.tensor_name(model), model.state_dict()
+    def __init__(self, model: nn.Module, naming: TransformerNaming):
+        state = model.state_dict()
         self.own: dict[tuple[str, str], str] = {}
         for name in state:
-            for spelled in (name, rename(name)):
+            for spelled in (name, naming.to_published(name)):
                 layer, _, kind = spelled.rpartition(".")
                 self.own[layer, kind] = self.own[layer.replace(".", "_"), kind] = name
         kinds = nn.Linear, nn.Conv3d
@@ -142,9 +137,9 @@ class _Targets:
         return f"{layer}.bias" in self.state
 
 
-def mismatch(path: Path, count: int, unknown: Sequence[str]) -> InputError:
+def mismatch(path: Path, count: int, unknown: Sequence[str], naming: TransformerNaming) -> InputError:
     """The error for a file of `count` weights of which `unknown` do not fit, in words for what they are."""
-    sample, kind, remedy = _kind_of(unknown)
+    sample, kind, remedy = _kind_of(unknown, naming)
     matching = count - len(unknown)
     if kind and not matching:
         return InputError(f"lora {path} is {kind}, which is not read: it holds {sample!r}; {remedy}")
@@ -153,13 +148,13 @@ def mismatch(path: Path, count: int, unknown: Sequence[str]) -> InputError:
     return InputError(f"lora {path}: {matching} of {count} weights match the transformer{said}; {remedy}")
 
 
-def _kind_of(unknown: Iterable[str]) -> tuple[str, str, str]:
+def _kind_of(unknown: Iterable[str], naming: TransformerNaming) -> tuple[str, str, str]:
     names = list(unknown)
-    for part, kind, remedy in KINDS:
+    for piece, kind, remedy in (*KINDS, *naming.lora_kinds):
         for name in names:
-            if part in name:
+            if piece in name:
                 return name, kind, remedy
-    return next(iter(names), ""), "", "use a LoRA made for text-to-video of this size"
+    return next(iter(names), ""), "", naming.lora_remedy
 
 
 def scale_by_peft(path: Path, config: Mapping[str, object], layer: str, rank: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nabla import InputError
-from wan.checkpoints.single_file import GgufFile, check_packed
+from wan.checkpoints.gguf_file import GgufFile, check_packed
 from wan.checkpoints.weights import Part, WeightFiles, weight_file
 from wan.config.cache_settings import COPIES
 from wan.config.settings import LoraFile, Settings

@@ -11,6 +11,7 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
 from wan.checkpoints.reading import CheckpointError, exists, read_json
+from wan.checkpoints.single_file import open_transformer
 from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve
 from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
@@ -156,3 +157,14 @@ def recognise(folder: Path) -> tuple[Family, Layout]:
     kind = read_json(folder / (INDEX if has_index else CONFIG)).get("_class_name")
     known = " and ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"{folder} is a {kind}; only {known} checkpoints are supported")
+
+
+def check_transformer_file(file: str | Path) -> None:
+    """Raise as `open_transformer` does unless a single file is a transformer of one of the families."""
+    for family in FAMILIES:
+        try:
+            open_transformer(file, family.naming)
+            return
+        except CheckpointError as error:
+            refused = error
+    raise refused

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from nabla import InputError
 from wan.checkpoints.component_files import ComponentFiles
+from wan.checkpoints.naming import TransformerNaming
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 
 # What a family may have no use for, or not support yet, by the names of the settings that ask for it.
@@ -67,6 +68,7 @@ class Family:
     tokenizers: their folders in the published layout, by those in diffusers'
     facts: reads what has to be known of a transformer off its configuration
     geometry: how it cuts pixels into latents and tokens
+    naming: what files from anyone call the tensors of its transformer
     pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
         pipeline opens checkpoints itself and so stands above the list of families
     defaults: a layer of settings, below those that a checkpoint brings
@@ -80,6 +82,7 @@ class Family:
     components: tuple[ComponentFiles, ...]
     tokenizers: Mapping[str, str]
     facts: Callable[[Layout], TransformerFacts]
+    naming: TransformerNaming
     pipeline: str
     geometry: Geometry = DEFAULT_GEOMETRY
     defaults: Mapping[str, Any] = field(default_factory=dict)

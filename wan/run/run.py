@@ -16,14 +16,12 @@ import torch
 from nabla import InputError
 from nabla.config import is_count
 from wan.attention.compile import check_compiler
-from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import CheckpointError, weight_file
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, read_settings, resolve
 from wan.files.formats import SAFETENSORS
 from wan.files.video import check_encoder, check_writable, make_folder, record_of, to_json
 from wan.memory.budget import check_memory
-from wan.models.checkpoint import Checkpoint
-from wan.models.wan.geometry import GEOMETRY
+from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.observe.report import check_report
 from wan.observe.run_log import check_log
 from wan.parallel.distributed import DistributedContext, pick_device, started_by_torchrun
@@ -134,7 +132,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     if settings.fp8:
         check_fp8(device, getattr(torch, settings.dtype or own_dtype))
     if settings.transformer is not None:
-        open_transformer(settings.transformer, GEOMETRY.patch)
+        check_transformer_file(settings.transformer)
     for lora in settings.lora:
         weight_file("lora", lora.file, (SAFETENSORS,))
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():

@@ -247,7 +247,7 @@ class Studio:
                 # A file that does not fit should not cost the models that are there.
                 model = parts.transformer_part(checkpoint, settings.transformer).model
                 for file in settings.lora:
-                    read_lora(file, model)
+                    read_lora(file, model, checkpoint.family.naming)
             self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()

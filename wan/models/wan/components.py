@@ -16,16 +16,18 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.checkpoints.component_files import ComponentFiles
+from wan.checkpoints.gguf_file import GgufFile, load_gguf
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, attach, merging
 from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
-from wan.checkpoints.single_file import FIRST, GgufFile, load_gguf, open_transformer
+from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import Part, WeightFiles
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
 from wan.models.wan.component_configs import check_transformer, check_vae, text_config
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.layout import COMPONENTS, OWN_KEYS
+from wan.models.wan.names import NAMING
 
 TRANSFORMER, VAE, TEXT_ENCODER = COMPONENTS
 PAD_TOKEN = "<pad>"
@@ -53,7 +55,7 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
     """
-    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file, GEOMETRY.patch)
+    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file, NAMING)
     _check_kind(weights)
     if file is not None:
         _check_size(weights, checkpoint)
@@ -189,14 +191,16 @@ def _check_kind(weights: WeightFiles) -> None:
 
 
 def _check_size(weights: WeightFiles, checkpoint: Checkpoint) -> None:
-    config, shapes = checkpoint.config, weights.shapes
-    there = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}), (*shapes[FIRST], 0)[0]
+    """Raise `CheckpointError` for a file of another size than its checkpoint, before tensors are named one by one."""
+    config = checkpoint.config
     if checkpoint.published:
         width = config.get("dim")
     else:
         heads, size = config.get("num_attention_heads", 40), config.get("attention_head_dim", 128)
         width = heads * size if is_count(heads) and is_count(size) else None
     here = config.get("num_layers", 40), width
+    blocks = {name.split(".")[1] for name in weights.shapes if name.startswith("blocks.")}
+    there = len(blocks), next(iter(weights.shapes[NAMING.first_weight]), 0)
     # What is no size is found when the model is made.
     if all(map(is_count, here)) and there != here:
         raise CheckpointError(

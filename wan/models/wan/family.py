@@ -6,6 +6,7 @@ from wan.checkpoints.locate import CONFIG
 from wan.models.family import Family
 from wan.models.wan import layout
 from wan.models.wan.geometry import GEOMETRY
+from wan.models.wan.names import NAMING
 
 WAN = Family(
     name=layout.NAME,
@@ -15,6 +16,7 @@ WAN = Family(
     components=layout.COMPONENTS,
     tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
     facts=layout.facts,
+    naming=NAMING,
     pipeline="wan.models.wan.pipeline:WanT2V",
     geometry=GEOMETRY,
 )

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
+from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import read_lora
-from wan.checkpoints.single_file import check_packed
 from wan.config.settings import LoraFile
 from wan.memory import placement as memory
 from wan.memory.estimates import GGUF
@@ -22,6 +22,7 @@ from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.fused_gelu import fuse_gelu
+from wan.models.wan.names import NAMING
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_fsdp
@@ -74,7 +75,7 @@ def load_models(
     vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
     packed = check_packed(transformer_part, fp8, dit_fsdp)
-    adapters = [read_lora(file, transformer_part.model) for file in lora]
+    adapters = [read_lora(file, transformer_part.model, NAMING) for file in lora]
     is_leader = processes is None or processes.is_leader
     if offload is None:
         sharing = processes.layout.processes_per_video if processes else 1
@@ -132,7 +133,7 @@ def _load_planned(
     vae = parts.vae_part(checkpoint).load(torch.float32, home)
     speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
-    adapters = [read_lora(file, transformer_part.model) for file in lora]
+    adapters = [read_lora(file, transformer_part.model, NAMING) for file in lora]
     packer = make_packer(transformer_part.model, transformer_part.model.blocks, plan.packing, device, home)
     transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, pack=packer)
     for adapter in adapters:

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
+
+from wan.checkpoints.naming import TransformerNaming
+from wan.models.wan.geometry import GEOMETRY
 
 Rule = tuple[str, str]
 
@@ -76,3 +80,21 @@ def published_vae(name: str, residuals: int) -> str:
         number = int(stage[1]) * (residuals + 1) + (int(stage[3]) if stage[2] == "resnets" else residuals)
         name = f"decoder.upsamples.{number}." + name[stage.end() :]
     return published(name, VAE)
+
+
+_USE = "use one made for Wan2.1 text-to-video"
+NAMING = TransformerNaming(
+    family="Wan2.1",
+    to_published=partial(published, rules=TRANSFORMER),
+    patch_embedding="patch_embedding",
+    patch=GEOMETRY.patch,
+    lora_kinds=(
+        ("transformer_2.", "a LoRA of Wan2.2's second transformer", _USE),
+        ("vace", "a LoRA of a VACE model", _USE),
+        *(
+            (piece, "a LoRA of image-to-video", _USE)
+            for piece in ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "image_embedder", "norm_added")
+        ),
+    ),
+    lora_remedy="use a LoRA made for text-to-video of this size",
+)
