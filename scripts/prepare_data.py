@@ -33,7 +33,7 @@ def make(args: argparse.Namespace) -> int:
     from wan.training.prepare import Encoder, prepare
     from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import stop_with_launcher
+    from wan.training.shutdown import stop_with_launcher
 
     stop_with_launcher()
     settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))

@@ -30,7 +30,7 @@ def train(args: argparse.Namespace) -> int:
     from wan.config.settings import read_settings
     from wan.training.config import TrainingSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher
+    from wan.training.shutdown import Diverged, Stopped, report_end, stop_with_launcher
     from wan.training.trainer import Trainer
 
     stop_with_launcher()
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace) -> int:
         with contextlib.closing(Trainer(settings)) as trainer:
             trainer.run()
     except (Diverged, Stopped) as end:
-        return said(end)
+        return report_end(end)
     trainer.accelerator.end_training()
     return 0
 

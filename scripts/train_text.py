@@ -29,13 +29,13 @@ def train(args: argparse.Namespace) -> int:
     from wan.config.settings import read_settings
     from wan.shapes.train_text import TextSettings, TextTrainer
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped, said
+    from wan.training.shutdown import Diverged, Stopped, report_end
 
     try:
         settings = TextSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
         is_done = TextTrainer(settings).run(args.minutes)
     except (Diverged, Stopped) as end:
-        return said(end)
+        return report_end(end)
     print(f"{'trained' if is_done else 'not yet trained in full; start again to go on'}: {settings.out}")
     return 0
 

@@ -36,7 +36,7 @@ def train(args: argparse.Namespace) -> int:
     from wan.shapes.train_vae import VaeTrainer
     from wan.shapes.vae_settings import VaeSettings
     from wan.training.schema import with_overrides
-    from wan.training.stopping import Diverged, Stopped, said, stop_with_launcher
+    from wan.training.shutdown import Diverged, Stopped, report_end, stop_with_launcher
 
     stop_with_launcher()
     try:
@@ -47,7 +47,7 @@ def train(args: argparse.Namespace) -> int:
             trainer.run(args.minutes)
         trainer.accelerator.end_training()
     except (Diverged, Stopped) as end:
-        return said(end)
+        return report_end(end)
     return 0
 
 

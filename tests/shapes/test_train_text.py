@@ -33,7 +33,7 @@ from wan.shapes.sentences import Batch, Sentences, read_sentences, with_classes
 from wan.shapes.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from wan.shapes.train_text import TextSettings, TextTrainer
 from wan.training.metrics import METRICS_FILE, read_metrics
-from wan.training.stopping import Diverged, Stopped
+from wan.training.shutdown import Diverged, Stopped
 
 SENTENCES = ROOT / "tests/data/shapes_sentences.yaml"
 

@@ -29,7 +29,7 @@ from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_parts
 from wan.training.schema import with_overrides
-from wan.training.stopping import Diverged, Stopped
+from wan.training.shutdown import Diverged, Stopped
 
 CPU = torch.device("cpu")
 # What a row says of the training itself, rather than of its speed.

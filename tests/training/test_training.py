@@ -28,7 +28,7 @@ from wan.training.config import TrainingSettings
 from wan.training.data import Batches, Clips
 from wan.training.metrics import Metrics
 from wan.training.objective import errors, noisy, velocity
-from wan.training.stopping import Diverged, Stopped
+from wan.training.shutdown import Diverged, Stopped
 from wan.training.trainer import Trainer
 
 SAMPLES = {

@@ -30,8 +30,8 @@ from wan.files.video import write_video
 from wan.training.data import Clips
 from wan.training.dcp_states import SafePlanner, SafeReader, parse_metadata
 from wan.training.metrics import METRICS_FILE, read_metrics
+from wan.training.shutdown import StopSignal
 from wan.training.state_file import load_state
-from wan.training.stopping import StopSignal
 
 SHORT = {"steps": 1, "data": {"validation": None}, "ema": None}
 SMALL_DISK = PROGRAMS / "train_small_disk.py"

@@ -13,7 +13,7 @@ from training_runs import settings_dict, train
 
 from wan.training.config import TrainingSettings
 from wan.training.evaluation import shared_batches, validation_losses
-from wan.training.stopping import Diverged
+from wan.training.shutdown import Diverged
 from wan.training.trainer import Trainer
 
 

@@ -26,9 +26,9 @@ from wan.shapes.dataset import Shapes
 from wan.shapes.reader import EncoderSettings, Reader
 from wan.shapes.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.shapes.tokenizer import train_tokenizer
+from wan.training.data_workers import load_items
 from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics
-from wan.training.reading import read
 from wan.training.schema import (
     build,
     check_choice,
@@ -39,9 +39,9 @@ from wan.training.schema import (
     check_whole,
     plain,
 )
+from wan.training.shutdown import Diverged
 from wan.training.state_file import check_step, load_state, save_state
-from wan.training.stopping import Diverged
-from wan.training.writing import written_state
+from wan.training.write_errors import state_write
 
 log = logging.getLogger("wan")
 
@@ -148,7 +148,7 @@ class TextTrainer(TrainingLoop):
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)
                 captions = (shapes.described(index)[1] for index in range(len(shapes)))
                 tokenizer = train_tokenizer(captions, settings.vocabulary, TEXT_LENGTH)
-                with written_state(self.folder), whole(self.folder / TOKENIZER) as partial:
+                with state_write(self.folder), whole(self.folder / TOKENIZER) as partial:
                     tokenizer.save_pretrained(partial)
             with whole(path) as partial:
                 partial.write_text(yaml.safe_dump(plain(asdict(settings)), sort_keys=False), encoding="utf-8")
@@ -174,7 +174,7 @@ class TextTrainer(TrainingLoop):
 
     def _batches(self) -> Iterator[Batch]:
         data = Sentences(self.tokenizer, self.settings.seed, self.settings.batch_size)
-        return read(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
+        return load_items(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         batch = next(batches).to(self.device)

@@ -31,9 +31,9 @@ from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
+from wan.training.shutdown import Diverged, release_accelerator
 from wan.training.state_file import check_step, load_state, save_state
-from wan.training.stopping import Diverged, let_go
-from wan.training.writing import together
+from wan.training.write_errors import collective_write
 
 log = logging.getLogger("wan")
 
@@ -73,7 +73,7 @@ class VaeTrainer(TrainingLoop):
         self.model = None
         if self.lock is not None:
             self.lock.close()
-        let_go(self.accelerator)
+        release_accelerator(self.accelerator)
 
     def _build(self) -> None:
         settings = self.settings
@@ -106,7 +106,7 @@ class VaeTrainer(TrainingLoop):
         if not minutes >= 0:
             raise InputError(f"minutes {minutes} is not a number of at least 0")
         self.deadline = time.monotonic() + 60 * minutes
-        with together(self.accelerator, self.folder):
+        with collective_write(self.accelerator, self.folder):
             if self.leads:
                 with whole(self.folder / SETTINGS_FILE) as partial:
                     partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
@@ -121,7 +121,7 @@ class VaeTrainer(TrainingLoop):
         if self.step < self.steps:
             log.info("time is up after step %d of %d; start again to go on", self.step, self.steps)
             return False
-        with together(self.accelerator, self.folder / RESULT_FOLDER):
+        with collective_write(self.accelerator, self.folder / RESULT_FOLDER):
             if self.leads:
                 self._finish()
         return True
@@ -242,7 +242,7 @@ class VaeTrainer(TrainingLoop):
             return latent_statistics(self.vae, (as_input(video, self.device) for video in videos))
 
     def _save(self) -> None:
-        with together(self.accelerator, self.folder):
+        with collective_write(self.accelerator, self.folder):
             if self.unwritten is not None:
                 raise self.unwritten
             if self.leads:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from nabla import InputError
 from wan.shapes.dataset import Shapes
 from wan.shapes.vae_settings import CutSettings, VaeSettings
-from wan.training.reading import read
+from wan.training.data_workers import load_items
 
 # Apart from those that train: seeds of videos for validation and for statistics.
 VALIDATION_SEED, STATISTICS_SEED = 2**31, 2**31 + 1
@@ -53,7 +53,7 @@ class Pools:
         """(count, frames, height, width, 3) uint8."""
         shapes = Shapes(self.settings.seed, count, size, self.settings.video_frames)
         pool = torch.empty(count, shapes.frames, *size[::-1], 3, dtype=torch.uint8, device=device)
-        for place, video in zip(pool, read(Videos(shapes), range(count), self.settings.workers)):
+        for place, video in zip(pool, load_items(Videos(shapes), range(count), self.settings.workers)):
             place.copy_(video[0].movedim(0, -1), non_blocking=True)
         return pool
 
@@ -86,7 +86,7 @@ def validation_videos(settings: VaeSettings) -> dict[str, list[Tensor]]:
     for size in own.sizes:
         shapes = Shapes(VALIDATION_SEED, own.clips, size, settings.video_frames, split="held_out")
         name = "*".join(map(str, size))
-        videos[name] = list(read(Videos(shapes), range(own.clips), min(settings.workers, own.clips)))
+        videos[name] = list(load_items(Videos(shapes), range(own.clips), min(settings.workers, own.clips)))
     return videos
 
 
@@ -94,7 +94,7 @@ def statistics_videos(settings: VaeSettings) -> Iterator[Tensor]:
     """Training videos that steps do not see."""
     count = settings.statistics_clips
     shapes = Shapes(STATISTICS_SEED, count, settings.validation.sizes[0], settings.video_frames)
-    return read(Videos(shapes), range(count), settings.workers)
+    return load_items(Videos(shapes), range(count), settings.workers)
 
 
 def as_input(videos: Tensor, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from nabla import InputError
 from wan.files.atomic import PARTIAL, hold, remove, settle, sync, whole
 from wan.training.dcp_states import SafePlanner, SafeReader
 from wan.training.state_file import reason_of
-from wan.training.writing import together, written_state
+from wan.training.write_errors import collective_write, state_write
 
 STATE = "state"
 LATEST = "latest"
@@ -80,13 +80,13 @@ class Checkpoints:
         partial = path.with_name(PARTIAL + path.name)
         leads = self.accelerator.is_main_process
         try:
-            with together(self.accelerator, path):
+            with collective_write(self.accelerator, path):
                 if leads:
                     remove(partial)
                     partial.mkdir()
             yield partial
             self.accelerator.wait_for_everyone()
-            with together(self.accelerator, path):
+            with collective_write(self.accelerator, path):
                 if leads:
                     settle(partial)
                     self._place(partial, path)
@@ -174,7 +174,7 @@ class State:
 
     def save(self, checkpoint: Path) -> None:
         """Raises `InputError`, in all processes, if one of them cannot write."""
-        with _without_warning_of_one_process(), _without_root_log(), written_state(checkpoint.parent):
+        with _without_warning_of_one_process(), _without_root_log(), state_write(checkpoint.parent):
             dcp.save({STATE: self}, checkpoint_id=checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:

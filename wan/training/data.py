@@ -21,9 +21,9 @@ from wan.checkpoints.weights import read_json
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
+from wan.training.data_workers import load_items
 from wan.training.objective import sigmas_of
 from wan.training.prepare import DROPPED_FILE, RECORD_FILE, SHARD_NAME, SHARDS, Clip, list_clips
-from wan.training.reading import read
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
@@ -239,7 +239,7 @@ class Batches(Dataset):
     def load(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
         numbers = range(first_step * self.parts, last_step * self.parts)
-        return read(self, numbers, workers)
+        return load_items(self, numbers, workers)
 
     def _choose_buckets(self, steps: int) -> None:
         if len(self.chosen) < steps:

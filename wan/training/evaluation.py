@@ -19,8 +19,8 @@ from wan.sampling.loop import TRAIN_TIMESTEPS, denoise, make_solver
 from wan.training.config import ObjectiveSettings, Samples
 from wan.training.data import Batch, Clips, fixed_batch
 from wan.training.objective import errors, noisy, velocity
-from wan.training.stopping import Diverged
-from wan.training.writing import together
+from wan.training.shutdown import Diverged
+from wan.training.write_errors import collective_write
 
 
 def validation_losses(
@@ -104,7 +104,7 @@ class Sampler:
             )
             transformer.nabla.steps.tell(None)
             name = folder / f"{number:02d}-{words_of(prompt)}"
-            with together(accelerator, name):
+            with collective_write(accelerator, name):
                 if accelerator.is_main_process:
                     self._write(name, latents, accelerator.device)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nabla import InputError
 from wan.training.metrics import Metrics
-from wan.training.stopping import Stopped, StopSignal
+from wan.training.shutdown import Stopped, StopSignal
 
 log = logging.getLogger("wan")
 

@@ -29,8 +29,8 @@ from wan.models.wan.latents import encode
 from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder
 from wan.models.wan.whole_clips import posterior, take_whole_clips
+from wan.training.data_workers import load_items
 from wan.training.prepare_settings import PrepareSettings
-from wan.training.reading import read
 from wan.training.samples import Checked, InOrder, Sample
 
 log = logging.getLogger("wan")
@@ -142,7 +142,7 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     least = 0 if is_counted else size
     missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
-    with contextlib.closing(read(Checked(source), indices, settings.workers)) as read_samples:
+    with contextlib.closing(load_items(Checked(source), indices, settings.workers)) as read_samples:
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
         for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
             _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)

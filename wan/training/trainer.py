@@ -43,9 +43,9 @@ from wan.training.models import (
 )
 from wan.training.objective import errors, noisy, velocity
 from wan.training.prepare import Encoder
-from wan.training.record import check_record, inputs_of, write_record
-from wan.training.stopping import Diverged, let_go
-from wan.training.writing import together
+from wan.training.run_manifest import check_manifest, run_inputs, write_manifest
+from wan.training.shutdown import Diverged, release_accelerator
+from wan.training.write_errors import collective_write
 
 log = logging.getLogger("wan")
 
@@ -100,10 +100,10 @@ class Trainer(TrainingLoop):
         self._build_models()
         for clips in filter(None, (self.clips, self.validation)):
             clips.check_fit(self.transformer.config)
-        self.inputs = inputs_of(settings, self.base, self.clips, self.validation)
+        self.inputs = run_inputs(settings, self.base, self.clips, self.validation)
         last = self.checkpoints.last()
         if last is not None:
-            check_record(self.folder, settings, self.inputs)
+            check_manifest(self.folder, settings, self.inputs)
             self.state.load(last)
             self.step = self.state.step
             log.info("going on from %s", last)
@@ -113,7 +113,7 @@ class Trainer(TrainingLoop):
         """Let go of what processes share; nothing is trained afterwards."""
         self.model = None
         self.checkpoints.close()
-        let_go(self.accelerator)
+        release_accelerator(self.accelerator)
 
     def _build_models(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
@@ -149,9 +149,9 @@ class Trainer(TrainingLoop):
         if self.step >= settings.steps:
             log.info("all %d steps are done: %s", self.step, self.checkpoints.last())
             return
-        with together(self.accelerator, self.folder):
+        with collective_write(self.accelerator, self.folder):
             if self.accelerator.is_main_process:
-                write_record(self.folder, settings, self.inputs)
+                write_manifest(self.folder, settings, self.inputs)
                 provide_parts(self.base, self.folder / "parts", anew=self.step == 0)
                 self.metrics = Metrics(self.folder, self.step)
         batches = self.batches.load(self.step, settings.steps, settings.workers)
@@ -260,7 +260,7 @@ class Trainer(TrainingLoop):
         finite = torch.stack([part.detach().isfinite().all() for part in own]).all()
         if not self.accelerator.gather(finite.float()[None]).all():
             raise Diverged(f"after step {self.step}: weights are not finite")
-        with together(self.accelerator, self.folder):
+        with collective_write(self.accelerator, self.folder):
             if self.unwritten is not None:
                 raise self.unwritten
         with self.checkpoints.new(self.step) as folder:
@@ -274,7 +274,7 @@ class Trainer(TrainingLoop):
         """Write the weights as they are now; of LoRA, merged ones at the end alone."""
         is_lora = self.settings.lora is not None
         state = whole_state(self.transformer, trained_only=is_lora)
-        with together(self.accelerator, self.checkpoints.folder):
+        with collective_write(self.accelerator, self.checkpoints.folder):
             if self.accelerator.is_main_process:
                 self._write_weights(folder, state)
 

@@ -21,7 +21,7 @@ RUST_ERROR = "(os error "
 
 
 @contextmanager
-def written_state(path: Path) -> Iterator[None]:
+def state_write(path: Path) -> Iterator[None]:
     """Turn what torch, safetensors or an operating system raises for a file that cannot be written into one line."""
     with written(path, REMEDY):
         try:
@@ -50,11 +50,11 @@ def _cannot_be_written(failure: tuple[BaseException, object]) -> str | None:
 
 
 @contextmanager
-def together(accelerator: Accelerator, path: Path) -> Iterator[None]:
+def collective_write(accelerator: Accelerator, path: Path) -> Iterator[None]:
     """What some of the processes write to a path: if one of them cannot, all raise its `InputError`."""
     failure = None
     try:
-        with written_state(path):
+        with state_write(path):
             yield
     except InputError as error:
         failure = error

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from wan.observe.console import ENDING_SIGNALS
 
 
-def read(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:
+def load_items(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:
     """The items of these numbers, in order, arrays as tensors, pinned if there is a GPU. To be closed if left before.
 
     context: how workers start, see `multiprocessing.get_context`

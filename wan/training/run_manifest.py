@@ -45,7 +45,7 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def inputs_of(
+def run_inputs(
     settings: TrainingSettings, base: Checkpoint, clips: Clips, validation: Clips | None
 ) -> dict[str, dict[str, str]]:
     """Of each setting that names what a continuation reads again: where that lies, and its fingerprint.
@@ -61,14 +61,14 @@ def inputs_of(
     return inputs
 
 
-def write_record(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
+def write_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
     with whole(folder / SETTINGS_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
     with whole(folder / INPUTS_FILE) as partial:
         partial.write_text(json.dumps(inputs, indent=2, ensure_ascii=False))
 
 
-def check_record(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
+def check_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
     """Raise `InputError` unless a run in a folder goes on exactly with these settings and inputs.
 
     The same weights may lie in another folder: a link that led to them may lead to others by now.

@@ -30,7 +30,7 @@ class Stopped(Exception):
     exit_code = 128 + signal.SIGTERM
 
 
-def said(end: Diverged | Stopped) -> int:
+def report_end(end: Diverged | Stopped) -> int:
     """A program's exit code for a run that ended so, which is told on stderr."""
     say(f"error: {end}" if isinstance(end, Diverged) else str(end))
     return end.exit_code
@@ -56,7 +56,7 @@ class StopSignal:
         self.asked = True
 
 
-def let_go(accelerator: Accelerator) -> None:
+def release_accelerator(accelerator: Accelerator) -> None:
     """Free models that nothing else holds, in each process, before the group of processes ends.
 
     DDP's reducer, freed after it, may wait for ever with Python's lock held for a thread of gloo that wants the lock.
