@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nabla import probe
 from nabla.backends import BACKENDS, choose, inputs_unsupported_reason
+from nabla.backends.interface import Prepared
 from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
-from nabla.kernels import selection as fast_selection
-from nabla.kernels import tile_gather as fast_gather
+from nabla.kernels import selection as selection_kernel
+from nabla.kernels import tile_gather
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means
 from nabla.tiling import TileLayout
@@ -42,7 +43,7 @@ class Plan:
     trains: bool = False
     backend: str = "sdpa"
     reason: str = ""
-    fixed: Any = None
+    fixed: Prepared | None = None
 
     @property
     def tokens(self) -> int:
@@ -89,16 +90,17 @@ def plan(
     Checks the chosen backend on first use on that device. Raises `InputError` if the grid is not three positive
     integers or if a backend named in the config does not work there.
     """
-    grid = tuple(grid)
+    grid = TileLayout.check_grid(grid)
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if config.is_dense:
-        TileLayout.check_grid(grid)
         return Plan(config, grid)
     selection = Selection.build(grid, config, device)
     backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains)
-    fixed = BACKENDS[backend].prepare(selection.window, selection.layout) if selection.is_fixed else None
+    fixed = None
+    if selection.is_fixed and selection.window is not None:
+        fixed = BACKENDS[backend].prepare(selection.window, selection.layout)
     return Plan(config, grid, selection, trains, backend, reason, fixed)
 
 
@@ -122,17 +124,25 @@ def attend(
     _check_shapes(q, k, v, plan.grid)
     if plan.selection is None:
         q, k = (x if rotary is None else rotate(x, rotary) for x in (q, k))
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     _check_backend(q, k, v, plan)
-    backend, layout = BACKENDS[plan.backend], plan.selection.layout
-    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary, plan.fixed is None) for x in (q, k))
+    selection, layout, backend = plan.selection, plan.selection.layout, BACKENDS[plan.backend]
+    means = None
+    if plan.fixed is None:
+        (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary) for x in (q, k))
+        means = q_means, k_means
+    else:
+        q, k = (_rotated_tiles(x, layout, rotary) for x in (q, k))
 
+    # A function, so that the lists of some heads are freed before those of the next are made.
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of = slice(start, start + q.shape[1])
-        mask = None if block_mask is None else ReusableBlockMask(block_mask.mask[:, of], block_mask.reuse)
-        prepared = plan.fixed or probe.run(
-            probe.MASK, _prepare, plan.backend, plan.selection, q_means[:, of], k_means[:, of], mask
-        )
+        prepared = plan.fixed
+        if means is not None:
+            mask = None if block_mask is None else ReusableBlockMask(block_mask.mask[:, of], block_mask.reuse)
+            chosen_by = means[0][:, of], means[1][:, of]
+            prepared = probe.run(probe.MASK, _prepare, plan.backend, selection, *chosen_by, mask)
         if density is not None:
             density[of].copy_(backend.block_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
@@ -145,30 +155,34 @@ def attend(
     return layout.to_raster(results[0] if len(results) == 1 else torch.cat(results, dim=1))
 
 
-def tiles_and_means(
-    x: Tensor, layout: TileLayout, rotary: Rotary | None = None, needs_means: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
     """(B, S, heads, D) in raster order to tiles (B, heads, N * block, D), rotated, and their means (B, heads, N, D)."""
-    if fast_gather.applies(x, layout):
-        return fast_gather.tiles_and_means(x, layout, rotary)
-    tiles = layout.to_tiles(x if rotary is None else rotate(x, rotary))
-    return tiles, block_means(tiles, layout) if needs_means else None
+    if tile_gather.applies(x, layout):
+        return tile_gather.tiles_and_means(x, layout, rotary)
+    tiles = _rotated_tiles(x, layout, rotary)
+    return tiles, block_means(tiles, layout)
 
 
-def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, block_mask: ReusableBlockMask | None) -> Any:
+def _rotated_tiles(x: Tensor, layout: TileLayout, rotary: Rotary | None) -> Tensor:
+    if tile_gather.applies(x, layout):
+        return tile_gather.tiles_and_means(x, layout, rotary)[0]
+    return layout.to_tiles(x if rotary is None else rotate(x, rotary))
+
+
+def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, block_mask: ReusableBlockMask | None) -> Prepared:
     """The blocks to attend to for block means q and k (B, heads, N, D), prepared for a backend."""
     if block_mask is None:
         return BACKENDS[name].choose(q, k, selection)
     if not block_mask.reuse:
-        block_mask.mask.copy_(chosen_blocks(q, k, selection, name))
+        block_mask.mask.copy_(choose_block_mask(q, k, selection, name))
     return BACKENDS[name].prepare(block_mask.mask, selection.layout)
 
 
-def chosen_blocks(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
+def choose_block_mask(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
     """The blocks that a backend chooses for block means q and k (B, heads, N, D): (B, heads, N, N) bool."""
-    if backend != "reference" and fast_selection.applies(q, selection):
-        return from_lists(*fast_selection.choose_lists(q, k, selection))
-    return selection.blocks(q, k)
+    if backend != "reference" and selection_kernel.applies(q, selection):
+        return from_lists(*selection_kernel.choose_lists(q, k, selection))
+    return selection.block_mask(q, k)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> Tensor:
@@ -187,9 +201,8 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         blocks = TileLayout.build(grid, config.tile, q.device).blocks
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
-    means = [tiles_and_means(x, selection.layout)[1] for x in (q, k)]
-    blocks = chosen_blocks(*means, selection, config.backend)
-    return blocks.expand(batch, heads, -1, -1)
+    q_means, k_means = (tiles_and_means(x, selection.layout)[1] for x in (q, k))
+    return choose_block_mask(q_means, k_means, selection, config.backend).expand(batch, heads, -1, -1)
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

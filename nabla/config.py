@@ -180,14 +180,14 @@ _NUMBERS = {
 
 def is_count(value: object) -> bool:
     """Whether a value is a whole number, 0 or more."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return (
-        isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
-    )
+    # Not by math.isfinite, which raises for whole numbers that no float holds.
+    most = sys.float_info.max
+    return isinstance(value, Real) and not isinstance(value, bool) and value <= most and not value < -most
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:
@@ -197,4 +197,5 @@ def _three_positive(name: str, value: object) -> tuple[int, int, int]:
         or not all(is_count(n) and 0 < n <= MAX_COUNT for n in value)
     ):
         raise InputError(f"{name} {value!r} is not three positive integers (frames, rows, columns)")
-    return tuple(map(int, value))
+    frames, rows, columns = map(int, value)
+    return frames, rows, columns

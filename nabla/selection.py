@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nabla.config import NablaConfig
 from nabla.tiling import TileLayout
-from nabla.window import window_blocks
+from nabla.window import window_mask
 
 # Sorting a map costs 12 bytes an entry beside it; heads are taken in groups of at most this many entries.
 MAP_ENTRIES = 2**27
@@ -79,7 +79,7 @@ class Selection:
         if config.keep is not None:
             count = torch.tensor(blocks_to_keep(config.keep, layout.blocks), device=device)
         if config.window is not None:
-            window = window_blocks(layout.tiles, config.window, device)[None, None]
+            window = window_mask(layout.tiles, config.window, device)[None, None]
         return cls(layout, cut, count, window)
 
     @property
@@ -88,9 +88,10 @@ class Selection:
         return self.cut is None and self.count is None
 
     @torch.no_grad()
-    def blocks(self, q: Tensor, k: Tensor) -> Tensor:
-        """Kept blocks for block means q and k (B, heads, N, D) float32: (B or 1, heads or 1, N, N) bool."""
+    def block_mask(self, q: Tensor, k: Tensor) -> Tensor:
+        """Which blocks are kept for block means q and k (B, heads, N, D) float32: (B or 1, heads or 1, N, N) bool."""
         if self.is_fixed:
+            assert self.window is not None
             return self.window
         with torch.autocast(q.device.type, enabled=False):
             return self._chosen(q, k)
@@ -99,15 +100,17 @@ class Selection:
         heads = max(1, MAP_ENTRIES // (q.shape[0] * self.layout.blocks**2))
         groups = []
         for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):
-            probability = block_map(q_group, k_group)
-            if self.count is None:
-                groups.append(top_p_mask(probability, self.cut))
-            else:
-                groups.append(top_k_mask(probability, self.count))
+            groups.append(self._by_rule(block_map(q_group, k_group)))
         kept = torch.cat(groups, dim=1)
         return kept if self.window is None else kept | self.window
 
+    def _by_rule(self, probability: Tensor) -> Tensor:
+        if self.count is not None:
+            return top_k_mask(probability, self.count)
+        assert self.cut is not None
+        return top_p_mask(probability, self.cut)
 
-def blocks_to_keep(share: float, blocks: int) -> int:
-    """The least number of blocks that is at least `share` of them; a share that is exact up to rounding is exact."""
-    return max(1, math.ceil(share * blocks - 1e-9))
+
+def blocks_to_keep(density: float, blocks: int) -> int:
+    """The least number of blocks that is at least `density` of them; a density exact up to rounding is exact."""
+    return max(1, math.ceil(density * blocks - 1e-9))

@@ -7,6 +7,7 @@ padding that repeats the tile's first token, so that it is finite everywhere and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ class TileLayout:
     @property
     def tiles(self) -> tuple[int, int, int]:
         """Tiles along frames, rows and columns; blocks are numbered in raster order of these."""
-        return tuple(math.ceil(n / t) for n, t in zip(self.grid, self.tile))
+        frames, rows, columns = (math.ceil(n / t) for n, t in zip(self.grid, self.tile))
+        return frames, rows, columns
 
     @property
     def blocks(self) -> int:
@@ -54,17 +56,20 @@ class TileLayout:
         return self.blocks * self.block != math.prod(self.grid)
 
     @staticmethod
-    def check_grid(grid: tuple[int, int, int]) -> None:
-        """Raise `InputError` unless a grid is three positive integers."""
+    def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
+        """A grid as a tuple; raises `InputError` unless it is three positive integers."""
         if len(grid) != 3 or not all(is_count(n) and n > 0 for n in grid):
             raise InputError(f"grid {tuple(grid)} is not three positive integers (frames, rows, columns) of tokens")
+        frames, rows, columns = grid
+        return frames, rows, columns
 
     @classmethod
     def build(cls, grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str) -> TileLayout:
         """Lay out a grid of (frames, rows, columns) tokens on `device`; raises `InputError` for any other grid."""
-        cls.check_grid(grid)
+        frames, rows, columns = grid = cls.check_grid(grid)
+        t, h, w = tile
+        # Tokens are numbers in raster order, slots of padding -1.
         tokens = torch.arange(math.prod(grid)).view(grid)
-        (frames, rows, columns), (t, h, w) = grid, tile
         tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)
         n_t, n_h, n_w = (n // m for n, m in zip(tokens.shape, tile))
         tiled = tokens.view(n_t, t, n_h, h, n_w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, t * h * w)
@@ -74,9 +79,15 @@ class TileLayout:
         source = torch.where(valid, tiled, tiled[:, :1]).flatten()
         slot = torch.empty(math.prod(grid), dtype=torch.int64)
         slot[tiled[valid]] = valid.flatten().nonzero().squeeze(1)
-        sizes = valid.sum(1, dtype=torch.int32)
-        full = valid.all(1)
-        return cls(tuple(grid), tuple(tile), *(x.to(device) for x in (source, slot, sizes, valid, full)))
+        return cls(
+            grid,
+            (t, h, w),
+            source=source.to(device),
+            slot=slot.to(device),
+            sizes=valid.sum(1, dtype=torch.int32).to(device),
+            valid=valid.to(device),
+            full=valid.all(1).to(device),
+        )
 
     def to_tiles(self, x: Tensor) -> Tensor:
         """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order. Padding has no gradient."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def window_blocks(tiles: tuple[int, int, int], window: tuple[int, int, int], device: torch.device | str) -> Tensor:
+def window_mask(tiles: tuple[int, int, int], window: tuple[int, int, int], device: torch.device | str) -> Tensor:
     """Which key blocks lie in each query block's window, (N, N) bool.
 
     tiles: tiles along (frames, rows, columns), N in all; window: its extent in blocks on the same axes. A block is

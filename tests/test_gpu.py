@@ -196,7 +196,7 @@ def test_fast_selection_is_the_slow_one(grid):
     q, k, _ = random_qkv(grid, dtype=torch.float32)
     config = NablaConfig.parse("nabla-0.4_sta-1-3-1")
     selection = Selection.build(grid, config, "cuda")
-    slow = selection.blocks(*(block_means(selection.layout.to_tiles(x), selection.layout) for x in (q, k)))
+    slow = selection.block_mask(*(block_means(selection.layout.to_tiles(x), selection.layout) for x in (q, k)))
     assert (nabla.select_blocks(q, k, grid, config) != slow).float().mean() < 1e-4
 
 

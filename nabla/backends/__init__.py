@@ -1,30 +1,26 @@
-"""The kernels behind one interface, and the choice of one for a device.
+"""Attention kernels behind one interface, `nabla.backends.interface.Backend`, and the choice of one for a device.
 
-A backend is a module with `choose(q_means, k_means, selection)` and `prepare(blocks, layout)`, which both give what its
-`attend(q, k, v, prepared)` needs; with `block_counts(prepared)`; with `unsupported_reason(device, block)`, why it
-cannot run there; with `backward_unsupported_reason(device, dtype)`, why it has no gradients there; and with `DTYPES`
-and `HEAD_SIZES`, None for all.
-Before it is used on a device it must agree there with `reference` on small problems that dense attention would fail,
-and so must its gradients before it is used for training.
+Before a backend is used on a device it must agree there with `reference` on small problems that dense attention would
+fail, and so must its gradients before it is used for training.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla.backends import cudnn, flex, gather, reference
+from nabla.backends.interface import Backend, Prepared
 from nabla.config import InputError, NablaConfig
 from nabla.selection import Selection, block_means
 
 # The fastest first, as measured on Hopper; on a CPU its compile puts flex aside.
-BACKENDS = {"cudnn": cudnn, "flex": flex, "gather": gather, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cudnn": cudnn, "flex": flex, "gather": gather, "reference": reference}
 CHECK_HEAD_SIZE = 128
+# Of a result, relative to its norm: above the rounding of its dtype, and far below what wrong blocks cause.
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 _verified: dict[tuple[str, torch.device, int, torch.dtype, bool], str] = {}
 
@@ -50,7 +46,7 @@ def choose(
         if reason := verify(name, device, block, dtype, trains):
             raise InputError(f"backend {name} does not work on {device}: {reason}; use backend: auto or reference")
         return name, "as asked for"
-    refused = []
+    refused: list[str] = []
     for candidate, backend in BACKENDS.items():
         reason = backend.unsupported_reason(device, block) or inputs_unsupported_reason(backend, dtype, head_size)
         if not reason and trains:
@@ -66,7 +62,7 @@ def choose(
     raise AssertionError("the reference works everywhere")
 
 
-def inputs_unsupported_reason(backend: ModuleType, dtype: torch.dtype | None, head_size: int | None) -> str:
+def inputs_unsupported_reason(backend: Backend, dtype: torch.dtype | None, head_size: int | None) -> str:
     """Why a backend does not take tensors of a dtype or heads of a size (None: not known), or ""."""
     if dtype is not None and backend.DTYPES is not None and dtype not in backend.DTYPES:
         return f"does not take {dtype}"
@@ -100,39 +96,40 @@ def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _check_against_reference(
-    backend: ModuleType, device: torch.device, block: int, dtype: torch.dtype, trains: bool
+    backend: Backend, device: torch.device, block: int, dtype: torch.dtype, trains: bool
 ) -> str:
-    """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles."""
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles, or ""."""
     generator = torch.Generator().manual_seed(0)
-    random = functools.partial(torch.randn, generator=generator)
     for columns in (3 * block, 3 * block - block // 4):
+        # Every row keeps 4 of 9 blocks, so that dense attention is off by far.
         selection = Selection.build((3, 1, columns), NablaConfig(keep=0.4, tile=(1, 1, block)), device)
-        length = selection.layout.blocks * block
-        tensors = [random(1, 2, length, CHECK_HEAD_SIZE).to(device, dtype) for _ in range(4)]
-        means = [block_means(x, selection.layout) for x in tensors[:2]]
+        shape = 1, 2, selection.layout.blocks * block, CHECK_HEAD_SIZE
+        tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+        q_means, k_means = (block_means(x, selection.layout) for x in tensors[:2])
         with torch.autocast(device.type, enabled=False):
             try:
-                results = _results(backend, tensors, backend.choose(*means, selection), trains)
+                results = _results(backend, tensors, backend.choose(q_means, k_means, selection), trains)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported
                 lines = str(error).strip().splitlines() or ["no message"]
                 return f"{type(error).__name__}: {lines[0][:200]}"
             wide = [x.float() for x in tensors]
-            exact = _results(reference, wide, reference.choose(*means, selection), trains)
+            exact = _results(reference, wide, reference.choose(q_means, k_means, selection), trains)
         for what, result in results.items():
-            error = (result - exact[what]).norm() / exact[what].norm()
-            if not error < tolerance:
-                return f"its {what} is off by {error:.1%}"
+            off = (result - exact[what]).norm() / exact[what].norm()
+            # Written so that NaN fails, too.
+            if not off < CHECK_TOLERANCE[dtype]:
+                return f"its {what} is off by {off:.1%}"
     return ""
 
 
-def _results(backend: ModuleType, tensors: list[Tensor], blocks: Any, trains: bool) -> dict[str, Tensor]:
+def _results(backend: Backend, tensors: list[Tensor], blocks: Prepared, trains: bool) -> dict[str, Tensor]:
     """What a backend computes of q, k, v and the gradient of the result, by what it is, in float32."""
     with torch.set_grad_enabled(trains):
         *qkv, gradient = (x.detach().requires_grad_(trains) for x in tensors)
-        result = backend.attend(*qkv, blocks)
+        q, k, v = qkv
+        result = backend.attend(q, k, v, blocks)
         gradients = torch.autograd.grad(result, qkv, gradient.detach()) if trains else ()
     names = "result", "gradient of q", "gradient of k", "gradient of v"
     return {name: x.detach().float() for name, x in zip(names, (result, *gradients))}

@@ -15,8 +15,8 @@ from nabla.kernels.selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (128,)
+DTYPES: tuple[torch.dtype, ...] | None = (torch.bfloat16, torch.float16)
+HEAD_SIZES: tuple[int, ...] | None = (128,)
 BLOCK = 64
 HOPPER, CONSUMER_BLACKWELL = (9, 0), (12, 0)
 
@@ -46,14 +46,16 @@ def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None)
     return "" if dtype in (None, torch.bfloat16) else f"has no backward in {dtype}"
 
 
-def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
-    """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    return Blocks(*lists_of_blocks(blocks), _sizes(layout))
+def prepare(block_mask: Tensor, layout: TileLayout) -> Blocks:
+    """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""
+    (lists,) = lists_of_blocks(block_mask)
+    return Blocks(lists, _sizes(layout))
 
 
 def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     """The blocks that block means q and k (B, heads, N, D) choose, prepared."""
-    return Blocks(*choose_lists(q, k, selection), _sizes(selection.layout))
+    (lists,) = choose_lists(q, k, selection)
+    return Blocks(lists, _sizes(selection.layout))
 
 
 def block_counts(blocks: Blocks) -> Tensor:

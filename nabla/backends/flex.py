@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -23,13 +24,11 @@ from nabla.kernels.selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_SIZES = None
+DTYPES: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_SIZES: tuple[int, ...] | None = None
 # One compile a shape. The default limit of 8 counts every grid, dtype and head size of a process together.
 RECOMPILE_LIMIT = 4096
 TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_STRIDE = 16, 256, 8
-
-Args = tuple[Tensor | None, ...]
 
 
 class Blocks(NamedTuple):
@@ -43,6 +42,35 @@ class Blocks(NamedTuple):
     valid: Tensor | None
 
 
+class Inputs(NamedTuple):
+    """All that the operators take, for they take tensors alone: q, k, v and the fields of `Blocks`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    counts: Tensor
+    indices: Tensor
+    partial_counts: Tensor | None
+    partial_indices: Tensor | None
+    valid: Tensor | None
+
+    @property
+    def blocks(self) -> Blocks:
+        partial = None
+        if self.partial_counts is not None and self.partial_indices is not None:
+            partial = BlockLists(self.partial_counts, self.partial_indices)
+        return Blocks(BlockLists(self.counts, self.indices), partial, self.valid)
+
+    @property
+    def kind(self) -> tuple[torch.device, torch.dtype, int, int]:
+        """Device, dtype, head size and tokens of a block: what kernel options depend on."""
+        return self.q.device, self.q.dtype, self.q.shape[-1], self.q.shape[2] // self.counts.shape[-1]
+
+
+# Counts and indices of one or two lists.
+Lists = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 def unsupported_reason(device: torch.device, block: int) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return ""
@@ -53,9 +81,9 @@ def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None)
     return "" if device.type == "cuda" else f"has no backward on {device.type}"
 
 
-def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
-    """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    return _blocks(lists_of_blocks(blocks, layout.full if layout.has_partial_tiles else None), layout)
+def prepare(block_mask: Tensor, layout: TileLayout) -> Blocks:
+    """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""
+    return _blocks(lists_of_blocks(block_mask, layout.full if layout.has_partial_tiles else None), layout)
 
 
 def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
@@ -66,8 +94,10 @@ def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
 
 def _blocks(lists: list[BlockLists], layout: TileLayout) -> Blocks:
     if not layout.has_partial_tiles:
-        return Blocks(*lists, None, None)
-    return Blocks(*lists, layout.valid.flatten())
+        (full,) = lists
+        return Blocks(full, None, None)
+    full, partial = lists
+    return Blocks(full, partial, layout.valid.flatten())
 
 
 def block_counts(blocks: Blocks) -> Tensor:
@@ -94,16 +124,15 @@ def block_sparse(
     partial_indices: Optional[Tensor],
     valid: Optional[Tensor],
 ) -> Tensor:
-    args = q, k, v, counts, indices, partial_counts, partial_indices, valid
-    block = q.shape[2] // counts.shape[-1]
-    lists = [BlockLists(counts, indices)]
-    lists += [] if partial_counts is None else [BlockLists(partial_counts, partial_indices)]
+    inputs = Inputs(q, k, v, counts, indices, partial_counts, partial_indices, valid)
+    blocks = inputs.blocks
+    lists = [blocks.full] if blocks.partial is None else [blocks.full, blocks.partial]
     probe.see(
-        lambda: sum(each.counts for each in lists),
-        lambda heads: from_lists(*(BlockLists(*(x[:, heads] for x in each)) for each in lists)),
+        lambda: block_counts(blocks),
+        lambda heads: from_lists(*(BlockLists(each.counts[:, heads], each.indices[:, heads]) for each in lists)),
     )
-    options = flex_options.for_forward(q.device, q.dtype, q.shape[-1], block, _forward_trial)
-    return probe.run(probe.ATTENTION, _run, args, options)
+    options = flex_options.for_forward(*inputs.kind, _forward_trial)
+    return probe.run(probe.ATTENTION, _run, inputs, options)
 
 
 @block_sparse.register_fake
@@ -111,14 +140,13 @@ def _(q: Tensor, *_) -> Tensor:
     return torch.empty_like(q)
 
 
-def block_sparse_backward(gradient: Tensor, *args: Tensor | None) -> tuple[Tensor, ...]:
+def block_sparse_backward(gradient: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, given that of the result of `block_sparse(*args)`, which is computed anew.
 
     FlexAttention can only be differentiated in a graph that it is called in.
     """
-    q, counts = args[0], args[3]
-    kind = q.device, q.dtype, q.shape[-1], q.shape[2] // counts.shape[-1]
-    return _differentiate(gradient, args, flex_options.for_backward(*kind, _forward_trial, _backward_trial))
+    inputs = Inputs(*args)
+    return _differentiate(gradient, inputs, flex_options.for_backward(*inputs.kind, _forward_trial, _backward_trial))
 
 
 # Not a `custom_op`: those run where autograd is switched off, so that nothing can be differentiated in them.
@@ -135,64 +163,79 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Te
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep_for_backward(ctx: Any, inputs: Args, output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> Args:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.nabla.flex_backward(gradient, *ctx.saved_tensors), None, None, None, None, None
 
 
 block_sparse.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-def _differentiate(gradient: Tensor, args: Args, options: Options) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, the first of `args`."""
-    counts, indices, partial_counts, partial_indices = args[3:7]
-    transposed = *_transpose(counts, indices), *_transpose(partial_counts, partial_indices)
+def _differentiate(gradient: Tensor, inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, given that of the result."""
+    blocks = inputs.blocks
+    partial = (None, None) if blocks.partial is None else _transpose(*blocks.partial)
+    transposed = *_transpose(*blocks.full), *partial
     with torch.enable_grad():
-        qkv = [x.detach().requires_grad_() for x in args[:3]]
-        return torch.autograd.grad(_run((*qkv, *args[3:]), options, transposed), qkv, gradient)
+        q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        result = _run(inputs._replace(q=q, k=k, v=v), options, transposed)
+        return torch.autograd.grad(result, (q, k, v), gradient)
 
 
-def _transpose(counts: Tensor | None, indices: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Lists of the query blocks that keep each key block; None for None."""
-    if counts is None:
-        return None, None
+def _transpose(counts: Tensor, indices: Tensor) -> BlockLists:
+    """Lists of the query blocks that keep each key block."""
     (lists,) = lists_of_blocks(from_lists(BlockLists(counts, indices)).mT.contiguous())
     return lists
 
 
-def _run(args: Args, options: Options, transposed: Args | None = None) -> Tensor:
+def _run(inputs: Inputs, options: Options, transposed: Lists | None = None) -> Tensor:
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(*args, options, transposed)
+        return _compiled()(*inputs, options, transposed)
 
 
 def _forward_trial(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
-    args = _trial_args(device, dtype, head_size, block)
-    return flex_options.seconds(lambda: _run(args, options), device, options)
+    inputs = _trial_inputs(device, dtype, head_size, block)
+    return flex_options.seconds(lambda: _run(inputs, options), device, options)
 
 
 def _backward_trial(device: torch.device, dtype: torch.dtype, head_size: int, block: int, options: Options) -> float:
-    args = _trial_args(device, dtype, head_size, block)
-    return flex_options.seconds(lambda: _differentiate(args[0], args, options), device, options)
+    inputs = _trial_inputs(device, dtype, head_size, block)
+    return flex_options.seconds(lambda: _differentiate(inputs.q, inputs, options), device, options)
 
 
-def _trial_args(device: torch.device, dtype: torch.dtype, head_size: int, block: int) -> Args:
+def _trial_inputs(device: torch.device, dtype: torch.dtype, head_size: int, block: int) -> Inputs:
     """A problem large enough to tell options apart, and small beside any for which they matter."""
     q, k, v = torch.randn(3, 1, TRIAL_HEADS, TRIAL_BLOCKS * block, head_size, device=device, dtype=dtype)
     kept = torch.arange(0, TRIAL_BLOCKS, TRIAL_STRIDE, dtype=torch.int32, device=device)
     indices = torch.zeros(1, TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_BLOCKS, dtype=torch.int32, device=device)
     indices[..., : len(kept)] = kept
-    return q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None
+    return Inputs(q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None)
 
 
 @functools.cache
-def _compiled():
+def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_flex, fullgraph=True, dynamic=False)
 
 
-def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, options, transposed) -> Tensor:
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    partial_counts: Tensor | None,
+    partial_indices: Tensor | None,
+    valid: Tensor | None,
+    options: Any,  # `Options`, of which newer torch has a type of its own
+    transposed: Lists | None,
+) -> Tensor:
+    """The attention, to be compiled.
+
+    transposed: lists of the query blocks that keep each key block, where it is differentiated
+    """
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "the flex backend needs torch.compile, which is switched off here (TORCHDYNAMO_DISABLE or force_eager); "
@@ -200,23 +243,33 @@ def _flex(q, k, v, counts, indices, partial_counts, partial_indices, valid, opti
         )
     block = q.shape[2] // counts.shape[-1]
 
-    def is_valid(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return valid[key]
-
-    # Blocks named as "full" skip mask_mod. Without one, a CPU takes only lists that are not named so.
-    def in_order(counts, indices, partial_counts, partial_indices):
-        has_partial = partial_counts is not None
-        return (partial_counts, partial_indices, counts, indices) if has_partial else (counts, indices, None, None)
-
-    lists = in_order(counts, indices, partial_counts, partial_indices)
+    lists = _partial_first(counts, indices, partial_counts, partial_indices)
     # The transposed lists are read by a backward alone, but torch 2.8 wants them given.
     if transposed is None:
         transposed = lists
     else:
         # A backward's options are refused where the device's default ones do not divide the blocks, even if others are
         # given. So the blocks are given there as larger ones, and as they are among the options.
-        transposed, block = in_order(*transposed), math.lcm(block, flex_options.LARGEST_TILE)
-    mask_mod = noop_mask if valid is None else is_valid
+        transposed, block = _partial_first(*transposed), math.lcm(block, flex_options.LARGEST_TILE)
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = noop_mask
+    if valid is not None:
+
+        def is_valid(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return valid[key]
+
+        mask_mod = is_valid
     shape = q.shape[2], k.shape[2]
     mask = BlockMask(shape, *lists, *transposed, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
     return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
+
+
+def _partial_first(
+    counts: Tensor, indices: Tensor, partial_counts: Tensor | None, partial_indices: Tensor | None
+) -> Lists:
+    """The lists in `BlockMask`'s order: those that `mask_mod` is asked for, and those named as "full", which skip it.
+
+    Without a `mask_mod` a CPU takes only lists that are not named as "full".
+    """
+    if partial_counts is None or partial_indices is None:
+        return counts, indices, None, None
+    return partial_counts, partial_indices, counts, indices

@@ -42,7 +42,8 @@ def for_forward(device: torch.device, dtype: torch.dtype, head_size: int, block:
     if device.type != "cuda":
         return {}
     tile = {"BLOCK_M": min(block, TILE), "BLOCK_N": min(block, TILE)}
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # What a program can have if it asks for it; torch's types leave it out.
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     stage = 2 * tile["BLOCK_N"] * head_size * dtype.itemsize
     stages = max(1, min(3, (room - stage // 2) // stage))
     known = MEASURED.get(torch.cuda.get_device_capability(device))

@@ -15,16 +15,16 @@ from nabla import probe
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
-DTYPES = None
-HEAD_SIZES = None
+DTYPES: tuple[torch.dtype, ...] | None = None
+HEAD_SIZES: tuple[int, ...] | None = None
 # Query blocks that keep few are taken together, up to so many numbers of their keys, for a call costs as much as they.
 KEY_NUMBERS = 2**18
 
 
 class Blocks(NamedTuple):
-    """Kept blocks (B or 1, heads or 1, N, N) bool, and which slots hold a token, or None where all tiles are full."""
+    """A block mask (B or 1, heads or 1, N, N) bool, and which slots hold a token, (N, block) bool; None: all do."""
 
-    kept: Tensor
+    mask: Tensor
     valid: Tensor | None
 
 
@@ -39,19 +39,19 @@ def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None)
     return "has no backward"
 
 
-def prepare(blocks: Tensor, layout: TileLayout) -> Blocks:
-    """Kept blocks (B or 1, heads or 1, N, N) bool -> what `attend` needs of them."""
-    return Blocks(blocks, layout.valid if layout.has_partial_tiles else None)
+def prepare(block_mask: Tensor, layout: TileLayout) -> Blocks:
+    """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""
+    return Blocks(block_mask, layout.valid if layout.has_partial_tiles else None)
 
 
 def choose(q: Tensor, k: Tensor, selection: Selection) -> Blocks:
     """The blocks that block means q and k (B, heads, N, D) choose, prepared."""
-    return prepare(selection.blocks(q, k), selection.layout)
+    return prepare(selection.block_mask(q, k), selection.layout)
 
 
 def block_counts(blocks: Blocks) -> Tensor:
     """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
-    return blocks.kept.sum(dim=-1)
+    return blocks.mask.sum(dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -61,9 +61,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 # An operator, since how much is copied depends on the blocks, of which no compiler can make one graph.
 @torch.library.custom_op("nabla::gather", mutates_args=())
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Optional[Tensor]) -> Tensor:
-    probe.see(lambda: kept.sum(dim=-1), lambda heads: kept[:, heads])
-    return probe.run(probe.ATTENTION, _attend, q, k, v, kept, valid)
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Optional[Tensor]) -> Tensor:
+    probe.see(lambda: block_mask.sum(dim=-1), lambda heads: block_mask[:, heads])
+    return probe.run(probe.ATTENTION, _attend, q, k, v, block_mask, valid)
 
 
 @block_sparse.register_fake
@@ -71,13 +71,13 @@ def _(q: Tensor, *_) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None) -> Tensor:
-    blocks = kept.shape[-1]
+def _attend(q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Tensor | None) -> Tensor:
+    blocks = block_mask.shape[-1]
     # By block, of all heads one after the other: (B * heads * N, block, D).
     q_blocks, k_blocks, v_blocks = (x.reshape(-1, x.shape[2] // blocks, x.shape[3]) for x in (q, k, v))
-    kept = kept.expand(*q.shape[:2], -1, -1).reshape(-1, blocks)
+    block_mask = block_mask.expand(*q.shape[:2], -1, -1).reshape(-1, blocks)
     out = torch.empty_like(q_blocks)
-    counts = kept.sum(dim=-1)
+    counts = block_mask.sum(dim=-1)
     threads, most = torch.get_num_threads(), KEY_NUMBERS // k_blocks[0].numel()
     # Memory that is asked for anew each time comes page by page, which takes as long as to fill it.
     copied = min(int(counts.sum()), max(threads * int(counts.max()), most))
@@ -86,13 +86,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, valid: Tensor | None)
         # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
         at_once = max(threads, most // count)
         for rows in (counts == count).nonzero().squeeze(1).split(at_once):
-            keys = kept.index_select(0, rows).nonzero()[:, 1].view(-1, count)
+            keys = block_mask.index_select(0, rows).nonzero()[:, 1].view(-1, count)
             mask = None if valid is None else valid[keys].flatten(1)[None, :, None]
+            # Keys are numbered within a head, blocks of k and v through all heads.
             numbers = (keys + (rows - rows % blocks)[:, None]).flatten()
-            copies = (
+            # (1, rows, count * block, D) each
+            k_copy, v_copy = (
                 torch.index_select(x, 0, numbers, out=to[: len(numbers)]).view(1, len(rows), -1, x.shape[-1])
                 for x, to in zip((k_blocks, v_blocks), held)
             )
             queries = q_blocks.index_select(0, rows)[None]
-            out.index_copy_(0, rows, F.scaled_dot_product_attention(queries, *copies, attn_mask=mask)[0])
+            out.index_copy_(0, rows, F.scaled_dot_product_attention(queries, k_copy, v_copy, attn_mask=mask)[0])
     return out.view(q.shape)

@@ -28,7 +28,7 @@ def applies(means: Tensor, selection: Selection) -> bool:
 
 
 def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False) -> list[BlockLists]:
-    """Lists of the blocks that `selection.blocks` keeps for block means q and k (B, heads, N, D) float32.
+    """Lists of the blocks that `selection.block_mask` keeps for block means q and k (B, heads, N, D) float32.
 
     split: two lists, of full key tiles and of partial ones
     Here sums are float32 in another order than there, so where two blocks are equal within rounding, or the running
@@ -36,7 +36,7 @@ def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False
     """
     full = selection.layout.full if split else None
     if not applies(q, selection):
-        return lists_of_blocks(selection.blocks(q, k), full)
+        return lists_of_blocks(selection.block_mask(q, k), full)
     return parts_of(_select_lists(q, k, full, selection.cut, selection.count, selection.window))
 
 

@@ -229,8 +229,8 @@ def test_the_loop_tells_the_steps_whatever_came_before(random_nano):
 
 def test_masks_are_kept_for_steps_and_over_guidance_branches_but_not_over_videos(random_nano, monkeypatch):
     attention, chosen = sys.modules["nabla.attention"], []
-    original = attention.chosen_blocks
-    monkeypatch.setattr(attention, "chosen_blocks", lambda *args: chosen.append(0) or original(*args))
+    original = attention.choose_block_mask
+    monkeypatch.setattr(attention, "choose_block_mask", lambda *args: chosen.append(0) or original(*args))
     settings = dict(size=(96, 80), frame_num=5, seed=0, steps=5)
     config = NablaConfig(threshold=0.3, tile=(1, 4, 4))
     plain = wan.WanT2V.from_pretrained(random_nano, config).generate("a cat", **settings)

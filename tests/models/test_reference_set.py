@@ -11,7 +11,7 @@ import wan
 from nabla import NablaConfig
 from nabla.rotary import rotate
 from nabla.tiling import TileLayout
-from nabla.window import window_blocks
+from nabla.window import window_mask
 from wan.sampling.loop import make_solver
 
 GRID = (12, 16, 16)
@@ -33,7 +33,7 @@ def test_masks_of_given_q_and_k(expected, threshold):
 
 @pytest.mark.parametrize("window", ("11-3-3", "11-5-5", "3-1-1", "5-1-3", "5-3-1"))
 def test_windows(expected, window):
-    blocks = window_blocks((12, 2, 2), tuple(map(int, window.split("-"))), "cpu")
+    blocks = window_mask((12, 2, 2), tuple(map(int, window.split("-"))), "cpu")
     assert torch.equal(blocks, expected[f"mask.window.{window}"].bool())
 
 

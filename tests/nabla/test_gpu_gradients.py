@@ -175,12 +175,12 @@ def test_every_option_of_a_flex_backward_that_compiles_is_right(capsys):
         kind = GPU, torch.bfloat16, head_size, 64
         chosen = flex_options.for_backward(*kind, flex._forward_trial, flex._backward_trial)
         given = {name: value for name, value in chosen.items() if not name.startswith("bwd_")}
-        args = flex._trial_args(*kind)
-        wanted = flex._differentiate(args[0], args, chosen)
+        inputs = flex._trial_inputs(*kind)
+        wanted = flex._differentiate(inputs.q, inputs, chosen)
         for each in flex_options.backward_candidates(torch.bfloat16, 64):
             times[head_size, tuple(each.values())] = seconds = flex._backward_trial(*kind, given | each)
             if seconds < math.inf:
-                found = flex._differentiate(args[0], args, given | each)
+                found = flex._differentiate(inputs.q, inputs, given | each)
                 assert all(relative_error(a, b) < 1e-2 for a, b in zip(found, wanted)), each
     with capsys.disabled():
         for (head_size, each), seconds in times.items():

@@ -10,7 +10,7 @@ import torch
 
 from nabla import InputError
 from nabla.tiling import TileLayout
-from nabla.window import window_blocks
+from nabla.window import window_mask
 from wan.observe.events import Event
 from wan.observe.step_trace import DENSE, MaskExample
 
@@ -91,4 +91,4 @@ def _window(run: Event) -> np.ndarray | None:
     if run["window"] is None:
         return None
     tiles = TileLayout.build(tuple(run["grid"]), tuple(run["tile"]), "cpu").tiles
-    return window_blocks(tiles, tuple(run["window"]), torch.device("cpu")).numpy()
+    return window_mask(tiles, tuple(run["window"]), torch.device("cpu")).numpy()

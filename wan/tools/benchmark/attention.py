@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nabla
 from nabla import NablaConfig
-from nabla.attention import Plan, chosen_blocks, tiles_and_means
+from nabla.attention import Plan, choose_block_mask, tiles_and_means
 from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
@@ -46,7 +46,7 @@ def mask_mode(args: argparse.Namespace, videos: list[VideoSettings], device: tor
         )
         plain = timed(f"{name}: gather of q and k", lambda: [selection.layout.to_tiles(x) for x in (q, k)], args)
         yield from (pooled, plain)
-        yield timed(f"{name}: kept blocks by sorting", lambda: selection.blocks(*means), args)
+        yield timed(f"{name}: kept blocks by sorting", lambda: selection.block_mask(*means), args)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: 
     (q_tiles, q_means), (k_tiles, k_means) = (tiles_and_means(x, layout) for x in (q, k))
     v_tiles = layout.to_tiles(v)
     prepared = BACKENDS[backend].choose(q_means, k_means, plan.selection)
-    kept = chosen_blocks(q_means, k_means, plan.selection, backend)
+    kept = choose_block_mask(q_means, k_means, plan.selection, backend)
     pairs = (kept.double() @ layout.sizes.double() @ layout.sizes.double()).sum().item()
     row = timed(what, lambda: BACKENDS[backend].attend(q_tiles, k_tiles, v_tiles, prepared), args)
     rate = 4 * q.shape[3] / row["ms"] / 1e9

@@ -1,0 +1,43 @@
+"""What a backend offers. A backend is a module, and `Backend` is its type."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nabla.selection import Selection
+from nabla.tiling import TileLayout
+
+# The blocks to attend to as one backend takes them, of a type of its own.
+Prepared: TypeAlias = Any
+
+
+class Backend(Protocol):
+    """An attention kernel: how it is given blocks, and what it cannot do.
+
+    B: batch, N: blocks, D: head size. What is the same for all of a batch or all heads may have size one there.
+    """
+
+    # What q, k and v may be, None for all.
+    DTYPES: tuple[torch.dtype, ...] | None
+    HEAD_SIZES: tuple[int, ...] | None
+
+    def unsupported_reason(self, device: torch.device, block: int) -> str:
+        """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+
+    def backward_unsupported_reason(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+
+    def prepare(self, block_mask: Tensor, layout: TileLayout) -> Prepared:
+        """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""
+
+    def choose(self, q: Tensor, k: Tensor, selection: Selection) -> Prepared:
+        """The blocks that block means q and k (B, heads, N, D) float32 choose, prepared."""
+
+    def block_counts(self, blocks: Prepared) -> Tensor:
+        """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Prepared) -> Tensor:
+        """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
