@@ -13,7 +13,7 @@ import weight_files
 from safetensors.torch import load_file, save_file
 
 from nabla import InputError
-from wan.checkpoints.reading import damage, require_file, unreadable
+from wan.checkpoints.file_errors import clear_errors, require_file, unreadable
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.convert import convert
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_no_damage(tmp_path):
     ):
 
         def fail(error=error):
-            with damage(file):
+            with clear_errors(file):
                 raise error
 
         for said in (refused(fail, message), unreadable(file, error)):

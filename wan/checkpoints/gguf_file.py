@@ -14,9 +14,9 @@ from diffusers import GGUFQuantizationConfig
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError, clear_errors
 from wan.checkpoints.gguf_header import check_gguf
 from wan.checkpoints.naming import TransformerNaming
-from wan.checkpoints.reading import CheckpointError, damage
 from wan.checkpoints.weights import Part, WeightFiles
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class GgufFile(WeightFiles):
             raise InputError(f"transformer {file} needs gguf; pip install -r requirements-gguf.txt")
         from gguf import GGMLQuantizationType, GGUFReader
 
-        with damage(file):
+        with clear_errors(file):
             check_gguf(file)
             tensors = GGUFReader(file).tensors
         self.files, self.where, self.naming = [file], file, naming

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from wan.checkpoints.reading import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

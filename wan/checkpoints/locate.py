@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from wan.checkpoints.reading import AGAIN, CheckpointError, exists, unreadable
+from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, unreadable
 from wan.config.settings import LORA_FILE
 
 # In diffusers' layout; the published ones have `CONFIG`.

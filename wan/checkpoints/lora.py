@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.checkpoints.file_errors import clear_errors, exists, read_json
 from wan.checkpoints.lora_names import Layer, mismatch, scale_by_peft, understand
 from wan.checkpoints.naming import TransformerNaming
-from wan.checkpoints.reading import damage, exists, read_json
 from wan.checkpoints.weights import WeightFiles, weight_file
 from wan.config.settings import LoraFile
 from wan.files.formats import SAFETENSORS
@@ -200,7 +200,7 @@ def _check_shape(path: Path, name: str, shape: Sequence[int], state: Mapping[str
 
 def _config(path: Path, names: Iterable[str]) -> dict[str, Any] | None:
     """The `LoraConfig` that diffusers saves in a LoRA, or peft beside it."""
-    with damage(path), safe_open(path, framework="pt") as opened:
+    with clear_errors(path), safe_open(path, framework="pt") as opened:
         text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     if text is not None:
         try:

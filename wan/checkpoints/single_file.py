@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wan.checkpoints import quantised as quantisation
+from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.gguf_file import GgufFile
 from wan.checkpoints.naming import TransformerNaming
-from wan.checkpoints.reading import CheckpointError
+from wan.checkpoints.quantization_marks import MARKER, NOT_NEEDED, SCALES, USE_INSTEAD, check_marker, check_name
 from wan.checkpoints.weights import WeightFiles, open_tensors, stored_types, weight_file
 from wan.files.formats import SAFETENSORS
 
@@ -48,12 +48,12 @@ class ScaledFile(WeightFiles):
         lost = []
         for name in self.shapes:
             layer, _, last = name.rpartition(".")
-            if last in quantisation.SCALES:
+            if last in SCALES:
                 to, key = self.scales, naming.published_of(f"{layer}.weight")
-            elif last in quantisation.NOT_NEEDED or last == quantisation.MARKER:
+            elif last in NOT_NEEDED or last == MARKER:
                 continue
             else:
-                quantisation.check_name(file, name)
+                check_name(file, name)
                 to, key = self.stored, naming.published_of(name)
             lost += [name] if key in to else []
             to[key] = name
@@ -61,23 +61,22 @@ class ScaledFile(WeightFiles):
             raise CheckpointError(f"{file} holds {min(lost)!r} under another name again; it cannot be read")
         if idle := self.scales.keys() - self.stored.keys():
             raise CheckpointError(f"{file} has a scale for {min(idle)!r}, which is missing; download it again")
-        self._check_quantisation()
+        self._check_types_and_scales()
         self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
-    def _check_quantisation(self) -> None:
+    def _check_types_and_scales(self) -> None:
         """Raise `CheckpointError` for what is no plain number, nor float8 that a scale alone makes one."""
         file, types = self.files[0], stored_types(self.files[0])
-        markers = [name for name in self.shapes if name.rpartition(".")[2] == quantisation.MARKER]
+        markers = [name for name in self.shapes if name.rpartition(".")[2] == MARKER]
         with open_tensors(file) as (_, read):
             for name in markers:
                 if types[name] != "U8" or len(self.shapes[name]) != 1:
                     raise CheckpointError(f"{file}: {name!r} is no text in bytes, as a mark of quantisation must be")
-                quantisation.check_marker(file, name, bytes(read(name).tolist()))
+                check_marker(file, name, bytes(read(name).tolist()))
         for name in self.stored.values():
             if types[name] not in (*FLOATS, *FLOAT8):
                 raise CheckpointError(
-                    f"{file} is quantised in a way that is not read: {name!r} is stored as {types[name]}; "
-                    f"{quantisation.USE}"
+                    f"{file} is quantised in a way that is not read: {name!r} is stored as {types[name]}; {USE_INSTEAD}"
                 )
         for name, scale in self.scales.items():
             shape, weight = self.shapes[scale], self.shapes[self.stored[name]]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nabla import InputError
-from wan.checkpoints.quantised import check_header
-from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
+from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json, require_file
+from wan.checkpoints.quantization_marks import check_header
 from wan.files.formats import SAFETENSORS
 
 __all__ = ["CheckpointError", "Part", "WeightFiles", "check_names", "open_tensors", "read_json", "weight_file"]
@@ -70,7 +70,7 @@ class WeightFiles:
                 raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
             names = sorted(set(listed.values()))
         else:
-            with damage(folder):
+            with clear_errors(folder):
                 found = sorted(os.listdir(folder)) if exists(folder) else []
             names = [name for name in found if name.startswith(stem) and name.endswith(SAFETENSORS)]
             if len(names) > 1 and f"{stem}.safetensors" in names:
@@ -208,13 +208,13 @@ def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
     """Shapes of a file's tensors and a function that reads one."""
     require_file(file)
     if file.suffix != SAFETENSORS:
-        with damage(file):
+        with clear_errors(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             _check_plain(file, tensors)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         yield shapes, tensors.__getitem__
         return
-    with damage(file):
+    with clear_errors(file):
         opened = safe_open(file, framework="pt")
         check_header(file, opened.metadata() or {})
         views = {name: opened.get_slice(name) for name in opened.keys()}
@@ -227,7 +227,7 @@ def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
         shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
 
     def read(name: str) -> Tensor:
-        with damage(file):
+        with clear_errors(file):
             return opened.get_tensor(name)
 
     yield shapes, read
@@ -235,7 +235,7 @@ def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
 
 def stored_types(file: Path) -> dict[str, str]:
     """Of a safetensors file that `open_tensors` takes: the type of each tensor, in the file's words."""
-    with damage(file), safe_open(file, framework="pt") as opened:
+    with clear_errors(file), safe_open(file, framework="pt") as opened:
         return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
-from wan.checkpoints.reading import CheckpointError, exists, read_json
 from wan.checkpoints.single_file import open_transformer
 from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve
 from wan.models.family import Family, Layout, TransformerFacts

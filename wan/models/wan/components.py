@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.checkpoints.component_files import ComponentFiles
+from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json, require_file
 from wan.checkpoints.gguf_file import GgufFile, load_gguf
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, attach, merging
-from wan.checkpoints.reading import CheckpointError, damage, exists, read_json, require_file
 from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import Part, WeightFiles
 from wan.models.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
         if exists(folder / name):
             require_file(folder / name)
     # tokenizers raises bare Exception for a damaged file
-    with damage(folder):
+    with clear_errors(folder):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
     tokenizer.pad_token = tokenizer.pad_token or PAD_TOKEN
     if PAD_TOKEN not in tokenizer.get_vocab() or len(tokenizer) > vocabulary:

@@ -8,8 +8,8 @@ from typing import Any
 
 from nabla.config import is_count
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json
 from wan.checkpoints.locate import CONFIG, INDEX
-from wan.checkpoints.reading import CheckpointError, exists, read_json
 from wan.models.family import HubFiles, Layout, TransformerFacts
 
 NAME = "Wan2.1 text-to-video"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan.checkpoints.reading import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.files.plain_data import parse_json
 
 HEADER = "_quantization_metadata"
@@ -17,6 +17,7 @@ NO_MATTER = ("format", "full_precision_matrix_mult")
 SCALES = ("scale_weight", "weight_scale")
 NOT_NEEDED = ("scale_input", "input_scale", "scaled_fp8")
 MARKER = "comfy_quant"
+# What quantises with a tensor of this name, the last piece of it, beside a layer's weight.
 KINDS = {
     "weight_scale_2": "nvfp4, by two scales",
     "pre_quant_scale": "smoothed by a scale before the layer",
@@ -31,9 +32,11 @@ KINDS = {
     "wzeros": "nunchaku",
     "smooth_factor": "nunchaku",
 }
+# Within such a name: signs of what quantises in a way not listed, which is better refused than read as plain numbers.
 SIGNS = ("scale", "quant", "zero_point", "convrot", "nvfp4", "absmax", "bnb", "awq", "gptq", "hadamard", "codebook")
+# Has a sign in its name and is none: diffusers' name for a modulation.
 OTHER_TENSORS = ("scale_shift_table",)
-USE = "use a file in bfloat16, float16, scaled float8 or GGUF"
+USE_INSTEAD = "use a file in bfloat16, float16, scaled float8 or GGUF"
 
 
 def check_header(file: Path, metadata: Mapping[str, str]) -> None:
@@ -53,7 +56,7 @@ def check_marker(file: Path, name: str, content: bytes) -> None:
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        raise CheckpointError(f"{file} is quantised, and {name!r} cannot be read; {USE}") from None
+        raise CheckpointError(f"{file} is quantised, and {name!r} cannot be read; {USE_INSTEAD}") from None
     _check_marker(file, repr(name), _parsed(file, repr(name), text))
 
 
@@ -66,7 +69,7 @@ def check_name(file: Path, name: str) -> None:
     if kind is None and not any(sign in last.lower() for sign in SIGNS):
         return
     which = f" ({kind})" if kind else ""
-    raise CheckpointError(f"{file} is quantised in a way that is not read{which}: it holds {name!r}; {USE}")
+    raise CheckpointError(f"{file} is quantised in a way that is not read{which}: it holds {name!r}; {USE_INSTEAD}")
 
 
 def _check_marker(file: Path, where: str, marker: Any) -> None:
@@ -75,12 +78,14 @@ def _check_marker(file: Path, where: str, marker: Any) -> None:
 
 
 def _refuse(file: Path, where: str, said: Any) -> NoReturn:
-    raise CheckpointError(f"{file} is quantised in a way that is not read: {where} says {str(said)[:200]}; {USE}")
+    raise CheckpointError(
+        f"{file} is quantised in a way that is not read: {where} says {str(said)[:200]}; {USE_INSTEAD}"
+    )
 
 
 def _parsed(file: Path, where: str, text: str) -> dict[str, Any]:
     try:
         said = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{file} is quantised, and {where} cannot be read ({error}); {USE}") from None
+        raise CheckpointError(f"{file} is quantised, and {where} cannot be read ({error}); {USE_INSTEAD}") from None
     return said if isinstance(said, dict) else {"": said}

@@ -51,7 +51,7 @@ def unreadable(path: Path, error: Exception) -> str:
     code = getattr(error, "errno", None)
     if isinstance(error, PermissionError):
         return f"{path} may not be read by this user ({os.strerror(code or errno.EACCES)}); give the right to read it"
-    if lacks_memory(error):
+    if is_out_of_memory(error):
         return (
             f"{path} cannot be opened: there is too little memory or address space for it; free some, "
             "or raise the limit ('ulimit -v')"
@@ -62,7 +62,7 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"{path} cannot be read ({reason}); check the path and the disk"
 
 
-def lacks_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
@@ -70,7 +70,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def damage(file: Path) -> Iterator[None]:
+def clear_errors(file: Path) -> Iterator[None]:
     """Turn whatever a library raises for a damaged file, and a pickle raises nearly anything, into one clear line.
 
     What the operating system or too little memory keeps from being read is said to be just that.
@@ -80,7 +80,7 @@ def damage(file: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if lacks_memory(error) or isinstance(error, OSError):
+        if is_out_of_memory(error) or isinstance(error, OSError):
             raise CheckpointError(unreadable(file, error)) from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if "unknown variant" in reason:
