@@ -11,6 +11,10 @@ from wan.observe.console import exit_with, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
     # Imported here, since that takes seconds, in which the program can be interrupted as well.
     from wan.tools.benchmark.program import main
 
@@ -18,4 +22,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(run_program(main))
+    exit_with(main())

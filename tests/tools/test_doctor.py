@@ -17,11 +17,11 @@ from wan.memory.estimates import GIB
 from wan.memory.planner import Budget
 from wan.tools.doctor import __main__ as doctor
 from wan.tools.doctor import advice, checkpoints, examine, machine, packages
-from wan.tools.doctor.checkpoints import Found
-from wan.tools.doctor.fits import fits
-from wan.tools.doctor.kernels import Kernel, kernels
+from wan.tools.doctor.checkpoints import LocalCheckpoint
+from wan.tools.doctor.fits import memory_fits
+from wan.tools.doctor.kernels import KernelStatus, check_kernels
 from wan.tools.doctor.machine import Card, Machine
-from wan.tools.doctor.packages import Package
+from wan.tools.doctor.packages import PackageStatus
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 H200, RTX4090, RTX3060 = (
@@ -56,11 +56,18 @@ def advised(cards=(H200,), device="cuda", lacks=(), cudnn=None, cached=(), unsee
     """The advice for a machine with these cards, whose optional packages are there but for some."""
     here = Machine(device, tuple(cards), "580.1", unseen, 8, host * 1.05, host, "3.12", "2.13", "13.0")
     budget = budget_of(here.card.free_gib, host, here.host_gib) if here.card else None
-    kinds = fits(budget, here.card.gib, "torchao" not in lacks) if here.card else ()
-    found = [Package(name, "", False, "1", "", f"pip install {how}") for name, (_, how) in packages.OPTIONAL.items()]
-    found = [Package(one.name, "", False, None, "missing", one.install) if one.name in lacks else one for one in found]
-    known = Kernel("cudnn", cudnn is None, cudnn or "passes its check", True), Kernel("flex", True, "", False)
-    return advice.advise(here, known, tuple(found), kinds, tuple(Found(name, "", "") for name in cached))
+    kinds = memory_fits(budget, here.card.gib, "torchao" not in lacks) if here.card else ()
+    found = [
+        PackageStatus(name, "", False, "1", "", f"pip install {how}") for name, (_, how) in packages.OPTIONAL.items()
+    ]
+    found = [
+        PackageStatus(one.name, "", False, None, "missing", one.install) if one.name in lacks else one for one in found
+    ]
+    known = (
+        KernelStatus("cudnn", cudnn is None, cudnn or "passes its check", True),
+        KernelStatus("flex", True, "", False),
+    )
+    return advice.advise(here, known, tuple(found), kinds, tuple(LocalCheckpoint(name, "", "") for name in cached))
 
 
 def test_as_a_program_it_says_all_for_people_and_for_programs(run):
@@ -156,8 +163,8 @@ def test_packages_that_are_old_or_missing(monkeypatch):
 
     monkeypatch.setattr(packages, "version", version)
     monkeypatch.setattr(packages, "_import_fault", lambda module: "")
-    found = packages.packages()
-    assert packages.needed_faults(found) == ['torch: 2.7.1+cu126 is older than 2.8; pip install "torch>=2.8"']
+    found = packages.check_packages()
+    assert packages.needed_faults(found) == ['torch: 2.7.1+cu126 is older than 2.8; pip install "torch>=2.8,<2.14"']
     assert {one.name: one.problem for one in found if one.problem and not one.needed} == {"peft": "missing"}
 
 
@@ -172,15 +179,15 @@ def test_optional_packages_say_all_that_they_are_for(run):
 def test_versions_are_read_as_the_project_and_as_its_metadata_write_them():
     assert packages._split("torchao>=0.15") == ("torchao", "0.15")
     assert packages._split("diffusers>=0.42,<0.43") == packages._split("diffusers<0.43,>=0.42")
-    newest = packages._look("PyYAML", "1.0,<2.0", "", True, "PyYAML")
-    oldest = packages._look("PyYAML", "99.0,<100.0", "", True, "PyYAML")
+    newest = packages._look_up("PyYAML", "1.0,<2.0", "", True, "PyYAML")
+    oldest = packages._look_up("PyYAML", "99.0,<100.0", "", True, "PyYAML")
     assert not newest.problem and oldest.problem.endswith("older than 99.0")
     assert oldest.install == 'pip install "PyYAML>=99.0,<100.0"'
 
 
 def test_what_fits_follows_the_memory():
     def plans(free, host):
-        return {(one.model, one.size[1]): one for one in fits(budget_of(free, host, host), free * 1.02, True)}
+        return {(one.model, one.size[1]): one for one in memory_fits(budget_of(free, host, host), free * 1.02, True)}
 
     assert all(one.is_plain for one in plans(139, 200).values())
     large, small = plans(23, 120), plans(11.2, 60)
@@ -213,7 +220,9 @@ def test_a_run_that_would_move_models_to_host_memory_gets_a_plan():
     # Of 50 GiB the planner leaves all on the GPU; a run without it would offload, here to a host that is too small.
     card = Card("50 GiB", 50.5, 50.0, (8, 9))
     (large,) = [
-        one for one in fits(budget_of(50.0, 20.0, 24.0), card.gib, True) if (one.model, one.size[1]) == ("14B", 720)
+        one
+        for one in memory_fits(budget_of(50.0, 20.0, 24.0), card.gib, True)
+        if (one.model, one.size[1]) == ("14B", 720)
     ]
     assert not large.plan.in_turns and large.crowded and not large.is_plain
     assert advised((card,), host=20.0).commands[0].endswith(" --config nabla_0.7.yaml --memory auto")
@@ -243,28 +252,30 @@ def test_a_card_that_torch_does_not_see(monkeypatch):
     monkeypatch.setattr(machine, "_driver", lambda: "580.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built without CUDA; install one with it" in machine.machine(CPU).unseen
+    assert "is built without CUDA; install one with it" in machine.inspect_machine(CPU).unseen
 
 
 def test_checkpoints_are_found_and_their_faults_named(random_nano, damaged, monkeypatch):
-    assert checkpoints._lack(random_nano) == ""
+    assert checkpoints._problem_of(random_nano) == ""
     (damaged / "Wan2.1_VAE.pth").unlink()
-    assert checkpoints._lack(damaged) == "Wan2.1_VAE.pth is missing"
+    assert checkpoints._problem_of(damaged) == "Wan2.1_VAE.pth is missing"
     next(damaged.glob("*.safetensors")).unlink()
-    assert "the checkpoint is incomplete" in checkpoints._lack(damaged)
-    names = {one.name: one.problem for one in checkpoints.checkpoints()}
+    assert "the checkpoint is incomplete" in checkpoints._problem_of(damaged)
+    names = {one.name: one.problem for one in checkpoints.find_checkpoints()}
     assert names["checkpoints/wan-shapes"] == ""
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda name, **_: random_nano)
     assert {"ai-forever/Wan2.1-T2V-14B-NABLA-0.7", "Wan-AI/Wan2.1-T2V-1.3B"} < {
-        one.name for one in checkpoints.checkpoints() if one.folder == str(random_nano) and not one.problem
+        one.name for one in checkpoints.find_checkpoints() if one.folder == str(random_nano) and not one.problem
     }
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_kernel_that_is_installed_passes():
-    facts, broken = examine.examine(packages.packages(), None, check=True)
+    facts, broken = examine.examine(packages.check_packages(), None, check=True)
     assert broken == [] and facts["machine"].driver and facts["machine"].card.gib > 1
     for kernel in facts["kernels"]:
         is_missing = backends.BACKENDS[kernel.name].unsupported_reason(GPU, 64)
         assert kernel.usable if not is_missing else kernel.note == is_missing
-    assert [one.name for one in kernels(GPU) if one.chosen] == [next(k.name for k in facts["kernels"] if k.usable)]
+    assert [one.name for one in check_kernels(GPU) if one.chosen] == [
+        next(k.name for k in facts["kernels"] if k.usable)
+    ]

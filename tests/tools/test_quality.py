@@ -16,7 +16,7 @@ from places import ROOT
 import nabla
 from nabla import NablaConfig
 from wan.shapes.accuracy import each_by
-from wan.tools.quality import kept_mass, psnr, ssim
+from wan.tools.quality import density_and_mass, psnr, ssim
 
 SCRIPT = ROOT / "scripts" / "measure_quality.py"
 
@@ -37,7 +37,7 @@ def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
     monkeypatch.setattr("wan.tools.quality.PAIRS", 2**14)
     q, k = torch.randn(2, 1, math.prod(grid), 3, 16, generator=torch.Generator().manual_seed(0))
     config = NablaConfig(keep=0.4)
-    kept, mass = kept_mass(q, k, grid, config)
+    kept, mass = density_and_mass(q, k, grid, config)
     blocks = nabla.select_blocks(q, k, grid, config)
     slots = nabla.plan(grid, config, "cpu").selection.layout.slot // 64
     allowed = blocks[:, :, slots][..., slots]

@@ -13,13 +13,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nabla import InputError
 from wan import WanT2V
 from wan.caches.step_cache import calibrated
 from wan.config.settings import Settings
 from wan.files.video import check_writable, write_json
 from wan.memory.budget import check_memory, parse_memory
-from wan.observe.console import log_to_stderr, say
+from wan.observe.console import log_to_stderr
 from wan.parallel.distributed import pick_device
 from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings
 from wan.run.flags import parse_args as parse_run
@@ -30,19 +29,16 @@ from wan.run.run import Request, settle, unexpected
 log = logging.getLogger("wan")
 
 # What generate.py does and this does not.
-UNFIT = "task cache save_dir log_file report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
+UNSUPPORTED_FLAGS = "task cache save_dir log_file report cfg_size ulysses_size replicas t5_fsdp dit_fsdp".split()
 
 
 def main() -> int:
+    """Measure and write the ratios that the flags ask for. Raises `InputError` for what cannot be."""
     args = parse_args()
     log_to_stderr()
-    try:
-        check_writable(args.out, "--out")
-        result = measure(args)
-        write_json(args.out, result)
-    except InputError as error:
-        say(f"error: {error}")
-        return 2
+    check_writable(args.out, "--out")
+    result = measure(args)
+    write_json(args.out, result)
     print(f"{args.out}: {', '.join(f'{ratio:.4f}' for ratio in result['ratios'])}")
     return 0
 
@@ -58,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     own, rest = parser.parse_known_args()
     steps = [] if own.steps is None else ["--sample_steps", own.steps]
     args = parse_run([*rest, *steps, "--prompt_file", own.prompt_file])
-    for name in UNFIT:
+    for name in UNSUPPORTED_FLAGS:
         if getattr(args, name):
             parser.error(f"--{name} is not for measuring ratios; leave it out")
     return argparse.Namespace(**vars(args) | {"out": own.out, "seed": own.seed})
@@ -82,16 +78,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for line in unexpected(checkpoint, every[0]):
         log.warning("warning: %s", line)
     pipe = load(checkpoint, every, device, options)
-    made = []
+    sampled = []
     with calibrated(pipe.transformer) as calibration:
         for number, settings in enumerate(every):
             given = settings.sampling.seed
             seed = args.seed + number if given in (None, -1) else given
             sample(pipe, settings, seed)
             video = {"size": list(settings.video.size), "frame_num": settings.video.frame_num, "seed": seed}
-            made.append({"prompt": settings.prompt, "negative_prompt": settings.sampling.negative_prompt} | video)
+            sampled.append({"prompt": settings.prompt, "negative_prompt": settings.sampling.negative_prompt} | video)
         ratios = calibration.ratios()
-    return {"ratios": ratios, "measured_on": conditions(every[0]), "videos": made}
+    return {"ratios": ratios, "measured_on": conditions(every[0]), "videos": sampled}
 
 
 def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:

@@ -19,13 +19,14 @@ from nabla import NablaConfig
 from nabla.rotary import Rotary, rotate
 from nabla.tiling import TileLayout
 
-# Of SSIM (Wang et al. 2004, "Image quality assessment"): the window's width and deviation, and what keeps it stable.
-WINDOW, DEVIATION = 11, 1.5
-STABLE_MEAN, STABLE_DEVIATION = 0.01**2, 0.03**2
+# Of SSIM (Wang et al. 2004, "Image quality assessment"): the window's width and standard deviation, and what keeps a
+# division by next to nothing stable.
+WINDOW, STD = 11, 1.5
+STABLE_MEAN, STABLE_STD = 0.01**2, 0.03**2
 # Token pairs scored at once.
 PAIRS = 2**27
 
-# For each layer, a pair of `kept_mass` for each forward.
+# For each layer, a pair of `density_and_mass` for each forward.
 Masses = dict[int, list[tuple[Tensor, Tensor]]]
 
 
@@ -38,7 +39,7 @@ def psnr(video: Tensor, other: Tensor) -> float:
 def ssim(video: Tensor, other: Tensor) -> float:
     """Structural similarity of two uint8 videos (frames, H, W, 3), mean over pixels, colours and frames; 1 if equal."""
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=video.device) - WINDOW // 2
-    row = torch.exp(-(offsets**2) / (2 * DEVIATION**2))
+    row = torch.exp(-(offsets**2) / (2 * STD**2))
     row = (row / row.sum())[None, None, None]
 
     def mean(values: Tensor) -> Tensor:
@@ -49,12 +50,12 @@ def ssim(video: Tensor, other: Tensor) -> float:
     variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
     means = (2 * mean_x * mean_y + STABLE_MEAN) / (mean_x**2 + mean_y**2 + STABLE_MEAN)
-    deviations = (2 * covariance + STABLE_DEVIATION) / (variance_x + variance_y + STABLE_DEVIATION)
-    return (means * deviations).mean().item()
+    structures = (2 * covariance + STABLE_STD) / (variance_x + variance_y + STABLE_STD)
+    return (means * structures).mean().item()
 
 
 @torch.no_grad()
-def kept_mass(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> tuple[Tensor, Tensor]:
+def density_and_mass(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaConfig) -> tuple[Tensor, Tensor]:
     """The share of blocks that each head keeps, and of true attention that these hold: (heads,) float32 each.
 
     q, k: (B, S, heads, D) in raster order, turned by their angles already; the means over all queries and the batch
@@ -75,8 +76,8 @@ def kept_mass(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: NablaCon
 
 
 @contextmanager
-def mass_of_layers(transformer: WanTransformer3DModel, config: NablaConfig) -> Iterator[Masses]:
-    """Measure, in every forward within, what `kept_mass` says of each layer.
+def measure_mass(transformer: WanTransformer3DModel, config: NablaConfig) -> Iterator[Masses]:
+    """Measure, in every forward within, what `density_and_mass` says of each layer.
 
     The transformer's blocks must not be compiled; what it attends by is not changed.
     """
@@ -93,7 +94,7 @@ def mass_of_layers(transformer: WanTransformer3DModel, config: NablaConfig) -> I
             rotate(norm(linear(hidden)).unflatten(2, (attention.heads, -1)), Rotary(*rotary))
             for norm, linear in ((attention.norm_q, attention.to_q), (attention.norm_k, attention.to_k))
         )
-        found[layer].append(kept_mass(q, k, tuple(grid), config))
+        found[layer].append(density_and_mass(q, k, tuple(grid), config))
 
     hooks = [transformer.register_forward_pre_hook(see_grid, with_kwargs=True)]
     for layer, block in enumerate(transformer.blocks):

@@ -22,24 +22,20 @@ from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
 from wan.config.settings import changed
 from wan.files.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
-from wan.observe.console import say
 from wan.parallel.distributed import pick_device
 from wan.shapes.accuracy import each_by, make_videos, shares
 from wan.shapes.measure import score
 from wan.shapes.sentences import of_shapes, read_sentences
-from wan.tools.quality import mass_of_layers, psnr, ssim
+from wan.tools.quality import measure_mass, psnr, ssim
 
 # Of a picture: sentences in it, and how many pixels high a video is.
 PICTURED, PICTURE_HEIGHT = 4, 96
 
 
 def main() -> int:
+    """Measure what the flags ask for, and print it. Raises `InputError` for what cannot be."""
     args = parse_args()
-    try:
-        rows = measure(args)
-    except InputError as error:
-        say(f"error: {error}")
-        return 2
+    rows = measure(args)
     print(json.dumps({"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}))
     return 0
 
@@ -92,7 +88,7 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
         check_encoder()
     if args.picture:
         check_writable(args.picture)
-    prompts, wanted = zip(*asked_for(args))
+    prompts, wanted = zip(*read_prompts(args))
     opened, first, rows, strips = None, None, [], []
     for name, config, folder in attentions:
         folder = folder or args.ckpt_dir
@@ -101,7 +97,7 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
         apply_attention(pipe.transformer, config)
         videos: list[Tensor] = []
         # Measured while others are made.
-        results = list(each(score, kept_in(videos, make_videos(pipe, prompts, args.seed, args.batch)), wanted))
+        results = list(each(score, collect_into(videos, make_videos(pipe, prompts, args.seed, args.batch)), wanted))
         row = {"attention": name} | {key: round(value, 4) for key, value in shares(results).items()}
         if first is None:
             first = videos
@@ -110,7 +106,7 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
                 likeness = [measure_of(*(one.to(pipe.device) for one in pair)) for pair in zip(videos, first)]
                 row[measure_of.__name__] = round(statistics.mean(likeness), 4)
         if args.mass and not config.is_dense:
-            row |= held(args, pipe, prompts, config)
+            row |= attention_held(args, pipe, prompts, config)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         strips.append(np.concatenate([strip(video) for video in videos[:PICTURED]], axis=1))
@@ -121,14 +117,14 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
     return rows
 
 
-def kept_in(kept: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
+def collect_into(found: list[Tensor], videos: Iterable[Tensor]) -> Iterator[Tensor]:
     """The videos, each put into a list on its way."""
     for video in videos:
-        kept.append(video)
+        found.append(video)
         yield video
 
 
-def asked_for(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
+def read_prompts(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
     """Sentences and what they say of shapes."""
     if args.sentences is None:
         return of_shapes(args.count, args.seed if args.sentence_seed is None else args.sentence_seed, args.split)
@@ -152,9 +148,11 @@ def strip(video: Tensor) -> np.ndarray:
     return torch.cat(list(small), 2).permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
-def held(args: argparse.Namespace, pipe: WanT2V, prompts: tuple[str, ...], config: NablaConfig) -> dict[str, float]:
+def attention_held(
+    args: argparse.Namespace, pipe: WanT2V, prompts: tuple[str, ...], config: NablaConfig
+) -> dict[str, float]:
     """Shares of blocks kept and of attention held, over layers, heads, steps and some sentences."""
-    with mass_of_layers(pipe.transformer, config) as found:
+    with measure_mass(pipe.transformer, config) as found:
         for _ in make_videos(pipe, prompts[: args.mass], args.seed, 1):
             pass
     kept, mass = (torch.stack([pair[n] for layer in found.values() for pair in layer]) for n in (0, 1))

@@ -15,7 +15,7 @@ from nabla.attention import Plan, choose_block_mask, tiles_and_means
 from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
-from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, timed
+from wan.tools.benchmark.timing import Row, dense_kernels, label, sparse_configs, timed
 
 
 def random_qkv(args: argparse.Namespace, grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
@@ -31,7 +31,7 @@ def mask_mode(args: argparse.Namespace, videos: list[VideoSettings], device: tor
     for video in videos:
         grid, name = video.token_grid, label(video)
         q, k, _ = random_qkv(args, grid)
-        for config in [*configs(args), NablaConfig(threshold=0.7, backend=args.backend)]:
+        for config in [*sparse_configs(args), NablaConfig(threshold=0.7, backend=args.backend)]:
             plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1])
             selection, backend = plan.selection, BACKENDS[plan.backend]
             means = [tiles_and_means(x, selection.layout)[1] for x in (q, k)]

@@ -23,7 +23,7 @@ from wan.models.wan.random_checkpoint import random_transformer
 from wan.quantize.float8 import apply_fp8
 from wan.run.ratios import measured_otherwise
 from wan.shapes.sentences import of_shapes
-from wan.tools.benchmark.timing import Row, configs, label, peak, reset_peak, row_of
+from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, row_of, sparse_configs
 from wan.tools.benchmark.transformer import step_row
 from wan.tools.quality import psnr
 
@@ -46,14 +46,14 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
         print(apply_fp8(transformer).describe())
     compile_blocks(transformer)
     for video in videos:
-        for config in [*([] if args.no_dense else [NablaConfig()]), *configs(args)]:
+        for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:
             apply_attention(transformer, config)
             name = f"{label(video)}: a step, {config.algorithm}{' fp8' if args.fp8 else ''}"
-            plain = step_of(args, name, transformer, video)
+            plain = cached_step_row(args, name, transformer, video)
             yield plain
             for kind in KINDS:
                 for what, settings in extremes(kind).items():
-                    row = step_of(args, f"{name}, {kind}, {what}", transformer, video, settings)
+                    row = cached_step_row(args, f"{name}, {kind}, {what}", transformer, video, settings)
                     yield row | {"of_uncached": round(row["ms"] / plain["ms"], 4)}
 
 
@@ -67,7 +67,7 @@ def extremes(kind: str) -> dict[str, CacheSettings]:
     return {"nothing reused": never, "reused": always}
 
 
-def step_of(
+def cached_step_row(
     args: argparse.Namespace,
     what: str,
     transformer: WanTransformer3DModel,
@@ -77,11 +77,11 @@ def step_of(
     """`step_row` with a cache."""
     reset_peak(args)
     if settings is None:
-        return step_row(args, what, transformer, video)[0] | peak(args)
+        return step_row(args, what, transformer, video)[0] | peak_memory(args)
     cache = apply_cache(transformer, settings)
     cache.begin(args.steps, dense_steps=0)
     row, _ = step_row(args, what, transformer, video, in_branch=cache.branch)
-    row |= {"reused": f"{cache.reused} of {cache.forwards}"} | peak(args)
+    row |= {"reused": f"{cache.reused} of {cache.forwards}"} | peak_memory(args)
     remove_cache(transformer)
     return row
 
@@ -93,7 +93,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     threshold 0 shows what it changes that guidance branches run apart, which on a GPU may else be one batch.
     """
     # Wrong ones are found before anything is loaded.
-    list(asked(args.cache, [1.0]))
+    list(parse_caches(args.cache, [1.0]))
     pipe = WanT2V.from_pretrained(
         args.ckpt_dir,
         args.sparse_algo,
@@ -109,31 +109,32 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
     with calibrated(pipe.transformer) as calibration:
         others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
-        sampled(pipe, others, SEED - 2)
+        sample_videos(pipe, others, SEED - 2)
         ratios = calibration.ratios()
     # Both ways of guidance are warm then.
-    sampled(pipe, others[:1], SEED - 2)
+    sample_videos(pipe, others[:1], SEED - 2)
     what = f"{label(pipe.video)}: {pipe.sampling.steps} steps, {pipe.transformer.nabla.config.algorithm}"
-    exact, times = sampled(pipe, prompts, SEED)
+    exact, times = sample_videos(pipe, prompts, SEED)
     plain = row_of(what, times)
     yield plain
     attention = pipe.transformer.nabla.config
     run = Settings(args.ckpt_dir, prompts[0], fp8=args.fp8, attention=attention, sampling=pipe.sampling)
-    for settings in asked(args.cache, ratios):
+    for settings in parse_caches(args.cache, ratios):
         if line := measured_otherwise(replace(run, cache=settings)):
             print(f"warning: {line}", file=sys.stderr)
         cache = apply_cache(pipe.transformer, settings)
         reset_peak(args)
-        cached, times = sampled(pipe, prompts, SEED)
+        cached, times = sample_videos(pipe, prompts, SEED)
         # The count is that of the last video.
         row = row_of(f"{what}, {settings.short}", times)
         row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
-        yield row | {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)} | peak(args)
+        row |= {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)}
+        yield row | peak_memory(args)
     remove_cache(pipe.transformer)
 
 
-def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
+def parse_caches(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
     """What `--cache` names, `mag` with the ratios measured unless it names a file of its own."""
     for given in caches:
         kind, *others = given.split(":")
@@ -144,7 +145,7 @@ def asked(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:
         yield settings
 
 
-def sampled(pipe: WanT2V, prompts: list[str], seed: int) -> tuple[list[Tensor], list[float]]:
+def sample_videos(pipe: WanT2V, prompts: list[str], seed: int) -> tuple[list[Tensor], list[float]]:
     """A video a prompt, (frames, H, W, 3) uint8, and the milliseconds that each took to sample."""
     videos, times = [], []
     for number, prompt in enumerate(prompts):

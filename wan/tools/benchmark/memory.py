@@ -36,7 +36,7 @@ from wan.models.wan.random_checkpoint import (
 )
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.quantize.packing import check_packing, make_packer
-from wan.tools.benchmark.timing import Row, configs, label, synchronize, timed
+from wan.tools.benchmark.timing import Row, label, sparse_configs, synchronize, timed
 from wan.tools.benchmark.transformer import TEXT_ROWS, random_inputs
 
 # A budget that no machine has, for devices without a limit.
@@ -49,7 +49,7 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
     """For each video: all that the GPU has, then each budget. Rows of a forward compare with the first one."""
     if device.type == "cuda":
         yield _link_row(args, device)
-    config = configs(args)[0]
+    config = sparse_configs(args)[0]
     for video in videos:
         free: dict[str, float] = {}
         for given in [None, *args.budget]:

@@ -24,11 +24,11 @@ from wan.parallel.distributed import DistributedContext, started_by_torchrun
 from wan.parallel.layout import ParallelLayout
 from wan.parallel.ulysses import apply_fsdp, apply_sequence, gather_guidance, interleaved
 from wan.sampling.loop import denoise, make_solver
-from wan.tools.benchmark.timing import Row, configs, label, peak, reset_peak, timed
+from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, sparse_configs, timed
 from wan.tools.benchmark.transformer import random_inputs
 
 # Half of the heads keep about the first share of blocks, half the second, in order of their numbers.
-UNEVEN_SHARES = 0.05, 0.35
+UNEVEN_DENSITIES = 0.05, 0.35
 UNEVEN_THRESHOLD = 0.7
 # Logarithm of the greatest factor on queries, and how often the range up to it is halved.
 MOST_SHARPENED, CALIBRATION_ROUNDS = 6.0, 8
@@ -49,7 +49,7 @@ def parallel_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
                 gc.collect()
 
 
-def model(
+def build_model(
     args: argparse.Namespace, distributed: DistributedContext, layers: int | None = None
 ) -> WanTransformer3DModel:
     dtype = getattr(torch, args.dtype)
@@ -59,7 +59,7 @@ def model(
     return transformer
 
 
-def shared_by_all(distributed: DistributedContext) -> DeviceMesh:
+def init_ulysses_mesh(distributed: DistributedContext) -> DeviceMesh:
     distributed.init_meshes(ParallelLayout(ulysses=distributed.world_size))
     return distributed.ulysses_mesh
 
@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace, what: str, function: Callable[[], object],
         function()
     dist.barrier()
     reset_peak(args)
-    row = timed(what, function, args, warm=False) | peak(args)
+    row = timed(what, function, args, warm=False) | peak_memory(args)
     # Those that share work take as long as the slowest GPU, and GPUs of a kind differ.
     every = [0.0] * dist.get_world_size()
     dist.all_gather_object(every, row["ms"])
@@ -79,16 +79,16 @@ def compare(args: argparse.Namespace, what: str, function: Callable[[], object],
 
 
 def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
-    transformer = model(args, distributed)
+    transformer = build_model(args, distributed)
     inputs = random_inputs(transformer, video, 1)
     forward = partial(transformer, *inputs, return_dict=False)
-    every = [*([] if args.no_dense else [NablaConfig()]), *configs(args)]
+    every = [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]
     alone = {}
     for config in every:
         apply_attention(transformer, config)
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
-    apply_sequence(transformer, shared_by_all(distributed))
+    apply_sequence(transformer, init_ulysses_mesh(distributed))
     for config in every:
         apply_attention(transformer, config)
         what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
@@ -102,11 +102,11 @@ def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: 
 def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """Half the heads sparse, half dense, in adjacent order: as they come, dealt out in turn, and by what they kept."""
     config = NablaConfig(threshold=UNEVEN_THRESHOLD, backend=args.backend)
-    mesh = shared_by_all(distributed)
-    transformer = model(args, distributed)
+    mesh = init_ulysses_mesh(distributed)
+    transformer = build_model(args, distributed)
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     apply_attention(transformer, config)
-    calibrate(transformer, forward)
+    calibrate_densities(transformer, forward)
     alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
     yield alone
     apply_sequence(transformer, mesh)
@@ -125,13 +125,13 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
         yield row | {"kept_here": round(kept.mean().item(), 3)}
 
 
-def calibrate(transformer: WanTransformer3DModel, forward: Callable[[], object]) -> None:
-    """Set the norms of queries so that each head keeps its share of `UNEVEN_SHARES`, nearly, by bisection."""
+def calibrate_densities(transformer: WanTransformer3DModel, forward: Callable[[], object]) -> None:
+    """Set the norms of queries so that each head keeps its share of `UNEVEN_DENSITIES`, nearly, by bisection."""
     modules = [block.attn1 for block in transformer.blocks]
     heads, device = modules[0].heads, modules[0].norm_q.weight.device
     for module in modules:
         module.nabla_share = torch.ones(heads, device=device)
-    few, many = UNEVEN_SHARES
+    few, many = UNEVEN_DENSITIES
     wanted = torch.where(torch.arange(heads, device=device) < heads // 2, few, many)
     low = torch.zeros(len(modules), heads, device=device)
     high = torch.full_like(low, MOST_SHARPENED)
@@ -149,7 +149,7 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
     """A guided step: both branches in turn, and side by side on two GPUs."""
     if distributed.world_size % 2:
         return
-    transformer = model(args, distributed)
+    transformer = build_model(args, distributed)
     inputs = random_inputs(transformer, video, 1)
     distributed.init_meshes(ParallelLayout(cfg=2, replicas=distributed.world_size // 2))
     branches = distributed.cfg_mesh
@@ -157,7 +157,7 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
     def forward() -> Tensor:
         return transformer(*inputs, return_dict=False)[0].float()
 
-    for config in configs(args):
+    for config in sparse_configs(args):
         apply_attention(transformer, config)
         what = f"{label(video)}: guided step, {config.algorithm}"
         alone = compare(args, f"{what}, one GPU", lambda: (forward(), forward()))
@@ -167,31 +167,31 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
 
 def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """PSNR of the video of all GPUs to that of one, from the same noise."""
-    transformer = model(args, distributed)
+    transformer = build_model(args, distributed)
     latents, _, context = random_inputs(transformer, video, 1)
 
     def sample() -> Tensor:
         solver = make_solver("unipc", args.steps, 5.0, distributed.device)
         return denoise(transformer, latents.float(), context, -context, solver, 5.0)
 
-    apply_attention(transformer, configs(args)[0])
+    apply_attention(transformer, sparse_configs(args)[0])
     alone = sample()
-    apply_sequence(transformer, shared_by_all(distributed))
-    apply_attention(transformer, configs(args)[0])
+    apply_sequence(transformer, init_ulysses_mesh(distributed))
+    apply_attention(transformer, sparse_configs(args)[0])
     shared = sample()
     vae = random_vae(args.model, distributed.device)
     error = (decode(vae, alone) - decode(vae, shared)).square().mean().item()
     psnr = round(10 * math.log10(4 / max(error, 1e-12)), 1)
     change = round(((alone - shared).norm() / alone.norm()).item(), 5)
-    what = f"{label(video)}: {args.steps} guided steps, {configs(args)[0].algorithm}, one GPU and ulysses"
+    what = f"{label(video)}: {args.steps} guided steps, {sparse_configs(args)[0].algorithm}, one GPU and ulysses"
     yield {"what": what, "ms": 0.0, "low": 0.0, "high": 0.0, "psnr": psnr, "change_of_latents": change}
 
 
 def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
-    transformer = model(args, distributed)
+    transformer = build_model(args, distributed)
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
-    config = configs(args)[0]
-    mesh = shared_by_all(distributed)
+    config = sparse_configs(args)[0]
+    mesh = init_ulysses_mesh(distributed)
     apply_sequence(transformer, mesh)
     apply_attention(transformer, config)
     what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"

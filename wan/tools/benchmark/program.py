@@ -15,12 +15,11 @@ import platform
 
 import torch
 
-from nabla import InputError
 from wan.attention.apply import many_compiles
 from wan.config.cache_settings import THRESHOLDS
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
-from wan.observe.console import positive, say
+from wan.observe.console import positive
 from wan.quantize.float8 import check_fp8
 from wan.run.making import installed_versions
 from wan.tools.benchmark.attention import attention_mode, mask_mode
@@ -50,24 +49,23 @@ PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a mode and print its rows. Raises `InputError` for settings that are not allowed or cannot run here."""
     args = parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
-    try:
-        sizes = itertools.product(args.size or [], args.frame_num or [])
-        videos = [VideoSettings(size, frames) for size, frames in sizes]
-        if args.fp8:
-            check_fp8(torch.device(args.device), getattr(torch, args.dtype))
-        rows = []
-        with many_compiles():
-            for row in MODES[args.mode](args, videos, torch.device(args.device)):
-                if is_first:
-                    print(line(row), flush=True)
-                rows.append(row)
-    except InputError as error:
-        say(f"error: {error}")
-        return 2
+    sizes = itertools.product(args.size or [], args.frame_num or [])
+    videos = [VideoSettings(size, frames) for size, frames in sizes]
+    if args.fp8:
+        check_fp8(torch.device(args.device), getattr(torch, args.dtype))
+    rows = []
+    with many_compiles():
+        for row in MODES[args.mode](args, videos, torch.device(args.device)):
+            if is_first:
+                print(format_row(row), flush=True)
+            rows.append(row)
     if is_first:
-        print(json.dumps({"mode": args.mode, "settings": vars(args), "machine": machine(args.device), "rows": rows}))
+        print(
+            json.dumps({"mode": args.mode, "settings": vars(args), "machine": machine_facts(args.device), "rows": rows})
+        )
     return 0
 
 
@@ -116,12 +114,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def line(row: Row) -> str:
+def format_row(row: Row) -> str:
     extra = "".join(f"  {key} {value}" for key, value in row.items() if key not in ("what", "ms", "low", "high"))
     return f"{row['what']:<60}  {row['ms']:>10.3f} ms  ({row['low']:.3f} to {row['high']:.3f}){extra}"
 
 
-def machine(device: str) -> dict[str, str]:
+def machine_facts(device: str) -> dict[str, str]:
     """Hardware and versions that a number belongs to."""
     found = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
     found |= installed_versions(PACKAGES)

@@ -46,7 +46,7 @@ def label(video: VideoSettings) -> str:
     return f"{video.size[0]}x{video.size[1]}x{video.frame_num}"
 
 
-def configs(args: argparse.Namespace) -> list[NablaConfig]:
+def sparse_configs(args: argparse.Namespace) -> list[NablaConfig]:
     kept = [NablaConfig(keep=share, backend=args.backend) for share in args.keep]
     return kept + [NablaConfig(threshold=value, backend=args.backend) for value in args.threshold]
 
@@ -66,7 +66,7 @@ def reset_peak(args: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak(args: argparse.Namespace) -> Row:
+def peak_memory(args: argparse.Namespace) -> Row:
     """The most GPU memory that tensors took since `reset_peak`."""
     if not args.device.startswith("cuda"):
         return {}

@@ -18,7 +18,7 @@ from wan.attention.apply import apply_attention, compile_blocks
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.benchmark.attention import random_qkv
-from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, peak, reset_peak, timed
+from wan.tools.benchmark.timing import Row, dense_kernels, label, peak_memory, reset_peak, sparse_configs, timed
 from wan.tools.benchmark.transformer import random_inputs
 
 # Of a model that trains over several GPUs one block stands for all.
@@ -49,7 +49,7 @@ def attention_rows(args: argparse.Namespace, video: VideoSettings, device: torch
         torch._dynamo.reset()
         plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1], trains=True)
         attend = torch.compile(partial(nabla.attend, plan=plan), fullgraph=True, dynamic=False)
-        row = measured(args, what, lambda: attend(q, k, v), [q, k, v], gradient)
+        row = timed_backward(args, what, lambda: attend(q, k, v), [q, k, v], gradient)
         kept = 1 if config.is_dense else config.keep
         return row | {"tflops": round(kept * flops / row["ms"] / 1e9, 1)}
 
@@ -60,7 +60,8 @@ def attention_rows(args: argparse.Namespace, video: VideoSettings, device: torch
         yield row
     for share in args.keep:
         for backend in training_backends(args, q):
-            yield against(dense, row_of(f"{name}, {backend}, keep {share}", NablaConfig(keep=share, backend=backend)))
+            row = row_of(f"{name}, {backend}, keep {share}", NablaConfig(keep=share, backend=backend))
+            yield with_speedup(dense, row)
 
 
 def training_backends(args: argparse.Namespace, q: Tensor) -> list[str]:
@@ -83,7 +84,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
     name = f"{label(video)}: {args.model}, {len(transformer.blocks)} layers"
     name += ", checkpointed" if args.gradient_checkpointing else ""
     dense = None
-    for config in [*([] if args.no_dense else [NablaConfig()]), *configs(args)]:
+    for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:
         torch._dynamo.reset()
         for block in transformer.blocks:
             block.__dict__.pop("forward", None)
@@ -94,7 +95,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
             row = transformer_row(args, f"{name}, {config.algorithm} {kernel}".strip(), transformer, video)
         if config.is_dense:
             dense = row
-        yield row if config.is_dense else against(dense, row)
+        yield row if config.is_dense else with_speedup(dense, row)
 
 
 def transformer_row(
@@ -103,12 +104,12 @@ def transformer_row(
     inputs = random_inputs(transformer, video, 1)
     gradient = torch.randn_like(inputs[0])
     parameters = list(transformer.parameters())
-    row = measured(args, what, lambda: transformer(*inputs, return_dict=False)[0], parameters, gradient)
+    row = timed_backward(args, what, lambda: transformer(*inputs, return_dict=False)[0], parameters, gradient)
     plans = transformer.nabla.plans.values()
     return row | ({"backend": next(iter(plans)).backend} if plans else {})
 
 
-def measured(
+def timed_backward(
     args: argparse.Namespace, what: str, forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor
 ) -> Row:
     """A row of a forward and its backward, beside the time of the forward in it and the memory of both."""
@@ -120,11 +121,11 @@ def measured(
 
     forward_and_backward()
     reset_peak(args)
-    row = timed(what, forward_and_backward, args, warm=False) | peak(args)
+    row = timed(what, forward_and_backward, args, warm=False) | peak_memory(args)
     for leaf in leaves:
         leaf.grad = None
     return row | {"forward_ms": round(timed(what, forward, args)["ms"], 1)}
 
 
-def against(dense: Row | None, row: Row) -> Row:
+def with_speedup(dense: Row | None, row: Row) -> Row:
     return row if dense is None else row | {"speedup": round(dense["ms"] / row["ms"], 2)}

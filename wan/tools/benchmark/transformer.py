@@ -24,7 +24,17 @@ from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.float8 import apply_fp8
 from wan.sampling.loop import denoise, make_solver
-from wan.tools.benchmark.timing import Row, configs, dense_kernels, label, peak, reset_peak, row_of, synchronize, timed
+from wan.tools.benchmark.timing import (
+    Row,
+    dense_kernels,
+    label,
+    peak_memory,
+    reset_peak,
+    row_of,
+    sparse_configs,
+    synchronize,
+    timed,
+)
 
 TEXT_ROWS = 512
 PUBLISHED_STEPS = 50
@@ -56,7 +66,7 @@ def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: 
     exact: dict[str, Tensor] = {}
     dense: dict[str, float] = {}
     for kind, is_dense, transformer in transformers(args, device):
-        for video, config in itertools.product(videos, [NablaConfig()] if is_dense else configs(args)):
+        for video, config in itertools.product(videos, [NablaConfig()] if is_dense else sparse_configs(args)):
             apply_attention(transformer, config)
             kernel, context = next(iter(dense_kernels(device).items())) if is_dense else ("", nullcontext)
             name = f"dense, {kernel}" if is_dense else config.algorithm
@@ -87,7 +97,7 @@ def forward_row(
     graphs = compiled_graphs()
     reset_peak(args)
     row = timed(what, forward, args, warm=False, first_s=first)
-    row |= {"recompiles": compiled_graphs() - graphs} | peak(args)
+    row |= {"recompiles": compiled_graphs() - graphs} | peak_memory(args)
     before = exact.setdefault(what.removesuffix(kind), out)
     if kind:
         row["error_of_fp8"] = round(((out - before).float().norm() / before.float().norm()).item(), 4)
@@ -116,9 +126,9 @@ def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
         decoding = list(decode_rows(args, video, device))
         yield from decoding
         for kind, is_dense, transformer in transformers(args, device):
-            refreshed = [replace(config, mask_refresh=n) for config in configs(args) for n in args.mask_refresh]
+            refreshed = [replace(config, mask_refresh=n) for config in sparse_configs(args) for n in args.mask_refresh]
             last: dict[str, Tensor] = {}
-            for config in [NablaConfig()] if is_dense else [*configs(args), *refreshed]:
+            for config in [NablaConfig()] if is_dense else [*sparse_configs(args), *refreshed]:
                 apply_attention(transformer, config)
                 row, latents = step_row(args, f"{label(video)}: a step, {config.algorithm}{kind}", transformer, video)
                 row["video_s"] = round((PUBLISHED_STEPS * row["ms"] + decoding[-1]["ms"]) / 1000)
@@ -165,4 +175,4 @@ def decode_rows(args: argparse.Namespace, video: VideoSettings, device: torch.de
         reset_peak(args)
         what = f"{label(video)}: decode, {name}, {str(dtype).removeprefix('torch.')}"
         row = timed(what, lambda: decode(vae, latents), args, warm=False, first_s=first)
-        yield row | peak(args) | {"psnr": round(10 * math.log10(4 / max(error, 1e-12)), 1)}
+        yield row | peak_memory(args) | {"psnr": round(10 * math.log10(4 / max(error, 1e-12)), 1)}

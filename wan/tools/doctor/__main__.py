@@ -12,7 +12,7 @@ from typing import Any
 
 from wan.observe.console import exit_with, printable, run_program
 from wan.run.flags import Parser, add_shared
-from wan.tools.doctor.packages import Package, needed_faults, packages
+from wan.tools.doctor.packages import PackageStatus, check_packages, needed_faults
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Print what is found; 1 if something that is needed is broken."""
-    found = packages(args.quick)
+    found = check_packages(args.quick)
     broken = needed_faults(found)
     facts: dict[str, Any] = {"packages": found}
     if not broken:
@@ -50,11 +50,11 @@ def _plain(part: Any) -> Any:
     return [asdict(one) for one in part] if isinstance(part, tuple) else asdict(part)
 
 
-def _text(facts: dict[str, Any], found: tuple[Package, ...], broken: list[str]) -> list[str]:
+def _text(facts: dict[str, Any], found: tuple[PackageStatus, ...], broken: list[str]) -> list[str]:
     from wan.tools.doctor import text
 
-    lines = text.all_but_packages(facts) if len(facts) > 1 else []
-    return [*lines, *text.of_packages(found), *text.ending(facts.get("advice"), broken)]
+    lines = text.fact_lines(facts) if len(facts) > 1 else []
+    return [*lines, *text.package_lines(found), *text.closing_lines(facts.get("advice"), broken)]
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wan.quantize.float8 import ADA
-from wan.tools.doctor.checkpoints import Found
-from wan.tools.doctor.fits import Fit
-from wan.tools.doctor.kernels import Kernel
+from wan.tools.doctor.checkpoints import LocalCheckpoint
+from wan.tools.doctor.fits import MemoryFit
+from wan.tools.doctor.kernels import KernelStatus
 from wan.tools.doctor.machine import Machine
-from wan.tools.doctor.packages import IS_SOURCE, Package
+from wan.tools.doctor.packages import IS_SOURCE, PackageStatus
 
 # An installed one is a module.
 PROGRAM = "generate.py" if IS_SOURCE else "-m generate"
@@ -35,10 +35,10 @@ class Advice:
 
 def advise(
     machine: Machine,
-    kernels: tuple[Kernel, ...],
-    packages: tuple[Package, ...],
-    fits: tuple[Fit, ...],
-    checkpoints: tuple[Found, ...],
+    kernels: tuple[KernelStatus, ...],
+    packages: tuple[PackageStatus, ...],
+    fits: tuple[MemoryFit, ...],
+    checkpoints: tuple[LocalCheckpoint, ...],
 ) -> Advice:
     chosen = _choose(fits)
     if chosen is None:
@@ -48,12 +48,12 @@ def advise(
     return Advice(commands, why, tuple(_faster(machine, kernels, packages, chosen)))
 
 
-def _choose(fits: tuple[Fit, ...]) -> Fit | None:
+def _choose(fits: tuple[MemoryFit, ...]) -> MemoryFit | None:
     possible = [fit for key in PREFERENCE for fit in fits if (fit.model, fit.size) == key and fit.plan is not None]
     return next((fit for fit in possible if fit.plan.slowdown <= SLOW), possible[0] if possible else None)
 
 
-def _command(machine: Machine, fit: Fit) -> str:
+def _command(machine: Machine, fit: MemoryFit) -> str:
     # One that is named by its number is to run alone, and a plan of memory is for one.
     count = 1 if ":" in machine.device or not fit.is_plain else len(machine.cards)
     start = "python" if count == 1 else f"torchrun --nproc_per_node={count}"
@@ -64,7 +64,7 @@ def _command(machine: Machine, fit: Fit) -> str:
     return f"{start} {PROGRAM} {PROMPT} {what}{size}{flags}{device}"
 
 
-def _why(fit: Fit, checkpoints: tuple[Found, ...]) -> str:
+def _why(fit: MemoryFit, checkpoints: tuple[LocalCheckpoint, ...]) -> str:
     name = TUNED if fit.model == "14B" else SMALL_NAME
     here = any(one.name == name and not one.problem for one in checkpoints)
     source = "which is here already" if here else "which is downloaded on first use"
@@ -84,7 +84,7 @@ def _why_shapes(machine: Machine) -> str:
 
 
 def _faster(
-    machine: Machine, kernels: tuple[Kernel, ...], packages: tuple[Package, ...], chosen: Fit | None
+    machine: Machine, kernels: tuple[KernelStatus, ...], packages: tuple[PackageStatus, ...], chosen: MemoryFit | None
 ) -> list[str]:
     if machine.card is None:
         there = f"the GPU that is there, {machine.cards[0].name}: --device cuda" if machine.cards else machine.unseen
@@ -117,5 +117,5 @@ def _can_fp8(machine: Machine) -> bool:
     return machine.card is not None and machine.card.capability >= ADA
 
 
-def _problem(packages: tuple[Package, ...], name: str) -> str:
+def _problem(packages: tuple[PackageStatus, ...], name: str) -> str:
     return next(one.problem for one in packages if one.name == name)

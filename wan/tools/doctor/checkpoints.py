@@ -19,7 +19,7 @@ OTHER_HUB_NAMES = ("Wan-AI/Wan2.1-T2V-1.3B",)
 
 
 @dataclass(frozen=True)
-class Found:
+class LocalCheckpoint:
     """problem: what it lacks, or \"\""""
 
     name: str
@@ -27,10 +27,10 @@ class Found:
     problem: str
 
 
-def checkpoints() -> tuple[Found, ...]:
+def find_checkpoints() -> tuple[LocalCheckpoint, ...]:
     """Those that are there, first the one that comes with the program's source."""
     folder = ROOT / SHIPPED
-    shipped = [Found(str(SHIPPED), str(folder), _lack(folder))] if IS_SOURCE else []
+    shipped = [LocalCheckpoint(str(SHIPPED), str(folder), _problem_of(folder))] if IS_SOURCE else []
     return *shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
 
 
@@ -40,16 +40,16 @@ def hub_names() -> list[str]:
     return list(dict.fromkeys([*(name for name in named if name), *OTHER_HUB_NAMES]))
 
 
-def _cached(name: str) -> Found | None:
+def _cached(name: str) -> LocalCheckpoint | None:
     try:
         patterns = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return Found(name, str(folder), _lack(folder))
+    return LocalCheckpoint(name, str(folder), _problem_of(folder))
 
 
-def _lack(folder: Path) -> str:
+def _problem_of(folder: Path) -> str:
     """What a checkpoint's folder lacks, in one line."""
     try:
         checkpoint = Checkpoint.open(folder)

@@ -19,7 +19,7 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """A video of 81 frames: how it would be made.
 
     plan: None if it does not fit, and then why
@@ -45,7 +45,7 @@ class Fit:
         return not self.plan.in_turns and self.plan.packing is self.plan.text_packing is None
 
 
-def fits(budget: Budget, gib: float, can_pack: bool) -> tuple[Fit, ...]:
+def memory_fits(budget: Budget, gib: float, can_pack: bool) -> tuple[MemoryFit, ...]:
     """The plans of each model and size on a GPU, in bfloat16 unless another precision is part of them.
 
     gib: of the GPU, used memory included; can_pack: whether torchao is there
@@ -54,13 +54,13 @@ def fits(budget: Budget, gib: float, can_pack: bool) -> tuple[Fit, ...]:
     return tuple(_fit(model, VideoSettings(size), budget, total, can_pack) for model in NAMES for size in SIZES)
 
 
-def _fit(model: str, video: VideoSettings, budget: Budget, total: int, can_pack: bool) -> Fit:
+def _fit(model: str, video: VideoSettings, budget: Budget, total: int, can_pack: bool) -> MemoryFit:
     sizes = MODELS[model]
     transformer, text, vae_bytes = weigh_models(sizes, DTYPE)
     try:
         plan = choose(transformer, text, vae_bytes, work_for(sizes, video, DTYPE), budget, can_pack=can_pack)
     except InputError as error:
-        return Fit(NAMES[model], video.size, None, str(error))
+        return MemoryFit(NAMES[model], video.size, None, str(error))
     # A run without a plan reckons with the VAE in the dtype of the others.
     unplanned = transformer.bytes(None) + text.bytes(None) + vae_bytes * DTYPE.itemsize // torch.float32.itemsize
-    return Fit(NAMES[model], video.size, plan, crowded=crowds(unplanned, total))
+    return MemoryFit(NAMES[model], video.size, plan, crowded=crowds(unplanned, total))

@@ -12,7 +12,7 @@ from nabla.backends import BACKENDS, CHECK_HEAD_SIZE, check_dtype, choose, input
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelStatus:
     """usable: whether it passed its check, None if that was not asked for; chosen: whether `backend: auto` takes it"""
 
     name: str
@@ -21,7 +21,7 @@ class Kernel:
     chosen: bool
 
 
-def kernels(device: torch.device, check: bool = True) -> tuple[Kernel, ...]:
+def check_kernels(device: torch.device, check: bool = True) -> tuple[KernelStatus, ...]:
     """Of blocks of 64 tokens and heads of 128, as Wan2.1 has them; a check compiles, for a minute on a slow CPU."""
     block, dtype = NablaConfig().block, check_dtype(device, None)
     with warnings.catch_warnings():
@@ -37,5 +37,5 @@ def kernels(device: torch.device, check: bool = True) -> tuple[Kernel, ...]:
         elif not fault:
             fault = verify(name, device, block, dtype)
             usable, fault = (True, "passes its check") if not fault else (False, f"fails its check: {fault}")
-        found.append(Kernel(name, usable, fault, name == chosen))
+        found.append(KernelStatus(name, usable, fault, name == chosen))
     return tuple(found)

@@ -49,7 +49,7 @@ class Machine:
         return self.cards[int(number or 0)] if kind == "cuda" else None
 
 
-def machine(device: torch.device) -> Machine:
+def inspect_machine(device: torch.device) -> Machine:
     """Looks at this machine, which will run on a device."""
     cards = tuple(_card(number) for number in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     driver = _driver()

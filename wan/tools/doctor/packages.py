@@ -35,7 +35,7 @@ SLOW = "gradio"
 
 
 @dataclass(frozen=True)
-class Package:
+class PackageStatus:
     """version: None if it is missing; problem: what is wrong with it, or ""; install: what would mend that"""
 
     name: str
@@ -46,15 +46,15 @@ class Package:
     install: str
 
 
-def packages(quick: bool = False) -> tuple[Package, ...]:
+def check_packages(quick: bool = False) -> tuple[PackageStatus, ...]:
     """Those that pyproject.toml names: the needed ones, and what of the optional ones generate.py and app.py use.
 
     All are imported, but for `SLOW` if `quick`.
     """
     dependencies, extras = _requirements()
-    needed = [_look(name, versions, "", True, name) for name, versions in map(_split, dependencies)]
+    needed = [_look_up(name, versions, "", True, name) for name, versions in map(_split, dependencies)]
     optional = [
-        _look(name, extras[name], purpose, False, how, imports=not (quick and name == SLOW))
+        _look_up(name, extras[name], purpose, False, how, imports=not (quick and name == SLOW))
         for name, (purpose, how) in OPTIONAL.items()
     ]
     return *needed, *optional
@@ -73,7 +73,7 @@ def _requirements() -> tuple[list[str], dict[str, str]]:
     )
 
 
-def needed_faults(found: tuple[Package, ...]) -> list[str]:
+def needed_faults(found: tuple[PackageStatus, ...]) -> list[str]:
     """One line for each needed package that cannot be used."""
     return [f"{one.name}: {one.problem}; {one.install}" for one in found if one.needed and one.problem]
 
@@ -84,7 +84,7 @@ def _split(requirement: str) -> tuple[str, str]:
     return name, ",".join(sorted(limits.split(","), reverse=True)).removeprefix(">=")
 
 
-def _look(name: str, versions: str, purpose: str, needed: bool, how: str, imports: bool = True) -> Package:
+def _look_up(name: str, versions: str, purpose: str, needed: bool, how: str, imports: bool = True) -> PackageStatus:
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -97,7 +97,7 @@ def _look(name: str, versions: str, purpose: str, needed: bool, how: str, import
         problem = _import_fault(MODULES.get(name, name))
     # The files of requirements are not installed.
     wanted = f'"{name}>={versions}"' if how == name or not IS_SOURCE else how
-    return Package(name, purpose, needed, found, problem, f"pip install {wanted}")
+    return PackageStatus(name, purpose, needed, found, problem, f"pip install {wanted}")
 
 
 def _import_fault(module: str) -> str:

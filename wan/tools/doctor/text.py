@@ -6,19 +6,19 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from wan.tools.doctor.packages import Package
+from wan.tools.doctor.packages import PackageStatus
 
 if TYPE_CHECKING:
     from wan.tools.doctor.advice import Advice
-    from wan.tools.doctor.checkpoints import Found
-    from wan.tools.doctor.fits import Fit
-    from wan.tools.doctor.kernels import Kernel
+    from wan.tools.doctor.checkpoints import LocalCheckpoint
+    from wan.tools.doctor.fits import MemoryFit
+    from wan.tools.doctor.kernels import KernelStatus
     from wan.tools.doctor.machine import Card, Machine
 
 WIDTH = 100
 
 
-def all_but_packages(facts: dict[str, Any]) -> list[str]:
+def fact_lines(facts: dict[str, Any]) -> list[str]:
     return [
         *_machine(facts["machine"]),
         *_kernels(facts["kernels"]),
@@ -27,7 +27,7 @@ def all_but_packages(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def of_packages(found: tuple[Package, ...]) -> list[str]:
+def package_lines(found: tuple[PackageStatus, ...]) -> list[str]:
     needed = [(one.name, one.version or "-", one.problem or "") for one in found if one.needed]
     optional = [
         (one.name, one.version or "-", f"{one.purpose}; {one.problem}: {one.install}" if one.problem else one.purpose)
@@ -40,7 +40,7 @@ def of_packages(found: tuple[Package, ...]) -> list[str]:
     return [*_section("Packages that are needed", shown), *_section("Optional packages", optional)]
 
 
-def ending(advice: Advice | None, broken: list[str]) -> list[str]:
+def closing_lines(advice: Advice | None, broken: list[str]) -> list[str]:
     """What to run, what to install, and what is broken."""
     lines = []
     if advice is not None and not broken:
@@ -69,13 +69,13 @@ def _card(one: Card) -> str:
     return f"{one.name}, {one.gib:.1f} GiB, {one.free_gib:.1f} free, compute capability {capability}"
 
 
-def _kernels(found: tuple[Kernel, ...]) -> list[str]:
+def _kernels(found: tuple[KernelStatus, ...]) -> list[str]:
     marks = {True: "ok", False: "no", None: "?"}
     rows = [(one.name, marks[one.usable], one.note + (", taken by default" if one.chosen else "")) for one in found]
     return _section("Attention kernels, the fastest first", rows)
 
 
-def _fits(found: tuple[Fit, ...]) -> list[str]:
+def _fits(found: tuple[MemoryFit, ...]) -> list[str]:
     if not found:
         return []
     rows = [("model", "size", "peak", "how --memory auto would run it")]
@@ -89,7 +89,7 @@ def _fits(found: tuple[Fit, ...]) -> list[str]:
     return _section("81 frames in the memory that is free", rows)
 
 
-def _checkpoints(found: tuple[Found, ...]) -> list[str]:
+def _checkpoints(found: tuple[LocalCheckpoint, ...]) -> list[str]:
     rows = [(one.name, one.problem or "complete") for one in found] or [("none", "")]
     return _section("Checkpoints here", rows)
 
