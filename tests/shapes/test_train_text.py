@@ -24,6 +24,7 @@ from nabla import InputError
 from wan.config.settings import read_settings
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
+from wan.models.wan.family import WAN
 from wan.models.wan.text import tokenize
 from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes
@@ -143,7 +144,7 @@ def test_loss_falls_and_the_result_encodes_sentences(tmp_path):
     assert len(values) == 60 and sum(values[-10:]) < 0.6 * sum(values[:10])
     accuracy = read_metrics(tmp_path / METRICS_FILE)[-1]["accuracy"]
     assert set(accuracy) == {"sentences", "held_out"} and set(accuracy["sentences"]) == set(ATTRIBUTES)
-    checkpoint = Checkpoint(str(tmp_path), tmp_path, published=False, config={})
+    checkpoint = Checkpoint(str(tmp_path), tmp_path, published=False, config={}, family=WAN)
     part = parts.text_encoder_part(checkpoint, torch.float32)
     encoder = part.load(torch.float32, "cpu")
     ids, mask = tokenize(parts.load_tokenizer(checkpoint, part.model.config.vocab_size), ["a red circle", ""], 32)

@@ -64,11 +64,11 @@ def test_clips_larger_than_the_rotary_table_are_refused_before_a_run(prepared):
 def test_an_error_in_a_worker_ends_the_program(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("""
-from wan.training.data_workers import read
+from wan.training.data_workers import load_items
 class Broken:
     def __getitem__(self, number):
         raise RuntimeError(f"number {number} is broken")
-for _ in read(Broken(), range(3), workers=1):
+for _ in load_items(Broken(), range(3), workers=1):
     pass
 """)
     code, _, said = finish(Forked(program, cwd=tmp_path), seconds=60)
