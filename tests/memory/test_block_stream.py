@@ -18,14 +18,14 @@ import generate
 import wan
 from nabla import InputError, NablaConfig
 from wan.attention.apply import apply_attention, compile_blocks
-from wan.caches.step_cache import apply_cache
+from wan.caches.step_cache import apply_cache, blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile
 from wan.memory import budget
 from wan.memory.budget import check_memory, host_bytes
 from wan.memory.estimates import GGUF, GIB
-from wan.memory.placement import placed, split_picture
+from wan.memory.placement import on_device, split_picture
 from wan.memory.planner import Budget, Plan
 from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def test_streamed_blocks_give_what_diffusers_group_offloading_gives(transformer,
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     stream_blocks(transformer, transformer.blocks, CPU, kept)
     for _ in range(2):
-        with placed(transformer, CPU, offload=True):
+        with on_device(transformer, CPU, offload=True):
             assert torch.equal(forward(transformer, inputs), plain)
             assert torch.equal(forward(transformer, inputs), plain)
         assert not transformer.block_stream.buffers and not transformer.block_stream.whole
@@ -152,7 +152,7 @@ def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, in
         return results, transfers, cache.reused
 
     exact, _, reused = video(copy.deepcopy(transformer))
-    stream = stream_blocks(transformer, transformer.blocks, CPU, kept)
+    stream = stream_blocks(transformer, transformer.blocks, CPU, kept, left_out=blocks_left_out)
     fetch = stream._fetch
     monkeypatch.setattr(stream, "_fetch", lambda number, slot: (order.append(number), fetch(number, slot)))
     with stream.opened():
@@ -250,7 +250,7 @@ def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(p
         sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes
         assert max(sizes) == pytest.approx(expected.block(GGUF), rel=0.02)
         assert max(sizes) < 0.6 * expected.block(None) or files
-        with placed(model, CPU, offload=True):
+        with on_device(model, CPU, offload=True):
             assert torch.equal(forward(model, inputs), plain)
 
 
@@ -291,7 +291,7 @@ def test_what_was_on_a_device_is_again_where_it_was_without_a_copy():
     model[0].bias = model[1].bias
     before = dict(model.named_parameters(remove_duplicate=False))
     values = {name: (weight.data_ptr(), weight.detach().clone()) for name, weight in before.items()}
-    with pytest.raises(RuntimeError, match="out of memory"), placed(model, torch.device("meta"), offload=True):
+    with pytest.raises(RuntimeError, match="out of memory"), on_device(model, torch.device("meta"), offload=True):
         assert all(weight.is_meta for weight in model.parameters())
         raise RuntimeError("out of memory")
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -300,7 +300,7 @@ def test_what_was_on_a_device_is_again_where_it_was_without_a_copy():
 
 def test_what_was_converted_on_a_device_stays_so():
     model = nn.Linear(4, 4)
-    with placed(model, CPU, offload=True):
+    with on_device(model, CPU, offload=True):
         model.bias.data = model.bias.data.to(torch.float64)
         kept = model.bias.detach().clone()
     assert model.weight.dtype == torch.float32 and torch.equal(model.bias, kept)

@@ -17,7 +17,7 @@ from wan.attention.apply import apply_attention, compile_blocks
 from wan.config.settings import VideoSettings
 from wan.memory.budget import CONTEXT, budget_of, limit, weigh
 from wan.memory.estimates import decode_bytes, forward_bytes
-from wan.memory.placement import free_bytes, placed
+from wan.memory.placement import free_bytes, on_device
 from wan.memory.planner import GB, Budget, Plan
 from wan.memory.streaming import stream_blocks
 from wan.models.wan.fused_gelu import fuse_gelu
@@ -59,7 +59,7 @@ def test_streamed_blocks_give_the_same_to_the_bit_and_two_are_there(kept, compil
         stream_blocks(transformer, transformer.blocks, GPU, kept)
         torch.cuda.empty_cache()
         left = torch.cuda.memory_allocated()
-        with placed(transformer, GPU, offload=True):
+        with on_device(transformer, GPU, offload=True):
             assert torch.cuda.memory_allocated() - left < 1.02 * weights.streamed(None, kept) + 2**22
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for _ in range(3):

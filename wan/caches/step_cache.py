@@ -66,6 +66,11 @@ def ran_in_full(transformer: WanTransformer3DModel) -> bool:
     return state.last_update_step == state.current_step if by_steps else state.should_compute
 
 
+def blocks_left_out(transformer: nn.Module) -> bool:
+    """Whether a step cache, if there is one, stands in for the blocks after the first of the forward that runs."""
+    return getattr(transformer, "step_cache", None) is not None and not ran_in_full(transformer)
+
+
 class StepCache:
     """What `apply_cache` leaves on a transformer.
 

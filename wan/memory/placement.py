@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +23,7 @@ HIDDEN_COPIES = 6
 
 
 @contextmanager
-def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
+def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
     """A model on the device it runs on, and back in host memory afterwards if idle ones are offloaded.
 
     One whose weights are sharded stays where it is; of one whose blocks are streamed a few at a time are there.
@@ -52,11 +50,6 @@ def placed(module: nn.Module, device: torch.device, offload: bool) -> Iterator[n
                 parameter.data = data
                 owner._parameters[name] = parameter
         module.to("cpu")
-
-
-def peak_host_bytes() -> int:
-    """The most host memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_bytes(device: torch.device) -> int:

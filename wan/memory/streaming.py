@@ -8,7 +8,7 @@ pinned already. Here a block is one piece of memory in either place, and the hos
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nabla import InputError
-from wan.caches.step_cache import ran_in_full
 from wan.memory.estimates import ALIGNMENT, GIB, pinned_chunks
 
 
@@ -47,15 +46,22 @@ class Leaf(NamedTuple):
 
 
 def stream_blocks(
-    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, kept: int = 0, pinned: bool = True
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    kept: int = 0,
+    pinned: bool = True,
+    left_out: Callable[[nn.Module], bool] | None = None,
 ) -> BlockStream:
     """Move a model to host memory; from then on it runs within `module.block_stream.opened()`.
 
     blocks: parts of `module` that run one after the other, in this order or another
     kept: how many of the first ones are on the GPU for all of that time
     pinned: whether the host memory is pinned, so that transfers go on beside computing
+    left_out: asked of `module` when a block is called, all but the first: whether something stands in for it, so that
+        its weights are not needed
     """
-    stream = BlockStream(module, blocks, device, kept, pinned)
+    stream = BlockStream(module, blocks, device, kept, pinned, left_out)
     module.block_stream = stream
     return stream
 
@@ -63,9 +69,18 @@ def stream_blocks(
 class BlockStream:
     """What `stream_blocks` leaves on a model. While it is not open, all weights are in host memory."""
 
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, kept: int, pinned: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        kept: int,
+        pinned: bool,
+        left_out: Callable[[nn.Module], bool] | None,
+    ):
         self.device = device
         self.kept = kept
+        self.left_out = left_out
         self.leaves = [_leaves(block) for block in blocks]
         self.sizes = [_bytes(leaves) for leaves in self.leaves]
         self.module = weakref.ref(module)
@@ -142,7 +157,7 @@ class BlockStream:
     def _before(self, number: int, *_: object) -> None:
         if not self.buffers:
             raise RuntimeError("a model whose blocks are streamed runs within block_stream.opened() alone")
-        if number and self._is_left_out():
+        if number and self.left_out is not None and self.left_out(self.module()):
             return
         if number not in self.holds:
             self._fetch(number, 0)
@@ -153,11 +168,6 @@ class BlockStream:
         after = number + 1 if number + 1 < len(self.host) else self.kept
         if after not in self.holds:
             self._fetch(after, 1 - slot)
-
-    def _is_left_out(self) -> bool:
-        """Whether a step cache stands in for the block that is called, not the first, so that it needs no weights."""
-        module = self.module()
-        return getattr(module, "step_cache", None) is not None and not ran_in_full(module)
 
     @torch.compiler.disable
     def _after(self, number: int, *_: object) -> None:

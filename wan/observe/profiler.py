@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from nabla import Plan, probe
 from wan.caches.step_cache import ran_in_full
-from wan.memory import placement as memory
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.observe.step_trace import BLOCK, DENSE, MaskSample, Span, StepTrace, Timestamp
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
@@ -87,9 +88,9 @@ class Profiler(probe.Probe):
                 "cpu", non_blocking=True
             )
         if self.device.type == "cuda":
-            used, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
-            trace.memory = {"gpu_gib": used / memory.GIB, "gpu_peak_gib": peak / memory.GIB}
-        trace.memory["host_peak_gib"] = memory.peak_host_bytes() / memory.GIB
+            used, peak = torch.cuda.memory_allocated(self.device), peak_gpu_bytes(self.device)
+            trace.memory = {"gpu_gib": used / GIB, "gpu_peak_gib": peak / GIB}
+        trace.memory["host_peak_gib"] = peak_host_bytes() / GIB
         trace.end = Timestamp.now(self.device)
         return trace
 

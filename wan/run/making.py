@@ -17,8 +17,9 @@ import torch
 from nabla import InputError
 from wan.config.settings import Settings, read_made_with
 from wan.files.video import record_of, write_with_record
-from wan.memory import placement as memory
 from wan.memory.budget import plan_run
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.vae import decoder_dtype
@@ -215,11 +216,10 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Versions, hardware, times and peak memory of this process."""
-    host = memory.peak_host_bytes()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    peak = {"host": f"{host / memory.GIB:.1f} GiB"}
+    peak = {"host": f"{peak_host_bytes() / GIB:.1f} GiB"}
     if device.type == "cuda":
-        peak["gpu"] = f"{torch.cuda.max_memory_allocated(device) / memory.GIB:.1f} GiB"
+        peak["gpu"] = f"{peak_gpu_bytes(device) / GIB:.1f} GiB"
     return {
         "versions": installed_versions(VERSIONS_OF),
         "device": f"{device.type}, {name}",

@@ -37,7 +37,7 @@ class Preview:
             torch.cuda.synchronize(pipe.device)
         start = time.perf_counter()
         try:
-            with memory.placed(pipe.vae, pipe.device, pipe.offload) as vae:
+            with memory.on_device(pipe.vae, pipe.device, pipe.offload) as vae:
                 picture = to_frames(glimpse(vae, clean.to(pipe.device))[0, :, None])[0]
         except torch.OutOfMemoryError:
             log.warning("warning: there is no memory for a preview beside the transformer, so this video has none")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from nabla import InputError
 from nabla.config import is_count
 from wan.files.atomic import whole, written
 from wan.files.plain_data import parse_json
-from wan.memory.placement import GIB
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_bytes
 
 REMEDY = "free some space, and start again to go on"
 
@@ -102,9 +101,7 @@ def speed(clips: int, tokens: int, seconds: float) -> dict[str, float]:
 
 def peak_memory(device: torch.device) -> float:
     """GiB that this process has used at most, of the GPU's memory if it runs on one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    return peak_bytes(device) / GIB
 
 
 def _line(row: Mapping[str, Any]) -> str:

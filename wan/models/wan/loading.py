@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
+from wan.caches.step_cache import blocks_left_out
 from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile
@@ -142,7 +143,7 @@ def _load_planned(
     if packer is not None:
         log.info("transformer: %s", packer.describe())
     if plan.in_turns:
-        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned)
+        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
     text_part = parts.text_encoder_part(checkpoint, dtype)
     text_device = cpu if plan.text == "cpu" else device
     text_home = cpu if plan.text == "cpu" else home

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from nabla import InputError, NablaConfig
 from wan.attention.apply import apply_attention, compile_blocks
+from wan.caches.step_cache import blocks_left_out
 from wan.config.settings import VideoSettings
 from wan.memory.budget import budget_of, limit
 from wan.memory.estimates import GIB
-from wan.memory.placement import placed
+from wan.memory.peak import peak_gpu_bytes
+from wan.memory.placement import on_device
 from wan.memory.planner import GB, Budget, Plan, choose
 from wan.memory.streaming import stream_blocks
 from wan.models.wan.fused_gelu import fuse_gelu
@@ -133,7 +135,7 @@ def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.devi
     ids = torch.zeros(2, TEXT_ROWS, dtype=torch.int64, device=device)
 
     def encode() -> Tensor:
-        with placed(encoder, device, plan.in_turns):
+        with on_device(encoder, device, plan.in_turns):
             return encoder(ids, torch.ones_like(ids)).last_hidden_state
 
     return _measured(args, name, encode, device)
@@ -150,7 +152,7 @@ def _forward_row(
     """Forwards of a batch of one; a guided step is two."""
     transformer = _transformer(args, device, plan)
     apply_attention(transformer, config)
-    with placed(transformer, device, plan.in_turns):
+    with on_device(transformer, device, plan.in_turns):
         latents, timestep, text = random_inputs(transformer, video, 1)
 
         def forward() -> Tensor:
@@ -179,7 +181,7 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: Plan) -> 
     fuse_gelu(transformer)
     compile_blocks(transformer)
     if plan.in_turns:
-        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned)
+        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
     return transformer
 
 
@@ -200,7 +202,7 @@ def _measured(args: argparse.Namespace, name: str, function: Callable[[], Tensor
     row = timed(name, function, args, warm=False, first_s=first)
     if device.type != "cuda":
         return row
-    peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    peak, held = peak_gpu_bytes(device), torch.cuda.max_memory_reserved(device)
     return row | {"peak_gib": round(peak / GIB, 2), "reserved_gib": round(held / GIB, 2)}
 
 

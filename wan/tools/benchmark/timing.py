@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nabla import NablaConfig
 from wan.config.settings import VideoSettings
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_gpu_bytes
 
 Row = dict[str, Any]
 
@@ -70,4 +72,4 @@ def peak_memory(args: argparse.Namespace) -> Row:
     """The most GPU memory that tensors took since `reset_peak`."""
     if not args.device.startswith("cuda"):
         return {}
-    return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+    return {"peak_gib": round(peak_gpu_bytes() / GIB, 1)}

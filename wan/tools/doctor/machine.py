@@ -14,7 +14,7 @@ import torch
 
 from nabla import InputError
 from wan.memory.budget import host_bytes
-from wan.memory.placement import GIB
+from wan.memory.estimates import GIB
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
