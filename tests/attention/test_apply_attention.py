@@ -308,7 +308,7 @@ def test_kept_masks_are_freed_after_sampling_and_do_not_depend_on_the_way_of_gui
     pipe = wan.WanT2V.from_pretrained(random_nano, config)
     video = pipe.generate("a cat", **settings)
     assert all(block.attn1.nabla_kept is None for block in pipe.transformer.blocks)
-    monkeypatch.setattr(wan.memory.placement, "has_room_for_both", lambda *_: True)
+    monkeypatch.setattr(wan.models.wan.memory, "has_room_for_both", lambda *_: True)
     assert (pipe.generate("a cat", **settings) == video).all()
 
 

@@ -231,7 +231,7 @@ def test_a_video_owes_nothing_to_the_one_before_even_if_that_was_cut_off(pipe, k
 def test_guidance_runs_branch_by_branch_whatever_room_there_is(pipe, monkeypatch):
     apply_cache(pipe.transformer, settings("first_block", LOOSE["first_block"]))
     apart = sample(pipe)
-    monkeypatch.setattr(wan.memory.placement, "has_room_for_both", lambda *_: True)
+    monkeypatch.setattr(wan.models.wan.memory, "has_room_for_both", lambda *_: True)
     assert torch.equal(sample(pipe), apart)
 
 

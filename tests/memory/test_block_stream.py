@@ -22,16 +22,18 @@ from wan.caches.step_cache import apply_cache, blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile
-from wan.memory import budget
 from wan.memory.budget import check_memory, host_bytes
 from wan.memory.estimates import GGUF, GIB
-from wan.memory.placement import on_device, split_picture
+from wan.memory.placement import on_device
 from wan.memory.planner import Budget, Plan
 from wan.memory.streaming import stream_blocks
+from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
+from wan.models.wan import memory
 from wan.models.wan.names import NAMING
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.models.wan.vae import split_picture
 from wan.quantize.packing import Packer
 from wan.run import run
 
@@ -213,8 +215,8 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     gpu = 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
-    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
-    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    monkeypatch.setattr(memory, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(memory, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
     assert generate.main([*flags, "--memory", "24"]) == 2
@@ -243,7 +245,7 @@ def packed(random_nano, tmp_path):
 def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(packed, inputs):
     part, lora = packed
     for files in ((), (lora,)):
-        expected = budget.weights_of(part, part.model.blocks, torch.float32, files)
+        expected = weights_of(part, part.model.blocks, torch.float32, files)
         adapters = [read_lora(file, part.model, NAMING) for file in files]
         model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
         plain = forward(model, inputs)
@@ -259,8 +261,8 @@ def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_n
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
     gpu = 0
-    monkeypatch.setattr(budget, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
-    monkeypatch.setattr(budget, "limit", lambda *_: None)
+    monkeypatch.setattr(memory, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(memory, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --transformer a.gguf".split()
     flags += ["--lora", lora.file]

@@ -15,11 +15,12 @@ import wan
 from nabla import NablaConfig
 from wan.attention.apply import apply_attention, compile_blocks
 from wan.config.settings import VideoSettings
-from wan.memory.budget import CONTEXT, budget_of, limit, weigh
+from wan.memory.budget import CONTEXT, budget_of, limit
 from wan.memory.estimates import decode_bytes, forward_bytes
 from wan.memory.placement import free_bytes, on_device
 from wan.memory.planner import GB, Budget, Plan
 from wan.memory.streaming import stream_blocks
+from wan.memory.weigh import weigh
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, work_for

@@ -10,7 +10,7 @@ import torch
 from nabla import InputError
 from wan.config.settings import VideoSettings
 from wan.memory import budget
-from wan.memory.budget import parse_memory, weigh
+from wan.memory.budget import parse_memory
 from wan.memory.estimates import (
     GGUF,
     GIB,
@@ -23,6 +23,7 @@ from wan.memory.estimates import (
     tile_width,
 )
 from wan.memory.planner import FRAGMENTS, GB, Budget, Plan, choose
+from wan.memory.weigh import weigh
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer
 
 HOST = Budget(0, 120 * GIB, 128 * GIB)

@@ -77,7 +77,7 @@ def test_guided_loop(pipe, expected, algorithm):
 
 def test_one_batch_of_two_equals_two_forwards(pipe, expected, monkeypatch):
     wan.apply_attention(pipe.transformer, NablaConfig.parse("nabla-0.7"))
-    monkeypatch.setattr("wan.memory.placement.has_room_for_both", lambda transformer, latents: True)
+    monkeypatch.setattr("wan.models.wan.memory.has_room_for_both", lambda transformer, latents: True)
     test_guided_loop(pipe, expected, "nabla-0.7")
 
 

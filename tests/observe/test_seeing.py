@@ -24,8 +24,7 @@ from nabla.rotary import rotate
 from wan import Observer, Recorder, WanT2V
 from wan.caches.step_cache import apply_cache, remove_cache
 from wan.config.cache_settings import CacheSettings
-from wan.memory import placement as memory
-from wan.models.wan import random_checkpoint
+from wan.models.wan import memory, random_checkpoint
 from wan.observe import events
 from wan.observe.progress import ProgressLine
 from wan.observe.report import draw_report

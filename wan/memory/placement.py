@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
 from wan.parallel.ulysses import is_sharded
-
-log = logging.getLogger("wan")
 
 # Part of a GPU that weights may fill when a 720p forward still has to fit beside them.
 WEIGHT_SHARE = 0.6
@@ -72,42 +66,13 @@ def crowds(weights: int, total: int) -> bool:
     return weights > WEIGHT_SHARE * total
 
 
-def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
-    """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
-    if latents.device.type != "cuda":
+def has_room_for(tokens: int, width: int, ffn_dim: int, itemsize: int, device: torch.device) -> bool:
+    """Whether a forward of so many tokens is so small beside a GPU that a larger one fills it better."""
+    if device.type != "cuda":
         return False
-    config = transformer.config
-    tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
-    width = config.num_attention_heads * config.attention_head_dim
-    need = working_bytes(tokens, width, config.ffn_dim, transformer.dtype.itemsize)
-    return need < free_bytes(latents.device) // 8
+    return working_bytes(tokens, width, ffn_dim, itemsize) < free_bytes(device) // 8
 
 
 def working_bytes(tokens: int, width: int, ffn_dim: int, itemsize: int) -> int:
     """What a forward of so many tokens needs beside the weights."""
     return tokens * (width * HIDDEN_COPIES * 4 + ffn_dim * 2 * itemsize)
-
-
-def set_tiles(vae: AutoencoderKLWan, latents: Tensor, stride: tuple[int, int, int]) -> None:
-    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several.
-
-    stride: (frames, rows, columns) of pixels to one latent
-    """
-    vae.use_tiling = False
-    if latents.device.type != "cuda":
-        return
-    (_, _, frames, rows, columns), (t, h, w) = latents.shape, stride
-    size = columns * w, rows * h
-    width = vae.config.base_dim
-    work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)
-    free, needs = free_bytes(latents.device), [decode_bytes(work, n + 1) for n in range(MOST_TILES)]
-    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
-    if tiles > 1:
-        split_picture(vae, size, tiles)
-        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
-
-
-def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
-    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
-    width, height = tile_width(size[0], tiles), size[1]
-    vae.enable_tiling(height, width, height, width - TILE_OVERLAP)

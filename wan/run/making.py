@@ -17,10 +17,10 @@ import torch
 from nabla import InputError
 from wan.config.settings import Settings, read_made_with
 from wan.files.video import record_of, write_with_record
-from wan.memory.budget import plan_run
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.models.checkpoint import Checkpoint
+from wan.models.wan.memory import plan_run
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.vae import decoder_dtype
 from wan.observe.observer import Observer, Observers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wan.files.video import to_frames
-from wan.memory import placement as memory
+from wan.memory.placement import on_device
 from wan.models.wan.latents import glimpse
 from wan.models.wan.pipeline import WanT2V
 
@@ -37,7 +37,7 @@ class Preview:
             torch.cuda.synchronize(pipe.device)
         start = time.perf_counter()
         try:
-            with memory.on_device(pipe.vae, pipe.device, pipe.offload) as vae:
+            with on_device(pipe.vae, pipe.device, pipe.offload) as vae:
                 picture = to_frames(glimpse(vae, clean.to(pipe.device))[0, :, None])[0]
         except torch.OutOfMemoryError:
             log.warning("warning: there is no memory for a preview beside the transformer, so this video has none")

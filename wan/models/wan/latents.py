@@ -11,9 +11,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from nabla import InputError
-from wan.memory import placement as memory
 from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.vae import decoder_dtype, speed_up_decoder
+from wan.models.wan.vae import decoder_dtype, set_tiles, speed_up_decoder
 
 log = logging.getLogger("wan")
 
@@ -49,14 +48,14 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     latents = latents.float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
-    memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
+    set_tiles(vae, latents)
     video = vae.decode(latents).sample.float()
     if latents.dtype == torch.float16 and not video.isfinite().all():
         log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
         del video
         speed_up_decoder(vae, torch.float32)
         latents = latents.float()
-        memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
+        set_tiles(vae, latents)
         video = vae.decode(latents).sample
     return video
 
@@ -70,7 +69,7 @@ def glimpse(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     latents = latents[:, :, :1].float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
-    memory.set_tiles(vae, latents, GEOMETRY.vae_stride)
+    set_tiles(vae, latents)
     return vae.decode(latents).sample[:, :, 0].float().nan_to_num()
 
 

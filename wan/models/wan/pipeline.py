@@ -20,9 +20,9 @@ from wan.checkpoints.weights import CheckpointError
 from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
 from wan.files.video import to_frames
-from wan.memory import placement as memory
+from wan.memory.placement import on_device
 from wan.memory.planner import Plan
-from wan.models.wan import pretrained
+from wan.models.wan import memory, pretrained
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
@@ -101,7 +101,7 @@ class WanT2V:
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text states (B, text length, C) of token ids and mask (B, L), zero past each prompt's end."""
-        with memory.on_device(self.text_encoder, self.text_device, self.offload) as encoder:
+        with on_device(self.text_encoder, self.text_device, self.offload) as encoder:
             mask = mask.to(self.text_device)
             states = encoder(ids.to(self.text_device), mask).last_hidden_state * mask[..., None]
         return pad_rows(states.to(self.device, self.transformer.dtype), self.text_length)
@@ -142,7 +142,7 @@ class WanT2V:
         takes_batch = alone and not self._shares_masks and cache is None
         with (
             told_steps(self.transformer, sampling.steps) as tell,
-            memory.on_device(self.transformer, self.device, self.offload) as transformer,
+            on_device(self.transformer, self.device, self.offload) as transformer,
             many_compiles(),
             observer.sampling(self, sampling, latents),
         ):
@@ -175,7 +175,7 @@ class WanT2V:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
-        with memory.on_device(self.vae, self.device, self.offload) as vae:
+        with on_device(self.vae, self.device, self.offload) as vae:
             encoded = encode(vae, _batched(video, 5).to(self.device))
         return encoded if video.ndim == 5 else encoded[0]
 
@@ -185,7 +185,7 @@ class WanT2V:
 
         Tiled where memory asks for it, see `wan.models.wan.latents`. Raises `InputError` for one that is not finite.
         """
-        with memory.on_device(self.vae, self.device, self.offload) as vae:
+        with on_device(self.vae, self.device, self.offload) as vae:
             video = decode(vae, _batched(latents, 5).to(self.device))
         check_decoded(video, latents)
         return video if latents.ndim == 5 else video[0]

@@ -115,7 +115,7 @@ def from_settings(
     processes: share the work as they are laid out
     dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
     plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
-        `wan.memory.budget.plan_run`
+        `wan.models.wan.memory.plan_run`
     Raises as `from_pretrained` does.
     """
     device = torch.device(device)

@@ -18,8 +18,8 @@ from nabla import InputError
 from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.config.settings import VideoSettings
-from wan.memory.budget import weigh
 from wan.memory.estimates import Weights, Work
+from wan.memory.weigh import weigh
 from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE

@@ -7,12 +7,19 @@ written takes ten, and every convolution copies its input to pad it.
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
 from torch import Tensor, nn
+
+from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
+from wan.memory.placement import free_bytes
+from wan.models.wan.geometry import GEOMETRY
+
+log = logging.getLogger("wan")
 
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
@@ -76,3 +83,25 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None)
 def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     channels = x.shape[1]
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)
+
+
+def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+    vae.use_tiling = False
+    if latents.device.type != "cuda":
+        return
+    (_, _, frames, rows, columns), (t, h, w) = latents.shape, GEOMETRY.vae_stride
+    size = columns * w, rows * h
+    width = vae.config.base_dim
+    work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)
+    free, needs = free_bytes(latents.device), [decode_bytes(work, n + 1) for n in range(MOST_TILES)]
+    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    if tiles > 1:
+        split_picture(vae, size, tiles)
+        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
+
+
+def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
+    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+    width, height = tile_width(size[0], tiles), size[1]
+    vae.enable_tiling(height, width, height, width - TILE_OVERLAP)

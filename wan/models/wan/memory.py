@@ -1,0 +1,97 @@
+"""What Wan's models and a video of them take of memory, told to the planner before any weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wan.checkpoints.gguf_file import check_packed
+from wan.config.cache_settings import COPIES
+from wan.config.settings import Settings
+from wan.memory.budget import budget_of, limit
+from wan.memory.estimates import GGUF, Work
+from wan.memory.placement import has_room_for
+from wan.memory.planner import Plan, choose
+from wan.memory.weigh import weights_of
+from wan.models.checkpoint import Checkpoint
+from wan.models.wan import components as parts
+from wan.models.wan.vae import vae_dtype_of
+
+log = logging.getLogger("wan")
+
+
+def plan_run(
+    checkpoint: Checkpoint,
+    several: Sequence[Settings],
+    device: torch.device,
+    memory: str | float,
+    compiled: bool | None = None,
+    t5_cpu: bool = False,
+) -> Plan:
+    """The plan for videos of one checkpoint, said in a line, and torch's memory on the device limited to what it has.
+
+    Raises `InputError` if they cannot fit, before any weight is read.
+    """
+    settings, dtype = several[0], getattr(torch, several[0].dtype)
+    transformer = parts.transformer_part(checkpoint, settings.transformer)
+    packing = GGUF if check_packed(transformer, fp8=settings.fp8) else "fp8" if settings.fp8 else None
+    text, vae = parts.text_encoder_part(checkpoint, dtype), parts.vae_part(checkpoint)
+    vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
+    budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
+    works = [work_of(transformer.model, text.model, vae.model, one, dtype, vae_dtype, compiled) for one in several]
+    plan = choose(
+        weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
+        weights_of(text, text.model.encoder.block, dtype),
+        vae.bytes(torch.float32),
+        max(works, key=lambda work: (work.tokens, math.prod(work.size))),
+        budget,
+        packing,
+        can_pack=dtype == torch.bfloat16 and has_torchao,
+        text_cpu=t5_cpu,
+    )
+    log.info("memory: %s", plan.describe(budget, settings.dtype))
+    if not has_torchao:
+        log.info("memory: weights in int8 and int4 need torchao, which is not installed, so they were left out")
+    limit(device, budget)
+    return plan
+
+
+def work_of(
+    transformer: nn.Module,
+    text: nn.Module,
+    vae: nn.Module,
+    settings: Settings,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    compiled: bool | None,
+) -> Work:
+    """A video and the widths of the models that make it."""
+    own = transformer.config
+    return Work(
+        tokens=math.prod(settings.video.token_grid),
+        dim=own.num_attention_heads * own.attention_head_dim,
+        ffn_dim=own.ffn_dim,
+        heads=own.num_attention_heads,
+        text_dim=text.config.d_model,
+        size=settings.video.size,
+        frames=settings.video.frame_num,
+        itemsize=dtype.itemsize,
+        vae_itemsize=vae_dtype.itemsize,
+        vae_width=vae.config.base_dim,
+        compiled=compiled is not False,
+        mask_layers=own.num_layers if settings.attention.mask_refresh > 1 else 0,
+        cached=0 if settings.cache is None else COPIES[settings.cache.kind],
+    )
+
+
+def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
+    """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
+    config = transformer.config
+    tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
+    width = config.num_attention_heads * config.attention_head_dim
+    return has_room_for(tokens, width, config.ffn_dim, transformer.dtype.itemsize, latents.device)
