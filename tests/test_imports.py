@@ -46,10 +46,7 @@ OF_A_FAMILY = re.compile(
 KNOWN = {
     "wan.attention names a class of a family",
     "wan.caches names a class of a family",
-    "wan.memory looks up to wan.models",
-    "wan.memory names a class of a family",
     "wan.parallel names a class of a family",
-    "wan.quantize names a class of a family",
 }
 
 

@@ -23,9 +23,9 @@ from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile
 from wan.memory.budget import check_memory, host_bytes
-from wan.memory.estimates import GGUF, GIB
+from wan.memory.estimates import GIB
 from wan.memory.placement import on_device
-from wan.memory.planner import Budget, Plan
+from wan.memory.planner import MemoryBudget, MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
@@ -34,11 +34,12 @@ from wan.models.wan import memory
 from wan.models.wan.names import NAMING
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import split_picture
-from wan.quantize.packing import Packer
+from wan.quantize.gguf import GGUF
+from wan.quantize.quantizer import Quantizer
 from wan.run import run
 
 CPU = torch.device("cpu")
-PLAN = Plan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
+PLAN = MemoryPlan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
 
 
 @pytest.fixture
@@ -107,12 +108,12 @@ def test_compiled_sparse_blocks_stay_one_graph(transformer, inputs):
 @pytest.mark.parametrize("packing, error", (("int8", 0.02), ("int4", 0.2)))
 def test_packed_blocks_stream_and_follow_their_weights(transformer, inputs, packing, error):
     pytest.importorskip("torchao")
-    plain, packer = forward(transformer, inputs), Packer(transformer, transformer.blocks, packing, CPU, CPU)
+    plain, quantizer = forward(transformer, inputs), Quantizer(transformer, transformer.blocks, packing, CPU, CPU)
     plain_size = sum(parameter.numel() * 4 for parameter in transformer.blocks[0].parameters())
-    state = {name: packer(name, tensor) for name, tensor in transformer.state_dict().items()}
+    state = {name: quantizer(name, tensor) for name, tensor in transformer.state_dict().items()}
     transformer.load_state_dict(state, assign=True)
-    assert len(packer.errors) == len(packer.layers) == 10 * 5 and max(packer.errors) < error
-    assert f"50 linear layers in {packing}, outputs off by" in packer.describe()
+    assert len(quantizer.errors) == len(quantizer.layers) == 10 * 5 and max(quantizer.errors) < error
+    assert f"50 linear layers in {packing}, outputs off by" in quantizer.describe()
     packed = forward(transformer, inputs)
     assert 0 < (packed - plain).norm() / plain.norm() < error
     stream = stream_blocks(transformer, transformer.blocks, CPU, kept=1)
@@ -172,7 +173,7 @@ def test_a_planned_pipeline_runs_packed(random_nano, caplog):
     settings = dict(size=(64, 48), frame_num=5, seed=1, steps=2)
     exact = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16).generate("a cat", **settings)
     caplog.set_level("INFO", "wan")
-    plan = replace(PLAN, packing="int8", text_packing="int8", text="gpu")
+    plan = replace(PLAN, quantization="int8", text_quantization="int8", text="gpu")
     pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16, plan=plan)
     assert abs(pipe.generate("a cat", **settings).astype(float) - exact).mean() < 12
     assert "transformer: 20 linear layers in int8" in caplog.text and "text encoder: 14 linear layers" in caplog.text
@@ -215,7 +216,7 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     gpu = 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
-    monkeypatch.setattr(memory, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(memory, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
     monkeypatch.setattr(memory, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
@@ -250,7 +251,7 @@ def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(p
         model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
         plain = forward(model, inputs)
         sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes
-        assert max(sizes) == pytest.approx(expected.block(GGUF), rel=0.02)
+        assert max(sizes) == pytest.approx(expected.block(GGUF.key), rel=0.02)
         assert max(sizes) < 0.6 * expected.block(None) or files
         with on_device(model, CPU, offload=True):
             assert torch.equal(forward(model, inputs), plain)
@@ -261,7 +262,7 @@ def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_n
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
     gpu = 0
-    monkeypatch.setattr(memory, "budget_of", lambda *_: Budget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(memory, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
     monkeypatch.setattr(memory, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --transformer a.gguf".split()
@@ -272,7 +273,7 @@ def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_n
     said = capsys.readouterr().err
     assert "memory: transformer gguf, " in said and "layers, beside the weights" in said
     planned = imageio.imread("out.mp4")
-    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["plan"]["packing"] == GGUF
+    assert json.loads((tmp_path / "out.json").read_text())["made_with"]["plan"]["packing"] == GGUF.key
     assert generate.main([*flags, "--config", "out.json"]) == 0 and (imageio.imread("out.mp4") == planned).all()
     assert "will differ" not in capsys.readouterr().err
     assert generate.main([*flags, "--memory", "24", "--fp8", "--dtype", "bfloat16"]) == 2

@@ -18,23 +18,23 @@ from wan.config.settings import VideoSettings
 from wan.memory.budget import CONTEXT, budget_of, limit
 from wan.memory.estimates import decode_bytes, forward_bytes
 from wan.memory.placement import free_bytes, on_device
-from wan.memory.planner import GB, Budget, Plan
+from wan.memory.planner import GB, MemoryBudget, MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weigh
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
-from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, work_for
+from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, workload_for
 from wan.models.wan.vae import speed_up_decoder
-from wan.quantize.packing import make_packer
+from wan.quantize.quantizer import make_quantizer
 from wan.tools.benchmark.transformer import random_inputs
 
 pytestmark = pytest.mark.gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PLAN = Plan(None, None, True, 0, 2, "stream", 1, True, {"sampling": 0}, 0, 1.0)
+PLAN = MemoryPlan(None, None, True, 0, 2, "stream", 1, True, {"sampling": 0}, 0, 1.0)
 SMALL = VideoSettings((832, 480), 81)
 LAYERS = 10
-WORK = work_for(MODELS["t2v-14B"], SMALL, torch.bfloat16)
+WORK = workload_for(MODELS["t2v-14B"], SMALL, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,10 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
     made = {}
 
     def place(model):
-        packer = made["packer"] = make_packer(model, model.blocks, packing, GPU, CPU)
+        quantizer = made["quantizer"] = make_quantizer(model, model.blocks, packing, GPU, CPU)
 
         def one(name, tensor):
-            packed = tensor if packer is None else packer(name, tensor)
+            packed = tensor if quantizer is None else quantizer(name, tensor)
             return tensor.cpu() if packed is tensor else packed
 
         return one
@@ -92,9 +92,9 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
     fuse_gelu(transformer)
     compile_blocks(transformer)
     stream = stream_blocks(transformer, transformer.blocks, GPU)
-    assert packing is None or made["packer"].left == 0
+    assert packing is None or made["quantizer"].left == 0
     apply_attention(transformer, NablaConfig(keep=0.2))
-    limit(GPU, Budget(int(6 * GB), 0, 0))
+    limit(GPU, MemoryBudget(int(6 * GB), 0, 0))
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad(), stream.opened():
         inputs = random_inputs(transformer, SMALL, 1)
@@ -111,16 +111,16 @@ def test_a_decode_keeps_to_its_limit_in_as_many_columns_as_it_takes(budget):
     vae = random_vae("t2v-14B", GPU)
     speed_up_decoder(vae, torch.float16)
     latents = torch.randn(1, 16, *SMALL.latents_size, device=GPU)
-    limit(GPU, Budget(int(budget * GB), 0, 0))
+    limit(GPU, MemoryBudget(int(budget * GB), 0, 0))
     torch.cuda.reset_peak_memory_stats()
     video = decode(vae, latents)
     assert video.shape[2:] == (81, 480, 832) and video.isfinite().all()
     assert torch.cuda.max_memory_allocated() < budget * GB
-    assert vae.use_tiling is (budget * GB < decode_bytes(WORK))
+    assert vae.use_tiling is (budget * GB < decode_bytes(WORK.decoding))
 
 
 def test_free_memory_is_that_under_the_limit():
-    limit(GPU, Budget(int(2 * GB), 0, 0))
+    limit(GPU, MemoryBudget(int(2 * GB), 0, 0))
     assert 0 < free_bytes(GPU) <= 2 * GB
     assert budget_of(GPU, 1.5).gpu <= 1.5 * GB - CONTEXT and budget_of(GPU, "auto").gpu <= 2 * GB
 
@@ -137,7 +137,7 @@ def test_a_planned_pipeline_follows_the_plain_one(random_nano, packing, in_turns
     for text, text_packing in (("stream", None), ("gpu", "int8"), ("gpu", None), ("cpu", None)):
         if (text == "stream" and not in_turns) or (text_packing and packing is None):
             continue
-        plan = replace(PLAN, packing=packing, text_packing=text_packing, in_turns=in_turns, text=text)
+        plan = replace(PLAN, quantization=packing, text_quantization=text_packing, in_turns=in_turns, text=text)
         pipe = wan.WanT2V.from_pretrained(random_nano, auto, "cuda", torch.bfloat16, plan=plan)
         for _ in range(2):
             video = pipe.generate("a cat", **settings).astype(float)

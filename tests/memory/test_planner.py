@@ -12,21 +12,22 @@ from wan.config.settings import VideoSettings
 from wan.memory import budget
 from wan.memory.budget import parse_memory
 from wan.memory.estimates import (
-    GGUF,
     GIB,
     Weights,
-    Work,
+    Workload,
     decode_bytes,
     forward_bytes,
     pinned_bytes,
     pinned_chunks,
     tile_width,
 )
-from wan.memory.planner import FRAGMENTS, GB, Budget, Plan, choose
+from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.weigh import weigh
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer
+from wan.models.wan.vae import decoding_of
+from wan.quantize.gguf import GGUF
 
-HOST = Budget(0, 120 * GIB, 128 * GIB)
+HOST = MemoryBudget(0, 120 * GIB, 128 * GIB)
 VAE_BYTES = GIB // 2
 
 
@@ -43,15 +44,17 @@ def weights() -> dict[str, tuple[Weights, Weights]]:
     return {model: models_of(model) for model in ("t2v-14B", "t2v-1.3B")}
 
 
-def work_for(model: str, size: tuple[int, int], frames: int) -> Work:
+def workload_for(model: str, size: tuple[int, int], frames: int) -> Workload:
     grid, sizes = VideoSettings(size, frames).token_grid, MODELS[model]
     tokens = grid[0] * grid[1] * grid[2]
-    return Work(tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, size, frames)
+    return Workload(
+        tokens, sizes.dim, sizes.ffn_dim, sizes.heads, sizes.text_dim, decoding_of(size, frames, torch.float16)
+    )
 
 
-def plan_for(weights, model, size, gpu, frames=81, host=HOST, **given) -> Plan:
+def plan_for(weights, model, size, gpu, frames=81, host=HOST, **given) -> MemoryPlan:
     budget = replace(host, gpu=int(gpu * GB))
-    return choose(*weights[model], VAE_BYTES, work_for(model, size, frames), budget, **given)
+    return choose(*weights[model], VAE_BYTES, workload_for(model, size, frames), budget, **given)
 
 
 def test_weights_and_peaks_are_those_that_were_measured(weights):
@@ -66,13 +69,13 @@ def test_weights_and_peaks_are_those_that_were_measured(weights):
         (None, (1280, 720), 241, 41.2),
         ("fp8", (1280, 720), 81, 18.1),
     ):
-        expected = (transformer.bytes(packing) + forward_bytes(work_for("t2v-14B", size, frames))) / GIB
+        expected = (transformer.bytes(packing) + forward_bytes(workload_for("t2v-14B", size, frames))) / GIB
         assert measured <= expected < 1.1 * measured
-    work = work_for("t2v-14B", (1280, 720), 81)
-    masks = forward_bytes(replace(work, mask_layers=40)) - forward_bytes(work)
+    workload = workload_for("t2v-14B", (1280, 720), 81)
+    masks = forward_bytes(replace(workload, mask_layers=40)) - forward_bytes(workload)
     assert masks / GIB == pytest.approx(2.4, abs=0.1)
-    for itemsize, measured in ((2, 9.7), (4, 20.7)):
-        expected = (decode_bytes(replace(work, vae_itemsize=itemsize)) + VAE_BYTES) / GIB
+    for dtype, measured in ((torch.float16, 9.7), (torch.float32, 20.7)):
+        expected = (decode_bytes(decoding_of((1280, 720), 81, dtype)) + VAE_BYTES) / GIB
         assert measured <= expected < 1.15 * measured
 
 
@@ -83,7 +86,7 @@ def test_weights_and_peaks_are_those_that_were_measured(weights):
 )
 def test_each_card_gets_a_plan_in_full_precision_that_fits(weights, model, gpu, size):
     plan = plan_for(weights, model, size, gpu)
-    assert plan.packing is None and plan.text_packing is None and plan.slowdown < 1.05
+    assert plan.quantization is None and plan.text_quantization is None and plan.slowdown < 1.05
     assert plan.peak * (1 + FRAGMENTS) <= gpu * GB and plan.host <= HOST.host
     assert plan.in_turns is not (gpu == 80 or (model == "t2v-1.3B" and gpu >= 48))
     assert set(plan.stages) == {"text", "sampling", "decoding"}
@@ -102,30 +105,30 @@ def test_what_the_14b_does_at_each_size_of_card(weights):
 
 def test_few_tokens_take_packed_weights_where_transfers_would_take_longer(weights):
     picture = plan_for(weights, "t2v-14B", (1280, 720), 24, frames=1)
-    assert picture.packing == "int8" and picture.kept == 40
-    assert plan_for(weights, "t2v-14B", (1280, 720), 40, frames=1).packing is None
+    assert picture.quantization == "int8" and picture.kept == 40
+    assert plan_for(weights, "t2v-14B", (1280, 720), 40, frames=1).quantization is None
 
 
 def test_little_host_memory_takes_packed_weights_and_none_is_refused(weights):
     packings = []
     for free in (64, 40, 32, 24):
-        plan = plan_for(weights, "t2v-14B", (832, 480), 12, host=Budget(0, free * GIB, 2 * free * GIB))
-        packings.append((plan.packing, plan.text_packing))
+        plan = plan_for(weights, "t2v-14B", (832, 480), 12, host=MemoryBudget(0, free * GIB, 2 * free * GIB))
+        packings.append((plan.quantization, plan.text_quantization))
     assert packings == [(None, None), ("int8", None), ("int8", "int8"), ("int4", "int8")]
     with pytest.raises(InputError, match="with 16.0 GiB of host memory free; .* GB of the GPU .* or .* of host memory"):
-        plan_for(weights, "t2v-14B", (832, 480), 12, host=Budget(0, 16 * GIB, 32 * GIB))
+        plan_for(weights, "t2v-14B", (832, 480), 12, host=MemoryBudget(0, 16 * GIB, 32 * GIB))
 
 
 def test_weights_wait_unpinned_where_they_would_fill_the_host(weights):
-    plan = plan_for(weights, "t2v-14B", (1280, 720), 16, host=Budget(0, 48 * GIB, 50 * GIB))
-    assert plan.packing is not None or not plan.pinned
-    asked = plan_for(weights, "t2v-14B", (1280, 720), 16, host=Budget(0, 48 * GIB, 50 * GIB), can_pack=False)
+    plan = plan_for(weights, "t2v-14B", (1280, 720), 16, host=MemoryBudget(0, 48 * GIB, 50 * GIB))
+    assert plan.quantization is not None or not plan.pinned
+    asked = plan_for(weights, "t2v-14B", (1280, 720), 16, host=MemoryBudget(0, 48 * GIB, 50 * GIB), can_quantize=False)
     assert not asked.pinned and "pageable" in asked.describe(HOST, "bfloat16")
 
 
 def test_what_is_asked_for_is_kept(weights):
-    plan = plan_for(weights, "t2v-14B", (1280, 720), 24, packing="fp8")
-    assert plan.packing == "fp8" and plan.kept == 40 and "transformer fp8" in plan.describe(HOST, "bfloat16")
+    plan = plan_for(weights, "t2v-14B", (1280, 720), 24, quantization="fp8")
+    assert plan.quantization == "fp8" and plan.kept == 40 and "transformer fp8" in plan.describe(HOST, "bfloat16")
     plan = plan_for(weights, "t2v-14B", (1280, 720), 16, text_cpu=True)
     assert plan.text == "cpu" and plan.stages["text"] == 0
 
@@ -145,10 +148,10 @@ def test_the_named_number_of_gb_is_enough_with_what_cuda_holds(weights, monkeypa
     monkeypatch.setattr(budget, "free_bytes", lambda _: 80 * GB)
     monkeypatch.setattr(budget, "host_bytes", lambda: (HOST.host, HOST.host_total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: GB // 10)
-    work = work_for("t2v-14B", (1280, 720), 81)
+    workload = workload_for("t2v-14B", (1280, 720), 81)
 
-    def plan_within(gb: float) -> Plan:
-        return choose(*weights["t2v-14B"], VAE_BYTES, work, budget.budget_of(torch.device("cuda"), gb))
+    def plan_within(gb: float) -> MemoryPlan:
+        return choose(*weights["t2v-14B"], VAE_BYTES, workload, budget.budget_of(torch.device("cuda"), gb))
 
     with pytest.raises(InputError, match=r"do not fit into 5.0 GB of the GPU .* GB of the GPU \(for") as refused:
         plan_within(5)
@@ -160,14 +163,16 @@ def test_the_named_number_of_gb_is_enough_with_what_cuda_holds(weights, monkeypa
 
 def test_a_gguf_file_stays_as_it_is_packed(weights):
     transformer, text = weights["t2v-14B"]
-    five_bits = replace(transformer, stored=transformer.other + transformer.packable * 11 // 16)
+    five_bits = replace(transformer, stored=transformer.other + transformer.linear * 11 // 16)
     for gpu, kept in ((24, 40), (12, 0)):
         limits = replace(HOST, gpu=gpu * GB)
-        plan = choose(five_bits, text, VAE_BYTES, work_for("t2v-14B", (1280, 720), 81), limits, GGUF)
-        assert (plan.packing, plan.text_packing, plan.kept) == (GGUF, None, kept)
+        plan = choose(five_bits, text, VAE_BYTES, workload_for("t2v-14B", (1280, 720), 81), limits, GGUF.key)
+        assert (plan.quantization, plan.text_quantization, plan.kept) == (GGUF.key, None, kept)
         assert "loading" not in plan.stages and "transformer gguf, " in plan.describe(limits, "bfloat16")
-    whole = choose(five_bits, text, VAE_BYTES, work_for("t2v-14B", (832, 480), 81), replace(HOST, gpu=80 * GB), GGUF)
-    assert not whole.in_turns and whole.host > five_bits.bytes(GGUF)
+    whole = choose(
+        five_bits, text, VAE_BYTES, workload_for("t2v-14B", (832, 480), 81), replace(HOST, gpu=80 * GB), GGUF.key
+    )
+    assert not whole.in_turns and whole.host > five_bits.bytes(GGUF.key)
 
 
 def test_less_memory_is_never_planned_to_take_more(weights):

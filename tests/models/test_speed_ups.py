@@ -19,7 +19,8 @@ from wan.models.wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder, speed_up_encoder
-from wan.quantize.float8 import apply_fp8, check_fp8, linear_layers
+from wan.quantize.float8 import FLOAT8
+from wan.quantize.quantizer import check_quantization, quantize_layers
 
 CPU = torch.device("cpu")
 
@@ -90,27 +91,27 @@ def test_the_pipeline_s_decoder_takes_the_type_that_it_is_given(random_nano):
 
 def test_float8_says_where_it_cannot_run():
     with pytest.raises(InputError, match="fp8 works in bfloat16 only, not in float16"):
-        check_fp8(torch.device("cuda"), torch.float16)
+        check_quantization("fp8", torch.device("cuda"), torch.float16)
     with pytest.raises(InputError, match="fp8 does not work on cpu: it needs an NVIDIA GPU of compute capability 8.9"):
-        check_fp8(CPU, torch.bfloat16)
+        check_quantization("fp8", CPU, torch.bfloat16)
 
 
 def test_float8_takes_the_linear_layers_of_the_blocks_but_none_with_a_row_of_zeros():
     transformer = random_transformer("nano", torch.bfloat16, CPU)
-    layers = linear_layers(transformer)
-    assert len(layers) == 10 * len(transformer.blocks)
-    layers[0].weight[3] = 0
-    assert len(linear_layers(transformer)) == len(layers) - 1
+    weights = [module.weight for module in transformer.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(weights) == 10 * len(transformer.blocks) and all(map(FLOAT8.takes, weights))
+    assert not FLOAT8.takes(weights[0][:24]) and not FLOAT8.takes(weights[0][:, :24])
+    weights[0][3] = 0
+    assert [FLOAT8.takes(weight) for weight in weights] == [False, *[True] * (len(weights) - 1)]
 
 
 def test_float8_without_a_layer_that_fits_is_an_error():
-    pytest.importorskip("torchao")
     transformer = random_transformer("nano", torch.bfloat16, CPU)
     for module in transformer.blocks.modules():
         if isinstance(module, torch.nn.Linear):
-            module.in_features = 24
+            module.weight.data = module.weight.data[:, :24]
     with pytest.raises(InputError, match="fp8 takes none of these linear layers"):
-        apply_fp8(transformer)
+        quantize_layers(transformer, transformer.blocks, "fp8", CPU)
 
 
 def test_fused_gelu_leaves_a_cpu_training_and_changed_layers_as_they_were():

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from wan.config.settings import resolve
-from wan.memory.planner import Plan
+from wan.memory.planner import MemoryPlan
 from wan.run.remaking import otherwise_packed
 
-PLAIN = Plan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
-INT8, BOTH = replace(PLAIN, packing="int8"), replace(PLAIN, packing="int4", text_packing="int8")
-FP8 = replace(PLAIN, packing="fp8")
+PLAIN = MemoryPlan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
+INT8, BOTH = replace(PLAIN, quantization="int8"), replace(PLAIN, quantization="int4", text_quantization="int8")
+FP8 = replace(PLAIN, quantization="fp8")
 
 
-def difference(then: Plan | None, now: Plan | None, fp8: bool = False) -> str | None:
+def difference(then: MemoryPlan | None, now: MemoryPlan | None, fp8: bool = False) -> str | None:
     settings = resolve({"checkpoint": "x", "prompt": "a cat", "dtype": "bfloat16", "fp8": fp8})
-    made_with = {"device": "cuda"} | ({} if then is None else {"memory": 12.0, "plan": asdict(then)})
+    made_with = {"device": "cuda"} | ({} if then is None else {"memory": 12.0, "plan": then.to_record()})
     return otherwise_packed("video.json", made_with, settings, now)
 
 

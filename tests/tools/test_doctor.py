@@ -14,7 +14,7 @@ from places import ROOT
 
 from nabla import backends
 from wan.memory.estimates import GIB
-from wan.memory.planner import Budget
+from wan.memory.planner import MemoryBudget
 from wan.tools.doctor import __main__ as doctor
 from wan.tools.doctor import advice, checkpoints, examine, machine, packages
 from wan.tools.doctor.checkpoints import LocalCheckpoint
@@ -31,9 +31,9 @@ H200, RTX4090, RTX3060 = (
 )
 
 
-def budget_of(*gib: float) -> Budget:
+def budget_of(*gib: float) -> MemoryBudget:
     """Free of the GPU, free of the host, and the host's."""
-    return Budget(*(int(one * GIB) for one in gib))
+    return MemoryBudget(*(int(one * GIB) for one in gib))
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_what_fits_follows_the_memory():
 
     assert all(one.is_plain for one in plans(139, 200).values())
     large, small = plans(23, 120), plans(11.2, 60)
-    assert not large["14B", 720].is_plain and large["14B", 720].plan.packing is None
+    assert not large["14B", 720].is_plain and large["14B", 720].plan.quantization is None
     assert large["1.3B", 480].plan is not None and small["14B", 480].plan is not None
     nothing = plans(1.0, 60)["14B", 720]
     assert nothing.plan is None and "would do" in nothing.refusal

@@ -127,13 +127,13 @@ class Part:
         device: torch.device | str,
         shard: Callable[[nn.Module], None] | None = None,
         change: Callable[[str, Tensor], Tensor] | None = None,
-        pack: Callable[[str, Tensor], Tensor] | None = None,
+        quantize: Callable[[str, Tensor], Tensor] | None = None,
     ) -> nn.Module:
         """Read the weights into the model; needs no more memory than the result and one tensor.
 
         shard: spreads the parameters of the model, on the meta device still, over processes; each reads its own parts
         change: from a tensor as it is stored, and its name in the model, to the one to use
-        pack: from that one in its final type to the one that the model gets, see `wan.quantize.packing`
+        quantize: from that one in its final type to the one that the model gets, see `wan.quantize.quantizer`
         """
         if shard is not None:
             for name, parameter in self.model.requires_grad_(False).named_parameters():
@@ -151,7 +151,7 @@ class Part:
             if isinstance(whole, DTensor):
                 form = {"shape": whole.shape, "stride": whole.stride()}
                 tensor = DTensor.from_local(tensor, whole.device_mesh, whole.placements, run_check=False, **form)
-            state[own] = tensor if pack is None else pack(own, tensor)
+            state[own] = tensor if quantize is None else quantize(own, tensor)
         # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:

@@ -9,7 +9,7 @@ import torch
 
 from nabla import InputError
 from wan.memory.placement import free_bytes
-from wan.memory.planner import GB, Budget
+from wan.memory.planner import GB, MemoryBudget
 
 AUTO = "auto"
 # The limit and the use of a container's memory, in the second and the first version of cgroups.
@@ -44,11 +44,11 @@ def check_memory(memory: str | float | None, device: torch.device, processes: ob
         raise InputError("memory decides what is offloaded; leave offload_model out, or memory")
 
 
-def budget_of(device: torch.device, memory: str | float) -> Budget:
+def budget_of(device: torch.device, memory: str | float) -> MemoryBudget:
     """Free bytes of a GPU and of the host; a number of GB is for all of the process, CUDA's own memory included."""
     free, besides = free_bytes(device), CONTEXT + torch.cuda.memory_allocated(device)
     gpu = free if memory == AUTO else min(free, max(0, int(memory * GB) - besides))
-    return Budget(gpu, *host_bytes(), besides)
+    return MemoryBudget(gpu, *host_bytes(), besides)
 
 
 def host_bytes() -> tuple[int, int]:
@@ -73,7 +73,7 @@ def _cached(limit: Path) -> int:
     return int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
 
 
-def limit(device: torch.device, budget: Budget) -> None:
+def limit(device: torch.device, budget: MemoryBudget) -> None:
     """Keep torch from taking more of a GPU than a budget beside what it has, in this process from now on."""
     total = torch.cuda.get_device_properties(device).total_memory
     most = budget.gpu + torch.cuda.memory_allocated(device)

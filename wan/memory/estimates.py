@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from wan.quantize.table import QUANTIZATIONS
+
 GIB = 2**30
-# Bytes that a number of a linear layer takes when packed, its scales included.
-PACKED = {"int8": 1.02, "fp8": 1.01, "int4": 0.53}
-# The packing of a model that its GGUF file has packed already.
-GGUF = "gguf"
 CHUNK = 4 * GIB
 ALIGNMENT = 256
-# Measured on the published VAE, base width 96, in float32; and copies of the whole video while it is put together.
-DECODE_BYTES, DECODE_WIDTH, VIDEO_COPIES = 21_000, 96, 3
+# Of the whole video while it is put together from decoded frames.
+VIDEO_COPIES = 3
 TILE_OVERLAP = 64
 MOST_TILES = 8
 # A tile of attention, and what edge tiles that are partial add.
@@ -26,39 +24,54 @@ LIST_BYTES = 2**28 * 8
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model weighs. One of its blocks: `packable` numbers in linear layers, and `other` bytes; the largest layer
-    has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not packed takes `itemsize` bytes.
-    stored: of a block as a GGUF file packs it, and of what runs beside it."""
+    """What a model weighs. One of its blocks: `linear` numbers in linear layers, and `other` bytes; the largest layer
+    has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not quantised takes `itemsize` bytes.
+    stored: of a block as a GGUF file has quantised it, and of what runs beside it."""
 
     blocks: int
-    packable: int
+    linear: int
     largest: int
     other: int
     rest: int
     itemsize: int
     stored: int = 0
 
-    def block(self, packing: str | None) -> int:
+    def block(self, quantization: str | None) -> int:
         """Bytes of a block."""
-        if packing == GGUF:
+        each = self.itemsize if quantization is None else QUANTIZATIONS[quantization].bytes_per_weight
+        if each is None:
             return self.stored
-        each = self.itemsize if packing is None else PACKED[packing]
-        return math.ceil(self.packable * each) + self.other
+        return math.ceil(self.linear * each) + self.other
 
-    def bytes(self, packing: str | None) -> int:
-        return self.blocks * self.block(packing) + self.rest
+    def bytes(self, quantization: str | None) -> int:
+        return self.blocks * self.block(quantization) + self.rest
 
-    def streamed(self, packing: str | None, kept: int = 0) -> int:
+    def streamed(self, quantization: str | None, kept: int = 0) -> int:
         """Bytes on the GPU while all blocks but `kept` pass through two buffers."""
-        return self.rest + self.block(packing) * min(kept + 2, self.blocks)
+        return self.rest + self.block(quantization) * min(kept + 2, self.blocks)
 
 
 @dataclass(frozen=True)
-class Work:
+class Decoding:
+    """What a VAE's decoder makes.
+
+    size: (width, height) in pixels
+    itemsize: bytes of a number of its activations
+    pixel_bytes: what its features take for each pixel of a frame
+    """
+
+    size: tuple[int, int]
+    frames: int
+    itemsize: int
+    pixel_bytes: float
+
+
+@dataclass(frozen=True)
+class Workload:
     """A video, and the widths of the models that make it.
 
-    tokens: of the transformer; size: (width, height) in pixels
-    itemsize, vae_itemsize: bytes of a number of the transformer's activations, and of the decoder's
+    tokens, dim, ffn_dim, heads: of the transformer; text_dim: of the text encoder
+    itemsize: bytes of a number of the transformer's activations
     mask_layers: layers that keep their choice of blocks for later steps
     cached: copies of the hidden states that a step cache keeps
     """
@@ -68,38 +81,35 @@ class Work:
     ffn_dim: int
     heads: int
     text_dim: int
-    size: tuple[int, int]
-    frames: int
+    decoding: Decoding
     itemsize: int = 2
-    vae_itemsize: int = 2
-    vae_width: int = DECODE_WIDTH
     compiled: bool = True
     mask_layers: int = 0
     cached: int = 0
 
 
-def forward_bytes(work: Work) -> int:
+def forward_bytes(workload: Workload) -> int:
     """What a forward of a batch of one takes beside the weights."""
-    hidden = work.tokens * work.dim * work.itemsize
+    hidden = workload.tokens * workload.dim * workload.itemsize
     # The residual, the normalised input, and the wide states with the result; or q, k, v and the result, as tiles.
-    copies = max(3 + work.ffn_dim / work.dim, 2 + 4 * PADDING) + (0 if work.compiled else EAGER_COPIES)
-    pairs = work.heads * math.ceil(work.tokens / BLOCK_TOKENS * PADDING) ** 2
-    return math.ceil((copies + work.cached) * hidden) + min(LIST_BYTES, 8 * pairs) + work.mask_layers * pairs
+    copies = max(3 + workload.ffn_dim / workload.dim, 2 + 4 * PADDING) + (0 if workload.compiled else EAGER_COPIES)
+    pairs = workload.heads * math.ceil(workload.tokens / BLOCK_TOKENS * PADDING) ** 2
+    return math.ceil((copies + workload.cached) * hidden) + min(LIST_BYTES, 8 * pairs) + workload.mask_layers * pairs
 
 
-def text_bytes(work: Work, rows: int = 512, prompts: int = 2) -> int:
+def text_bytes(workload: Workload, rows: int = 512, prompts: int = 2) -> int:
     """What encoding takes beside the weights: scores of heads of 64 and wide states, in float32 for the softmax."""
-    heads = max(1, work.text_dim // 64)
-    return prompts * rows * (heads * rows * 4 * 3 + work.text_dim * 4 * 16)
+    heads = max(1, workload.text_dim // 64)
+    return prompts * rows * (heads * rows * 4 * 3 + workload.text_dim * 4 * 16)
 
 
-def decode_bytes(work: Work, tiles: int = 1) -> int:
+def decode_bytes(decoding: Decoding, tiles: int = 1) -> int:
     """What decoding takes beside the weights, in columns that overlap."""
-    width, height = work.size
+    width, height = decoding.size
     column = min(width, tile_width(width, tiles))
-    features = column * height * DECODE_BYTES * work.vae_itemsize / 4 * work.vae_width / DECODE_WIDTH
+    features = column * height * decoding.pixel_bytes
     joined = VIDEO_COPIES if tiles == 1 else VIDEO_COPIES + tiles * column / width
-    video = work.frames * width * height * 3 * joined * work.vae_itemsize
+    video = decoding.frames * width * height * 3 * joined * decoding.itemsize
     return math.ceil(features + video)
 
 

@@ -2,35 +2,36 @@
 
 Three stages follow each other: text, sampling, decoding. Either all models stay on the GPU, or each is there in its
 stage alone, the transformer's and the text encoder's blocks streamed through two buffers if even one model is too
-large. Of what fits, the plan that costs least is taken: a slowdown counts as it is, precision by `COSTS`.
+large. Of what fits, the plan that costs least is taken: a slowdown counts as it is, precision as
+`wan.quantize.table` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, product
+from typing import Any
 
 from nabla import InputError
 from wan.memory.estimates import (
     CHUNK,
-    GGUF,
     GIB,
     MOST_TILES,
     Weights,
-    Work,
+    Workload,
     decode_bytes,
     forward_bytes,
     pinned_bytes,
     text_bytes,
 )
+from wan.quantize.gguf import GGUF
+from wan.quantize.table import QUANTIZATIONS
 
 GB = 10**9
-# How many times slower a run may be before the next packing is taken instead. float8 is only taken when asked for: it
-# is faster, but as large as int8 and less exact.
-COSTS = {"fp8": 1.0, "int8": 1.2, "int4": 2.0}
-TEXT_COSTS = {"int8": 1.1}
+# What records of videos call the plan's fields that have other names here.
+RECORD_KEYS = {"quantization": "packing", "text_quantization": "text_packing"}
 COST_OF_TILES = 1.05
 COST_OF_TURNS = 1.01
 # A block is computed from its weights once a token: this many tokens hide the transfer of half-precision weights from
@@ -43,13 +44,10 @@ PINNED_SHARE = 0.5
 FRAGMENTS = 0.04
 # A process with models loaded, before any weights.
 PROCESS = 4 * GIB
-# For each number of the largest layer: what packing takes, and what unpacking it at each use does.
-PACKING_BYTES = {"int8": 12, "fp8": 12, "int4": 24}
-UNPACKING_BYTES = {"int8": 8, "int4": 16, GGUF: 12}
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """Free bytes: of the GPU, to stay under, and of the host, out of `host_total`.
 
     besides: what the process takes of the GPU in any case, so that `gpu` and this are what a run is told to stay under
@@ -62,9 +60,10 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to run. packing, text_packing: of linear layers, None for the dtype that was asked for.
+class MemoryPlan:
+    """How to run.
 
+    quantization, text_quantization: keys of those of linear layers; None for the dtype that was asked for
     in_turns: each model is on the GPU in its stage alone
     kept: blocks of the transformer that are there for all of its stage; the others are streamed
     text: where the text encoder runs: "gpu", "stream" (block by block) or "cpu"
@@ -74,8 +73,8 @@ class Plan:
     slowdown: expected, by transfers that computing does not hide
     """
 
-    packing: str | None
-    text_packing: str | None
+    quantization: str | None
+    text_quantization: str | None
     in_turns: bool
     kept: int
     blocks: int
@@ -93,15 +92,25 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        precision = COSTS.get(self.packing, 1.0) * TEXT_COSTS.get(self.text_packing, 1.0)
-        return self.slowdown * precision * (COST_OF_TILES if self.tiles > 1 else 1)
+        cost = self.slowdown
+        if self.quantization is not None:
+            cost *= QUANTIZATIONS[self.quantization].cost or 1.0
+        if self.text_quantization is not None:
+            cost *= QUANTIZATIONS[self.text_quantization].text_cost or 1.0
+        return cost * (COST_OF_TILES if self.tiles > 1 else 1)
 
-    def describe(self, budget: Budget, dtype: str) -> str:
+    def to_record(self) -> dict[str, Any]:
+        """As a video's record has it, by the keys that records always had."""
+        own = asdict(self)
+        return {RECORD_KEYS.get(name, name): value for name, value in own.items()}
+
+    def describe(self, budget: MemoryBudget, dtype: str) -> str:
         """One line: what was chosen, and the expected peaks beside what there is."""
         stages = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.stages.items())
+        decoding = f"in {self.tiles} overlapping tiles" if self.tiles > 1 else "whole"
         return (
-            f"transformer {self.packing or dtype}, {self.placement()}; text encoder {self.text_packing or dtype}, "
-            f"{self._text()}; decoding {f'in {self.tiles} overlapping tiles' if self.tiles > 1 else 'whole'}; "
+            f"transformer {self.quantization or dtype}, {self.placement()}; "
+            f"text encoder {self.text_quantization or dtype}, {self._text()}; decoding {decoding}; "
             f"expected peak {self.peak / GIB:.1f} of {budget.gpu / GIB:.1f} GiB ({stages}), "
             f"host {self.host / GIB:.1f} of {budget.host / GIB:.1f} GiB free"
         )
@@ -125,26 +134,29 @@ def choose(
     transformer: Weights,
     text: Weights,
     vae_bytes: int,
-    work: Work,
-    budget: Budget,
-    packing: str | None = None,
-    can_pack: bool = True,
+    workload: Workload,
+    budget: MemoryBudget,
+    quantization: str | None = None,
+    can_quantize: bool = True,
     text_cpu: bool = False,
-) -> Plan:
+) -> MemoryPlan:
     """The plan that costs least of those that fit.
 
-    packing: of the transformer, if that is not open, `GGUF` if its file packs it
-    can_pack: whether others than the given one may be chosen
+    quantization: of the transformer, if that is not open, that of GGUF if its file has done so
+    can_quantize: whether others than the given one may be chosen
     text_cpu: the text encoder has to run on the CPU
     Raises `InputError` if none fits, with what would.
     """
-    case = _Case(transformer, text, vae_bytes, work, budget, text_cpu)
-    packings = [packing] if packing or not can_pack else [None, "int8", "int4"]
-    of_text = [None, "int8"] if can_pack else [None]
-    candidates = list(chain.from_iterable(case.plans(*both) for both in product(packings, of_text)))
+    case = _Case(transformer, text, vae_bytes, workload, budget, text_cpu)
+    own: list[str | None] = [quantization]
+    of_text: list[str | None] = [None]
+    if can_quantize:
+        own += [key for key, one in QUANTIZATIONS.items() if one.cost is not None and quantization is None]
+        of_text += [key for key, one in QUANTIZATIONS.items() if one.text_cost is not None]
+    candidates = list(chain.from_iterable(case.plans(*both) for both in product(own, of_text)))
     fitting = [plan for plan in candidates if _fits(plan, budget)]
     if not fitting:
-        raise InputError(_refusal(candidates, work, budget))
+        raise InputError(_refusal(candidates, workload, budget))
     return min(fitting, key=lambda plan: plan.cost)
 
 
@@ -155,42 +167,41 @@ class _Case:
     transformer: Weights
     text: Weights
     vae_bytes: int
-    work: Work
-    budget: Budget
+    workload: Workload
+    budget: MemoryBudget
     text_cpu: bool
 
-    def plans(self, packing: str | None, text_packing: str | None) -> Iterator[Plan]:
+    def plans(self, quantization: str | None, text_quantization: str | None) -> Iterator[MemoryPlan]:
         """All plans of a precision, those in which the models stay on the GPU first, in ever more columns."""
-        transformer = self.transformer
+        transformer, text = self.transformer, self.text
         usable = self.budget.gpu / (1 + FRAGMENTS)
-        forward = forward_bytes(self.work) + UNPACKING_BYTES.get(packing, 0) * transformer.largest
-        encoding = text_bytes(self.work) + UNPACKING_BYTES.get(text_packing, 0) * self.text.largest
-        waiting = pinned_bytes(transformer.block(packing), transformer.blocks)
+        forward = forward_bytes(self.workload) + _using_bytes(quantization) * transformer.largest
+        encoding = text_bytes(self.workload) + _using_bytes(text_quantization) * text.largest
+        waiting = pinned_bytes(transformer.block(quantization), transformer.blocks)
         pinned = waiting <= PINNED_SHARE * self.budget.host_total
-        kept = kept_blocks(transformer, packing, self.work, usable - forward, pinned)
-        slower = COST_OF_TURNS * slowdown(transformer, packing, self.work, kept, pinned)
+        kept = kept_blocks(transformer, quantization, self.workload, usable - forward, pinned)
+        slower = COST_OF_TURNS * slowdown(transformer, quantization, self.workload, kept, pinned)
         for in_turns, tiles in product((False, True), range(1, MOST_TILES + 1)):
-            whole_text = self.text.bytes(text_packing) + encoding
+            whole_text = text.bytes(text_quantization) + encoding
             place = "cpu" if self.text_cpu else "stream" if in_turns and whole_text > usable else "gpu"
+            on_gpu = {"gpu": text.bytes(text_quantization), "stream": text.streamed(text_quantization), "cpu": 0}
             sizes = {
-                "text": {"gpu": self.text.bytes(text_packing), "stream": self.text.streamed(text_packing), "cpu": 0}[
-                    place
-                ],
-                "sampling": transformer.streamed(packing, kept) if in_turns else transformer.bytes(packing),
+                "text": on_gpu[place],
+                "sampling": transformer.streamed(quantization, kept) if in_turns else transformer.bytes(quantization),
                 "decoding": self.vae_bytes,
             }
             needs = {
                 "text": 0 if self.text_cpu else encoding,
                 "sampling": forward,
-                "decoding": decode_bytes(self.work, tiles),
+                "decoding": decode_bytes(self.workload.decoding, tiles),
             }
             resident = 0 if in_turns else sum(sizes.values())
             stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
-            if taken := self.packing_bytes(packing, text_packing):
+            if taken := self.making_bytes(quantization, text_quantization):
                 stages = {"loading": taken + resident} | stages
-            yield Plan(
-                packing=packing,
-                text_packing=text_packing,
+            yield MemoryPlan(
+                quantization=quantization,
+                text_quantization=text_quantization,
                 in_turns=in_turns,
                 kept=kept if in_turns else transformer.blocks,
                 blocks=transformer.blocks,
@@ -198,51 +209,55 @@ class _Case:
                 tiles=tiles,
                 pinned=pinned,
                 stages=stages,
-                host=self.host_bytes(packing, text_packing, in_turns),
+                host=self.host_bytes(quantization, text_quantization, in_turns),
                 slowdown=slower if in_turns else 1.0,
             )
 
-    def packing_bytes(self, packing: str | None, text_packing: str | None) -> int:
-        """What packing the largest layer takes."""
-        both = (self.transformer, packing), (self.text, text_packing)
-        return max(PACKING_BYTES.get(kind, 0) * weights.largest for weights, kind in both)
+    def making_bytes(self, quantization: str | None, text_quantization: str | None) -> int:
+        """What quantising the largest layer takes."""
+        both = (self.transformer, quantization), (self.text, text_quantization)
+        return max(QUANTIZATIONS[key].making_bytes * weights.largest if key else 0 for weights, key in both)
 
-    def host_bytes(self, packing: str | None, text_packing: str | None, in_turns: bool) -> int:
+    def host_bytes(self, quantization: str | None, text_quantization: str | None, in_turns: bool) -> int:
         """What waits in host memory, at the most."""
-        text = self.text.bytes(text_packing)
+        text = self.text.bytes(text_quantization)
         if not in_turns:
             # A GGUF file is read as a whole before it goes to the GPU.
-            read = self.transformer.bytes(packing) if packing == GGUF else 0
+            read = self.transformer.bytes(quantization) if quantization == GGUF.key else 0
             return PROCESS + max(read, text if self.text_cpu else 0)
-        waiting = pinned_bytes(self.transformer.block(packing), self.transformer.blocks) + self.transformer.rest
+        waiting = pinned_bytes(self.transformer.block(quantization), self.transformer.blocks) + self.transformer.rest
         # While weights are copied to pinned memory, a chunk of them is there twice.
-        return PROCESS + waiting + min(CHUNK, self.transformer.bytes(packing)) + text + self.vae_bytes
+        return PROCESS + waiting + min(CHUNK, self.transformer.bytes(quantization)) + text + self.vae_bytes
 
 
-def kept_blocks(transformer: Weights, packing: str | None, work: Work, room: float, pinned: bool) -> int:
+def kept_blocks(transformer: Weights, quantization: str | None, workload: Workload, room: float, pinned: bool) -> int:
     """Blocks to keep on the GPU in `room` bytes: all, or none if their transfer is hidden, or as many as fit."""
-    if transformer.bytes(packing) <= room:
+    if transformer.bytes(quantization) <= room:
         return transformer.blocks
-    if slowdown(transformer, packing, work, 0, pinned) == 1:
+    if slowdown(transformer, quantization, workload, 0, pinned) == 1:
         return 0
-    return max(0, int((room - transformer.rest) // transformer.block(packing)) - 2)
+    return max(0, int((room - transformer.rest) // transformer.block(quantization)) - 2)
 
 
-def slowdown(transformer: Weights, packing: str | None, work: Work, kept: int, pinned: bool) -> float:
+def slowdown(transformer: Weights, quantization: str | None, workload: Workload, kept: int, pinned: bool) -> float:
     """How many times as long a forward takes as without transfers, which go on while it computes."""
     share = 1 - kept / transformer.blocks
-    packed = transformer.block(packing) / transformer.block(None)
-    # Products in float8 take half the time too.
-    packed = 2 * packed if packing == "fp8" else packed
+    smaller = transformer.block(quantization) / transformer.block(None)
+    # Faster products hide less.
+    smaller *= 1.0 if quantization is None else QUANTIZATIONS[quantization].speed
     hiding = TOKENS_TO_HIDE * (1 if pinned else PAGEABLE) * transformer.itemsize / 2
-    return max(1.0, share * packed * hiding / work.tokens)
+    return max(1.0, share * smaller * hiding / workload.tokens)
 
 
-def _fits(plan: Plan, budget: Budget) -> bool:
+def _using_bytes(key: str | None) -> int:
+    return 0 if key is None else QUANTIZATIONS[key].using_bytes
+
+
+def _fits(plan: MemoryPlan, budget: MemoryBudget) -> bool:
     return plan.peak * (1 + FRAGMENTS) <= budget.gpu and plan.host <= budget.host
 
 
-def _refusal(candidates: list[Plan], work: Work, budget: Budget) -> str:
+def _refusal(candidates: list[MemoryPlan], workload: Workload, budget: MemoryBudget) -> str:
     """What is too small, and what of the GPU or of the host would do."""
     enough = []
     if on_host := [plan for plan in candidates if plan.host <= budget.host]:
@@ -253,8 +268,9 @@ def _refusal(candidates: list[Plan], work: Work, budget: Budget) -> str:
     if on_gpu := [plan for plan in candidates if plan.peak * (1 + FRAGMENTS) <= budget.gpu]:
         enough.append(f"{math.ceil(min(plan.host for plan in on_gpu) / GIB * 10) / 10:.1f} GiB of host memory")
     gpu, host = (budget.gpu + budget.besides) / GB, budget.host / GIB
+    width, height = workload.decoding.size
     return (
-        f"memory: {work.frames} frames of {work.size[0]}*{work.size[1]} do not fit into {gpu:.1f} GB of the GPU with "
+        f"memory: {workload.decoding.frames} frames of {width}*{height} do not fit into {gpu:.1f} GB of the GPU with "
         f"{host:.1f} GiB of host memory free; {' or '.join(enough) or 'more of both'} would do, "
         "or a smaller --size or fewer frames (--frame_num)"
     )

@@ -18,7 +18,7 @@ from wan.memory.estimates import Weights
 
 
 def weights_of(part: Part, blocks: nn.ModuleList, dtype: torch.dtype, lora: Sequence[LoraFile] = ()) -> Weights:
-    """What a part of a checkpoint weighs in a dtype, and as its GGUF file packs it, with LoRA files beside it."""
+    """What a part of a checkpoint weighs in a dtype, and as its GGUF file has it, with LoRA files beside it."""
     own = weigh(part.model, blocks, dtype, part.float32)
     if not isinstance(part.weights, GgufFile):
         return own

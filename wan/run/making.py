@@ -155,7 +155,7 @@ def make(
     if pipe.cache is not None:
         log.info("cache: %s", pipe.cache.describe())
         made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
-    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": asdict(pipe.plan)}
+    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": pipe.plan.to_record()}
     if pipe.distributed is not None:
         made_with["layout"] = asdict(pipe.distributed.layout)
     if not options.overwrite and (free := free_path(path)) != path:

@@ -6,12 +6,11 @@ A plan of memory packs weights as much as it must, which changes the video and i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from wan.config.settings import Settings
-from wan.memory.estimates import GGUF
-from wan.memory.planner import Plan
+from wan.memory.planner import MemoryPlan
+from wan.quantize.gguf import GGUF
 
 # What a plan may pack, and where it says how.
 MODELS = {"transformer": "packing", "text encoder": "text_packing"}
@@ -23,10 +22,12 @@ def packing_of(plan: object, fp8: bool) -> Packing:
     """How each model is packed by a plan, as a record has it, or without one; not what its file has packed."""
     own = {"packing": "fp8" if fp8 else None, "text_packing": None}
     own |= plan if isinstance(plan, dict) else {}
-    return {name: None if own[key] == GGUF else own[key] for name, key in MODELS.items()}
+    return {name: None if own[key] == GGUF.key else own[key] for name, key in MODELS.items()}
 
 
-def otherwise_packed(record: str, made_with: Mapping[str, Any], settings: Settings, plan: Plan | None) -> str | None:
+def otherwise_packed(
+    record: str, made_with: Mapping[str, Any], settings: Settings, plan: MemoryPlan | None
+) -> str | None:
     """A line if a run packs weights otherwise than that of a record, and what gives the same; None if it does not.
 
     made_with: what the record says of it; empty of other files of settings
@@ -34,7 +35,7 @@ def otherwise_packed(record: str, made_with: Mapping[str, Any], settings: Settin
     if not made_with:
         return None
     then = packing_of(made_with.get("plan"), settings.fp8)
-    now = packing_of(plan and asdict(plan), settings.fp8)
+    now = packing_of(plan and plan.to_record(), settings.fp8)
     differing = [name for name in MODELS if then[name] != now[name]]
     if not differing:
         return None

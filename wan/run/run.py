@@ -26,7 +26,7 @@ from wan.observe.report import check_report
 from wan.observe.run_log import check_log
 from wan.parallel.distributed import DistributedContext, pick_device, started_by_torchrun
 from wan.parallel.layout import choose_layout
-from wan.quantize.float8 import check_fp8
+from wan.quantize.quantizer import check_quantization
 from wan.run.jobs import names_of, read_prompts
 from wan.run.making import Options, make_all, named_after
 from wan.run.ratios import measured_otherwise
@@ -130,7 +130,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
         check_output(request.save_file)
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
     if settings.fp8:
-        check_fp8(device, getattr(torch, settings.dtype or own_dtype))
+        check_quantization("fp8", device, getattr(torch, settings.dtype or own_dtype))
     if settings.transformer is not None:
         check_transformer_file(settings.transformer)
     for lora in settings.lora:

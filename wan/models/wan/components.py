@@ -81,18 +81,18 @@ def load_transformer(
     device: torch.device | str,
     shard: Callable[[nn.Module], None] | None = None,
     adapters: Sequence[Adapter] = (),
-    pack: Callable[[str, Tensor], Tensor] | None = None,
+    quantize: Callable[[str, Tensor], Tensor] | None = None,
 ) -> WanTransformer3DModel:
     """The weights of `transformer_part`, and what is not saved with them; see `Part.load`.
 
     adapters: LoRA that is merged into the weights in float32, or that stays beside them if they are packed
-    pack: what packs the weights while they are read, see `wan.quantize.packing`
+    quantize: what quantises the weights while they are read, see `wan.quantize.quantizer`
     """
     if isinstance(part.weights, GgufFile):
         model = load_gguf(part, dtype, device)
         attach(model, adapters, dtype)
     else:
-        model = part.load(dtype, device, shard, merging(adapters, device) if adapters else None, pack)
+        model = part.load(dtype, device, shard, merging(adapters, device) if adapters else None, quantize)
     finish_transformer(model, device)
     return model
 

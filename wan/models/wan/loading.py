@@ -17,8 +17,7 @@ from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile
 from wan.memory import placement as memory
-from wan.memory.estimates import GGUF
-from wan.memory.planner import Plan
+from wan.memory.planner import MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
@@ -27,8 +26,8 @@ from wan.models.wan.names import NAMING
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_fsdp
-from wan.quantize.float8 import apply_fp8, check_fp8
-from wan.quantize.packing import check_packing, make_packer
+from wan.quantize.gguf import GGUF
+from wan.quantize.quantizer import check_quantization, make_quantizer, quantize_layers
 
 log = logging.getLogger("wan")
 
@@ -58,7 +57,7 @@ def load_models(
     t5_fsdp: bool = False,
     transformer_file: str | Path | None = None,
     lora: Sequence[LoraFile] = (),
-    plan: Plan | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Models:
     """Load the models of a checkpoint; see `WanT2V.from_pretrained` for the arguments.
 
@@ -71,7 +70,7 @@ def load_models(
             raise InputError("a plan of memory is for one process; leave it out, or processes")
         return _load_planned(checkpoint, device, dtype, vae_dtype, transformer_file, lora, plan)
     if fp8:
-        check_fp8(device, dtype)
+        check_quantization("fp8", device, dtype)
     cpu = torch.device("cpu")
     vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
@@ -111,7 +110,7 @@ def load_models(
         log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if packed else MERGED)
     fuse_gelu(transformer)
     if fp8:
-        log.info("transformer: %s", apply_fp8(transformer).describe())
+        log.info("transformer: %s", quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
         transformer.to(home)
     tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
     return Models(transformer, vae, text_encoder, tokenizer, offload)
@@ -124,34 +123,36 @@ def _load_planned(
     vae_dtype: torch.dtype | None,
     transformer_file: str | Path | None,
     lora: Sequence[LoraFile],
-    plan: Plan,
+    plan: MemoryPlan,
 ) -> Models:
     """The models where a plan of memory has them, their weights packed one at a time while they are read."""
-    for packing in (plan.packing, plan.text_packing):
-        check_packing(packing, device, dtype)
+    for quantization in (plan.quantization, plan.text_quantization):
+        check_quantization(quantization, device, dtype)
     cpu = torch.device("cpu")
     home = cpu if plan.in_turns else device
     vae = parts.vae_part(checkpoint).load(torch.float32, home)
     speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     transformer_part = parts.transformer_part(checkpoint, transformer_file)
     adapters = [read_lora(file, transformer_part.model, NAMING) for file in lora]
-    packer = make_packer(transformer_part.model, transformer_part.model.blocks, plan.packing, device, home)
-    transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, pack=packer)
+    quantizer = make_quantizer(transformer_part.model, transformer_part.model.blocks, plan.quantization, device, home)
+    transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, quantize=quantizer)
     for adapter in adapters:
-        log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if plan.packing == GGUF else MERGED)
+        log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if plan.quantization == GGUF.key else MERGED)
     fuse_gelu(transformer)
-    if packer is not None:
-        log.info("transformer: %s", packer.describe())
+    if quantizer is not None:
+        log.info("transformer: %s", quantizer.describe())
     if plan.in_turns:
         stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
     text_part = parts.text_encoder_part(checkpoint, dtype)
     text_device = cpu if plan.text == "cpu" else device
     text_home = cpu if plan.text == "cpu" else home
-    packer = make_packer(text_part.model, text_part.model.encoder.block, plan.text_packing, text_device, text_home)
-    text_encoder = text_part.load(dtype, text_home, pack=packer)
-    if packer is not None:
-        log.info("text encoder: %s", packer.describe())
-    if plan.text == "stream" or (plan.in_turns and packer is not None and plan.text != "cpu"):
+    quantizer = make_quantizer(
+        text_part.model, text_part.model.encoder.block, plan.text_quantization, text_device, text_home
+    )
+    text_encoder = text_part.load(dtype, text_home, quantize=quantizer)
+    if quantizer is not None:
+        log.info("text encoder: %s", quantizer.describe())
+    if plan.text == "stream" or (plan.in_turns and quantizer is not None and plan.text != "cpu"):
         kept = 0 if plan.text == "stream" else len(text_encoder.encoder.block)
         stream_blocks(text_encoder, text_encoder.encoder.block, device, kept, plan.pinned)
     tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)

@@ -14,13 +14,15 @@ from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings
 from wan.memory.budget import budget_of, limit
-from wan.memory.estimates import GGUF, Work
+from wan.memory.estimates import Workload
 from wan.memory.placement import has_room_for
-from wan.memory.planner import Plan, choose
+from wan.memory.planner import MemoryPlan, choose
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
-from wan.models.wan.vae import vae_dtype_of
+from wan.models.wan.vae import decoding_of, vae_dtype_of
+from wan.quantize.float8 import FLOAT8
+from wan.quantize.gguf import GGUF
 
 log = logging.getLogger("wan")
 
@@ -32,26 +34,28 @@ def plan_run(
     memory: str | float,
     compiled: bool | None = None,
     t5_cpu: bool = False,
-) -> Plan:
+) -> MemoryPlan:
     """The plan for videos of one checkpoint, said in a line, and torch's memory on the device limited to what it has.
 
     Raises `InputError` if they cannot fit, before any weight is read.
     """
     settings, dtype = several[0], getattr(torch, several[0].dtype)
     transformer = parts.transformer_part(checkpoint, settings.transformer)
-    packing = GGUF if check_packed(transformer, fp8=settings.fp8) else "fp8" if settings.fp8 else None
+    is_gguf = check_packed(transformer, fp8=settings.fp8)
+    quantization = GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None
     text, vae = parts.text_encoder_part(checkpoint, dtype), parts.vae_part(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
-    works = [work_of(transformer.model, text.model, vae.model, one, dtype, vae_dtype, compiled) for one in several]
+    models = transformer.model, text.model, vae.model
+    workloads = [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several]
     plan = choose(
         weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         vae.bytes(torch.float32),
-        max(works, key=lambda work: (work.tokens, math.prod(work.size))),
+        max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size))),
         budget,
-        packing,
-        can_pack=dtype == torch.bfloat16 and has_torchao,
+        quantization,
+        can_quantize=dtype == torch.bfloat16 and has_torchao,
         text_cpu=t5_cpu,
     )
     log.info("memory: %s", plan.describe(budget, settings.dtype))
@@ -61,7 +65,7 @@ def plan_run(
     return plan
 
 
-def work_of(
+def workload_of(
     transformer: nn.Module,
     text: nn.Module,
     vae: nn.Module,
@@ -69,20 +73,17 @@ def work_of(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     compiled: bool | None,
-) -> Work:
+) -> Workload:
     """A video and the widths of the models that make it."""
     own = transformer.config
-    return Work(
+    return Workload(
         tokens=math.prod(settings.video.token_grid),
         dim=own.num_attention_heads * own.attention_head_dim,
         ffn_dim=own.ffn_dim,
         heads=own.num_attention_heads,
         text_dim=text.config.d_model,
-        size=settings.video.size,
-        frames=settings.video.frame_num,
+        decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, vae.config.base_dim),
         itemsize=dtype.itemsize,
-        vae_itemsize=vae_dtype.itemsize,
-        vae_width=vae.config.base_dim,
         compiled=compiled is not False,
         mask_layers=own.num_layers if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],

@@ -21,7 +21,7 @@ from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
 from wan.files.video import to_frames
 from wan.memory.placement import on_device
-from wan.memory.planner import Plan
+from wan.memory.planner import MemoryPlan
 from wan.models.wan import memory, pretrained
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
@@ -78,7 +78,7 @@ class WanT2V:
         self.video = video
         self.distributed = processes
         self.seconds: dict[str, float] = {}
-        self.plan: Plan | None = None
+        self.plan: MemoryPlan | None = None
         self.lora: Sequence[LoraFile] = ()
         self._cut: set[str] = set()
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)

@@ -16,7 +16,7 @@ from wan.attention.compile import check_compiler
 from wan.caches.step_cache import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile, Settings
-from wan.memory.planner import Plan
+from wan.memory.planner import MemoryPlan
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
 from wan.parallel.distributed import DistributedContext
@@ -46,7 +46,7 @@ def from_pretrained(
     transformer: str | Path | None = None,
     lora: Sequence[str | LoraFile] | None = None,
     cache: CacheSettings | str | None = None,
-    plan: Plan | None = None,
+    plan: MemoryPlan | None = None,
 ) -> WanT2V:
     """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
@@ -105,7 +105,7 @@ def from_settings(
     processes: DistributedContext | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
-    plan: Plan | None = None,
+    plan: MemoryPlan | None = None,
 ) -> WanT2V:
     """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
 
@@ -114,7 +114,7 @@ def from_settings(
     compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
     processes: share the work as they are laid out
     dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
-    plan: where the models lie and how their weights are packed, in place of offload, t5_cpu and fp8; see
+    plan: where the models lie and how their weights are quantised, in place of offload, t5_cpu and fp8; see
         `wan.models.wan.memory.plan_run`
     Raises as `from_pretrained` does.
     """

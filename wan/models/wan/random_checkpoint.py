@@ -18,12 +18,12 @@ from nabla import InputError
 from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.config.settings import VideoSettings
-from wan.memory.estimates import Weights, Work
+from wan.memory.estimates import Weights, Workload
 from wan.memory.weigh import weigh
 from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.models.wan.vae import vae_dtype_of
+from wan.models.wan.vae import decoding_of, vae_dtype_of
 
 FREQ_DIM = 256
 
@@ -150,19 +150,16 @@ def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) ->
     )
 
 
-def work_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Work:
+def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
     """And of a video that they make on a GPU, their blocks compiled."""
-    return Work(
+    return Workload(
         tokens=math.prod(video.token_grid),
         dim=sizes.dim,
         ffn_dim=sizes.ffn_dim,
         heads=sizes.heads,
         text_dim=sizes.text_dim,
-        size=video.size,
-        frames=video.frame_num,
+        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_dim),
         itemsize=dtype.itemsize,
-        vae_itemsize=vae_dtype_of(None, dtype).itemsize,
-        vae_width=sizes.vae_dim,
     )
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
 from torch import Tensor, nn
 
-from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Work, decode_bytes, tile_width
+from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Decoding, decode_bytes, tile_width
 from wan.memory.placement import free_bytes
 from wan.models.wan.geometry import GEOMETRY
 
@@ -24,6 +24,9 @@ log = logging.getLogger("wan")
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
 ONEDNN_LEAST = 2**20 if torch.backends.mkldnn.is_available() else float("inf")
+
+# What the decoder's features take for a pixel of a frame: measured on the published VAE, base width 96, in float32.
+DECODE_BYTES, DECODE_WIDTH = 21_000, 96
 
 
 def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
@@ -85,6 +88,12 @@ def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)
 
 
+def decoding_of(size: tuple[int, int], frames: int, dtype: torch.dtype, width: int = DECODE_WIDTH) -> Decoding:
+    """What a decoder of a base width makes, in a dtype. size: (width, height) of the picture in pixels"""
+    features = DECODE_BYTES * dtype.itemsize / torch.float32.itemsize * width / DECODE_WIDTH
+    return Decoding(size, frames, dtype.itemsize, features)
+
+
 def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
     vae.use_tiling = False
@@ -92,9 +101,8 @@ def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
         return
     (_, _, frames, rows, columns), (t, h, w) = latents.shape, GEOMETRY.vae_stride
     size = columns * w, rows * h
-    width = vae.config.base_dim
-    work = Work(0, 0, 0, 0, 0, size, (frames - 1) * t + 1, vae_itemsize=latents.element_size(), vae_width=width)
-    free, needs = free_bytes(latents.device), [decode_bytes(work, n + 1) for n in range(MOST_TILES)]
+    decoding = decoding_of(size, (frames - 1) * t + 1, latents.dtype, vae.config.base_dim)
+    free, needs = free_bytes(latents.device), [decode_bytes(decoding, n + 1) for n in range(MOST_TILES)]
     tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
     if tiles > 1:
         split_picture(vae, size, tiles)

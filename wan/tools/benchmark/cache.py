@@ -20,7 +20,7 @@ from wan.config.settings import Settings, VideoSettings, changed
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.random_checkpoint import random_transformer
-from wan.quantize.float8 import apply_fp8
+from wan.quantize.quantizer import quantize_layers
 from wan.run.ratios import measured_otherwise
 from wan.shapes.sentences import of_shapes
 from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, row_of, sparse_configs
@@ -43,7 +43,7 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     fuse_gelu(transformer)
     if args.fp8:
-        print(apply_fp8(transformer).describe())
+        print(quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
     compile_blocks(transformer)
     for video in videos:
         for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:

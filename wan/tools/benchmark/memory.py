@@ -24,7 +24,7 @@ from wan.memory.budget import budget_of, limit
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes
 from wan.memory.placement import on_device
-from wan.memory.planner import GB, Budget, Plan, choose
+from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.streaming import stream_blocks
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
@@ -34,10 +34,10 @@ from wan.models.wan.random_checkpoint import (
     random_transformer,
     random_vae,
     weigh_models,
-    work_for,
+    workload_for,
 )
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
-from wan.quantize.packing import check_packing, make_packer
+from wan.quantize.quantizer import check_quantization, make_quantizer
 from wan.tools.benchmark.timing import Row, label, sparse_configs, synchronize, timed
 from wan.tools.benchmark.transformer import TEXT_ROWS, random_inputs
 
@@ -80,10 +80,10 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
 
 
 @contextlib.contextmanager
-def _limited(args: argparse.Namespace, device: torch.device, given: float | None) -> Iterator[Budget]:
+def _limited(args: argparse.Namespace, device: torch.device, given: float | None) -> Iterator[MemoryBudget]:
     """A budget in GB, or all there is, enforced."""
     if device.type != "cuda":
-        yield Budget(int((given or NO_LIMIT) * GB), *[int(NO_LIMIT * GB)] * 2)
+        yield MemoryBudget(int((given or NO_LIMIT) * GB), *[int(NO_LIMIT * GB)] * 2)
         return
     _clean(device)
     budget = budget_of(device, "auto" if given is None else given)
@@ -94,17 +94,17 @@ def _limited(args: argparse.Namespace, device: torch.device, given: float | None
         torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
-def _plan(args: argparse.Namespace, video: VideoSettings, budget: Budget, device: torch.device) -> Plan:
+def _plan(args: argparse.Namespace, video: VideoSettings, budget: MemoryBudget, device: torch.device) -> MemoryPlan:
     sizes, dtype = MODELS[args.model], getattr(torch, args.dtype)
     plan = choose(
         *weigh_models(sizes, dtype, args.layers),
-        work_for(sizes, video, dtype),
+        workload_for(sizes, video, dtype),
         budget,
         "fp8" if args.fp8 else None,
-        can_pack=dtype == torch.bfloat16,
+        can_quantize=dtype == torch.bfloat16,
     )
-    for packing in (plan.packing, plan.text_packing):
-        check_packing(packing, device, dtype)
+    for quantization in (plan.quantization, plan.text_quantization):
+        check_quantization(quantization, device, dtype)
     return plan
 
 
@@ -120,14 +120,14 @@ def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measur
         return None
 
 
-def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: Plan, name: str) -> Row:
+def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str) -> Row:
     """Two prompts, the weights' way to the GPU included."""
     encoder = random_text_encoder(args.model, getattr(torch, args.dtype), device)
-    packer = make_packer(encoder, encoder.encoder.block, plan.text_packing, device, torch.device("cpu"))
-    if packer is not None:
-        state = {name: packer(name, tensor) for name, tensor in encoder.state_dict().items()}
+    quantizer = make_quantizer(encoder, encoder.encoder.block, plan.text_quantization, device, torch.device("cpu"))
+    if quantizer is not None:
+        state = {name: quantizer(name, tensor) for name, tensor in encoder.state_dict().items()}
         encoder.load_state_dict(state, assign=True)
-    if plan.text == "stream" or packer is not None:
+    if plan.text == "stream" or quantizer is not None:
         kept = 0 if plan.text == "stream" else len(encoder.encoder.block)
         stream_blocks(encoder, encoder.encoder.block, device, kept, plan.pinned)
     elif not plan.in_turns:
@@ -145,7 +145,7 @@ def _forward_row(
     args: argparse.Namespace,
     video: VideoSettings,
     device: torch.device,
-    plan: Plan,
+    plan: MemoryPlan,
     name: str,
     config: NablaConfig,
 ) -> Row:
@@ -162,17 +162,17 @@ def _forward_row(
             return out
 
         row = _measured(args, name, forward, device)
-    return row | {"attention": config.algorithm, "packing": plan.packing or args.dtype, "kept_blocks": plan.kept}
+    return row | {"attention": config.algorithm, "packing": plan.quantization or args.dtype, "kept_blocks": plan.kept}
 
 
-def _transformer(args: argparse.Namespace, device: torch.device, plan: Plan) -> WanTransformer3DModel:
+def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan) -> WanTransformer3DModel:
     home = torch.device("cpu") if plan.in_turns else device
 
     def place(model: WanTransformer3DModel) -> Callable[[str, Tensor], Tensor]:
-        packer = make_packer(model, model.blocks, plan.packing, device, home)
+        quantizer = make_quantizer(model, model.blocks, plan.quantization, device, home)
 
         def placed_one(name: str, tensor: Tensor) -> Tensor:
-            packed = tensor if packer is None else packer(name, tensor)
+            packed = tensor if quantizer is None else quantizer(name, tensor)
             return tensor.to(home) if packed is tensor else packed
 
         return placed_one
@@ -185,7 +185,9 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: Plan) -> 
     return transformer
 
 
-def _decode_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: Plan, name: str) -> Row:
+def _decode_row(
+    args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
+) -> Row:
     vae = random_vae(args.model, device)
     speed_up_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype)))
     latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)

@@ -20,7 +20,7 @@ from wan.config.cache_settings import THRESHOLDS
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
 from wan.observe.console import positive
-from wan.quantize.float8 import check_fp8
+from wan.quantize.quantizer import check_quantization
 from wan.run.making import installed_versions
 from wan.tools.benchmark.attention import attention_mode, mask_mode
 from wan.tools.benchmark.cache import cache_mode
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = itertools.product(args.size or [], args.frame_num or [])
     videos = [VideoSettings(size, frames) for size, frames in sizes]
     if args.fp8:
-        check_fp8(torch.device(args.device), getattr(torch, args.dtype))
+        check_quantization("fp8", torch.device(args.device), getattr(torch, args.dtype))
     rows = []
     with many_compiles():
         for row in MODES[args.mode](args, videos, torch.device(args.device)):

@@ -22,7 +22,7 @@ from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import speed_up_decoder
-from wan.quantize.float8 import apply_fp8
+from wan.quantize.quantizer import quantize_layers
 from wan.sampling.loop import denoise, make_solver
 from wan.tools.benchmark.timing import (
     Row,
@@ -50,7 +50,7 @@ def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tup
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
-            print(apply_fp8(transformer).describe())
+            print(quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
         for is_dense in [False] if args.no_dense else [True, False]:
             torch._dynamo.reset()
             for block in transformer.blocks:

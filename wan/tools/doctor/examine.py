@@ -51,5 +51,5 @@ def _fits(device: torch.device, here: Machine, packages: tuple[PackageStatus, ..
     """Of a GPU alone: on a CPU none of the models is of use."""
     if here.card is None:
         return ()
-    can_pack = not any(one.problem for one in packages if one.name == "torchao")
-    return memory_fits(budget_of(device, AUTO), here.card.gib, can_pack)
+    can_quantize = not any(one.problem for one in packages if one.name == "torchao")
+    return memory_fits(budget_of(device, AUTO), here.card.gib, can_quantize)

@@ -10,8 +10,8 @@ from nabla import InputError
 from wan.config.settings import VideoSettings
 from wan.memory.estimates import GIB
 from wan.memory.placement import crowds
-from wan.memory.planner import Budget, Plan, choose
-from wan.models.wan.random_checkpoint import MODELS, weigh_models, work_for
+from wan.memory.planner import MemoryBudget, MemoryPlan, choose
+from wan.models.wan.random_checkpoint import MODELS, weigh_models, workload_for
 
 SIZES = (1280, 720), (832, 480)
 NAMES = {"t2v-14B": "14B", "t2v-1.3B": "1.3B"}
@@ -28,7 +28,7 @@ class MemoryFit:
 
     model: str
     size: tuple[int, int]
-    plan: Plan | None
+    plan: MemoryPlan | None
     refusal: str = ""
     crowded: bool = False
 
@@ -42,23 +42,25 @@ class MemoryFit:
         """Whether it needs no plan: all models stay on the GPU, as they are."""
         if self.plan is None or self.crowded:
             return False
-        return not self.plan.in_turns and self.plan.packing is self.plan.text_packing is None
+        return not self.plan.in_turns and self.plan.quantization is self.plan.text_quantization is None
 
 
-def memory_fits(budget: Budget, gib: float, can_pack: bool) -> tuple[MemoryFit, ...]:
+def memory_fits(budget: MemoryBudget, gib: float, can_quantize: bool) -> tuple[MemoryFit, ...]:
     """The plans of each model and size on a GPU, in bfloat16 unless another precision is part of them.
 
-    gib: of the GPU, used memory included; can_pack: whether torchao is there
+    gib: of the GPU, used memory included; can_quantize: whether torchao is there
     """
     total = int(gib * GIB)
-    return tuple(_fit(model, VideoSettings(size), budget, total, can_pack) for model in NAMES for size in SIZES)
+    return tuple(_fit(model, VideoSettings(size), budget, total, can_quantize) for model in NAMES for size in SIZES)
 
 
-def _fit(model: str, video: VideoSettings, budget: Budget, total: int, can_pack: bool) -> MemoryFit:
+def _fit(model: str, video: VideoSettings, budget: MemoryBudget, total: int, can_quantize: bool) -> MemoryFit:
     sizes = MODELS[model]
     transformer, text, vae_bytes = weigh_models(sizes, DTYPE)
     try:
-        plan = choose(transformer, text, vae_bytes, work_for(sizes, video, DTYPE), budget, can_pack=can_pack)
+        plan = choose(
+            transformer, text, vae_bytes, workload_for(sizes, video, DTYPE), budget, can_quantize=can_quantize
+        )
     except InputError as error:
         return MemoryFit(NAMES[model], video.size, None, str(error))
     # A run without a plan reckons with the VAE in the dtype of the others.

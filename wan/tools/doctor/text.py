@@ -84,7 +84,7 @@ def _fits(found: tuple[MemoryFit, ...]) -> list[str]:
         if one.plan is None:
             rows.append((one.model, size, "-", f"does not fit: {one.refusal.partition('; ')[2]}"))
         else:
-            how = f"{one.plan.packing or 'bfloat16'}, {one.plan.placement()}"
+            how = f"{one.plan.quantization or 'bfloat16'}, {one.plan.placement()}"
             rows.append((one.model, size, f"{one.gib:.1f} GiB", how))
     return _section("81 frames in the memory that is free", rows)
 
