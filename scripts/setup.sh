@@ -11,8 +11,10 @@ python="${PYTHON:-python3}"
 }
 
 install() {
-    "$1/bin/python" -m pip install --quiet "$(grep '^torch==' requirements.txt)"
-    "$1/bin/python" -m pip install --quiet -r requirements.txt
+    "$1/bin/python" -m pip install --quiet --no-compile "$(grep '^torch==' requirements.txt)"
+    "$1/bin/python" -m pip install --quiet --no-compile -r requirements.txt
+    # Fifteen thousand files: by all cores, where pip takes one. Some packages have files that no Python of today reads.
+    "$1/bin/python" -m compileall -qq -j 0 "$1/lib" || true
 }
 
 # Of an environment of its own: a Python that was only linked there would install into the machine's.
