@@ -15,8 +15,7 @@ from nabla.backends import BACKENDS, choose, inputs_unsupported_reason
 from nabla.backends.interface import Prepared
 from nabla.block_lists import from_lists
 from nabla.config import InputError, NablaConfig
-from nabla.kernels import selection as selection_kernel
-from nabla.kernels import tile_gather
+from nabla.kernels import block_selection, tile_gather
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means
 from nabla.tiling import TileLayout
@@ -180,8 +179,8 @@ def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, block_mask: 
 
 def choose_block_mask(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
     """The blocks that a backend chooses for block means q and k (B, heads, N, D): (B, heads, N, N) bool."""
-    if backend != "reference" and selection_kernel.applies(q, selection):
-        return from_lists(*selection_kernel.choose_lists(q, k, selection))
+    if backend != "reference" and block_selection.applies(q, selection):
+        return from_lists(*block_selection.choose_lists(q, k, selection))
     return selection.block_mask(q, k)
 
 

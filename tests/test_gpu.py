@@ -23,7 +23,7 @@ from nabla import NablaConfig, backends
 from nabla.backends import cudnn, flex_options, reference
 from nabla.block_lists import BlockLists, from_lists, to_lists
 from nabla.kernels.block_lists import lists_of_blocks
-from nabla.kernels.selection import choose_lists, lists_of_map
+from nabla.kernels.block_selection import choose_lists, lists_of_map
 from nabla.kernels.tile_gather import tiles_and_means
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, top_k_mask, top_p_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 from nabla import probe
 from nabla.block_lists import BlockLists, from_lists
 from nabla.kernels.block_lists import lists_of_blocks
-from nabla.kernels.selection import choose_lists
+from nabla.kernels.block_selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 

@@ -20,7 +20,7 @@ from nabla.backends import flex_options
 from nabla.backends.flex_options import Options
 from nabla.block_lists import BlockLists, from_lists
 from nabla.kernels.block_lists import lists_of_blocks
-from nabla.kernels.selection import choose_lists
+from nabla.kernels.block_selection import choose_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 

@@ -276,6 +276,16 @@ def test_precedence_flag_yaml_checkpoint_program():
         resolve({"attention": {"algorithm": "nabla-0.4"}}, read_settings("sta_18_3_3.yaml"), ROOM).attention.dense_steps
         == 0
     )
+    over_steps = {"attention": {"algorithm": "nabla-0.9", "dense_steps": 2, "mask_refresh": 3}}
+    assert resolve({"attention": {"backend": "flex"}}, over_steps, ROOM).attention == NablaConfig(
+        threshold=0.9, dense_steps=2, mask_refresh=3, backend="flex"
+    )
+    # Another algorithm has its own first steps and refreshes its own masks; a window alone has none to refresh.
+    for algorithm in ("nabla-0.4", "keep-0.2", "nabla-0.4_sta-3-3-3", "dense"):
+        other = {"algorithm": algorithm}
+        assert resolve({"attention": other}, over_steps, ROOM).attention == NablaConfig.parse(algorithm)
+    other = {"attention": {"algorithm": "keep-0.2", "mask_refresh": 2}}
+    assert resolve(other, over_steps, ROOM).attention == NablaConfig(keep=0.2, mask_refresh=2)
     assert resolve(yaml, checkpoint, ROOM).attention == NablaConfig(threshold=0.5, dense_layers=(0,))
     assert resolve(checkpoint, ROOM).attention == NablaConfig(threshold=0.9)
     assert resolve(ROOM).attention == NablaConfig()
@@ -293,6 +303,16 @@ def test_settings_survive_the_json_beside_a_video(tmp_path, algorithm):
     path.write_text(json.dumps({"settings": settings.to_dict(), "made_with": {}}))
     again = resolve(read_settings(str(path)), {"attention": {"algorithm": "nabla-0.1"}})
     assert isinstance(again, Settings) and again == settings
+
+
+@pytest.mark.parametrize(
+    "choice", ({"algorithm": "nabla-0.7"}, {"algorithm": "nabla", "threshold": 0.7}, {"threshold": 0.7})
+)
+def test_an_algorithm_of_numbers_or_of_a_name_refreshes_its_masks(choice):
+    assert NablaConfig.from_dict(choice | {"mask_refresh": 2}) == NablaConfig(threshold=0.7, mask_refresh=2)
+    for algorithm in ("dense", "sta-3-3-3"):
+        with pytest.raises(InputError, match="mask_refresh 2 has no use for"):
+            NablaConfig.from_dict({"algorithm": algorithm, "mask_refresh": 2})
 
 
 def test_masks_that_are_kept_for_steps_survive_the_json_beside_a_video():

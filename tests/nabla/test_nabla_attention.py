@@ -222,6 +222,21 @@ def test_ties_drop_lower_numbered_blocks_first():
     assert top_p_mask(probability, torch.tensor(0.4)).flatten().tolist() == [False] * 3 + [True] * 5
 
 
+@pytest.mark.parametrize("is_compiled", (False, True))
+def test_a_block_with_which_the_sum_is_the_cut_exactly_is_kept(is_compiled):
+    """Of numbers that floats hold exactly: the published rule drops only what stays below the cut."""
+    chosen_by = torch.compile(top_p_mask, fullgraph=True) if is_compiled else top_p_mask
+    probability = torch.tensor([[1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16], [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4]])
+    assert chosen_by(probability, torch.tensor(1 / 4)).tolist() == [
+        [True, False, True, True, False],
+        [True, True, False, True, True],
+    ]
+    # All blocks are as probable: a quarter of eight are two, of which the second stays.
+    zeros = torch.zeros(1, 512, 1, 8)
+    kept = nabla.select_blocks(zeros, zeros, (1, 8, 64), NablaConfig(threshold=0.75))
+    assert (kept == torch.arange(8).ge(1)).all()
+
+
 def test_block_lists_name_the_kept_blocks_in_order():
     blocks = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.6
     lists = to_lists(blocks)
