@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import wan.attention.apply
+import wan.attention.compile
 
 DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def many_compiles():
     """All tests compile the same functions, each for shapes of its own."""
-    with wan.attention.apply.many_compiles():
+    with wan.attention.compile.many_compiles():
         yield
 
 

@@ -28,11 +28,12 @@ from nabla.kernels.tile_gather import tiles_and_means
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, top_k_mask, top_p_mask
 from nabla.tiling import TileLayout
-from wan.caches.step_cache import apply_cache
+from wan.caches.apply import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.models.wan import random_checkpoint
 from wan.models.wan.fused_gelu import linear_gelu
 from wan.models.wan.latents import decode
+from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import MODELS, random_transformer
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder
 from wan.observe import events
@@ -214,7 +215,7 @@ def test_autocast_keeps_the_fast_kernel(random_nano, dtype):
     with torch.no_grad(), torch.autocast("cuda", dtype):
         out = pipe.transformer(latents, torch.tensor([500], device="cuda"), text, return_dict=False)[0]
     assert out.isfinite().all()
-    (plan,) = pipe.transformer.nabla.plans.values()
+    (plan,) = pipe.transformer.nabla.plans.by_size.values()
     assert plan.backend != "reference"
 
 
@@ -301,7 +302,7 @@ def test_step_caches_in_compiled_blocks_follow_those_in_float32(random_nano, cac
     videos, reused = [], []
     for dtype, compiles in ((torch.float32, False), (torch.bfloat16, True)):
         pipe = wan.WanT2V.from_pretrained(random_nano, AUTO, "cuda", dtype, compile=compiles, cache="none")
-        applied = apply_cache(pipe.transformer, CacheSettings.parse(cache, **ratios))
+        applied = apply_cache(pipe.transformer, CacheSettings.parse(cache, **ratios), TRANSFORMER)
         videos.append(pipe.generate("a cat", **settings).astype(float))
         again = pipe.generate("a cat", **settings)
         assert (again == videos[-1]).all()
@@ -420,7 +421,7 @@ def test_a_recorder_times_what_runs_in_compiled_blocks(random_nano, backend, tmp
 def test_watching_costs_less_than_a_percent_of_a_step():
     """Of four layers of the 14B at 832x480 with 10% kept, which is little beside most videos."""
     transformer = random_transformer("t2v-14B", torch.bfloat16, torch.device("cuda"), layers=4)
-    wan.attention.apply.compile_blocks(transformer)
+    wan.attention.compile.compile_blocks(transformer.blocks)
     wan.apply_attention(transformer, NablaConfig(keep=0.1))
     latents = torch.randn(1, 16, 21, 60, 104, device="cuda", dtype=torch.bfloat16)
     text, timestep = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16), torch.tensor([500], device="cuda")
@@ -442,7 +443,7 @@ def test_watching_costs_less_than_a_percent_of_a_step():
         return min(times[2:])
 
     plain = seconds(None)
-    with Profiler(transformer, torch.device("cuda", 0), times=True) as profiler:
+    with Profiler(transformer, transformer.blocks, torch.device("cuda", 0), times=True) as profiler:
         watched = seconds(profiler)
     print(f"a step of four layers: {1000 * plain:.1f} ms, watched {1000 * watched:.1f} ms")
     assert min(seconds(None), plain) * 1.01 > watched

@@ -43,11 +43,7 @@ OF_A_FAMILY = re.compile(
 )
 
 # What is not yet as it should be, by packages. An entry that the code no longer needs is an error, too.
-KNOWN = {
-    "wan.attention names a class of a family",
-    "wan.caches names a class of a family",
-    "wan.parallel names a class of a family",
-}
+KNOWN = {}
 
 
 @dataclass(frozen=True)

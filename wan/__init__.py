@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wan.attention.apply import apply_attention, remove_attention
     from wan.checkpoints.weights import CheckpointError
+    from wan.models.attention import apply_attention, remove_attention
     from wan.models.checkpoint import Checkpoint
     from wan.models.wan.pipeline import WanT2V
     from wan.observe.observer import Observer
@@ -29,8 +29,8 @@ _MODULES = {
     "Observer": "observe.observer",
     "Recorder": "observe.recorder",
     "WanT2V": "models.wan.pipeline",
-    "apply_attention": "attention.apply",
-    "remove_attention": "attention.apply",
+    "apply_attention": "models.attention",
+    "remove_attention": "models.attention",
 }
 
 

@@ -125,7 +125,7 @@ def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     sparse = run(pipe, **inputs)
     wan.remove_attention(transformers)
     assert np.array_equal(dense, run(pipe, **inputs))
-    assert not any(hasattr(block.attn1, "nabla_plan") for t in transformers for block in t.blocks)
+    assert all(type(block.attn1.processor) is WanAttnProcessor for t in transformers for block in t.blocks)
     for transformer in transformers:
         for block in transformer.blocks:
             block.attn1.set_processor(OracleProcessor())
@@ -199,22 +199,22 @@ def test_one_layer_dense_differs_from_all_and_none():
 
 def test_steps_are_counted_over_guidance_branches_experts_and_videos():
     counter = StepCounter()
-    seen = [counter.see(torch.tensor([float(t), float(t)])) for t in (999, 999, 800, 800, 600, 999, 900, 950)]
+    seen = [counter.step_of(torch.tensor([float(t), float(t)])) for t in (999, 999, 800, 800, 600, 999, 900, 950)]
     assert seen == [0, 0, 1, 1, 2, 0, 1, 0]
 
 
 def test_a_video_begins_where_timesteps_rise_and_where_the_loop_tells_its_first_step():
     counter, videos = StepCounter(), []
     for timestep in (999.0, 999.0, 800.0, 999.0, 900.0, 950.0):
-        counter.see(torch.tensor([timestep]))
+        counter.step_of(torch.tensor([timestep]))
         videos.append(counter.video)
     assert videos == [1, 1, 1, 2, 2, 3]
     for step in (0, 1, 2, 0, 1, None):
-        counter.tell(step)
+        counter.set_step(step)
         videos.append(counter.video)
     assert videos[6:] == [4, 4, 4, 5, 5, 5]
     # What comes after the loop is another video, of whatever timestep.
-    counter.see(torch.tensor([0.0]))
+    counter.step_of(torch.tensor([0.0]))
     assert counter.video == 6
 
 
@@ -248,21 +248,21 @@ def test_masks_are_kept_for_steps_and_over_guidance_branches_but_not_over_videos
 def test_kept_masks_follow_timesteps_where_no_loop_tells_the_steps():
     transformer = tiny_transformer(0)
     wan.apply_attention(transformer, replace(CONFIG, mask_refresh=3))
-    module, reused = transformer.blocks[0].attn1, []
+    layer, reused = transformer.nabla.layers[0], []
     for timestep in (900.0, 900.0, 800.0, 700.0, 600.0, 600.0, 900.0):
         forward(transformer, timestep)
-        reused.append(module.nabla_kept.reuse)
+        reused.append(layer.block_mask.reuse)
     assert reused == [False, True, True, True, False, True, False]
     for shape in ((2, 16, 3, 12, 10), (1, 16, 3, 10, 12), (1, 16, 3, 12, 10)):
         with torch.inference_mode():
             latents, timestep = torch.randn(shape), torch.full(shape[:1], 800.0)
             transformer(latents, timestep, text_states(shape[0]), return_dict=False)
-        assert not module.nabla_kept.reuse and module.nabla_kept.mask.shape[0] == shape[0]
+        assert not layer.block_mask.reuse and layer.block_mask.mask.shape[0] == shape[0]
     forward(transformer, 950.0)
-    assert not module.nabla_kept.reuse
+    assert not layer.block_mask.reuse
     transformer.train()
     forward(transformer, 700.0)
-    assert module.nabla_kept is None
+    assert layer.block_mask is None
 
 
 def test_masks_of_one_video_are_not_taken_for_the_same_steps_of_the_next():
@@ -307,7 +307,7 @@ def test_kept_masks_are_freed_after_sampling_and_do_not_depend_on_the_way_of_gui
     config = NablaConfig(threshold=0.3, tile=(1, 4, 4), mask_refresh=2)
     pipe = wan.WanT2V.from_pretrained(random_nano, config)
     video = pipe.generate("a cat", **settings)
-    assert all(block.attn1.nabla_kept is None for block in pipe.transformer.blocks)
+    assert all(layer.block_mask is None for layer in pipe.transformer.nabla.layers)
     monkeypatch.setattr(wan.models.wan.memory, "has_room_for_both", lambda *_: True)
     assert (pipe.generate("a cat", **settings) == video).all()
 
@@ -353,7 +353,7 @@ def test_a_transformer_that_has_run_can_be_copied_pickled_and_trained():
     latents = torch.randn(1, 16, 3, 12, 10)
     transformer(latents, torch.tensor([500.0]), text_states(1), return_dict=False)[0].sum().backward()
     assert transformer.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
-    assert [plan.trains for plan in transformer.nabla.plans.values()] == [False, True]
+    assert [plan.trains for plan in transformer.nabla.plans.by_size.values()] == [False, True]
 
 
 def test_a_compiled_transformer_is_patched_inside_its_wrapper():

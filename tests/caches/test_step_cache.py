@@ -19,9 +19,12 @@ from torch._dynamo.testing import CompileCounter
 import generate
 import wan
 from nabla import InputError, NablaConfig
-from wan.caches.step_cache import LEADERS, apply_cache, calibrated, ran_in_full, remove_cache
+from wan.caches.apply import apply_cache, remove_cache
+from wan.caches.calibration import calibrated
+from wan.caches.first_block import FirstBlockCache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import resolve
+from wan.models.wan.processor import TRANSFORMER
 from wan.run.ratios import measured_otherwise
 
 SPARSE = NablaConfig(threshold=0.4)
@@ -89,7 +92,7 @@ def sample_by_twin(pipe, kind: str, reuses: set[int]) -> torch.Tensor:
     pipe.transformer.blocks = torch.nn.ModuleList([twin])
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wan.attention.apply.ran_in_full", lambda _: twin.ran)
+            patch.setattr("wan.attention.apply.ran_in_full", lambda *_: twin.ran)
             return sample(pipe)
     finally:
         pipe.transformer.blocks = blocks
@@ -98,7 +101,7 @@ def sample_by_twin(pipe, kind: str, reuses: set[int]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_reused_at_threshold_0(pipe, kind):
     plain = sample(pipe)
-    cache = apply_cache(pipe.transformer, settings(kind, 0, warmup=0))
+    cache = apply_cache(pipe.transformer, settings(kind, 0, warmup=0), TRANSFORMER)
     assert torch.equal(sample(pipe), plain) and (cache.forwards, cache.reused) == (12, 0)
     remove_cache(pipe.transformer)
     assert torch.equal(sample(pipe), plain) and pipe.cache is None
@@ -118,7 +121,7 @@ def test_nothing_is_reused_at_threshold_0(pipe, kind):
 def test_what_is_reused_is_what_the_branch_computed_last(pipe, kind, changes, dense_steps, reuses):
     wan.apply_attention(pipe.transformer, replace(SPARSE, dense_steps=dense_steps))
     exact, plain = sample_by_twin(pipe, kind, reuses), sample(pipe)
-    cache = apply_cache(pipe.transformer, settings(kind, LOOSE[kind], **changes))
+    cache = apply_cache(pipe.transformer, settings(kind, LOOSE[kind], **changes), TRANSFORMER)
     reused = sample(pipe)
     assert torch.equal(reused, exact) and cache.reused == 2 * len(reuses)
     assert bool(reuses) != torch.equal(reused, plain)
@@ -126,12 +129,12 @@ def test_what_is_reused_is_what_the_branch_computed_last(pipe, kind, changes, de
 
 @pytest.mark.parametrize("kind", (*KINDS, "taylorseer"))
 def test_a_cache_that_is_taken_off_keeps_nothing(pipe, kind):
-    cache = apply_cache(pipe.transformer, loose(kind))
+    cache = apply_cache(pipe.transformer, loose(kind), TRANSFORMER)
     cache.begin(6, dense_steps=0)
     inputs = torch.randn(1, 16, 2, 16, 16), torch.tensor([500]), torch.randn(1, 7, pipe.transformer.config.text_dim)
     with cache.branch("cond", 0):
         pipe.transformer(*inputs)
-    leader = pipe.transformer.blocks[0]._diffusers_hook.get_hook(LEADERS[type(pipe.transformer._cache_config)])
+    leader = pipe.transformer.blocks[0]._diffusers_hook.get_hook(cache.hook)
     state = weakref.ref(leader.state_manager._state_cache["cond"])
     gc.disable()
     try:
@@ -147,19 +150,25 @@ def test_masks_are_kept_from_forwards_that_ran_alone(pipe, kind, refresh):
     wan.apply_attention(pipe.transformer, replace(SPARSE, mask_refresh=refresh))
     # With masks kept for 2 steps, step 2 would choose them anew, and leaves that to step 3.
     exact = sample_by_twin(pipe, kind, {1, 2, 4, 5})
-    apply_cache(pipe.transformer, settings(kind, LOOSE[kind], max_skips=2))
+    apply_cache(pipe.transformer, settings(kind, LOOSE[kind], max_skips=2), TRANSFORMER)
     assert torch.equal(sample(pipe), exact)
 
 
 def test_the_first_block_decides_by_its_relative_change(pipe, monkeypatch):
     additions, ran = [], []
-    monkeypatch.setattr("wan.caches.step_cache.ran_in_full", lambda model: ran.append(ran_in_full(model)) or ran[-1])
+    computes = FirstBlockCache.computes
+    watched = staticmethod(lambda first: ran.append(computes(first)) or ran[-1])
+    monkeypatch.setattr(FirstBlockCache, "computes", watched)
     see = pipe.transformer.blocks[0].register_forward_hook(lambda _, args, out: additions.append(out - args[0]))
     sample(pipe, guide_scale=1.0)
     see.remove()
     change = [((b - a).abs().mean() / a.abs().mean()).item() for a, b in zip(additions, additions[1:])]
     for factor, reuses in ((1.001, True), (0.999, False)):
-        apply_cache(pipe.transformer, settings("first_block", factor * change[0], warmup=0))
+        apply_cache(
+            pipe.transformer,
+            settings("first_block", factor * change[0], warmup=0),
+            TRANSFORMER,
+        )
         ran.clear()
         sample(pipe, guide_scale=1.0)
         assert ran[:2] == [True, not reuses]
@@ -168,7 +177,11 @@ def test_the_first_block_decides_by_its_relative_change(pipe, monkeypatch):
 def test_mag_decides_by_the_error_that_ratios_predict(pipe):
     # Ratios of 0.9 and 0.9 predict errors of 0.1 and then 0.19 more.
     for threshold, reuses in ((0.09, set()), (0.2, {1, 3, 5}), (0.3, {1, 2, 4, 5})):
-        cache = apply_cache(pipe.transformer, CacheSettings("mag", threshold, warmup=0, ratios=(0.9,) * 6))
+        cache = apply_cache(
+            pipe.transformer,
+            CacheSettings("mag", threshold, warmup=0, ratios=(0.9,) * 6),
+            TRANSFORMER,
+        )
         sample(pipe, guide_scale=1.0)
         assert cache.reused == len(reuses)
 
@@ -187,7 +200,11 @@ def test_mag_decides_by_the_error_that_ratios_predict(pipe):
 def test_taylorseer_goes_on_along_a_line_in_each_branch(pipe, interval, warmup, dense_steps, computed, refresh):
     wan.apply_attention(pipe.transformer, replace(SPARSE, dense_steps=dense_steps, mask_refresh=refresh))
     exact = sample_along_a_line(pipe, computed)
-    cache = apply_cache(pipe.transformer, CacheSettings("taylorseer", interval=interval, warmup=warmup))
+    cache = apply_cache(
+        pipe.transformer,
+        CacheSettings("taylorseer", interval=interval, warmup=warmup),
+        TRANSFORMER,
+    )
     torch.testing.assert_close(sample(pipe), exact, rtol=0, atol=1e-5)
     assert (cache.forwards, cache.reused) == (12, 12 - 2 * len(computed))
 
@@ -208,13 +225,13 @@ def sample_along_a_line(pipe, computed: set[int]) -> torch.Tensor:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipe.transformer, "forward", forward)
-        patch.setattr("wan.attention.apply.ran_in_full", lambda _: ran[-1])
+        patch.setattr("wan.attention.apply.ran_in_full", lambda *_: ran[-1])
         return sample(pipe)
 
 
 @pytest.mark.parametrize("kind", (*KINDS, "taylorseer"))
 def test_a_video_owes_nothing_to_the_one_before_even_if_that_was_cut_off(pipe, kind):
-    cache = apply_cache(pipe.transformer, loose(kind))
+    cache = apply_cache(pipe.transformer, loose(kind), TRANSFORMER)
     first = sample(pipe)
     sample(pipe, seed=1, steps=4)
     assert torch.equal(sample(pipe), first)
@@ -229,7 +246,7 @@ def test_a_video_owes_nothing_to_the_one_before_even_if_that_was_cut_off(pipe, k
 
 
 def test_guidance_runs_branch_by_branch_whatever_room_there_is(pipe, monkeypatch):
-    apply_cache(pipe.transformer, settings("first_block", LOOSE["first_block"]))
+    apply_cache(pipe.transformer, settings("first_block", LOOSE["first_block"]), TRANSFORMER)
     apart = sample(pipe)
     monkeypatch.setattr(wan.models.wan.memory, "has_room_for_both", lambda *_: True)
     assert torch.equal(sample(pipe), apart)
@@ -241,9 +258,13 @@ def test_compiled_blocks_stay_one_graph(nano, kind):
     plain, counter = sample(pipe), CompileCounter()
     for block in pipe.transformer.blocks:
         block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
-    apply_cache(pipe.transformer, settings(kind, 0) if kind in LOOSE else CacheSettings(kind, warmup=1))
+    apply_cache(
+        pipe.transformer,
+        settings(kind, 0) if kind in LOOSE else CacheSettings(kind, warmup=1),
+        TRANSFORMER,
+    )
     assert torch.equal(sample(pipe), plain) and counter.frame_count == 1
-    cache = apply_cache(pipe.transformer, loose(kind))
+    cache = apply_cache(pipe.transformer, loose(kind), TRANSFORMER)
     sample(pipe)
     assert counter.frame_count == 1 and cache.reused > 0
 
@@ -257,7 +278,7 @@ def test_caches_of_diffusers_that_somebody_put_on(pipe):
     def forward(timestep: float) -> bool:
         with torch.no_grad(), transformer.cache_context("cond"):
             transformer(inputs[0], torch.tensor([timestep]), inputs[1])
-        return transformer.nabla.chosen is not None
+        return transformer.nabla.masks.chosen is not None
 
     transformer.enable_cache(FirstBlockCacheConfig(1e6))
     assert [forward(timestep) for timestep in (900.0, 950.0, 940.0)] == [True, False, False]
@@ -276,7 +297,7 @@ def test_ratios_are_the_growth_of_what_all_blocks_add(pipe):
         pipe.transformer.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
         pipe.transformer.blocks[-1].register_forward_hook(lambda *seen: outputs.append(seen[-1])),
     ]
-    with calibrated(pipe.transformer) as calibration:
+    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         for seed in (0, 1):
             sample(pipe, seed, steps=3)
     for hook in hooks:

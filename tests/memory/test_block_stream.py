@@ -17,8 +17,9 @@ from torch import nn
 import generate
 import wan
 from nabla import InputError, NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
-from wan.caches.step_cache import apply_cache, blocks_left_out
+from wan.attention.compile import compile_blocks
+from wan.caches.apply import apply_cache
+from wan.caches.ran import blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile
@@ -28,10 +29,12 @@ from wan.memory.placement import on_device
 from wan.memory.planner import MemoryBudget, MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weights_of
+from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import memory
 from wan.models.wan.names import NAMING
+from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import split_picture
 from wan.quantize.gguf import GGUF
@@ -97,7 +100,7 @@ def test_it_does_not_run_closed(transformer, inputs):
 
 def test_compiled_sparse_blocks_stay_one_graph(transformer, inputs):
     apply_attention(transformer, NablaConfig(keep=0.5, backend="reference"))
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     plain = forward(transformer, inputs)
     stream_blocks(transformer, transformer.blocks, CPU, kept=1)
     with transformer.block_stream.opened(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -144,7 +147,7 @@ def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, in
     order = []
 
     def video(model):
-        cache = apply_cache(model, settings)
+        cache = apply_cache(model, settings, TRANSFORMER)
         cache.begin(8, 0)
         results, transfers = [], []
         for step in range(8):

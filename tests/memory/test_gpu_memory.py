@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import wan
 from nabla import NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
 from wan.memory.budget import CONTEXT, budget_of, limit
 from wan.memory.estimates import decode_bytes, forward_bytes
@@ -21,6 +21,7 @@ from wan.memory.placement import free_bytes, on_device
 from wan.memory.planner import GB, MemoryBudget, MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weigh
+from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, workload_for
@@ -53,7 +54,7 @@ def test_streamed_blocks_give_the_same_to_the_bit_and_two_are_there(kept, compil
     apply_attention(transformer, NablaConfig(keep=0.3))
     inputs = random_inputs(transformer, VideoSettings((256, 208), 9), 1)
     if compiled:
-        compile_blocks(transformer)
+        compile_blocks(transformer.blocks)
     with torch.no_grad():
         plain = transformer(*inputs, return_dict=False)[0]
         weights = weigh(transformer, transformer.blocks, torch.bfloat16, transformer._keep_in_fp32_modules)
@@ -90,7 +91,7 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
     transformer = random_transformer("t2v-14B", torch.bfloat16, GPU, layers=LAYERS, place=place)
     weights = weigh(transformer, transformer.blocks, torch.bfloat16, transformer._keep_in_fp32_modules)
     fuse_gelu(transformer)
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     stream = stream_blocks(transformer, transformer.blocks, GPU)
     assert packing is None or made["quantizer"].left == 0
     apply_attention(transformer, NablaConfig(keep=0.2))

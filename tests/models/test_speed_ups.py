@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 import generate
 import wan
 from nabla import InputError, NablaConfig
-from wan.attention.apply import compile_blocks
+from wan.attention.compile import compile_blocks
 from wan.models.wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
@@ -145,7 +145,7 @@ def test_fused_gelu_compiles_in_one_graph_for_all_blocks():
 
     plain = forward()
     fuse_gelu(transformer)
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     wan.apply_attention(transformer, NablaConfig(threshold=1))
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(forward(), plain, rtol=1e-4, atol=1e-4)

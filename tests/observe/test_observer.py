@@ -61,7 +61,7 @@ def test_a_cancelled_video_leaves_nothing_to_the_next(pipe, last):
     expected = make(pipe)
     with pytest.raises(Cancelled):
         make(pipe, observer=Each(stop))
-    assert all(module.nabla_kept is None for module in pipe.transformer.nabla.modules)
+    assert all(layer.block_mask is None for layer in pipe.transformer.nabla.layers)
     assert (make(pipe) == expected).all()
 
 

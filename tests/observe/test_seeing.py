@@ -16,15 +16,16 @@ from torch._dynamo.testing import CompileCounter
 
 import generate
 import nabla
-import wan.attention.apply
+import wan.attention.layer
 from nabla import InputError, NablaConfig, probe
 from nabla.backends import flex
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import rotate
 from wan import Observer, Recorder, WanT2V
-from wan.caches.step_cache import apply_cache, remove_cache
+from wan.caches.apply import apply_cache, remove_cache
 from wan.config.cache_settings import CacheSettings
 from wan.models.wan import memory, random_checkpoint
+from wan.models.wan.processor import TRANSFORMER
 from wan.observe import events
 from wan.observe.progress import ProgressLine
 from wan.observe.report import draw_report
@@ -82,7 +83,7 @@ def chosen_anew(monkeypatch):
             masks.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
         return attend(q, k, v, plan, rotary, kept, share)
 
-    monkeypatch.setattr(wan.attention.apply.nabla, "attend", attend_and_choose)
+    monkeypatch.setattr(wan.attention.layer.nabla, "attend", attend_and_choose)
     return masks
 
 
@@ -134,7 +135,7 @@ def test_shares_and_examples_are_those_of_masks_chosen_anew(name, guidance, pipe
 )
 def test_layers_that_a_cache_leaves_out_kept_nothing(pipe, name, cache, ran):
     wan.apply_attention(pipe.transformer, CONFIGS[name])
-    apply_cache(pipe.transformer, CacheSettings.parse(cache))
+    apply_cache(pipe.transformer, CacheSettings.parse(cache), TRANSFORMER)
     recorder = Recorder()
     try:
         sample(pipe, recorder)
@@ -164,7 +165,7 @@ def test_where_blocks_came_from_and_what_is_said_of_steps_that_a_cache_cut_short
 ):
     wan.apply_attention(pipe.transformer, replace(NABLA, dense_steps=1, mask_refresh=2))
     if cache is not None:
-        apply_cache(pipe.transformer, CacheSettings.parse(cache))
+        apply_cache(pipe.transformer, CacheSettings.parse(cache), TRANSFORMER)
     recorder = Recorder(examples=True)
     try:
         sample(pipe, recorder, steps=5)
@@ -191,7 +192,7 @@ def test_watching_changes_nothing_and_leaves_nothing(pipe, capsys):
     said = capsys.readouterr().err
     assert "sampling |" in said and "start" not in said.split("\r")[-1]
     assert before == [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in pipe.transformer.blocks]
-    assert all(block.attn1.nabla_share is None for block in pipe.transformer.blocks) and probe._listening is None
+    assert all(layer.density is None for layer in pipe.transformer.nabla.layers) and probe._listening is None
 
 
 @pytest.mark.parametrize("backend", ("reference", "gather"))
@@ -333,7 +334,7 @@ def test_an_observer_is_told_all_in_order_and_may_end_a_video(random_nano):
     assert told == ["text", "text done", "sampling", *steps, "sampling done", "decode", "decode done"]
     with pytest.raises(KeyboardInterrupt):
         pipe.generate("a cat", **small, observer=Ending(), progress=True)
-    assert all(block.attn1.nabla_share is None for block in pipe.transformer.blocks)
+    assert all(layer.density is None for layer in pipe.transformer.nabla.layers)
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-import wan.caches.step_cache
+import wan.caches.first_block
 from nabla import NablaConfig
 from wan import WanT2V
-from wan.caches.step_cache import SharedDecision, apply_cache
+from wan.caches.apply import apply_cache
+from wan.caches.first_block import SharedDecision
 from wan.config.cache_settings import CacheSettings
+from wan.models.wan.processor import TRANSFORMER
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
 
@@ -38,7 +40,7 @@ def cases(distributed: DistributedContext, checkpoint: Path) -> Iterator[dict[st
 def compare(
     distributed: DistributedContext, pipe: WanT2V, checkpoint: Path, settings: CacheSettings
 ) -> dict[str, object]:
-    cache = apply_cache(pipe.transformer, settings)
+    cache = apply_cache(pipe.transformer, settings, TRANSFORMER)
     latents = [sample(pipe) for _ in range(2)][1]
     found = {"kind": settings.kind, "cfg": distributed.layout.cfg, "reused": cache.reused, "forwards": cache.forwards}
     if distributed.rank > 0:
@@ -58,13 +60,13 @@ def between(pipe: WanT2V) -> CacheSettings:
         seen.append((gathered[:, 0] / gathered[:, 1]).tolist())
         return gathered
 
-    cache = apply_cache(pipe.transformer, CacheSettings("first_block", 0, warmup=0))
-    assert isinstance(cache.leader, SharedDecision)
-    original, wan.caches.step_cache.all_gather = wan.caches.step_cache.all_gather, watched
+    cache = apply_cache(pipe.transformer, CacheSettings("first_block", 0, warmup=0), TRANSFORMER)
+    assert isinstance(cache.decision, SharedDecision)
+    original, wan.caches.first_block.all_gather = wan.caches.first_block.all_gather, watched
     try:
         sample(pipe)
     finally:
-        wan.caches.step_cache.all_gather = original
+        wan.caches.first_block.all_gather = original
     low, high = sorted(seen[0])
     assert low < high
     return CacheSettings("first_block", low + 0.3 * (high - low), warmup=0)

@@ -1,14 +1,40 @@
-"""Whether torch can compile here, found out before weights are loaded."""
+"""Compiling a transformer's blocks, and whether torch can compile here, found out before weights are loaded."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterable
+from functools import partial
 
 import torch
+from torch import nn
 
 from nabla import InputError
+
+# A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
+many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
+COMPILE_OPTIONS = {
+    # Measured on Hopper: takes seconds, and norms and float8 conversions are else at a fraction of the bandwidth.
+    "coordinate_descent_tuning": True,
+    # What processes exchange is to be sent as soon as it is there. The order that saves memory may wait for it at
+    # once, and copies that have no more in common than a list of indices would wait for each other.
+    "reorder_for_peak_memory": False,
+    "score_fusion_memory_threshold": 2**22,
+}
+
+
+def compile_blocks(blocks: Iterable[nn.Module], trains: bool = False) -> None:
+    """Compile a transformer's blocks, in place: one graph for all of them, whatever the step, prompt and threshold.
+
+    With `mask_refresh` there is a second one, for the steps that take the blocks of others.
+    Before any hook is put on them, which then stays outside the graph.
+    trains: whether backwards are compiled as well, whose tuning takes minutes; then nothing is tuned
+    """
+    options = COMPILE_OPTIONS | ({"coordinate_descent_tuning": False} if trains else {})
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=options)
 
 
 def check_compiler(device: torch.device) -> None:

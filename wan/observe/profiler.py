@@ -7,7 +7,7 @@ by the graphs themselves. All is read back when the next step has been asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nabla import Plan, probe
-from wan.caches.step_cache import ran_in_full
+from wan.attention.apply import applied_attention
+from wan.caches.applied import step_cache_of
+from wan.caches.ran import ran_in_full
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.observe.step_trace import BLOCK, DENSE, MaskSample, Span, StepTrace, Timestamp
@@ -36,20 +38,22 @@ class Profiler(probe.Probe):
     def __init__(
         self,
         transformer: nn.Module,
+        blocks: Sequence[nn.Module],
         device: torch.device,
         distributed: DistributedContext | None = None,
         times: bool = False,
         examples: Container[int] = (),
     ):
         self.transformer, self.device, self.distributed = transformer, device, distributed
-        self.applied = getattr(transformer, "nabla", None)
-        self.attentions = [block.attn1 for block in transformer.blocks]
+        self.applied = applied_attention(transformer)
+        self.layers = self.applied.layers if self.applied else []
+        self.blocks = blocks
         self.layout = ParallelLayout() if distributed is None else distributed.layout
         self.times, self.examples = times, examples
         self.layer: int | None = None
         self.part: str | None = None
         self.head = 0
-        sparse = [n for n, module in enumerate(self.attentions) if self.applied and module in self.applied.sparse]
+        sparse = self.applied.sparse_layers if self.applied else []
         self.example_layers = {sparse[0], sparse[len(sparse) // 2], sparse[-1]} if sparse else set()
         self.order = self.places = torch.empty(0)
 
@@ -63,7 +67,7 @@ class Profiler(probe.Probe):
                 self.transformer.register_forward_hook(self._after_forward),
             ]
             looks_inside = self.times or bool(self.examples)
-            for layer, block in enumerate(self.transformer.blocks if looks_inside else ()):
+            for layer, block in enumerate(self.blocks if looks_inside else ()):
                 hooks.append(block.register_forward_pre_hook(partial(self._before_block, layer)))
                 hooks.append(block.register_forward_hook(self._after_block))
             for hook in hooks:
@@ -115,7 +119,7 @@ class Profiler(probe.Probe):
         there = [x.to("cpu", non_blocking=True) for x in (heads, by_head[heads] / count.shape[1], blocks(heads)[0])]
         sequence = self.applied.sequence
         own = None if sequence is None else sequence.own_order[self.layer]
-        alike = self.attentions[self.layer].nabla_plan.fixed is not None
+        alike = self.layers[self.layer].plan.fixed is not None
         self.trace.mask_samples.append(MaskSample(self.layer, self.head, own, *there, alike))
         self.head += len(by_head)
 
@@ -129,7 +133,7 @@ class Profiler(probe.Probe):
         self.layer = None
 
     def _before_forward(self, *_: Any) -> None:
-        written = [module.nabla_share for module, plan in zip(self.attentions, self._plans()) if plan]
+        written = [layer.density for layer, plan in zip(self.layers, self._plans()) if plan]
         if written:
             # No head keeps nothing, so that a layer that does not run in this forward is known by its zeros. By what
             # was there heads have been dealt out already.
@@ -138,25 +142,27 @@ class Profiler(probe.Probe):
     def _after_forward(self, *_: Any) -> None:
         plans = self._plans()
         self.trace.kernels = [plan.backend if plan else DENSE for plan in plans]
-        cache = getattr(self.transformer, "step_cache", None)
-        ran = len(plans) if cache is None or ran_in_full(self.transformer) else cache.leading
+        cache = step_cache_of(self.transformer)
+        ran = len(plans) if cache is None or ran_in_full(self.transformer, self.blocks[0]) else cache.leading
         if not (self.applied and self.applied.sparse):
             self.trace.densities.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
         first = self.applied.sparse[0]
         if any(plans[:ran]):
-            self.trace.reused_masks.append(first.nabla_kept is not None and first.nabla_kept.reuse)
+            self.trace.reused_masks.append(first.block_mask is not None and first.block_mask.reuse)
         sequence = self.applied.sequence
         dense = torch.ones(first.heads if sequence is None else sequence.own_order.shape[1], device=self.device)
         none = torch.zeros_like(dense)
-        rows = zip(self.attentions, plans)
-        kept = [module.nabla_share if plan else dense if n < ran else none for n, (module, plan) in enumerate(rows)]
+        rows = zip(self.layers, plans)
+        kept = [layer.density if plan else dense if n < ran else none for n, (layer, plan) in enumerate(rows)]
         kept = torch.stack(kept)
         self.trace.densities.append(kept if sequence is None else self._in_order(kept))
 
     def _plans(self) -> list[Plan | None]:
         """By layer that of its sparse attention in this forward, or None."""
-        plans = (getattr(module, "nabla_plan", None) for module in self.attentions)
+        if not self.layers:
+            return [None] * len(self.blocks)
+        plans = (layer.plan for layer in self.layers)
         return [plan if plan is not None and plan.selection is not None else None for plan in plans]
 
     def _in_order(self, own: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ class Recorder(Observer):
         # With a cache it is not known beforehand which step is the last that computes all layers.
         looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
         examples = looked_at if self.keeps_examples and pipe.is_leader else ()
-        profiler = Profiler(pipe.transformer, pipe.device, pipe.distributed, self.times, examples)
+        blocks = pipe.transformer.blocks
+        profiler = Profiler(pipe.transformer, blocks, pipe.device, pipe.distributed, self.times, examples)
         with self._line(pipe, sampling.steps, "sampling"), profiler as self.profiler:
             yield
             self._settle(0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,6 +17,7 @@ import nabla
 from nabla import InputError, Plan
 from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary, rotate
+from wan.attention.spec import TransformerSpec
 from wan.parallel.peers import Peers, are_peers, make_peers
 
 # Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
@@ -127,13 +128,18 @@ def exchange_of_diffusers(parallel_config: Any) -> Exchange:
     return Exchange(group.group_name, group.rank(), group.size(), rotates_first=True)
 
 
-def apply_sequence(transformer: WanTransformer3DModel, mesh: DeviceMesh) -> None:
+def apply_sequence(transformer: nn.Module, mesh: DeviceMesh, spec: TransformerSpec) -> None:
     """Split the tokens of a transformer over a mesh of one dimension, in place; before `apply_attention`.
 
     Every process is given the same input and gets the same output. Blocks see a process's own tokens; attention sees
     all tokens of its own heads. Neither number has to be divisible. For inference, with one timestep a sample.
     """
-    transformer.sequence = Sequence(transformer, mesh)
+    transformer.sequence = Sequence(transformer, mesh, spec)
+
+
+def sequence_of(transformer: nn.Module) -> Sequence | None:
+    """What `apply_sequence` left on a transformer."""
+    return getattr(transformer, "sequence", None)
 
 
 class Sequence:
@@ -143,27 +149,33 @@ class Sequence:
     for the one that has most to do.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, mesh: DeviceMesh):
-        if hasattr(transformer, "sequence"):
+    def __init__(self, transformer: nn.Module, mesh: DeviceMesh, spec: TransformerSpec):
+        if sequence_of(transformer) is not None:
             raise InputError("the transformer is split by apply_sequence already")
-        self.attention, self.group, self.tokens = transformer.blocks[0].attn1, mesh.get_group(), 0
+        blocks = spec.blocks_of(transformer)
+        self.spec, self.group, self.tokens = spec, mesh.get_group(), 0
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
-        self.heads, layers = transformer.config.num_attention_heads, len(transformer.blocks)
+        self.heads, layers = spec.heads(transformer), len(blocks)
         if self.size > self.heads:
             raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
         self.order = interleaved(self.heads, self.size).repeat(layers, 1)
         self.on_device: Tensor | None = None
         # Whether processes write into each other's memory, found out at first use, and that memory.
         self.by_peers: bool | None = None
-        self.head_size, self.peers, self.made_for = transformer.config.attention_head_dim, None, None
+        self.head_size, self.peers, self.made_for = spec.head_size(transformer), None, None
+        # Whether attention, before this forward, has asked how to swap tokens for heads.
+        self.is_attended = False
         # Whether the shares last measured are those of an order before this one, since a cache left blocks out since.
         self.is_outdated = False
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        transformer.blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
-        transformer.proj_out.register_forward_hook(self._gather)
+        blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
+        spec.output_of(transformer).register_forward_hook(self._gather)
 
-    def exchanges(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Exchange]:
-        """The exchange of each layer for sequences of a size; all processes have to ask at once."""
+    def exchanges(
+        self, batch: int, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> list[Exchange]:
+        """The exchange of each layer for the tokens of a grid; all processes have to ask at once."""
+        self.is_attended, tokens = True, math.prod(grid)
         with torch.inference_mode(False):
             if self.on_device is None or self.on_device.device != device:
                 self.on_device = self.order.to(device)
@@ -198,12 +210,12 @@ class Sequence:
         self.on_device.copy_(self.order)
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        timestep = self.spec.inputs(transformer, args, kwargs).timestep
         if timestep.ndim > 1 or torch.is_grad_enabled():
             raise InputError("a transformer split by apply_sequence takes one timestep a sample, without gradients")
 
     def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if getattr(self.attention, "nabla_exchange", None) is None:
+        if not self.is_attended:
             raise InputError("after apply_sequence, blocks attend to a process's own tokens alone; use apply_attention")
         hidden = args[0] if args else kwargs["hidden_states"]
         self.tokens = hidden.shape[1]
@@ -213,6 +225,7 @@ class Sequence:
         return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        self.is_attended = False
         counts = shares(self.tokens, self.size)
         padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
         parts = all_gather(padded, self.group)

@@ -10,6 +10,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
+from wan.attention.apply import applied_attention
+from wan.caches.applied import step_cache_of
 from wan.config.checks import check_sampling
 
 TRAIN_TIMESTEPS = 1000
@@ -97,16 +99,16 @@ def denoise(
 
 
 @contextmanager
-def told_steps(transformer: nn.Module, steps: int) -> Iterator[Callable[[int], None]]:
-    """What tells a transformer's attention each step of a video; they and a step cache forget the video afterwards."""
-    applied, cache = getattr(transformer, "nabla", None), getattr(transformer, "step_cache", None)
+def video_steps(transformer: nn.Module, steps: int) -> Iterator[Callable[[int], None]]:
+    """What sets each step of a video for a transformer's attention; it and a step cache forget the video afterwards."""
+    applied, cache = applied_attention(transformer), step_cache_of(transformer)
     try:
         if cache is not None:
             cache.begin(steps, applied.config.dense_steps if applied else 0)
-        yield applied.steps.tell if applied else lambda step: None
+        yield applied.steps.set_step if applied else lambda step: None
     finally:
         if cache is not None:
             cache.end()
         if applied:
-            applied.steps.tell(None)
+            applied.steps.set_step(None)
             applied.forget_blocks()

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan.attention.apply import apply_attention
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import Settings, resolve
 from wan.files.video import make_folder
+from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.pipeline import WanT2V

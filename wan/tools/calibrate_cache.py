@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from wan import WanT2V
-from wan.caches.step_cache import calibrated
+from wan.caches.calibration import calibrated
 from wan.config.settings import Settings
 from wan.files.video import check_writable, write_json
 from wan.memory.budget import check_memory, parse_memory
+from wan.models.wan.processor import TRANSFORMER
 from wan.observe.console import log_to_stderr
 from wan.parallel.distributed import pick_device
 from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings
@@ -79,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("warning: %s", line)
     pipe = load(checkpoint, every, device, options)
     sampled = []
-    with calibrated(pipe.transformer) as calibration:
+    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         for number, settings in enumerate(every):
             given = settings.sampling.seed
             seed = args.seed + number if given in (None, -1) else given

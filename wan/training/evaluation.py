@@ -100,9 +100,9 @@ class Sampler:
                 *texts.to(accelerator.device).split(1),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, accelerator.device),
                 sampling.guide_scale,
-                at_step=transformer.nabla.steps.tell,
+                at_step=transformer.nabla.steps.set_step,
             )
-            transformer.nabla.steps.tell(None)
+            transformer.nabla.steps.set_step(None)
             name = folder / f"{number:02d}-{words_of(prompt)}"
             with collective_write(accelerator, name):
                 if accelerator.is_main_process:

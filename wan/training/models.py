@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
-from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import compile_blocks
+from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.family import WAN
@@ -98,11 +99,11 @@ def build_student(
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if settings.compile:
-        compile_blocks(transformer, trains=True)
+        compile_blocks(transformer.blocks, trains=True)
     apply_attention(transformer, settings.attention)
     if not settings.attention.is_dense:
-        for module in transformer.nabla.sparse:
-            module.nabla_share = torch.ones(module.heads, device=device)
+        applied = transformer.nabla
+        applied.measure_density(applied.sparse, device)
     return transformer
 
 
@@ -114,7 +115,7 @@ def build_teacher(
     teacher = parts.load_transformer(part, dtype, device, _sharding(mesh))
     _embed_time_in_float32(teacher)
     if settings.compile:
-        compile_blocks(teacher)
+        compile_blocks(teacher.blocks)
     return teacher
 
 

@@ -20,8 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nabla import InputError
-from wan.attention.apply import many_compiles
-from wan.attention.compile import check_compiler
+from wan.attention.compile import check_compiler, many_compiles
 from wan.files.video import check_encoder
 from wan.models.wan.geometry import GEOMETRY
 from wan.sampling.loop import TRAIN_TIMESTEPS
@@ -200,7 +199,7 @@ class Trainer(TrainingLoop):
 
         Raises `Diverged`. A wish to stop is told to all processes on the way.
         """
-        shares = [module.nabla_share for module in self.transformer.nabla.sparse]
+        shares = [layer.density for layer in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
         said = torch.stack((norm, kept, losses.new_full((), self._asks_to_stop)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()

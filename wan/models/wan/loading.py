@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
-from wan.caches.step_cache import blocks_left_out
+from wan.caches.ran import blocks_left_out
 from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile

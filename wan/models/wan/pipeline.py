@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan.attention.apply import many_compiles
-from wan.caches.step_cache import StepCache
+from wan.attention.apply import applied_attention
+from wan.attention.compile import many_compiles
+from wan.caches.applied import step_cache_of
+from wan.caches.base import StepCache
 from wan.checkpoints.weights import CheckpointError
 from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
@@ -30,7 +32,7 @@ from wan.observe.recorder import with_progress
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import gather_guidance
 from wan.sampling.finite import check_decoded, check_latents
-from wan.sampling.loop import denoise, make_solver, told_steps
+from wan.sampling.loop import denoise, make_solver, video_steps
 
 log = logging.getLogger("wan")
 
@@ -141,14 +143,14 @@ class WanT2V:
         alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
         takes_batch = alone and not self._shares_masks and cache is None
         with (
-            told_steps(self.transformer, sampling.steps) as tell,
+            video_steps(self.transformer, sampling.steps) as set_step,
             on_device(self.transformer, self.device, self.offload) as transformer,
             many_compiles(),
             observer.sampling(self, sampling, latents),
         ):
 
             def at_step(step: int) -> None:
-                tell(step)
+                set_step(step)
                 observer.step_begins(step)
 
             def after_step(step: int, clean: Tensor) -> None:
@@ -252,8 +254,8 @@ class WanT2V:
 
     @property
     def cache(self) -> StepCache | None:
-        """What `wan.caches.step_cache.apply_cache` left on the transformer."""
-        return getattr(self.transformer, "step_cache", None)
+        """The step cache that the transformer runs with."""
+        return step_cache_of(self.transformer)
 
     @property
     def is_leader(self) -> bool:
@@ -263,7 +265,7 @@ class WanT2V:
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self.transformer.config.rope_max_seq_len)
-        return self.transformer.nabla.plan(video.latents_size, self.device, self.transformer.dtype).describe()
+        return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
 
     @contextmanager
     def _stage(self, name: str, observer: Observer) -> Iterator[None]:
@@ -278,7 +280,7 @@ class WanT2V:
     @property
     def _shares_masks(self) -> bool:
         """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
-        applied = getattr(self.transformer, "nabla", None)
+        applied = applied_attention(self.transformer)
         return applied is not None and applied.config.mask_refresh > 1
 
     def _own_branches(self, texts: list[Tensor]) -> tuple[list[Tensor | None], Callable | None]:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from nabla import NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
-from wan.attention.compile import check_compiler
-from wan.caches.step_cache import apply_cache
+from wan.attention.apply import apply_attention
+from wan.attention.compile import check_compiler, compile_blocks
+from wan.caches.apply import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile, Settings
 from wan.memory.planner import MemoryPlan
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
+from wan.models.wan.processor import TRANSFORMER
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import apply_sequence
 from wan.sampling.finite import check_vae
@@ -157,9 +158,9 @@ def from_settings(
 def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
     """What changes how the transformer runs, each over what was put on before."""
     if compiled:
-        compile_blocks(pipe.transformer)
+        compile_blocks(pipe.transformer.blocks)
     if settings.cache is not None:
-        apply_cache(pipe.transformer, settings.cache)
+        apply_cache(pipe.transformer, settings.cache, TRANSFORMER)
     if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
-        apply_sequence(pipe.transformer, pipe.distributed.ulysses_mesh)
-    apply_attention(pipe.transformer, settings.attention)
+        apply_sequence(pipe.transformer, pipe.distributed.ulysses_mesh, TRANSFORMER)
+    apply_attention([pipe.transformer], settings.attention, TRANSFORMER)

@@ -13,12 +13,15 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from nabla import InputError, NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
-from wan.caches.step_cache import apply_cache, calibrated, remove_cache
+from wan.attention.compile import compile_blocks
+from wan.caches.apply import apply_cache, remove_cache
+from wan.caches.calibration import calibrated
 from wan.config.cache_settings import KINDS, CacheSettings
 from wan.config.settings import Settings, VideoSettings, changed
+from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.pipeline import WanT2V
+from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.quantize.quantizer import quantize_layers
 from wan.run.ratios import measured_otherwise
@@ -44,7 +47,7 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
     fuse_gelu(transformer)
     if args.fp8:
         print(quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     for video in videos:
         for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:
             apply_attention(transformer, config)
@@ -78,7 +81,7 @@ def cached_step_row(
     reset_peak(args)
     if settings is None:
         return step_row(args, what, transformer, video)[0] | peak_memory(args)
-    cache = apply_cache(transformer, settings)
+    cache = apply_cache(transformer, settings, TRANSFORMER)
     cache.begin(args.steps, dense_steps=0)
     row, _ = step_row(args, what, transformer, video, in_branch=cache.branch)
     row |= {"reused": f"{cache.reused} of {cache.forwards}"} | peak_memory(args)
@@ -107,7 +110,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     pipe.video = changed(pipe.video, size=size, frame_num=frame_num)
     pipe.sampling = changed(pipe.sampling, steps=args.steps)
     prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
-    with calibrated(pipe.transformer) as calibration:
+    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
         sample_videos(pipe, others, SEED - 2)
         ratios = calibration.ratios()
@@ -122,7 +125,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     for settings in parse_caches(args.cache, ratios):
         if line := measured_otherwise(replace(run, cache=settings)):
             print(f"warning: {line}", file=sys.stderr)
-        cache = apply_cache(pipe.transformer, settings)
+        cache = apply_cache(pipe.transformer, settings, TRANSFORMER)
         reset_peak(args)
         cached, times = sample_videos(pipe, prompts, SEED)
         # The count is that of the last video.

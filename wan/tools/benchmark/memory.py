@@ -17,8 +17,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from nabla import InputError, NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
-from wan.caches.step_cache import blocks_left_out
+from wan.attention.compile import compile_blocks
+from wan.caches.ran import blocks_left_out
 from wan.config.settings import VideoSettings
 from wan.memory.budget import budget_of, limit
 from wan.memory.estimates import GIB
@@ -26,6 +26,7 @@ from wan.memory.peak import peak_gpu_bytes
 from wan.memory.placement import on_device
 from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.streaming import stream_blocks
+from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import (
@@ -179,7 +180,7 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
 
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers, place=place)
     fuse_gelu(transformer)
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     if plan.in_turns:
         stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
     return transformer

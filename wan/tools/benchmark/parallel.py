@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError, NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
+from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
+from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.parallel.distributed import DistributedContext, started_by_torchrun
 from wan.parallel.layout import ParallelLayout
@@ -55,7 +57,7 @@ def build_model(
     dtype = getattr(torch, args.dtype)
     transformer = random_transformer(args.model, dtype, distributed.device, layers=layers or args.layers)
     fuse_gelu(transformer)
-    compile_blocks(transformer)
+    compile_blocks(transformer.blocks)
     return transformer
 
 
@@ -88,7 +90,7 @@ def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: 
         apply_attention(transformer, config)
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
-    apply_sequence(transformer, init_ulysses_mesh(distributed))
+    apply_sequence(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
     for config in every:
         apply_attention(transformer, config)
         what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
@@ -109,7 +111,7 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
     calibrate_densities(transformer, forward)
     alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
     yield alone
-    apply_sequence(transformer, mesh)
+    apply_sequence(transformer, mesh, TRANSFORMER)
     heads = transformer.sequence.heads
     balance = transformer.sequence.balance
     in_turn = interleaved(heads, mesh.size())
@@ -121,7 +123,7 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
             transformer.sequence.on_device = None
         apply_attention(transformer, config)
         row = compare(args, f"{label(video)}: forward, uneven heads, dealt {name}", forward, alone)
-        kept = torch.stack([block.attn1.nabla_share for block in transformer.blocks])
+        kept = torch.stack([layer.density for layer in transformer.nabla.layers])
         yield row | {"kept_here": round(kept.mean().item(), 3)}
 
 
@@ -129,8 +131,8 @@ def calibrate_densities(transformer: WanTransformer3DModel, forward: Callable[[]
     """Set the norms of queries so that each head keeps its share of `UNEVEN_DENSITIES`, nearly, by bisection."""
     modules = [block.attn1 for block in transformer.blocks]
     heads, device = modules[0].heads, modules[0].norm_q.weight.device
-    for module in modules:
-        module.nabla_share = torch.ones(heads, device=device)
+    applied = transformer.nabla
+    applied.measure_density(applied.layers, device)
     few, many = UNEVEN_DENSITIES
     wanted = torch.where(torch.arange(heads, device=device) < heads // 2, few, many)
     low = torch.zeros(len(modules), heads, device=device)
@@ -141,7 +143,7 @@ def calibrate_densities(transformer: WanTransformer3DModel, forward: Callable[[]
             weight = module.norm_q.weight
             weight.copy_(factors.repeat_interleave(len(weight) // heads))
         forward()
-        is_dense = torch.stack([module.nabla_share for module in modules]) > wanted
+        is_dense = torch.stack([layer.density for layer in applied.layers]) > wanted
         low, high = torch.where(is_dense, middle, low), torch.where(is_dense, high, middle)
 
 
@@ -176,7 +178,7 @@ def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, v
 
     apply_attention(transformer, sparse_configs(args)[0])
     alone = sample()
-    apply_sequence(transformer, init_ulysses_mesh(distributed))
+    apply_sequence(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
     apply_attention(transformer, sparse_configs(args)[0])
     shared = sample()
     vae = random_vae(args.model, distributed.device)
@@ -192,7 +194,7 @@ def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, vide
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     config = sparse_configs(args)[0]
     mesh = init_ulysses_mesh(distributed)
-    apply_sequence(transformer, mesh)
+    apply_sequence(transformer, mesh, TRANSFORMER)
     apply_attention(transformer, config)
     what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
     whole = compare(args, f"{what}, whole weights", forward)

@@ -15,7 +15,7 @@ import platform
 
 import torch
 
-from wan.attention.apply import many_compiles
+from wan.attention.compile import many_compiles
 from wan.config.cache_settings import THRESHOLDS
 from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS

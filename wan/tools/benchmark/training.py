@@ -14,8 +14,9 @@ from torch import Tensor
 import nabla
 from nabla import NablaConfig
 from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
-from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
+from wan.models.attention import apply_attention
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.benchmark.attention import random_qkv
 from wan.tools.benchmark.timing import Row, dense_kernels, label, peak_memory, reset_peak, sparse_configs, timed
@@ -89,7 +90,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
         for block in transformer.blocks:
             block.__dict__.pop("forward", None)
         apply_attention(transformer, config)
-        compile_blocks(transformer, trains=True)
+        compile_blocks(transformer.blocks, trains=True)
         kernel, context = next(iter(dense_kernels(device).items())) if config.is_dense else ("", nullcontext)
         with context():
             row = transformer_row(args, f"{name}, {config.algorithm} {kernel}".strip(), transformer, video)
@@ -105,7 +106,7 @@ def transformer_row(
     gradient = torch.randn_like(inputs[0])
     parameters = list(transformer.parameters())
     row = timed_backward(args, what, lambda: transformer(*inputs, return_dict=False)[0], parameters, gradient)
-    plans = transformer.nabla.plans.values()
+    plans = transformer.nabla.plans.by_size.values()
     return row | ({"backend": next(iter(plans)).backend} if plans else {})
 
 

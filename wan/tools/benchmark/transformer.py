@@ -16,8 +16,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from nabla import NablaConfig
-from wan.attention.apply import apply_attention, compile_blocks
+from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
+from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
@@ -56,7 +57,7 @@ def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tup
             for block in transformer.blocks:
                 block.__dict__.pop("forward", None)
             (unfuse_gelu if is_dense else fuse_gelu)(transformer)
-            compile_blocks(transformer)
+            compile_blocks(transformer.blocks)
             yield kind, is_dense, transformer
 
 
@@ -151,7 +152,7 @@ def step_row(
     def at_step(step: int) -> None:
         synchronize(args)
         starts.append(time.perf_counter())
-        steps.tell(step)
+        steps.set_step(step)
 
     latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step, **loop)
     at_step(args.steps)

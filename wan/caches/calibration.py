@@ -1,0 +1,56 @@
+"""MagCache's ratios, measured in videos that are computed in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import MagCacheConfig
+from torch import nn
+
+from nabla import InputError
+from wan.attention.spec import TransformerSpec
+from wan.caches.apply import remove_cache
+from wan.caches.base import StepCache
+from wan.caches.mag import MagCache
+from wan.config.cache_settings import CacheSettings
+
+
+class Calibration(StepCache):
+    """Computes everything, and measures ratios meanwhile; put on by `calibrated`."""
+
+    config_class, hook = MagCacheConfig, MagCache.hook
+
+    def __init__(self, transformer: nn.Module, spec: TransformerSpec):
+        super().__init__(transformer, CacheSettings("mag", ratios=(1.0,)), spec)
+        self.config = MagCacheConfig(calibrate=True)
+        transformer.enable_cache(self.config)
+        self.measured: list[list[float]] = []
+
+    def _prepare(self, steps: int, first: int) -> None:
+        # After its last step diffusers prints and forgets.
+        self.config.num_inference_steps = steps + 1
+
+    def end(self) -> None:
+        states = self.leader(self.blocks[0]).state_manager._state_cache
+        self.measured += [state.calibration_ratios for state in states.values()]
+        super().end()
+
+    def ratios(self) -> list[float]:
+        """The mean over all branches of all videos, a ratio a step. Raises `InputError` for any not finite."""
+        means = torch.tensor(self.measured, dtype=torch.float64).mean(0)
+        if not means.isfinite().all() or not (means > 0).all():
+            raise InputError("the ratios are not positive finite numbers; the checkpoint's blocks add nothing")
+        return means.tolist()
+
+
+@contextmanager
+def calibrated(transformer: nn.Module, spec: TransformerSpec) -> Iterator[Calibration]:
+    """Measure MagCache's ratios in the videos that are sampled within, all of as many steps."""
+    remove_cache(transformer)
+    transformer.step_cache = calibration = Calibration(transformer, spec)
+    try:
+        yield calibration
+    finally:
+        remove_cache(transformer)

@@ -1,0 +1,35 @@
+"""MagCache (arXiv 2506.09045): ratios measured beforehand predict how what blocks add changes from step to step."""
+
+from __future__ import annotations
+
+from diffusers import MagCacheConfig
+from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
+from torch import nn
+
+from wan.attention.spec import TransformerSpec
+from wan.caches.base import StepCache
+from wan.config.cache_settings import CacheSettings
+
+
+class MagCache(StepCache):
+    """Decides by ratios and steps alone, so that all processes decide alike."""
+
+    config_class, hook = MagCacheConfig, _MAG_CACHE_LEADER_BLOCK_HOOK
+
+    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+        super().__init__(transformer, settings, spec)
+        self.config = MagCacheConfig(mag_ratios=list(settings.ratios), num_inference_steps=len(settings.ratios))
+        transformer.enable_cache(self.config)
+
+    def _prepare(self, steps: int, first: int) -> None:
+        own = self.settings
+        config = MagCacheConfig(
+            threshold=own.threshold,
+            # A ratio of just 1 predicts no error at all.
+            max_skip_steps=own.max_skips if own.threshold > 0 else 0,
+            retention_ratio=first / steps,
+            num_inference_steps=steps,
+            mag_ratios=list(own.ratios),
+        )
+        # The hooks share this one; to put on new ones would change the order of hooks.
+        vars(self.config).update(vars(config))

@@ -1,0 +1,36 @@
+"""TaylorSeer (arXiv 2503.06923): between computed steps the last layer's output goes on along a line."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
+from torch import nn
+
+from wan.attention.spec import TransformerSpec
+from wan.caches.base import StepCache
+from wan.config.cache_settings import CacheSettings
+
+
+class TaylorSeer(StepCache):
+    """diffusers' light form: no block runs between computed steps. Decides by steps alone, so all processes alike."""
+
+    config_class, hook = TaylorSeerCacheConfig, _TAYLORSEER_CACHE_HOOK
+
+    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+        super().__init__(transformer, settings, spec)
+        config = TaylorSeerCacheConfig(settings.interval, taylor_factors_dtype=torch.float32, use_lite_mode=True)
+        transformer.enable_cache(config)
+        self.hooked = *self.blocks, spec.output_of(transformer)
+
+    @classmethod
+    def computes(cls, first_block: nn.Module) -> bool:
+        state = cls.leader(first_block).state_manager.get_state()
+        return state.last_update_step == state.current_step
+
+    def _prepare(self, steps: int, first: int) -> None:
+        for module in self.hooked:
+            hook = HookRegistry.check_if_exists_or_initialize(module).get_hook(_TAYLORSEER_CACHE_HOOK)
+            # Before any step is computed there is nothing to go on from.
+            hook.disable_cache_before_step = max(first, 1)

@@ -1,0 +1,76 @@
+"""Wan's transformer for the machinery: where its parts are, and its self-attention as `nabla.attend` runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
+from torch import Tensor, nn
+
+from nabla.rotary import Rotary
+from wan.attention.layer import LayerState
+from wan.attention.spec import ForwardInputs, TransformerSpec
+
+
+class SparseWanProcessor(WanAttnProcessor):
+    """Self-attention by `nabla.attend` where the layer has a plan, and diffusers' own otherwise."""
+
+    def __init__(self, original: WanAttnProcessor, state: LayerState):
+        super().__init__()
+        self.state = state
+        self._attention_backend = original._attention_backend
+        self._parallel_config = original._parallel_config
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        state = self.state
+        if state.plan is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        rotary = Rotary(*rotary_emb)
+        fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
+        norms, qkv = (attn.norm_q, attn.norm_k, None), [None] * 3
+        # v, which is not normalised, first: each is on its way to other processes while the next one is made.
+        for n in (2, 0, 1):
+            x = (attn.to_q, attn.to_k, attn.to_v)[n](hidden_states) if fused is None else fused[n]
+            # Autocast normalises in float32.
+            x = x if norms[n] is None else norms[n](x).type_as(x)
+            qkv[n] = state.send(x.unflatten(2, (attn.heads, -1)), n, rotary)
+        out = state.attend(qkv, len(hidden_states), rotary).flatten(2)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def forward_inputs(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardInputs:
+    """Of latents (B, C, T, h, w) and a timestep, the first two arguments or by their names."""
+    latents = args[0] if args else kwargs["hidden_states"]
+    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+    grid = tuple(n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size))
+    return ForwardInputs(grid, timestep, len(latents), latents.device, latents.dtype)
+
+
+# Functions with names, since a transformer that has them in its state can be pickled.
+def _heads(transformer: nn.Module) -> int:
+    return transformer.config.num_attention_heads
+
+
+def _head_size(transformer: nn.Module) -> int:
+    return transformer.config.attention_head_dim
+
+
+TRANSFORMER = TransformerSpec(
+    kind=WanTransformer3DModel,
+    block=WanTransformerBlock,
+    processor=WanAttnProcessor,
+    sparse_processor=SparseWanProcessor,
+    inputs=forward_inputs,
+    heads=_heads,
+    head_size=_head_size,
+)
