@@ -132,7 +132,7 @@ def run_program(
 def _unwritten_result() -> int:
     """1, after a line, if what was printed is lost."""
     sys.stdout.flush()
-    why = sys.stdout.lost
+    why = sys.stdout.lost if isinstance(sys.stdout, Stream) else None
     if why is None or isinstance(why, BrokenPipeError):
         return 0
     say(f"error: what was printed could not be written ({getattr(why, 'strerror', None) or why}); free some space")

@@ -70,11 +70,17 @@ def step_events(trace: StepTrace, timed: bool) -> list[Event]:
     """An event for each layer of a step, and the step's own, which is the last; the device must be done with it."""
     densities = head_densities(trace)
     times = _times(trace.spans)
-    layers = []
+    layers: list[Event] = []
     for layer, (by_head, kernel) in enumerate(zip(densities, trace.kernels)):
         ran = not np.isnan(by_head).all()
         spread = {"mean": rounded(by_head.mean()), "min": rounded(by_head.min()), "max": rounded(by_head.max())}
-        event = {"kind": "layer", "step": trace.step, "layer": layer, "kept": spread if ran else None, "kernel": kernel}
+        event: Event = {
+            "kind": "layer",
+            "step": trace.step,
+            "layer": layer,
+            "kept": spread if ran else None,
+            "kernel": kernel,
+        }
         if timed:
             event |= {name: rounded(times.get((layer, part))) for name, part in PARTS.items()}
         layers.append(event)
@@ -86,7 +92,7 @@ def step_events(trace: StepTrace, timed: bool) -> list[Event]:
         "layers_run": len(means),
         "blocks": _origin(trace),
         "forwards": len(trace.densities),
-        "ms": rounded(trace.start.milliseconds_to(trace.end)),
+        "ms": rounded(trace.milliseconds()),
         "memory": {name: rounded(amount) for name, amount in trace.memory.items()},
     }
     return [*layers, step]
@@ -115,7 +121,7 @@ def mask_examples(trace: StepTrace) -> list[MaskExample]:
             head = sample.before + index
             number = None if sample.alike else head if sample.own is None else int(sample.own[head])
             found.setdefault(sample.layer, []).append(
-                MaskExample(trace.step, sample.layer, number, rounded(density), blocks)
+                MaskExample(trace.step, sample.layer, number, round(density, DIGITS), blocks)
             )
     chosen = []
     for examples in found.values():

@@ -46,6 +46,7 @@ class Recorder(Observer):
         self.earlier = dict(seconds or {})
         self.records: list[Event] = []
         self.examples: list[MaskExample] = []
+        self.waiting: list[StepTrace] = []
         self.about: Event = {}
         self.progress: ProgressLine | None = None
         self.writer: RunLog | None = None
@@ -110,8 +111,8 @@ class Recorder(Observer):
     def _settle(self, lag: int) -> None:
         """Make events of all steps but the last `lag`, waiting until the device is done with them."""
         while len(self.waiting) > lag:
-            trace: StepTrace = self.waiting.pop(0)
-            trace.end.wait()
+            trace = self.waiting.pop(0)
+            trace.wait()
             self._add(events.step_events(trace, self.times))
             found = events.mask_examples(trace)
             if {one.layer for one in found} >= {one.layer for one in self.examples}:

@@ -190,6 +190,7 @@ def _draw_examples(part: SubFigure, run: Event, data: ReportData) -> None:
 
 def _draw_mask(axes: Axes, run: Event, window: np.ndarray | None, example: MaskExample | None) -> None:
     blocks = window if example is None else example.blocks
+    assert blocks is not None, "a panel shows a head or the window"
     shade = blocks.astype(np.uint8)
     if window is not None:
         shade = np.where(blocks & window, 2, shade)

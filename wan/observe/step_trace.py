@@ -35,7 +35,7 @@ class Timestamp(NamedTuple):
 
     def milliseconds_to(self, end: Timestamp) -> float:
         """Only after the device has come to `end`."""
-        if self.event is None:
+        if self.event is None or end.event is None:
             return 1000 * (end.seconds - self.seconds)
         return self.event.elapsed_time(end.event)
 
@@ -100,3 +100,16 @@ class StepTrace:
     mask_samples: list[MaskSample] = field(default_factory=list)
     host_densities: Tensor | None = None
     memory: dict[str, float] = field(default_factory=dict)
+
+    def wait(self) -> None:
+        """Until the device is done with the step, which has ended here."""
+        self._ended.wait()
+
+    def milliseconds(self) -> float:
+        """What the device took for the step, once it is done with it."""
+        return self.start.milliseconds_to(self._ended)
+
+    @property
+    def _ended(self) -> Timestamp:
+        assert self.end is not None, f"step {self.step} has not ended"
+        return self.end

@@ -110,10 +110,10 @@ class DistributedContext:
             number = torch.zeros(1, dtype=torch.int64, device=self.device)
             if self.is_leader:
                 number += self.store.add("jobs", 1) - 1
-            number = self.broadcast_from_leader(number).item()
-            if number >= count:
+            job = int(self.broadcast_from_leader(number).item())
+            if job >= count:
                 return
-            yield number
+            yield job
 
     def claim_first_failure(self) -> bool:
         """Whether this process is the first that reports a failure; the others fail for its absence, or likewise."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import socket
 import weakref
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
     """
     if device.type != "cuda" or triton is None or torch.version.hip is not None:
         return False
-    places: list[tuple[str, int]] = [None] * group.size()
+    places: list[Any] = [None] * group.size()
     dist.all_gather_object(places, (socket.gethostname(), device.index), group)
     hosts, gpus = zip(*places)
     others = [index for index in gpus if index != device.index]
@@ -101,7 +102,7 @@ class Memory(NamedTuple):
 
     own: Tensor
     every: list[Tensor]
-    handle: object
+    handle: Any
 
 
 def _memory(group: dist.ProcessGroup, shapes: list[tuple[int, ...]], like: Tensor) -> Memory:
@@ -121,8 +122,8 @@ class Shared(NamedTuple):
     beside: where these are copied, beside what the GPU does next
     """
 
-    handle: object
-    places: list[tuple[int, Tensor]] | None = None
+    handle: Any
+    places: Sequence[tuple[int, Tensor]] = ()
     beside: torch.cuda.Stream | None = None
 
 
@@ -143,6 +144,13 @@ def _shared(written: Tensor) -> Shared:
     return shared
 
 
+def _copy_stream(written: Tensor) -> torch.cuda.Stream:
+    """Where parts are copied to memory that q, k and v arrive in."""
+    beside = _shared(written).beside
+    assert beside is not None, "output is written by a kernel, beside nothing"
+    return beside
+
+
 def _check_rows(x: Tensor, shape: torch.Size, written: Tensor) -> None:
     if x.dtype != written.dtype or x.shape != shape:
         own, wanted = f"{tuple(x.shape)} {x.dtype}", f"{tuple(shape)} {written.dtype}"
@@ -152,9 +160,9 @@ def _check_rows(x: Tensor, shape: torch.Size, written: Tensor) -> None:
 @torch.library.custom_op("wan::send_parts", mutates_args=("written",))
 def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
     """Begin to copy a part to each process, where it is the number-th tensor of these tokens."""
-    shared = _shared(written)
-    shared.beside.wait_stream(torch.cuda.current_stream(written.device))
-    with torch.cuda.stream(shared.beside):
+    shared, beside = _shared(written), _copy_stream(written)
+    beside.wait_stream(torch.cuda.current_stream(written.device))
+    with torch.cuda.stream(beside):
         for process, place in shared.places:
             _check_rows(parts[process], place.shape[1:], written)
             # A sample is one piece of memory here and there, which needs no kernel, for which products would wait.
@@ -165,9 +173,9 @@ def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
 @torch.library.custom_op("wan::await_parts", mutates_args=("written",))
 def _await_parts(sent: list[Tensor], written: Tensor) -> None:
     """Wait until all processes have filled `written`; what this one has sent has to stand until now."""
-    shared = _shared(written)
+    shared, beside = _shared(written), _copy_stream(written)
     with torch.cuda.device(written.device):
-        torch.cuda.current_stream().wait_stream(shared.beside)
+        torch.cuda.current_stream().wait_stream(beside)
         shared.handle.barrier(channel=0)
 
 
