@@ -30,7 +30,7 @@ from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes
 from wan.shapes.reader import Reader
 from wan.shapes.roughen import misspelt, roughened
-from wan.shapes.sentences import Batch, Sentences, read_sentences, with_classes
+from wan.shapes.sentences import CaptionBatch, Sentences, read_sentences, with_classes
 from wan.shapes.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from wan.shapes.train_text import TextSettings, TextTrainer
 from wan.training.metrics import METRICS_FILE, read_metrics
@@ -71,7 +71,7 @@ def from_step(monkeypatch):
     def change(number: int, act) -> None:
         honest, calls = Reader.loss, itertools.count(1)
 
-        def loss(model: Reader, batch: Batch) -> Tensor:
+        def loss(model: Reader, batch: CaptionBatch) -> Tensor:
             value = honest(model, batch)
             return act(value) if next(calls) >= number else value
 

@@ -23,7 +23,7 @@ from wan.models.wan.components import vae_part
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes import train_vae as vae_training
 from wan.shapes.train_vae import VaeTrainer
-from wan.shapes.vae_data import Pools
+from wan.shapes.vae_data import VideoPools
 from wan.shapes.vae_model import loss
 from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
@@ -99,14 +99,14 @@ def test_loss_sees_blurred_edges_and_each_clip_alone():
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
     settings = VaeSettings.from_dict(vae_settings_dict(tmp_path))
-    pools, again = Pools(settings, CPU), Pools(replace(settings, workers=2), CPU)
+    pools, again = VideoPools(settings, CPU), VideoPools(replace(settings, workers=2), CPU)
     assert {pools.batch(step).videos.shape for step in range(8)} == {(2, 3, 5, 32, 32), (3, 3, 1, 32, 16)}
     for step in (3, 1):
         one, other = pools.batch(step), again.batch(step)
         assert torch.equal(one.videos, other.videos) and one[1:] == other[1:]
     numbers = {number for step in range(40) for number in pools.batch(step).numbers}
     assert numbers == set(range(9))
-    other_seed = Pools(VaeSettings.from_dict(vae_settings_dict(tmp_path, seed=1)), CPU)
+    other_seed = VideoPools(VaeSettings.from_dict(vae_settings_dict(tmp_path, seed=1)), CPU)
     assert any(
         pools.batch(s).videos.shape != other_seed.batch(s).videos.shape
         or not torch.equal(pools.batch(s).videos, other_seed.batch(s).videos)
@@ -117,13 +117,13 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
 def test_processes_share_a_batch(tmp_path):
     cuts = [{"batch": 4, "size": "16*16", "frames": 1, "drawn": "32*32", "clips": 3}]
     settings = VaeSettings.from_dict(vae_settings_dict(tmp_path, cuts=cuts))
-    whole = Pools(settings, CPU).batch(0)
-    own = [Pools(settings, CPU, rank, 2).batch(0) for rank in range(2)]
+    whole = VideoPools(settings, CPU).batch(0)
+    own = [VideoPools(settings, CPU, rank, 2).batch(0) for rank in range(2)]
     assert torch.equal(torch.stack([own[0].videos, own[1].videos], 1).flatten(0, 1), whole.videos)
     assert own[0].numbers == own[1].numbers == [whole.numbers[n] for n in (0, 2, 1, 3)]
     assert own[0].noise != own[1].noise
     with pytest.raises(InputError, match="a batch of 4 cannot be shared by 3 processes"):
-        Pools(settings, CPU, 0, 3)
+        VideoPools(settings, CPU, 0, 3)
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from scripts import train as train_script
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.training.config import TrainingSettings
-from wan.training.data import Batches, Clips
+from wan.training.data import Clips, MicroBatches
 from wan.training.metrics import Metrics
 from wan.training.objective import errors, noisy, velocity
 from wan.training.shutdown import Diverged, Stopped
@@ -189,7 +189,7 @@ def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepa
     )
     rows = train(content)
     assert rows[0]["validation_dense"] != rows[0]["validation_sparse"]
-    batches = Batches(Clips([str(prepared)], 512), TrainingSettings.from_dict(content).objective, 1, 4, 4)
+    batches = MicroBatches(Clips([str(prepared)], 512), TrainingSettings.from_dict(content).objective, 1, 4, 4)
     teacher = load_transformer(random_nano)
 
     @torch.no_grad()

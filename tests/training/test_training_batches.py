@@ -1,4 +1,4 @@
-"""Prepared clips as training takes them: whole folders, batches, noise levels and dropped text."""
+"""Prepared clips as training takes them: whole folders, batches, noise levels and null captions."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from starting import Forked, finish
 
 from nabla import InputError
 from wan.training.config import ObjectiveSettings
-from wan.training.data import Batches, Clips, fixed_batch
+from wan.training.data import Clips, MicroBatches, validation_batch
 
 UNIFORM = ObjectiveSettings(timesteps="uniform", shift=1.0, text_dropout=0.3)
 
 
 def test_batches_are_a_function_of_seed_and_step_however_they_are_divided(prepared):
     clips = Clips([str(prepared)], 512)
-    whole = Batches(clips, UNIFORM, seed=3, batch_size=4, micro_batch=4)
+    whole = MicroBatches(clips, UNIFORM, seed=3, batch_size=4, micro_batch=4)
     assert len({tuple(whole.numbers(step)) for step in range(8)}) > 4
-    parts = [Batches(clips, UNIFORM, 3, 4, 1, rank, 2) for rank in range(2)]
+    parts = [MicroBatches(clips, UNIFORM, 3, 4, 1, rank, 2) for rank in range(2)]
     for step in (5, 0):
         batch = whole[step]
         # Of a step, each process takes its micro-batches in turn.
         divided = [parts[place % 2][2 * step + place // 2] for place in range(4)]
         for name in batch._fields:
             assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in divided]))
-    other = Batches(clips, UNIFORM, seed=4, batch_size=4, micro_batch=4)[0]
+    other = MicroBatches(clips, UNIFORM, seed=4, batch_size=4, micro_batch=4)[0]
     assert not torch.equal(other.noise, whole[0].noise)
     assert len(list(whole.load(2, 5, workers=0))) == 3
 
 
 def test_every_clip_is_seen_as_often_as_any_and_batches_are_of_one_size(prepared):
     clips = Clips([str(prepared)], 512)
-    batches = Batches(clips, UNIFORM, seed=0, batch_size=3, micro_batch=3)
+    batches = MicroBatches(clips, UNIFORM, seed=0, batch_size=3, micro_batch=3)
     seen = np.zeros(len(clips), dtype=int)
     for step in range(700):
         numbers = batches.numbers(step)
@@ -104,14 +104,14 @@ def test_data_that_are_not_all_there_or_damaged_are_refused_in_one_line(prepared
 
 def test_text_is_dropped_as_often_as_asked_and_noise_levels_fill_their_range(prepared):
     clips = Clips([str(prepared)], 512)
-    batches = Batches(clips, UNIFORM, seed=0, batch_size=4, micro_batch=4)
+    batches = MicroBatches(clips, UNIFORM, seed=0, batch_size=4, micro_batch=4)
     draws = [batches.draw(step, place) for step in range(250) for place in range(4)]
-    assert 0.25 < np.mean([draw.drops_text for draw in draws]) < 0.35
+    assert 0.25 < np.mean([draw.drops_caption for draw in draws]) < 0.35
     sigmas = np.sort([draw.sigma.item() for draw in draws])
     assert abs(sigmas - np.linspace(0, 1, 1000)).max() < 0.06
-    dropped = clips.padded(clips.dropped)
+    dropped = clips.padded(clips.null_caption)
     batch = batches[0]
-    assert [torch.equal(text, dropped) for text in batch.text] == [batches.draw(0, n).drops_text for n in range(4)]
-    fixed = [fixed_batch(clips, UNIFORM, n, 4) for n in range(4)]
+    assert [torch.equal(text, dropped) for text in batch.text] == [batches.draw(0, n).drops_caption for n in range(4)]
+    fixed = [validation_batch(clips, UNIFORM, n, 4) for n in range(4)]
     assert [round(one.sigmas.item(), 3) for one in fixed] == [0.125, 0.375, 0.625, 0.875]
-    assert torch.equal(fixed[1].noise, fixed_batch(clips, UNIFORM, 1, 4).noise)
+    assert torch.equal(fixed[1].noise, validation_batch(clips, UNIFORM, 1, 4).noise)

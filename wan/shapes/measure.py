@@ -42,7 +42,7 @@ MOST_SAMPLES = 20000
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredShape:
     """A shape that was seen, in the words of `Shape`; `spin` is "none" too where the outline does not show it.
 
     kind: `UNCLEAR` if no silhouette fits
@@ -61,7 +61,7 @@ class Found:
     fit: float
 
 
-def measured(video: Tensor) -> list[Found]:
+def measured(video: Tensor) -> list[MeasuredShape]:
     """The shapes seen in (frames, height, width, 3) uint8, of at most three colours.
 
     Two or three of one colour are told apart if they are of like size and lie apart most of the time.
@@ -105,11 +105,11 @@ def score(video: Tensor, named: Mapping[str, str]) -> dict[str, bool]:
     }
 
 
-def _is_shown(found: list[Found], wanted: list[Mapping[str, str]], attributes: tuple[str, ...]) -> bool:
-    def fits(shape: Found, said: Mapping[str, str]) -> bool:
+def _is_shown(found: list[MeasuredShape], wanted: list[Mapping[str, str]], attributes: tuple[str, ...]) -> bool:
+    def fits(shape: MeasuredShape, said: Mapping[str, str]) -> bool:
         return all(name not in said or getattr(shape, name) == said[name] for name in attributes)
 
-    def is_doubled(chosen: tuple[Found, ...]) -> bool:
+    def is_doubled(chosen: tuple[MeasuredShape, ...]) -> bool:
         colours = {shape.colour for shape, said in zip(chosen, wanted) if "kind" in said}
         seen, meant = (sum(shape.colour in colours for shape in shapes) for shapes in (found, chosen))
         return "kind" in attributes and seen > meant
@@ -196,7 +196,7 @@ def _colours_present(pixels: Tensor) -> list[str]:
     return chosen
 
 
-def _describe(mask: Tensor, colour: str) -> Found | None:
+def _describe(mask: Tensor, colour: str) -> MeasuredShape | None:
     """What the shape with the mask (frames, height, width) is and does; None if it is seen too little."""
     mask = _without_specks(mask)
     area = mask.sum((1, 2))
@@ -212,7 +212,7 @@ def _describe(mask: Tensor, colour: str) -> Found | None:
     radii = (area / unit_area(kind)).sqrt()[clear] / min(mask.shape[1:])
     path = _line(times, centres / centres.new_tensor([mask.shape[2], mask.shape[1]]))
     travel = tuple((path[1] - path[0]).tolist())
-    return Found(
+    return MeasuredShape(
         kind=kind if best > LEAST_FIT else UNCLEAR,
         colour=colour,
         size=min(SIZES, key=lambda size: abs(math.log(float(radii.median()) / SIZES[size]))),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.shapes.attributes import ATTRIBUTES
-from wan.shapes.sentences import Batch
+from wan.shapes.sentences import CaptionBatch
 from wan.training.schema import check_counts
 
 
@@ -78,17 +78,17 @@ class Reader(nn.Module):
         """
         return [weight for name, weight in self.named_parameters() if "relative_attention_bias" in name]
 
-    def forward(self, batch: Batch) -> list[Tensor]:
+    def forward(self, batch: CaptionBatch) -> list[Tensor]:
         states = self.encoder(batch.ids, attention_mask=batch.mask).last_hidden_state
         return self.heads(states, batch.mask)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: CaptionBatch) -> Tensor:
         """Cross-entropy, the mean over the attributes."""
         scores = self(batch)
         losses = [F.cross_entropy(each.float(), batch.targets[:, number]) for number, each in enumerate(scores)]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def are_right(self, batch: Batch) -> Tensor:
+    def are_correct(self, batch: CaptionBatch) -> Tensor:
         """Whether each attribute of each sentence is read as it should be, (B, len(ATTRIBUTES)) bool."""
         return torch.stack([each.argmax(-1) for each in self(batch)], 1) == batch.targets

@@ -27,15 +27,15 @@ ENDLESS = 2**62
 ROUGH_SHARE, UNRELATED_SHARE = 0.6, 0.02
 
 
-class Batch(NamedTuple):
+class CaptionBatch(NamedTuple):
     """Token ids and mask, (B, L) int64 each, and classes of all attributes, (B, len(ATTRIBUTES)) int64."""
 
     ids: Tensor
     mask: Tensor
     targets: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(part.to(device) for part in self))
+    def to(self, device: torch.device) -> CaptionBatch:
+        return CaptionBatch(*(part.to(device) for part in self))
 
 
 class Sentences(Dataset):
@@ -45,7 +45,7 @@ class Sentences(Dataset):
         self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
         self.shapes = Shapes(seed, ENDLESS)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> CaptionBatch:
         first = step * self.batch_size
         texts, targets = zip(*(self.described(first + place) for place in range(self.batch_size)))
         return encoded(self.tokenizer, texts, torch.stack(targets))
@@ -60,12 +60,12 @@ class Sentences(Dataset):
         return roughened(text, rng) if chance(rng, ROUGH_SHARE) else text, attributes(scene)
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...] | list[str], targets: Tensor) -> Batch:
+def encoded(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...] | list[str], targets: Tensor) -> CaptionBatch:
     """A batch whose rows are as long as the longest of its sentences."""
     tokens: BatchEncoding = tokenizer(
         [clean_prompt(text) for text in texts], padding=True, truncation=True, return_tensors="pt"
     )
-    return Batch(tokens.input_ids, tokens.attention_mask, targets)
+    return CaptionBatch(tokens.input_ids, tokens.attention_mask, targets)
 
 
 def of_shapes(count: int, seed: int, split: str = "held_out") -> list[tuple[str, dict[str, str]]]:

@@ -24,7 +24,7 @@ from wan.models.wan.layout import TEXT_LENGTH
 from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes
 from wan.shapes.reader import EncoderSettings, Reader
-from wan.shapes.sentences import Batch, Sentences, encoded, of_shapes, read_sentences, with_classes
+from wan.shapes.sentences import CaptionBatch, Sentences, encoded, of_shapes, read_sentences, with_classes
 from wan.shapes.tokenizer import train_tokenizer
 from wan.training.data_workers import load_items
 from wan.training.loop import TrainingLoop
@@ -172,11 +172,11 @@ class TextTrainer(TrainingLoop):
         self._export()
         return self.step == self.steps
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[CaptionBatch]:
         data = Sentences(self.tokenizer, self.settings.seed, self.settings.batch_size)
         return load_items(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+    def _step(self, batches: Iterator[CaptionBatch]) -> dict[str, Any]:
         batch = next(batches).to(self.device)
         start = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
@@ -210,7 +210,7 @@ class TextTrainer(TrainingLoop):
         right = []
         for first in range(0, len(texts), VALIDATION_BATCH):
             part = slice(first, first + VALIDATION_BATCH)
-            right.append(self.model.are_right(encoded(self.tokenizer, texts[part], targets[part]).to(self.device)))
+            right.append(self.model.are_correct(encoded(self.tokenizer, texts[part], targets[part]).to(self.device)))
         return dict(zip(ATTRIBUTES, torch.cat(right).float().mean(0).tolist()))
 
     def _log_line(self, row: dict[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ from nabla import InputError
 from wan.config.settings import read_settings
 from wan.files.atomic import hold, whole
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
-from wan.shapes.vae_data import Batch, Pools, as_input, statistics_videos, validation_videos
+from wan.shapes.vae_data import VideoBatch, VideoPools, as_input, statistics_videos, validation_videos
 from wan.shapes.vae_export import draw, export, latent_statistics, quality
 from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
@@ -52,12 +52,12 @@ class VaeTrainer(TrainingLoop):
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
         self.settings, self.device = settings, self.accelerator.device
-        self.leads = self.accelerator.is_main_process
-        log.setLevel(logging.INFO if self.leads else logging.WARNING)
+        self.is_leader = self.accelerator.is_main_process
+        log.setLevel(logging.INFO if self.is_leader else logging.WARNING)
         self.folder = Path(settings.out).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = hold(self.folder) if self.leads else None
+            self.lock = hold(self.folder) if self.is_leader else None
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
         self._build()
@@ -107,7 +107,7 @@ class VaeTrainer(TrainingLoop):
             raise InputError(f"minutes {minutes} is not a number of at least 0")
         self.deadline = time.monotonic() + 60 * minutes
         with collective_write(self.accelerator, self.folder):
-            if self.leads:
+            if self.is_leader:
                 with whole(self.folder / SETTINGS_FILE) as partial:
                     partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
                 self.metrics = Metrics(self.folder, self.step)
@@ -122,19 +122,19 @@ class VaeTrainer(TrainingLoop):
             log.info("time is up after step %d of %d; start again to go on", self.step, self.steps)
             return False
         with collective_write(self.accelerator, self.folder / RESULT_FOLDER):
-            if self.leads:
+            if self.is_leader:
                 self._finish()
         return True
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[VideoBatch]:
         # Drawn here, which takes long, only once there is a first step to take.
-        pools = Pools(self.settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        pools = VideoPools(self.settings, self.device, self.accelerator.process_index, self.accelerator.num_processes)
         self.saved = time.monotonic()
         for step in range(self.step, self.steps):
             yield pools.batch(step)
 
     def _evaluate(self) -> dict[str, float]:
-        if self.leads and self.step % self.settings.validation.every == 0:
+        if self.is_leader and self.step % self.settings.validation.every == 0:
             with self._deferred():
                 return self._validate()
         return {}
@@ -146,7 +146,7 @@ class VaeTrainer(TrainingLoop):
     def _after_step(self) -> None:
         """A state on the way, when it is due."""
         is_due = time.monotonic() - self.saved > self.settings.checkpoint_seconds
-        if not self.leads or not is_due or self.unwritten is not None:
+        if not self.is_leader or not is_due or self.unwritten is not None:
             return
         with self._deferred():
             save_state(self._state(), self.folder / STATE_FILE)
@@ -156,7 +156,7 @@ class VaeTrainer(TrainingLoop):
         """Whether any of the processes wants to stop."""
         return self.accelerator.gather(torch.tensor([float(stops)], device=self.device)).any().item()
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _step(self, batches: Iterator[VideoBatch]) -> dict[str, float]:
         clips = next(batches)
         start, settings = time.perf_counter(), self.settings
         video = as_input(clips.videos, self.device)
@@ -234,7 +234,7 @@ class VaeTrainer(TrainingLoop):
         self.metrics.write({"step": self.step} | result)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents' channels; of an encoder that stayed, those that it had."""
+        """Mean and std of the latents' channels; of an encoder that stayed, those that it had."""
         if self.settings.decoder_only:
             own = self.vae.config
             return torch.tensor(own.latents_mean), torch.tensor(own.latents_std)
@@ -245,7 +245,7 @@ class VaeTrainer(TrainingLoop):
         with collective_write(self.accelerator, self.folder):
             if self.unwritten is not None:
                 raise self.unwritten
-            if self.leads:
+            if self.is_leader:
                 save_state(self._state(), self.folder / STATE_FILE)
 
     def _state(self) -> dict[str, Any]:

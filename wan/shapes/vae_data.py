@@ -19,7 +19,7 @@ from wan.training.data_workers import load_items
 VALIDATION_SEED, STATISTICS_SEED = 2**31, 2**31 + 1
 
 
-class Batch(NamedTuple):
+class VideoBatch(NamedTuple):
     """videos: (B, 3, frames, height, width) uint8, rows last in memory as convolutions like them
     numbers: of the items of `Shapes` in the batches of all processes
     noise: the seed of what is drawn about their latents
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     noise: int
 
 
-class Pools:
+class VideoPools:
     """The videos that clips are cut from, drawn once and kept where the training is, and the batches of its steps.
 
     Of a batch each of several processes cuts its own part. Raises `InputError` for batches that cannot be shared so.
@@ -57,7 +57,7 @@ class Pools:
             place.copy_(video[0].movedim(0, -1), non_blocking=True)
         return pool
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> VideoBatch:
         rng = np.random.default_rng((self.settings.seed, step))
         cut = self.settings.cuts[rng.choice(len(self.shares), p=self.shares)]
         pool = self.pools[cut.drawn]
@@ -66,7 +66,7 @@ class Pools:
         own = range(self.rank, cut.batch, self.processes)
         videos = torch.stack([pool[numbers[n]][places[n]] for n in own])
         in_order = [numbers[n] for rank in range(self.processes) for n in range(rank, cut.batch, self.processes)]
-        return Batch(_channels_second(videos), in_order, int(rng.integers(2**62)) + self.rank)
+        return VideoBatch(_channels_second(videos), in_order, int(rng.integers(2**62)) + self.rank)
 
 
 class Videos(Dataset):

@@ -23,7 +23,7 @@ FRAMES, VIDEOS, DIFFERENCE = 3, 6, 4
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of the latents, which are the modes, of videos (B, 3, frames, height, width)."""
+    """Mean and std (C,) of the latents, which are the modes, of videos (B, 3, frames, height, width)."""
     count, total, squares = 0, 0.0, 0.0
     for video in videos:
         values = posterior(vae, video).mode().movedim(1, -1).flatten(0, -2).double()
@@ -32,9 +32,9 @@ def latent_statistics(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[
     return mean, (squares / count - mean.square()).sqrt()
 
 
-def export(vae: AutoencoderKLWan, mean: Tensor, deviation: Tensor, dtype: torch.dtype, folder: Path) -> None:
+def export(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dtype, folder: Path) -> None:
     """Write a VAE's weights and its latents' statistics as diffusers' from_pretrained reads them."""
-    statistics = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
+    statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     sizes = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     written = AutoencoderKLWan(**sizes | statistics)
     written.load_state_dict(vae.state_dict())
@@ -48,7 +48,7 @@ def export(vae: AutoencoderKLWan, mean: Tensor, deviation: Tensor, dtype: torch.
 def quality(folder: Path, videos: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
     """Of a written VAE as it will be used, by size of the videos: mean and least PSNR; and the size of its weights.
 
-    Also the mean and deviation of the normalised latents, which are near 0 and 1.
+    Also the mean and std of the normalised latents, which are near 0 and 1.
     """
     vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
     result = {"weights_mb": sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6}

@@ -30,7 +30,7 @@ STATISTICS = ("latents_mean", "latents_std")
 def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
     """A VAE with the weights that training begins with, in float32.
 
-    Convolutions keep the deviation of what they are given and residual branches add little to it. With torch's own
+    Convolutions keep the std of what they are given and residual branches add little to it. With torch's own
     weights each convolution weakens the picture beside its biases, and little of it reaches the latents: 180 small
     steps found no more than the mean colour.
 

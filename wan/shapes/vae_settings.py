@@ -108,7 +108,7 @@ class VaeSettings:
     video_frames: of the videos that clips are cut from and that validation sees whole
     matrix_lr: the learning rate of convolutions by Muon, beside that of `optimizer` for all else; None: all by AdamW
     compile: what a step computes, anew for every shape of its batches
-    statistics_clips: how many training videos of the first validation size give the latents' mean and deviation
+    statistics_clips: how many training videos of the first validation size give the latents' mean and std
     dtype: of the weights that are written at the end
     checkpoint_seconds: between two checkpoints; log_steps: steps between two lines of the log
     workers: processes that draw videos

@@ -79,7 +79,7 @@ class DataSettings:
 class ObjectiveSettings:
     """How noise levels are drawn, and how often a clip goes without its text.
 
-    timesteps: distribution before shifting: uniform, or logistic of a normal of `mean` and `deviation`
+    timesteps: distribution before shifting: uniform, or logistic of a normal of `mean` and std `deviation`
     shift: as in sampling, sigma = shift s / (1 + (shift - 1) s)
     text_dropout: share of clips that see the states of an empty text instead of their own
     """

@@ -23,17 +23,17 @@ from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.data_workers import load_items
 from wan.training.objective import sigmas_of
-from wan.training.prepare import DROPPED_FILE, RECORD_FILE, SHARD_NAME, SHARDS, Clip, list_clips
+from wan.training.prepare import MANIFEST_FILE, NULL_CAPTION_FILE, SHARD_NAME, SHARDS, Clip, list_clips
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)
 # To open a shard takes as long as to read many small clips; an open one is a mapping of the file and no file handle.
 OPEN_SHARDS = 1024
-# What a folder's record names by fingerprints, and clips that are trained on together must share.
+# What a folder's manifest names by fingerprints, and clips that are trained on together must share.
 MADE_BY = ("vae", "text_encoder")
 
 
-class Batch(NamedTuple):
+class LatentBatch(NamedTuple):
     """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32; text: (B, text length, C) float32."""
 
     latents: Tensor
@@ -41,31 +41,31 @@ class Batch(NamedTuple):
     sigmas: Tensor
     text: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+    def to(self, device: torch.device) -> LatentBatch:
+        return LatentBatch(*(x.to(device, non_blocking=True) for x in self))
 
 
-class Made(NamedTuple):
-    """A folder, its record, and the text states of a clip without its text."""
+class PreparedFolder(NamedTuple):
+    """A folder, its manifest, and the text states of the null caption, that of a clip without its own."""
 
     folder: str
-    record: dict[str, Any]
-    dropped: Tensor
+    manifest: dict[str, Any]
+    null_caption: Tensor
 
-    def check_like(self, other: Made) -> None:
+    def check_like(self, other: PreparedFolder) -> None:
         """Raise `InputError` unless both were made by the same models, as far as they say."""
-        if not torch.equal(self.dropped, other.dropped):
+        if not torch.equal(self.null_caption, other.null_caption):
             raise InputError(
                 f"{self.folder} and {other.folder} differ in text encoder or dropped_text; prepare one anew"
             )
         for part in MADE_BY:
-            one, two = self.record.get(part), other.record.get(part)
+            one, two = self.manifest.get(part), other.manifest.get(part)
             if one != two and None not in (one, two):
                 raise InputError(f"{self.folder} and {other.folder} differ in {part}; prepare one anew")
 
 
 class Clips:
-    """The prepared clips of folders, and the text states of a clip without its text; `files` hold them.
+    """The prepared clips of folders, and the text states of their null caption; `files` hold both.
 
     beside: clips that these must have been prepared like, those of training for a validation's
     Raises `InputError` for a folder that does not hold all that was to be prepared, whole, or not as the first does,
@@ -77,18 +77,18 @@ class Clips:
         self.text_length, self.clips, first = text_length, [], None if beside is None else beside.first
         for folder in folders:
             path = Path(folder).expanduser()
-            if not (path / DROPPED_FILE).is_file():
+            if not (path / NULL_CAPTION_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
-            own = Made(folder, check_shards(path), _dropped_text(path / DROPPED_FILE))
+            own = PreparedFolder(folder, check_shards(path), _read_null_caption(path / NULL_CAPTION_FILE))
             found = list_clips(path)
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
             self.clips += found
-            self.files += [path / DROPPED_FILE, *dict.fromkeys(clip.file for clip in found)]
+            self.files += [path / NULL_CAPTION_FILE, *dict.fromkeys(clip.file for clip in found)]
             first = first or own
             own.check_like(first)
         self.first = first
-        self.dropped = first.dropped
+        self.null_caption = first.null_caption
         self._check_lengths()
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
@@ -96,7 +96,7 @@ class Clips:
 
     def _check_lengths(self) -> None:
         texts = [(f"{clip.file}, sample {clip.index}", clip.rows) for clip in self.clips]
-        texts.append((f"{self.clips[0].file.parent / DROPPED_FILE}", len(self.dropped)))
+        texts.append((f"{self.clips[0].file.parent / NULL_CAPTION_FILE}", len(self.null_caption)))
         if long := [text for text in texts if text[1] > self.text_length]:
             raise InputError(
                 f"{long[0][0]}: its text has {long[0][1]} tokens, and the transformer takes {self.text_length} "
@@ -143,10 +143,10 @@ class Clips:
 
 
 def check_shards(folder: Path) -> dict[str, Any]:
-    """A folder's record. Raises `InputError` unless the folder holds all shards of the dataset that it names."""
-    record = read_json(folder / RECORD_FILE, "prepare the data again, into another folder")
+    """A folder's manifest. Raises `InputError` unless the folder holds all shards of the dataset that it names."""
+    manifest = read_json(folder / MANIFEST_FILE, "prepare the data again, into another folder")
     there = {path.name for path in folder.glob(SHARDS)}
-    count, size = record.get("samples"), record.get("clips_per_shard")
+    count, size = manifest.get("samples"), manifest.get("clips_per_shard")
     # Of a dataset without a length, the shards before the last are known.
     shards = -(-count // size) if is_count(count) and is_count(size) and size else len(there)
     missing = [name for name in map(SHARD_NAME.format, range(shards)) if name not in there]
@@ -155,10 +155,10 @@ def check_shards(folder: Path) -> dict[str, Any]:
             f"{folder} lacks {len(missing)} of its {shards} shards, the first {missing[0]}; start "
             "scripts/prepare_data.py again in the same way to make them"
         )
-    return record
+    return manifest
 
 
-def _dropped_text(path: Path) -> Tensor:
+def _read_null_caption(path: Path) -> Tensor:
     try:
         return load_file(path)["text"]
     except (SafetensorError, KeyError) as error:
@@ -176,11 +176,11 @@ class Draw(NamedTuple):
     """What is random about a clip in a batch."""
 
     sigma: Tensor
-    drops_text: bool
+    drops_caption: bool
     generator: torch.Generator
 
 
-class Batches(Dataset):
+class MicroBatches(Dataset):
     """The micro-batches of one process, by number; those of a step together with other processes' make its batch.
 
     A batch is of clips of one size. Sizes are drawn as often as they have clips, and each gives its clips in an order
@@ -204,7 +204,7 @@ class Batches(Dataset):
         self.clips, self.objective, self.seed = clips, objective, seed
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.rank, self.processes = rank, processes
-        self.parts = batch_size // (micro_batch * processes)
+        self.accumulation_steps = batch_size // (micro_batch * processes)
         self.bucket_numbers = list(clips.buckets.values())
         self.shares = np.cumsum([len(bucket) for bucket in self.bucket_numbers]) / len(clips)
         self.chosen = np.empty(0, dtype=np.int64)
@@ -224,21 +224,21 @@ class Batches(Dataset):
         quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         return Draw(sigmas_of(quantile, self.objective), chance.item() < self.objective.text_dropout, generator)
 
-    def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.parts)
+    def __getitem__(self, number: int) -> LatentBatch:
+        step, part = divmod(number, self.accumulation_steps)
         first = (part * self.processes + self.rank) * self.micro_batch
         numbers = self.numbers(step)
         rows = []
         for place in range(first, first + self.micro_batch):
             latents, text = self.clips.load(numbers[place])
-            sigma, drops_text, generator = self.draw(step, place)
+            sigma, drops_caption, generator = self.draw(step, place)
             noise = torch.randn(latents.shape, generator=generator)
-            rows.append((latents, noise, sigma, self.clips.padded(self.clips.dropped) if drops_text else text))
-        return Batch(*(torch.stack(column) for column in zip(*rows)))
+            rows.append((latents, noise, sigma, self.clips.padded(self.clips.null_caption) if drops_caption else text))
+        return LatentBatch(*(torch.stack(column) for column in zip(*rows)))
 
-    def load(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
+    def load(self, first_step: int, last_step: int, workers: int) -> Iterator[LatentBatch]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
-        numbers = range(first_step * self.parts, last_step * self.parts)
+        numbers = range(first_step * self.accumulation_steps, last_step * self.accumulation_steps)
         return load_items(self, numbers, workers)
 
     def _choose_buckets(self, steps: int) -> None:
@@ -248,7 +248,7 @@ class Batches(Dataset):
             self.chosen = np.searchsorted(self.shares, drawn, side="right").clip(max=len(self.shares) - 1)
 
 
-def fixed_batch(clips: Clips, objective: ObjectiveSettings, number: int, count: int) -> Batch:
+def validation_batch(clips: Clips, objective: ObjectiveSettings, number: int, count: int) -> LatentBatch:
     """The batch of one clip, `number` of `count`, for validation: always with the same noise at the same level.
 
     The levels of all are spread evenly over the distribution that training draws from.
@@ -257,7 +257,7 @@ def fixed_batch(clips: Clips, objective: ObjectiveSettings, number: int, count: 
     generator = torch.Generator().manual_seed(seed_of(VALIDATION, number))
     noise = torch.randn(latents.shape, generator=generator)
     quantile = torch.tensor((number + 0.5) / count, dtype=torch.float64)
-    return Batch(latents[None], noise[None], sigmas_of(quantile, objective)[None], text[None])
+    return LatentBatch(latents[None], noise[None], sigmas_of(quantile, objective)[None], text[None])
 
 
 def seed_of(*numbers: int) -> int:

@@ -17,7 +17,7 @@ from wan.models.wan.latents import decode
 from wan.run.jobs import words_of
 from wan.sampling.loop import TRAIN_TIMESTEPS, denoise, make_solver
 from wan.training.config import ObjectiveSettings, Samples
-from wan.training.data import Batch, Clips, fixed_batch
+from wan.training.data import Clips, LatentBatch, validation_batch
 from wan.training.objective import errors, noisy, velocity
 from wan.training.shutdown import Diverged
 from wan.training.write_errors import collective_write
@@ -45,8 +45,8 @@ def validation_losses(
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
         for own, counted in shared_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
-            singles = (fixed_batch(clips, objective, number, count) for number in own)
-            batch = Batch(*map(torch.cat, zip(*singles))).to(accelerator.device)
+            singles = (validation_batch(clips, objective, number, count) for number in own)
+            batch = LatentBatch(*map(torch.cat, zip(*singles))).to(accelerator.device)
             latents = noisy(batch.latents, batch.noise, batch.sigmas)
             for n, switched_off in enumerate(variants.values()):
                 applied.switched_off = switched_off
@@ -62,7 +62,7 @@ def _check_finite(losses: dict[str, Tensor], clips: Clips, objective: ObjectiveS
     bad = []
     for name, own in losses.items():
         for number in (~own.isfinite()).nonzero().flatten().tolist():
-            sigma = fixed_batch(clips, objective, number, len(own)).sigmas.item()
+            sigma = validation_batch(clips, objective, number, len(own)).sigmas.item()
             bad.append(f"{name} {own[number]} at timestep {TRAIN_TIMESTEPS * sigma:.1f} of {clips.describe(number)}")
     if bad:
         raise Diverged(f"after step {step}: the validation loss is not finite: {'; '.join(bad)}")

@@ -34,7 +34,7 @@ from wan.training.muon import Muon
 
 log = logging.getLogger("wan")
 
-EMBEDDING_DEVIATION = 0.02
+EMBEDDING_STD = 0.02
 TEXT_LENGTH = "text_len"
 # diffusers' defaults for them are those of the 14B.
 SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim")
@@ -189,7 +189,7 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
     embedder = transformer.condition_embedder
     for embedding in (embedder.text_embedder, embedder.time_embedder):
         for layer in (embedding.linear_1, embedding.linear_2):
-            nn.init.normal_(layer.weight, std=EMBEDDING_DEVIATION)
+            nn.init.normal_(layer.weight, std=EMBEDDING_STD)
     nn.init.zeros_(transformer.proj_out.weight)
     transformer.to(device)
     parts.finish_transformer(transformer, device)

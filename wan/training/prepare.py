@@ -31,19 +31,19 @@ from wan.models.wan.vae import speed_up_encoder
 from wan.models.wan.whole_clips import posterior, take_whole_clips
 from wan.training.data_workers import load_items
 from wan.training.prepare_settings import PrepareSettings
-from wan.training.samples import Checked, InOrder, Sample
+from wan.training.samples import CheckedDataset, Sample, SequentialDataset
 
 log = logging.getLogger("wan")
 
-RECORD_FILE = "prepared.json"
-DROPPED_FILE = "dropped.safetensors"
+MANIFEST_FILE = "prepared.json"
+NULL_CAPTION_FILE = "dropped.safetensors"
 SHARD_NAME = "shard-{:06d}.safetensors"
 # Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
-RECORD_KEY = "samples"
+SHARD_METADATA_KEY = "samples"
 SHARDS = "shard-*.safetensors"
 # Values of each weight that a fingerprint takes: those of a large text encoder would all take minutes.
 FINGERPRINT_VALUES = 4096
-# What fingerprints in the record are of, in words.
+# What fingerprints in the manifest are of, in words.
 FINGERPRINTS = {
     "captions": "other captions",
     "files": "files of other sizes or times of change",
@@ -112,14 +112,16 @@ def _fingerprint(besides: bytes, *models: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class Prepared(NamedTuple):
+class PreparedCounts(NamedTuple):
     """How many samples of a dataset stand in its shards, and how many could not be used."""
 
     clips: int
     skipped: int
 
 
-def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int = 0, processes: int = 1) -> Prepared:
+def prepare(
+    source: Any, settings: PrepareSettings, encoder: Encoder, rank: int = 0, processes: int = 1
+) -> PreparedCounts:
     """Write the shards of a dataset that are not there yet, those that fall to this one of several processes.
 
     source: indexable, giving (uint8 video (frames, H, W, 3), caption), or any iterable of such pairs; if it has
@@ -129,12 +131,12 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     """
     out, size = Path(settings.out).expanduser(), settings.clips_per_shard
     is_counted = hasattr(source, "__len__")
-    record = settings.what_decides() | {"samples": len(source) if is_counted else None}
-    record |= source.fingerprints() if hasattr(source, "fingerprints") else {}
-    record |= encoder.fingerprints
-    _begin(out, record, settings, encoder, leads=rank == 0)
+    manifest = settings.what_decides() | {"samples": len(source) if is_counted else None}
+    manifest |= source.fingerprints() if hasattr(source, "fingerprints") else {}
+    manifest |= encoder.fingerprints
+    _begin(out, manifest, settings, encoder, is_leader=rank == 0)
     if not hasattr(source, "__getitem__"):
-        source = InOrder(source)
+        source = SequentialDataset(source)
         if settings.workers:
             raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
     own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
@@ -142,42 +144,42 @@ def prepare(source: Any, settings: PrepareSettings, encoder: Encoder, rank: int 
     least = 0 if is_counted else size
     missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
-    with contextlib.closing(load_items(Checked(source), indices, settings.workers)) as read_samples:
+    with contextlib.closing(load_items(CheckedDataset(source), indices, settings.workers)) as read_samples:
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
         for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
             _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
-    counts = [_read_record(path) for number, path in _shards(out) if number % processes == rank]
-    return Prepared(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
+    counts = [_read_shard_metadata(path) for number, path in _shards(out) if number % processes == rank]
+    return PreparedCounts(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
 
 
-def _begin(out: Path, record: dict[str, Any], settings: PrepareSettings, encoder: Encoder, leads: bool) -> None:
+def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encoder: Encoder, is_leader: bool) -> None:
     """Make the folder, say in it what its shards are made of, and encode the text of clips without their own."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
-    path = out / RECORD_FILE
-    earlier = read_json(path, "choose another out") if path.is_file() else record
-    _check_same(out, earlier, record)
-    if not leads:
+    path = out / MANIFEST_FILE
+    earlier = read_json(path, "choose another out") if path.is_file() else manifest
+    _check_same(out, earlier, manifest)
+    if not is_leader:
         return
-    if unknown := sorted(record.keys() - earlier.keys()):
+    if unknown := sorted(manifest.keys() - earlier.keys()):
         log.warning("warning: %s does not tell %s; they are taken to be the same as before", path, ", ".join(unknown))
     if not path.is_file():
         with whole(path) as partial:
-            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False))
-    if not (out / DROPPED_FILE).is_file():
-        with whole(out / DROPPED_FILE) as partial:
+            partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+    if not (out / NULL_CAPTION_FILE).is_file():
+        with whole(out / NULL_CAPTION_FILE) as partial:
             for note in encoder.cut_notes([settings.dropped_text]):
                 log.warning("warning: dropped_text: %s", note)
             (text,) = encoder.text([settings.dropped_text])
             save_file({"text": text.to(getattr(torch, settings.dtype)).contiguous()}, partial)
 
 
-def _check_same(out: Path, earlier: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise `InputError` if shards were made otherwise than they would be now; a record need not have fingerprints."""
+def _check_same(out: Path, earlier: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise `InputError` if shards were made otherwise than now would be; a manifest may lack fingerprints."""
     for name, before in earlier.items():
-        now = record.get(name)
+        now = manifest.get(name)
         if before == now:
             continue
         if name == "samples":
@@ -216,7 +218,7 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     for group in waiting.values():
         encode_all(group)
     with whole(path) as partial:
-        save_file(tensors, partial, {RECORD_KEY: json.dumps({"clips": clips, "skipped": skipped})})
+        save_file(tensors, partial, {SHARD_METADATA_KEY: json.dumps({"clips": clips, "skipped": skipped})})
     log.info("%s: %d clips, %d skipped", path.name, len(clips), len(skipped))
     if cut := encoder.cut_notes([clip["caption"] for clip in clips]):
         log.warning("warning: %s: captions that are too long: %d of %d; %s", path.name, len(cut), len(clips), cut[0])
@@ -227,12 +229,12 @@ def _shards(folder: Path) -> list[tuple[int, Path]]:
     return [(int(path.stem.rpartition("-")[2]), path) for path in sorted(folder.glob(SHARDS))]
 
 
-def _read_record(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _read_shard_metadata(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a shard says of its clips, and of the samples that could not be used."""
     with _reading(path):
         with safe_open(path, "pt") as file:
-            record = parse_json(file.metadata()[RECORD_KEY])
-        clips, skipped = record["clips"], record["skipped"]
+            metadata = parse_json(file.metadata()[SHARD_METADATA_KEY])
+        clips, skipped = metadata["clips"], metadata["skipped"]
         for sample in (*clips, *skipped):
             if not is_count(sample["index"]):
                 raise ValueError("a sample has no number")
@@ -251,7 +253,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _is_whole(path: Path, least: int) -> bool:
-    return path.is_file() and (not least or sum(map(len, _read_record(path))) >= least)
+    return path.is_file() and (not least or sum(map(len, _read_shard_metadata(path))) >= least)
 
 
 class Clip(NamedTuple):
@@ -268,7 +270,7 @@ def list_clips(folder: Path) -> list[Clip]:
     """The clips of all shards of a folder, in order, without reading tensors."""
     clips: list[Clip] = []
     for _, path in _shards(folder):
-        written, _ = _read_record(path)
+        written, _ = _read_shard_metadata(path)
         with _reading(path), safe_open(path, "pt") as file:
             for clip in written:
                 latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))

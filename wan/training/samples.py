@@ -20,7 +20,7 @@ class BadSample(InputError):
     """A sample that cannot be used; the message says why."""
 
 
-class InOrder:
+class SequentialDataset:
     """Any iterable of (video, caption) as something indexable, as long as indices only rise.
 
     Raises `RuntimeError` where it raises `OSError` or `ValueError`.
@@ -51,7 +51,7 @@ class Sample(NamedTuple):
     reason: str = ""
 
 
-class Checked(Dataset):
+class CheckedDataset(Dataset):
     """A dataset whose bad samples are values that say why, rather than errors; None past its end."""
 
     def __init__(self, source: Any):

@@ -26,7 +26,7 @@ from wan.models.wan.geometry import GEOMETRY
 from wan.sampling.loop import TRAIN_TIMESTEPS
 from wan.training.checkpoints import Checkpoints, State
 from wan.training.config import TrainingSettings
-from wan.training.data import Batch, Batches, Clips
+from wan.training.data import Clips, LatentBatch, MicroBatches
 from wan.training.evaluation import Sampler, averaged, validation_losses
 from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
 from wan.training.loop import TrainingLoop
@@ -86,7 +86,7 @@ class Trainer(TrainingLoop):
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
         self.validation = None if held_out is None else Clips([held_out], self.base.text_length, self.clips)
-        self.batches = Batches(
+        self.batches = MicroBatches(
             self.clips,
             settings.objective,
             settings.seed,
@@ -161,18 +161,18 @@ class Trainer(TrainingLoop):
         if self.step < settings.steps:
             raise self._stopped()
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+    def _step(self, batches: Iterator[LatentBatch]) -> dict[str, Any]:
         start, settings = time.perf_counter(), self.settings
         losses, waited = [], 0.0
-        for part in range(self.batches.parts):
+        for part in range(self.batches.accumulation_steps):
             before = time.perf_counter()
             batch = next(batches).to(self.device)
             waited += time.perf_counter() - before
             with contextlib.ExitStack() as stack:
-                if part < self.batches.parts - 1:
+                if part < self.batches.accumulation_steps - 1:
                     stack.enter_context(without_exchange(self.model, self.accelerator))
                 losses.append(self._losses(batch))
-                (losses[-1].mean() / self.batches.parts).backward()
+                (losses[-1].mean() / self.batches.accumulation_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         lr = self.state.update(self.weights)
@@ -183,7 +183,7 @@ class Trainer(TrainingLoop):
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
         return row | {"waited": waited, "memory_gib": peak_memory(self.device)}
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _losses(self, batch: LatentBatch) -> Tensor:
         """The loss of each clip of a micro-batch."""
         inputs = noisy(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
         with self._autocast():
@@ -204,8 +204,8 @@ class Trainer(TrainingLoop):
         said = torch.stack((norm, kept, losses.new_full((), self._asks_to_stop)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
         self.stops = bool(gathered[:, -1].any())
-        parts, processes = self.batches.parts, self.accelerator.num_processes
-        in_order = gathered[:, :-3].view(processes, parts, -1).transpose(0, 1).flatten()
+        micro_batches, processes = self.batches.accumulation_steps, self.accelerator.num_processes
+        in_order = gathered[:, :-3].view(processes, micro_batches, -1).transpose(0, 1).flatten()
         if not in_order.isfinite().all():
             raise Diverged(self._where(in_order))
         loss, norm = in_order.mean().item(), gathered[0, -3].item()
