@@ -14,7 +14,7 @@ import weight_files
 import app
 from nabla import InputError, NablaConfig
 from wan.config.cache_settings import CacheSettings
-from wan.config.settings import CONFIG_FOLDER, LoraFile, Settings, VideoSettings, resolve
+from wan.config.settings import CONFIG_FOLDER, LoraFile, ModelSettings, Settings, VideoSettings, resolve
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.making import Options
 from wan.sampling.loop import Cancelled
@@ -37,7 +37,7 @@ def test_a_form_that_nobody_touched_gives_its_settings_back(name):
 
 def test_every_control_of_the_form_changes_what_it_names_and_nothing_else(tmp_path):
     attention = NablaConfig(threshold=0.7, mask_refresh=2, dense_layers=(1,))
-    base = Settings("here", "x", attention=attention, dtype="bfloat16", fp8=True, vae_dtype="float16")
+    base = Settings(ModelSettings("here", attention=attention, dtype="bfloat16", fp8=True, vae_dtype="float16"), "x")
     form = replace(
         to_form(base, "a cat"),
         negative_prompt="night",
@@ -72,7 +72,7 @@ def test_float8_and_the_cache_of_a_preset_are_shown_and_switched():
     form = to_form(fast, "a cat")
     assert form.fp8 and form.cache
     plain = resolve(to_layer(replace(form, fp8=False, cache=False), fast, {}))
-    assert plain == replace(fast, prompt="a cat", fp8=False, cache=None)
+    assert plain == replace(fast, prompt="a cat", model=replace(fast.model, fp8=False, cache=None))
     again = resolve(to_layer(replace(to_form(plain, "a cat"), cache=True), plain, {}))
     assert again.cache == CacheSettings("first_block") and not again.fp8
 
@@ -94,7 +94,7 @@ def test_float8_and_the_cache_of_a_preset_are_shown_and_switched():
     ),
 )
 def test_wrong_controls(change, message):
-    base = Settings("here", "x")
+    base = Settings(ModelSettings("here"), "x")
     with pytest.raises(InputError, match="^") as error:
         resolve(to_layer(replace(to_form(base, "a cat"), **change), base, {"a": "/a.safetensors"}))
     assert message in str(error.value)
@@ -144,7 +144,7 @@ def test_presets_rank_below_flags_and_above_a_checkpoint_s_own(damaged):
 
 
 def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
-    own = Settings("here", "x", transformer="/w.safetensors")
+    own = Settings(ModelSettings("here", transformer="/w.safetensors"), "x")
     lora = [{"file": "/elsewhere/a.safetensors", "scale": 0.5}, {"file": "/etc/b.safetensors", "scale": 1.0}]
     made = resolve(
         SMALL, {"checkpoint": "/etc", "lora": lora, "dtype": "bfloat16", "attention": {"algorithm": "keep-0.2"}}
@@ -177,7 +177,7 @@ def test_a_record_of_packed_weights_says_so():
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
-    own = Settings("here", "x", cache="first_block")
+    own = Settings(ModelSettings("here", cache="first_block"), "x")
     for cache in (None, "first_block:0.1", {"kind": "mag", "ratios": [1.0, 0.9]}):
         made = resolve(SMALL, {"checkpoint": "here", "cache": cache})
         assert from_record(made.to_dict(), own, {}, {"here"}, {})[0].cache == made.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,7 +105,9 @@ class VideoSettings:
 
 def changed(settings: T, **values: Any) -> T:
     """Settings with other values, but for those that are None."""
-    return replace(settings, **{key: value for key, value in values.items() if value is not None})
+    # What is the very value that they have was checked when they were made.
+    others = {key: value for key, value in values.items() if value is not None and value is not getattr(settings, key)}
+    return replace(settings, **others) if others else settings
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,10 @@ class LoraFile:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides a video. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
+class ModelSettings:
+    """What runs. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
 
     checkpoint: str
-    prompt: str
     transformer: str | None = None
     lora: tuple[LoraFile, ...] = ()
     dtype: str | None = None
@@ -159,14 +160,11 @@ class Settings:
     fp8: bool = False
     cache: CacheSettings | None = None
     attention: NablaConfig = NablaConfig()
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    video: VideoSettings = field(default_factory=VideoSettings)
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, str) or not self.checkpoint:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
         check_path("checkpoint", self.checkpoint)
-        check_prompt(self.prompt)
         if self.transformer is not None:
             object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
         if not isinstance(self.lora, (list, tuple)):
@@ -179,38 +177,108 @@ class Settings:
             raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
         object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
 
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a video: what runs, what it shows, how it is sampled and how large it is.
+
+    Each of these was checked when it was made, so nothing is here: settings with another seed cost no second look.
+    prompt: None where none is said yet, as in a preset
+    """
+
+    model: ModelSettings
+    prompt: str | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    video: VideoSettings = field(default_factory=VideoSettings)
+
+    @property
+    def checkpoint(self) -> str:
+        return self.model.checkpoint
+
+    @property
+    def transformer(self) -> str | None:
+        return self.model.transformer
+
+    @property
+    def lora(self) -> tuple[LoraFile, ...]:
+        return self.model.lora
+
+    @property
+    def dtype(self) -> str | None:
+        return self.model.dtype
+
+    @property
+    def vae_dtype(self) -> str | None:
+        return self.model.vae_dtype
+
+    @property
+    def fp8(self) -> bool:
+        return self.model.fp8
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        return self.model.cache
+
+    @property
+    def attention(self) -> NablaConfig:
+        return self.model.attention
+
+    def with_seed(self) -> Settings:
+        """The same with a seed drawn, if they say to draw one."""
+        return replace(self, sampling=self.sampling.with_seed())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
-        own = asdict(self) | {"attention": attention_to_dict(self.attention)}
-        # Where there is nothing, a layer below would say what.
-        return own | {"cache": own["cache"] or "none"}
+        model = asdict(self.model)
+        values = {"checkpoint": model.pop("checkpoint"), "prompt": self.prompt} | model
+        # Where there is no cache, a layer below would say which.
+        values |= {"cache": model["cache"] or "none", "attention": attention_to_dict(self.attention)}
+        return values | {"sampling": asdict(self.sampling), "video": asdict(self.video)}
 
 
 SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}
+KEYS = {item.name for kind in (ModelSettings, Settings) for item in fields(kind)} - {"model"}
 
 
-def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY) -> Settings:
+def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, needs_prompt: bool = True) -> Settings:
     """Settings from layers in the schema of the YAML files, the first layer first in rank.
 
     geometry: of the family that makes the video
+    needs_prompt: else theirs is left out, and there need be none
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
+    merged = _merged(layers)
+    attention = attention_config(merged.pop("attention"))
+    sampling = SamplingSettings(**merged.pop("sampling"))
+    video = VideoSettings(**merged.pop("video"), geometry=geometry)
+    prompt = merged.pop("prompt")
+    model = ModelSettings(**merged, attention=attention)
+    if needs_prompt:
+        check_prompt(prompt)
+    return Settings(model, prompt if needs_prompt else None, sampling, video)
+
+
+def resolve_sampling(*layers: Mapping[str, Any]) -> SamplingSettings:
+    """`resolve` of what layers say of sampling alone."""
+    return SamplingSettings(**_merged(layers)["sampling"])
+
+
+def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY) -> VideoSettings:
+    """`resolve` of what layers say of the video's size alone."""
+    return VideoSettings(**_merged(layers)["video"], geometry=geometry)
+
+
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One layer of several, with a mapping for each section, whose keys are known."""
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
     for layer in reversed(layers):
-        check_keys("the settings", layer, {item.name for item in fields(Settings)})
+        check_keys("the settings", layer, KEYS)
         for key, value in layer.items():
             if value is not None:
                 merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
     for name in ("sampling", "video"):
         check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
-    return Settings(
-        **merged
-        | {
-            "attention": attention_config(merged["attention"]),
-            "sampling": SamplingSettings(**merged["sampling"]),
-            "video": VideoSettings(**merged["video"], geometry=geometry),
-        }
-    )
+    return merged
 
 
 def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]:

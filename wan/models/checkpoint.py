@@ -12,7 +12,7 @@ from nabla.config import is_count
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
 from wan.checkpoints.single_file import open_transformer
-from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve
+from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve, resolve_sampling
 from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
 
@@ -109,8 +109,11 @@ class Checkpoint:
             raise CheckpointError(f"{path} may not name a {sorted(unfit)[0]}; remove it")
         return defaults, self.own_algorithm
 
-    def resolve(self, *above: Mapping[str, Any]) -> Settings:
-        """The settings of layers that rank above the checkpoint's own, of those, and of its family's."""
+    def resolve(self, *above: Mapping[str, Any], needs_prompt: bool = True) -> Settings:
+        """The settings of layers that rank above the checkpoint's own, of those, and of its family's.
+
+        needs_prompt: as of `wan.config.settings.resolve`
+        """
         try:
             return resolve(
                 {"checkpoint": self.name},
@@ -118,6 +121,7 @@ class Checkpoint:
                 *self.settings_layers,
                 self.family.defaults,
                 geometry=self.family.geometry,
+                needs_prompt=needs_prompt,
             )
         except InputError:
             # An algorithm that is not understood is no fault of the layers above; say where it stands.
@@ -141,7 +145,7 @@ class Checkpoint:
 
     def own_sampling(self) -> SamplingSettings:
         """How the checkpoint is sampled where nothing says else."""
-        return self.resolve({"prompt": "none", "attention": {"algorithm": "dense"}}).sampling
+        return resolve_sampling(*self.settings_layers, self.family.defaults)
 
 
 def recognise(folder: Path) -> tuple[Family, Layout]:

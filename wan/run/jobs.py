@@ -12,7 +12,7 @@ from typing import Any
 
 from nabla import InputError
 from wan.config.prompts import check_prompt
-from wan.config.settings import Settings, resolve
+from wan.config.settings import Settings, resolve_sampling, resolve_video
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable
 
@@ -59,7 +59,8 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
         (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
     try:
         check_prompt(given.get("prompt"), "in this line")
-        resolve(layer, {"checkpoint": "any"})
+        resolve_sampling(layer)
+        resolve_video(layer)
     except InputError as error:
         raise InputError(f"{path}, line {number}: {error}") from None
     if name is None:

@@ -142,10 +142,11 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     every = []
     for layer, _ in jobs:
         settings = checkpoint.resolve(layer, flags, from_file)
-        settings = replace(settings, dtype=settings.dtype or own_dtype)
+        if settings.dtype is None:
+            settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
         settings.video.check_positions(checkpoint.positions)
         # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
-        every.append(settings if request.prompt_file else replace(settings, sampling=settings.sampling.with_seed()))
+        every.append(settings if request.prompt_file else settings.with_seed())
     folder = request.save_dir or Path()
     names = (given or own for (_, given), own in zip(jobs, names_of(every)))
     paths = [request.save_file or folder / f"{name}{ending(one)}" for name, one in zip(names, every)]
@@ -210,7 +211,7 @@ def _still_to_make(videos: list[Video], request: Request, options: Options) -> l
     for settings, path in videos:
         check_output(path, settings, flag)
         check_free(path, settings, flag, options.overwrite)
-    return [(replace(settings, sampling=settings.sampling.with_seed()), path) for settings, path in videos]
+    return [(settings.with_seed(), path) for settings, path in videos]
 
 
 def _check_task(task: str | None, config: str | None, named: object) -> None:
@@ -240,10 +241,10 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
 
 def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     """What guidance 1 does that may not be meant, unless the checkpoint's own settings are so."""
-    own, sampling = checkpoint.own_sampling(), settings.sampling
+    sampling = settings.sampling
     if sampling.guide_scale != 1:
         return []
-    lines = []
+    own, lines = checkpoint.own_sampling(), []
     if sampling.steps <= FEW_STEPS and own.guide_scale != 1 and not (settings.lora or settings.transformer):
         lines.append(
             f"{sampling.steps} steps without guidance suit weights distilled for it, which --lora or --transformer "

@@ -99,7 +99,7 @@ class Events:
     def load(self, upload: str, base: Settings) -> Updates:
         """The settings of a video's record into the controls."""
         record = read_record(Path(upload))
-        self.studio.limits.check(resolve(record, {"checkpoint": base.checkpoint, "prompt": "none"}))
+        self.studio.limits.check(resolve(record, {"checkpoint": base.checkpoint}, needs_prompt=False))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_record(record, base, self.presets.flags, self.presets.checkpoints(), files)
         notes += packed_notes(read_made_with(upload))

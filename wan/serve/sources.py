@@ -66,9 +66,9 @@ class Presets:
         Raises `InputError` for settings that are not allowed, and a checkpoint that can be neither.
         """
         layers = self.flags, self._layer(name), self._lowest
-        settings = resolve(*layers)
+        settings = resolve(*layers, needs_prompt=False)
         if Path(settings.checkpoint).expanduser().is_dir():
-            return Checkpoint.open(settings.checkpoint).resolve(*layers)
+            return Checkpoint.open(settings.checkpoint).resolve(*layers, needs_prompt=False)
         check_hub_id(settings.checkpoint)
         return settings
 
@@ -84,11 +84,12 @@ class Presets:
 
     def checkpoints(self) -> set[str]:
         """The checkpoints that the page may run."""
-        return {resolve(self.flags, self._layer(n), self._lowest).checkpoint for n in self.names}
+        every = (resolve(self.flags, self._layer(n), self._lowest, needs_prompt=False) for n in self.names)
+        return {settings.checkpoint for settings in every}
 
     @property
     def _lowest(self) -> Layer:
-        return {"prompt": "none", "checkpoint": self.default_checkpoint}
+        return {"checkpoint": self.default_checkpoint}
 
     def _layer(self, name: str) -> Layer:
         if name == OWN:

@@ -214,7 +214,7 @@ class Studio:
         request = Request(layer, config=None, task=None, default_checkpoint=self.default_checkpoint)
         checkpoint, [(settings, name)] = settle(request, self.device)
         self.limits.check(settings)
-        settings = replace(settings, sampling=settings.sampling.with_seed())
+        settings = settings.with_seed()
         path = self.folder / f"{name.stem}-{secrets.token_hex(3)}{name.suffix}"
         check_output(path, settings)
         notes = tuple(unexpected(checkpoint, settings))
@@ -237,9 +237,7 @@ class Studio:
         LoRA is merged into the weights while they are read, so that another one needs them read again; and a plan of
         memory is for videos up to the one that it was made for.
         """
-        weights = tuple(
-            value for name, value in vars(settings).items() if name not in ("prompt", "attention", "sampling", "video")
-        )
+        weights = tuple(value for name, value in vars(settings.model).items() if name != "attention")
         needs = _needs(settings)
         outgrown = self.options.memory is not None and any(now > then for now, then in zip(needs, self._planned))
         if self._pipe is None or weights != self._weights or outgrown:

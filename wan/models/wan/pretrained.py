@@ -75,12 +75,12 @@ def from_pretrained(
         # Whatever the checkpoint names is not looked at then.
         "attention": None if attention is None else {"algorithm": "dense"},
     }
-    settings = checkpoint.resolve(asked, {"prompt": "none"})
+    settings = checkpoint.resolve(asked, needs_prompt=False)
     if attention is None:
         log.info("attention of the checkpoint: %s", settings.attention.algorithm)
     else:
         attention = NablaConfig.parse(attention) if isinstance(attention, str) else attention
-        settings = replace(settings, attention=attention)
+        settings = replace(settings, model=replace(settings.model, attention=attention))
     return cls.from_settings(
         checkpoint,
         settings,

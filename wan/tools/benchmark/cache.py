@@ -17,7 +17,7 @@ from wan.attention.compile import compile_blocks
 from wan.caches.apply import apply_cache, remove_cache
 from wan.caches.calibration import calibrated
 from wan.config.cache_settings import KINDS, CacheSettings
-from wan.config.settings import Settings, VideoSettings, changed
+from wan.config.settings import ModelSettings, Settings, VideoSettings, changed
 from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.pipeline import WanT2V
@@ -121,9 +121,9 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     plain = row_of(what, times)
     yield plain
     attention = pipe.transformer.nabla.config
-    run = Settings(args.ckpt_dir, prompts[0], fp8=args.fp8, attention=attention, sampling=pipe.sampling)
+    run = Settings(ModelSettings(args.ckpt_dir, fp8=args.fp8, attention=attention), prompts[0], pipe.sampling)
     for settings in parse_caches(args.cache, ratios):
-        if line := measured_otherwise(replace(run, cache=settings)):
+        if line := measured_otherwise(replace(run, model=replace(run.model, cache=settings))):
             print(f"warning: {line}", file=sys.stderr)
         cache = apply_cache(pipe.transformer, settings, TRANSFORMER)
         reset_peak(args)
