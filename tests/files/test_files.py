@@ -13,7 +13,7 @@ from places import ROOT
 from safetensors.torch import save_file
 
 from nabla import InputError
-from wan.files.atomic import scratch, whole
+from wan.files.atomic import atomic_path, scratch
 from wan.files.video import write_json
 
 
@@ -22,10 +22,10 @@ def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
     """safetensors writes files that only their owner can read."""
     before = os.umask(mask)
     try:
-        with whole(tmp_path / "model") as partial:
+        with atomic_path(tmp_path / "model") as partial:
             partial.mkdir()
             save_file({"x": torch.zeros(2)}, partial / "x.safetensors")
-        with whole(tmp_path / "y.safetensors") as partial:
+        with atomic_path(tmp_path / "y.safetensors") as partial:
             save_file({"x": torch.zeros(2)}, partial)
     finally:
         os.umask(before)
@@ -39,7 +39,7 @@ def test_what_fails_leaves_the_earlier_file(tmp_path):
     before = (tmp_path / "a.json").read_bytes()
     for error, raised in ((OSError(errno.ENOSPC, "No space left on device"), InputError), (KeyboardInterrupt(),) * 2):
         with pytest.raises(raised if isinstance(raised, type) else type(raised)):
-            with whole(tmp_path / "a.json") as partial:
+            with atomic_path(tmp_path / "a.json") as partial:
                 partial.write_bytes(b"half")
                 raise error
         assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -48,14 +48,14 @@ def test_what_fails_leaves_the_earlier_file(tmp_path):
 
 def test_a_full_disk_is_said_with_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"a.bin cannot be written \(No space left on device\); free some space"):
-        with whole(tmp_path / "a.bin") as partial:
+        with atomic_path(tmp_path / "a.bin") as partial:
             partial.symlink_to("/dev/full")
             partial.write_bytes(b"x" * 100_000)
 
 
 def test_what_a_killed_program_left_is_removed_and_what_others_write_is_not(tmp_path):
-    code = "import os, sys\nfrom pathlib import Path\nfrom wan.files.atomic import scratch, whole\n"
-    code += "with scratch(Path('.')) as one, whole(Path('x.mp4')) as two:\n"
+    code = "import os, sys\nfrom pathlib import Path\nfrom wan.files.atomic import scratch, atomic_path\n"
+    code += "with scratch(Path('.')) as one, atomic_path(Path('x.mp4')) as two:\n"
     code += (
         "    (one / 'half').write_text('x'); two.write_text('x')\n    print(one, flush=True)\n    sys.stdin.read()\n"
     )
@@ -69,8 +69,8 @@ def test_what_a_killed_program_left_is_removed_and_what_others_write_is_not(tmp_
         assert len(list(tmp_path.glob(".partial-*"))) == 4
     run.kill()
     run.communicate()
-    with whole(tmp_path / "y.mp4") as partial:
+    with atomic_path(tmp_path / "y.mp4") as partial:
         partial.write_text("y")
     assert sorted(path.name for path in tmp_path.iterdir()) == [another.name, "y.mp4"]
-    with whole(tmp_path / ("n" * 250 + ".mp4")) as partial:
+    with atomic_path(tmp_path / ("n" * 250 + ".mp4")) as partial:
         partial.write_text("a name as long as names can be")

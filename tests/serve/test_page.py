@@ -22,8 +22,8 @@ from wan.serve import status
 from wan.serve import studio as studio_module
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
-from wan.serve.sources import MAX_RECORD_BYTES, OWN, LoraLibrary, Presets, from_record, packed_notes, read_record
-from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, Progress, Studio
+from wan.serve.sources import MAX_SIDECAR_BYTES, OWN, LoraLibrary, Presets, from_sidecar, packed_notes, read_sidecar
+from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
 SMALL = {"sampling": {"steps": 2, "seed": 1}, "video": {"size": "64*48", "frame_num": 5}, "prompt": "A red circle"}
 
@@ -152,7 +152,7 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
     path = tmp_path / "video.json"
     path.write_text(json.dumps({"settings": made.to_dict(), "made_with": {}}))
     flags, files = {"dtype": "float32"}, {"a.safetensors": "/loras/a.safetensors"}
-    loaded, notes = from_record(read_record(path), own, flags, {"here"}, files)
+    loaded, notes = from_sidecar(read_sidecar(path), own, flags, {"here"}, files)
     assert (loaded.prompt, loaded.video, loaded.sampling) == (made.prompt, made.video, made.sampling)
     assert loaded.attention == made.attention
     assert (loaded.checkpoint, loaded.transformer, loaded.dtype) == ("here", "/w.safetensors", "float32")
@@ -163,7 +163,7 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
         "LoRA b.safetensors is not here; add the file",
         "the video was made in bfloat16, and this page runs float32",
     ]
-    assert from_record(read_record(path), own, {}, {"here", "/etc"}, files)[0].checkpoint == "/etc"
+    assert from_sidecar(read_sidecar(path), own, {}, {"here", "/etc"}, files)[0].checkpoint == "/etc"
 
 
 def test_a_record_of_packed_weights_says_so():
@@ -180,10 +180,10 @@ def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
     own = Settings(ModelSettings("here", cache="first_block"), "x")
     for cache in (None, "first_block:0.1", {"kind": "mag", "ratios": [1.0, 0.9]}):
         made = resolve(SMALL, {"checkpoint": "here", "cache": cache})
-        assert from_record(made.to_dict(), own, {}, {"here"}, {})[0].cache == made.cache
+        assert from_sidecar(made.to_dict(), own, {}, {"here"}, {})[0].cache == made.cache
     for cache in ("mag:0.06:/etc/passwd", {"kind": "mag", "ratios": "/etc/passwd"}):
         with pytest.raises(InputError, match="cache names a file of ratios"):
-            from_record(SMALL | {"checkpoint": "here", "cache": cache}, own, {}, {"here"}, {})
+            from_sidecar(SMALL | {"checkpoint": "here", "cache": cache}, own, {}, {"here"}, {})
 
 
 @pytest.mark.parametrize(
@@ -192,20 +192,20 @@ def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():
         ("", "config video.json cannot be read"),
         ("[1]", "config video.json does not hold a mapping of settings"),
         ("[" * 5000, "video.json cannot be read: it is nested more than 100 deep"),
-        ('{"settings": {}}' + " " * MAX_RECORD_BYTES, "video.json is larger than 64 KB"),
+        ('{"settings": {}}' + " " * MAX_SIDECAR_BYTES, "video.json is larger than 64 KB"),
     ),
 )
 def test_a_file_that_is_no_record(tmp_path, content, message):
     (tmp_path / "video.json").write_text(content)
     with pytest.raises(InputError) as error:
-        read_record(tmp_path / "video.json")
+        read_sidecar(tmp_path / "video.json")
     assert message in str(error.value) and str(tmp_path) not in str(error.value)
 
 
 def test_a_record_is_only_read_as_json(tmp_path):
     (tmp_path / "video.yaml").write_text("prompt: a cat")
     with pytest.raises(InputError, match="video.yaml is not the JSON file beside a video"):
-        read_record(tmp_path / "video.yaml")
+        read_sidecar(tmp_path / "video.yaml")
 
 
 def test_a_library_takes_safetensors_and_nothing_else(tmp_path, monkeypatch):
@@ -236,12 +236,13 @@ def test_a_library_takes_safetensors_and_nothing_else(tmp_path, monkeypatch):
 
 def test_what_the_page_says_is_escaped():
     assert "<b>" not in status.said_html("<b>", "wrong") + status.notes_html(["<b>"])
-    assert status.progress_line(Progress(WAITING, ahead=2)) == "Waiting for 2 videos before yours"
+    assert status.progress_line(JobProgress(WAITING, ahead=2)) == "Waiting for 2 videos before yours"
     assert (
-        status.progress_line(Progress(SAMPLING, step=2, steps=4, seconds_left=75.2)) == "Step 2 of 4, 1 min 15 s left"
+        status.progress_line(JobProgress(SAMPLING, step=2, steps=4, seconds_left=75.2))
+        == "Step 2 of 4, 1 min 15 s left"
     )
-    assert status.progress_line(Progress(DECODING, step=4, steps=4)) == DECODING
-    stopping = [status.progress_line(Progress(stage, stopping=True)) for stage in (LOADING, SAMPLING, WRITING)]
+    assert status.progress_line(JobProgress(DECODING, step=4, steps=4)) == DECODING
+    stopping = [status.progress_line(JobProgress(stage, stopping=True)) for stage in (LOADING, SAMPLING, WRITING)]
     assert stopping == ["Stopping once the model is loaded", "Stopping after this step", WRITING]
     assert [status.duration(seconds) for seconds in (3.4, 59.9, 3599.9, 7300)] == [
         "3 s",
@@ -257,7 +258,7 @@ def studio(random_nano, tmp_path):
         yield studio
 
 
-def finish(job: Job) -> list[Progress]:
+def finish(job: Job) -> list[JobProgress]:
     return list(job.changes())
 
 
@@ -265,7 +266,7 @@ def test_a_studio_makes_what_is_asked_and_loads_only_when_weights_change(studio,
     job = studio.submit(SMALL | {"attention": {"algorithm": "nabla-0.5"}})
     finish(job)
     made, pipe = job.result(), studio._pipe
-    record = json.loads(made.record.read_text())["settings"]
+    record = json.loads(made.sidecar.read_text())["settings"]
     assert made.path.suffix == ".mp4" and resolve(record) == made.settings and record["sampling"]["seed"] == 1
     assert job.progress.step == job.progress.steps == 2 and job.progress.preview.shape == (48, 64, 3)
     again = studio.submit(SMALL | {"attention": {"algorithm": "keep-0.5"}})

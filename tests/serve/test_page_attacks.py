@@ -17,7 +17,7 @@ from nabla import InputError
 from wan.config.settings import resolve
 from wan.run.making import Options
 from wan.serve.limits import Limits, Line, Visitor, check_waiting
-from wan.serve.shown import record_to_share, without_folders
+from wan.serve.shown import sidecar_to_share, without_folders
 from wan.serve.studio import Studio
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
@@ -359,7 +359,7 @@ def test_folders_of_the_server_are_left_out_of_what_is_said():
     kept = "Runs Wan-AI/Wan2.1, 1.5/2 at 64x48; and/or https://example.org/a/b"
     assert without_folders(kept) == kept
     lora = [{"file": "/srv/loras/a.safetensors", "scale": 1.0}]
-    shared = record_to_share(
+    shared = sidecar_to_share(
         {"settings": {"checkpoint": "/srv/nano", "transformer": "/srv/w.safetensors", "lora": lora}}
     )
     assert "/srv" not in shared and json.loads(shared)["settings"]["lora"][0]["file"] == "a.safetensors"

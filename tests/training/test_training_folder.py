@@ -18,7 +18,7 @@ from training_runs import exact_rows, settings_dict, train
 import generate
 from nabla import InputError
 from scripts import train as train_script
-from wan.files.atomic import hold
+from wan.files.atomic import lock_folder
 
 SHORT = {"steps": 1, "data": {"validation": None}, "ema": None}
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -96,7 +96,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path):
     held = context.Event()
 
     def hold_for_ever() -> None:
-        file = hold(tmp_path)
+        file = lock_folder(tmp_path)
         held.set()
         time.sleep(60)
         file.close()
@@ -105,10 +105,10 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path):
     other.start()
     assert held.wait(30)
     with pytest.raises(InputError, match=f"^{tmp_path} is in use by another run; wait for its end, stop it, or"):
-        hold(tmp_path)
+        lock_folder(tmp_path)
     other.kill()
     other.join()
-    hold(tmp_path).close()
+    lock_folder(tmp_path).close()
 
 
 def test_two_runs_in_one_folder_are_refused(base, random_nano, prepared, tmp_path):
@@ -116,7 +116,7 @@ def test_two_runs_in_one_folder_are_refused(base, random_nano, prepared, tmp_pat
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings_dict(random_nano, prepared, tmp_path / "run", **SHORT | {"steps": 2})))
     before = sorted(tmp_path.rglob("*"))
-    with hold(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         code, _, said = finish(Forked(ROOT / "scripts" / "train.py", "--config", config, cwd=tmp_path))
     assert code == 2 and said.count("error: ") == 1, said
     assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'run'} is in use by another run")

@@ -138,7 +138,7 @@ def _read(name: str) -> tuple[Any, Any]:
 
 
 def _recordable(measured_on: object) -> dict[str, Any] | None:
-    """What ratios hold for as the record of a video will have it, which must not fail when the video is made."""
+    """What ratios hold for as the sidecar of a video will have it, which must not fail when the video is made."""
     if measured_on is None:
         return None
     if not isinstance(measured_on, Mapping):

@@ -28,7 +28,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def whole(path: Path, remedy: str = "free some space, or choose another place") -> Iterator[Path]:
+def atomic_path(path: Path, remedy: str = "free some space, or choose another place") -> Iterator[Path]:
     """A path beside `path` for a file or a new folder, which takes its place if the body succeeds, else is removed.
 
     It is on the disk before it takes the place, and has the permissions that the umask gives. What earlier programs
@@ -145,7 +145,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def hold(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> TextIO:
     """A file in a folder that keeps it for this process until the file is closed or the process ends, in any way.
 
     Raises `InputError` if another process holds the folder. One on a file system without locks is not held, and the

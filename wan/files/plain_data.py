@@ -1,4 +1,4 @@
-"""YAML and JSON that may come from anyone, as plain values: bounded, no key twice, all that a record can hold."""
+"""YAML and JSON that may come from anyone, as plain values: bounded, no key twice, all that a sidecar can hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing videos and pictures with their records: whole and together, or not at all."""
+"""Writing videos and pictures with their sidecars: whole and together, or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
-from wan.files.atomic import scratch, settle, sync, whole, written
+from wan.files.atomic import atomic_path, scratch, settle, sync, written
 
 # Of H.264, from 0 to 51, the best first: imageio's quality 8.
 RATE_FACTOR = 10
@@ -92,27 +92,27 @@ def write_image(path: Path, image: np.ndarray) -> None:
         os.replace(draft, path)
 
 
-def write_with_record(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
-    """Write a video, or with a path ending in .png its first frame, and its record beside it as JSON.
+def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[str, Any]) -> None:
+    """Write a video, or with a path ending in .png its first frame, and its sidecar beside it as JSON.
 
-    The record says which file it is of, by name and digest. Both are whole and on the disk before either takes its
-    place, the record first: a video without one could be anybody's, a record without its video is only not made yet.
+    The sidecar says which file it is of, by name and digest. Both are whole and on the disk before either takes its
+    place, the sidecar first: a video without one could be anybody's, a sidecar without its video is only not made yet.
     """
     with _blamed_on_file(path, "free some space, or choose another place"), scratch(path.parent) as folder:
-        draft, notes = folder / path.name, folder / record_of(path).name
+        draft, notes = folder / path.name, folder / sidecar_of(path).name
         if path.suffix == ".png":
             imageio.imwrite(draft, frames[0])
         else:
             _encode(encoder(), draft, frames, fps)
-        notes.write_text(to_json(record | {"file": {"name": path.name, "sha256": digest(draft)}}), encoding="utf-8")
+        notes.write_text(to_json(sidecar | {"file": {"name": path.name, "sha256": digest(draft)}}), encoding="utf-8")
         settle(folder)
-        os.replace(notes, record_of(path))
+        os.replace(notes, sidecar_of(path))
         os.replace(draft, path)
         sync(path.parent)
 
 
-def record_of(path: Path) -> Path:
-    """Where the record of a video stands."""
+def sidecar_of(path: Path) -> Path:
+    """Where the sidecar of a video stands."""
     return path.with_suffix(".json")
 
 
@@ -122,7 +122,7 @@ def digest(path: Path) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(to_json(content), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nabla import InputError
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.files.video import check_writable
 from wan.observe.events import Event
 from wan.observe.report_data import ReportData, report_data
@@ -42,7 +42,7 @@ def draw_report(events: Sequence[Event], path: str | Path, examples: Sequence[Ma
     from wan.observe.report_figure import figure_of
 
     figure = figure_of(events[0], data)
-    with whole(path, "choose another --report") as partial:
+    with atomic_path(path, "choose another --report") as partial:
         about = {"Description": events[0].get("prompt") or ""}
         figure.savefig(partial, dpi=DPI, format="png", metadata=about)
     return data

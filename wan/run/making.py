@@ -16,7 +16,7 @@ import torch
 
 from nabla import InputError
 from wan.config.settings import Settings, read_made_with
-from wan.files.video import record_of, write_with_record
+from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.models.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ class Options:
 
     log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
     overwrite: let a video take the place of one that is finished
-    again: where the settings are from, which if it is the record of a video says how its weights were packed
+    again: where the settings are from, which if it is the sidecar of a video says how its weights were packed
     """
 
     device: str | None = None
@@ -127,7 +127,7 @@ def make(
     loading: float,
     observer: Observer | None = None,
 ) -> None:
-    """Make the video that the settings describe and write it to `path`, its record beside it as JSON.
+    """Make the video that the settings describe and write it to `path`, its sidecar beside it as JSON.
 
     A path ending in .png takes one frame, any other is written as H.264 mp4. `observer` is told what happens
     besides. Raises `InputError` as `make_all` does.
@@ -161,11 +161,11 @@ def make(
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free
-    write_with_record(path, frames, video.fps, {"settings": settings.to_dict(), "made_with": made_with})
+    write_with_sidecar(path, frames, video.fps, {"settings": settings.to_dict(), "made_with": made_with})
     stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
     peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
     log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
-    log.info("wrote %s and %s", path, record_of(path))
+    log.info("wrote %s and %s", path, sidecar_of(path))
     if options.log is not None:
         log.info("log: %s", options.log)
     if options.report is not None:

@@ -1,4 +1,4 @@
-"""Making a video again from its record: what may differ though the settings are the same.
+"""Making a video again from its sidecar: what may differ though the settings are the same.
 
 A plan of memory packs weights as much as it must, which changes the video and is no setting of it.
 """
@@ -19,18 +19,18 @@ Packing = dict[str, str | None]
 
 
 def packing_of(plan: object, fp8: bool) -> Packing:
-    """How each model is packed by a plan, as a record has it, or without one; not what its file has packed."""
+    """How each model is packed by a plan, as a sidecar has it, or without one; not what its file has packed."""
     own = {"packing": "fp8" if fp8 else None, "text_packing": None}
     own |= plan if isinstance(plan, dict) else {}
     return {name: None if own[key] == GGUF.key else own[key] for name, key in MODELS.items()}
 
 
 def otherwise_packed(
-    record: str, made_with: Mapping[str, Any], settings: Settings, plan: MemoryPlan | None
+    sidecar: str, made_with: Mapping[str, Any], settings: Settings, plan: MemoryPlan | None
 ) -> str | None:
-    """A line if a run packs weights otherwise than that of a record, and what gives the same; None if it does not.
+    """A line if a run packs weights otherwise than that of a sidecar, and what gives the same; None if it does not.
 
-    made_with: what the record says of it; empty of other files of settings
+    made_with: what the sidecar says of it; empty of other files of settings
     """
     if not made_with:
         return None
@@ -45,4 +45,4 @@ def otherwise_packed(
     back = (
         f"--memory {memory} packs as there, if as much is free" if memory else "leave --memory out to have it as there"
     )
-    return f"{record} was made with {what}, so this video will differ; {back}"
+    return f"{sidecar} was made with {what}, so this video will differ; {back}"

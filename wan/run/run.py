@@ -19,7 +19,7 @@ from wan.attention.compile import check_compiler
 from wan.checkpoints.weights import CheckpointError, weight_file
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, read_settings, resolve
 from wan.files.formats import SAFETENSORS
-from wan.files.video import check_encoder, check_writable, make_folder, record_of, to_json
+from wan.files.video import check_encoder, check_writable, make_folder, sidecar_of, to_json
 from wan.memory.budget import check_memory
 from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.observe.report import check_report
@@ -271,13 +271,13 @@ def check_output(path: Path, settings: Settings | None = None, flag: str = "--sa
     if path.suffix == ".mp4":
         check_encoder(path.parent)
     check_writable(path, flag)
-    check_writable(record_of(path), flag)
-    if record_of(path).exists():
+    check_writable(sidecar_of(path), flag)
+    if sidecar_of(path).exists():
         try:
-            read_settings(record_of(path))
+            read_settings(sidecar_of(path))
         except InputError:
             raise InputError(
-                f"{record_of(path)} exists and is not the record of a video; choose another {flag}"
+                f"{sidecar_of(path)} exists and is not the record of a video; choose another {flag}"
             ) from None
     if settings is not None:
         try:

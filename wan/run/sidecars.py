@@ -12,7 +12,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.settings import Settings, resolve
 from wan.files.plain_data import read_json
-from wan.files.video import count_frames, digest, record_of
+from wan.files.video import count_frames, digest, sidecar_of
 
 ENDINGS = (".mp4", ".png")
 
@@ -20,16 +20,16 @@ Video = tuple[Settings, Path]
 
 
 @dataclass(frozen=True)
-class Record:
-    """What the JSON file beside a video says. made: the settings; file: name and digest, of older records empty."""
+class Sidecar:
+    """What the JSON file beside a video says. made: the settings; file: name and digest, of older sidecars empty."""
 
     path: Path
     made: dict[str, Any]
     file: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> Record | None:
-        """None for a file that is no record, or none that can be read."""
+    def read(cls, path: Path) -> Sidecar | None:
+        """None for a file that is no sidecar, or none that can be read."""
         try:
             content = read_json(path)
             made = comparable(resolve(content["settings"]))
@@ -62,54 +62,54 @@ class Record:
 
 
 def still_to_make(videos: Sequence[Video], folder: Path, named: Sequence[bool]) -> list[Video]:
-    """The videos for a folder of which no record there says that they are made, wherever they stand in the list.
+    """The videos for a folder of which no sidecar there says that they are made, wherever they stand in the list.
 
     named: of each, whether its name was given: then the same video under another one does not count
     """
-    records = [one for path in sorted(folder.glob("*.json")) if (one := Record.read(path)) is not None]
+    sidecars = [one for path in sorted(folder.glob("*.json")) if (one := Sidecar.read(path)) is not None]
     left = []
     for (settings, path), is_named in zip(videos, named, strict=True):
         wanted = comparable(settings)
-        fits = [one for one in records if one.is_of(wanted) and (one.video == path or not is_named)]
+        fits = [one for one in sidecars if one.is_of(wanted) and (one.video == path or not is_named)]
         found = next((one for one in sorted(fits, key=lambda one: one.video != path) if one.is_whole()), None)
         if found is None:
             left.append((settings, path))
         else:
-            records.remove(found)
+            sidecars.remove(found)
     return left
 
 
 def is_made(path: Path, settings: Settings) -> bool:
     """Whether a video of these settings, whatever seed they draw, stands whole at `path`."""
-    record = Record.read(record_of(path))
-    return record is not None and record.video == path and record.is_of(comparable(settings)) and record.is_whole()
+    sidecar = Sidecar.read(sidecar_of(path))
+    return sidecar is not None and sidecar.video == path and sidecar.is_of(comparable(settings)) and sidecar.is_whole()
 
 
 def check_free(path: Path, settings: Settings, flag: str, overwrite: bool = False) -> None:
-    """Raise `InputError` if a video or a record that is there would be lost to a video at `path`, which a flag names.
+    """Raise `InputError` if a video or a sidecar that is there would be lost to a video at `path`, which a flag names.
 
     One of the same settings that is no longer as it was written is none to keep. overwrite: may it take its own place
     """
     other = f"give --overwrite to replace it, or choose another {flag}"
-    record = Record.read(record_of(path))
-    if record is not None and record.video not in (None, path):
-        raise InputError(f"{record.path} is the record of {record.video}; choose another {flag}")
+    sidecar = Sidecar.read(sidecar_of(path))
+    if sidecar is not None and sidecar.video not in (None, path):
+        raise InputError(f"{sidecar.path} is the record of {sidecar.video}; choose another {flag}")
     if (
         overwrite
         or not path.exists()
-        or (record is not None and record.is_of(comparable(settings)) and not record.is_whole())
+        or (sidecar is not None and sidecar.is_of(comparable(settings)) and not sidecar.is_whole())
     ):
         return
-    raise InputError(f"{path} is there already{'' if record else ', without its record'}; {other}")
+    raise InputError(f"{path} is there already{'' if sidecar else ', without its record'}; {other}")
 
 
 def free_path(path: Path) -> Path:
     """`path`, or with a number if a video of another run has come to stand there."""
-    record = Record.read(record_of(path))
-    if record is None or not record.is_whole():
+    sidecar = Sidecar.read(sidecar_of(path))
+    if sidecar is None or not sidecar.is_whole():
         return path
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return next(one for one in numbered if not one.exists() and not record_of(one).exists())
+    return next(one for one in numbered if not one.exists() and not sidecar_of(one).exists())
 
 
 def comparable(settings: Settings) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from wan.serve.layout import (
     within,
 )
 from wan.serve.limits import Visitor
-from wan.serve.shown import record_to_share
-from wan.serve.sources import LoraLibrary, Presets, from_record, packed_notes, read_record
+from wan.serve.shown import sidecar_to_share
+from wan.serve.sources import LoraLibrary, Presets, from_sidecar, packed_notes, read_sidecar
 from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
-from wan.serve.studio import Job, Made, Progress, Studio
+from wan.serve.studio import Job, JobProgress, JobResult, Studio
 
 # New values or looks of controls, by control.
 Updates = dict[Any, Any]
@@ -55,12 +55,12 @@ class Events:
         attention = [c.kind, c.amount, c.window]
         algorithm = c.form["algorithm"]
         c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"]], shown, **QUIET)
-        c.load_record.upload(told(self.load), [c.load_record, c.base], shown, **QUIET)
+        c.load_sidecar.upload(told(self.load), [c.load_sidecar, c.base], shown, **QUIET)
         c.add_lora.upload(told(self.add), [c.add_lora, c.base, c.form["lora"]], [c.form["lora"], c.said], **QUIET)
         for control in attention:
             control.input(told(self.spell), attention, [algorithm, c.amount, c.window, c.said], **QUIET)
         gr.on([algorithm.submit, algorithm.blur], told(self.read), algorithm, [*attention, c.said], **QUIET)
-        results = [c.generate, c.cancel, c.said, c.picture, c.video, c.save_video, c.save_record]
+        results = [c.generate, c.cancel, c.said, c.picture, c.video, c.save_video, c.save_sidecar]
         gr.on(
             [c.generate.click, c.form["prompt"].submit],
             self.generate,
@@ -97,11 +97,11 @@ class Events:
         return self._show(settings, prompt) | {c.chosen: name, c.about: about}
 
     def load(self, upload: str, base: Settings) -> Updates:
-        """The settings of a video's record into the controls."""
-        record = read_record(Path(upload))
-        self.studio.limits.check(resolve(record, {"checkpoint": base.checkpoint}, needs_prompt=False))
+        """The settings of a video's sidecar into the controls."""
+        sidecar = read_sidecar(Path(upload))
+        self.studio.limits.check(resolve(sidecar, {"checkpoint": base.checkpoint}, needs_prompt=False))
         files = lora_choices(self.library.files(), base)
-        settings, notes = from_record(record, base, self.presets.flags, self.presets.checkpoints(), files)
+        settings, notes = from_sidecar(sidecar, base, self.presets.flags, self.presets.checkpoints(), files)
         notes += packed_notes(read_made_with(upload))
         c, name = self.controls, Path(upload).name
         return self._show(settings, settings.prompt) | {
@@ -194,7 +194,7 @@ class Events:
             c.generate: gr.update(visible=False),
             c.cancel: gr.update(visible=True),
             c.save_video: gr.update(visible=False),
-            c.save_record: gr.update(visible=False),
+            c.save_sidecar: gr.update(visible=False),
         }
         shown = None
         hearing = Hearing(self.presence, job.visitor.session)
@@ -207,7 +207,7 @@ class Events:
                 updates |= {c.picture: gr.update(value=shown, visible=True), c.video: gr.update(visible=False)}
             yield updates
 
-    def _show_made(self, made: Made, progress: Progress) -> Updates:
+    def _show_made(self, made: JobResult, progress: JobProgress) -> Updates:
         c, is_video = self.controls, made.path.suffix == ".mp4"
         path = save_file_to_cache(made.path, c.video.GRADIO_CACHE)
         return {
@@ -215,7 +215,7 @@ class Events:
             c.picture: gr.update(value=None if is_video else path, visible=not is_video),
             c.video: gr.update(value=path if is_video else None, visible=is_video),
             c.save_video: gr.update(value=path, visible=True, label="Save video" if is_video else "Save picture"),
-            c.save_record: gr.update(value=_shared_record(made, Path(path).parent), visible=True),
+            c.save_sidecar: gr.update(value=_shared_sidecar(made, Path(path).parent), visible=True),
         }
 
     def cancel(self, request: gr.Request) -> None:
@@ -229,8 +229,8 @@ def _visitor(request: gr.Request) -> Visitor:
     return Visitor.at(request.client.host if request.client else None, request.session_hash)
 
 
-def _shared_record(made: Made, folder: Path) -> str:
-    """A copy of a video's record that visitors may have, beside the copy of their video."""
-    path = folder / made.record.name
-    path.write_text(record_to_share(read_json(made.record)), encoding="utf-8")
+def _shared_sidecar(made: JobResult, folder: Path) -> str:
+    """A copy of a video's sidecar that visitors may have, beside the copy of their video."""
+    path = folder / made.sidecar.name
+    path.write_text(sidecar_to_share(read_json(made.sidecar)), encoding="utf-8")
     return str(path)

@@ -39,7 +39,7 @@ class Controls:
     kind: gr.Radio
     amount: gr.Slider
     window: gr.Textbox
-    load_record: gr.UploadButton
+    load_sidecar: gr.UploadButton
     add_lora: gr.UploadButton
     generate: gr.Button
     cancel: gr.Button
@@ -47,7 +47,7 @@ class Controls:
     picture: gr.Image
     video: gr.Video
     save_video: gr.DownloadButton
-    save_record: gr.DownloadButton
+    save_sidecar: gr.DownloadButton
 
     @property
     def values(self) -> list[gr.components.Component]:
@@ -95,7 +95,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
         preset = gr.Dropdown(
             presets.names, value=presets.first, label="Preset", scale=3, min_width=160, elem_id="preset"
         )
-        load_record = gr.UploadButton(
+        load_sidecar = gr.UploadButton(
             "Load settings", file_types=[".json"], size="md", scale=1, min_width=130, elem_id="load-record"
         )
     about = gr.Markdown(about_preset(presets, presets.first, first, limits), elem_classes="about", elem_id="about")
@@ -131,7 +131,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             elem_id="steps",
         )
     controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
-    return {"preset": preset, "about": about, "load_record": load_record, "form": controls}
+    return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls}
 
 
 def within(form: Form, limits: Limits, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[Form, str]:
@@ -252,11 +252,11 @@ def _results() -> dict:
     )
     with gr.Row():
         save_video = gr.DownloadButton("Save video", visible=False, size="sm", elem_id="save-video")
-        save_record = gr.DownloadButton("Save settings", visible=False, size="sm", elem_id="save-record")
+        save_sidecar = gr.DownloadButton("Save settings", visible=False, size="sm", elem_id="save-record")
     return {
         "said": said,
         "picture": picture,
         "video": video,
         "save_video": save_video,
-        "save_record": save_record,
+        "save_sidecar": save_sidecar,
     }

@@ -33,11 +33,11 @@ def name_of(checkpoint: str | None) -> str | None:
     return path.resolve().name if path.is_absolute() or path.exists() else checkpoint
 
 
-def record_to_share(record: Mapping[str, Any]) -> str:
-    """The text of a video's record for visitors: it names weights by `name_of`, and says no other path."""
-    settings = dict(record["settings"])
+def sidecar_to_share(sidecar: Mapping[str, Any]) -> str:
+    """The text of a video's sidecar for visitors: it names weights by `name_of`, and says no other path."""
+    settings = dict(sidecar["settings"])
     for key in ("checkpoint", "transformer"):
         if key in settings:
             settings[key] = name_of(settings[key])
     settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]
-    return json.dumps(dict(record, settings=settings), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(dict(sidecar, settings=settings), indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Where the page's settings come from: presets, the records of videos, and files of LoRA. Files of users are data."""
+"""Where the page's settings come from: presets, the sidecars of videos, and files of LoRA. Files of users are data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nabla import InputError
 from wan.checkpoints.locate import check_hub_id
 from wan.checkpoints.weights import CheckpointError, WeightFiles, weight_file
 from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS
 from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
@@ -22,10 +22,10 @@ from wan.run.remaking import packing_of
 from wan.serve.shown import name_of
 
 OWN = "The checkpoint's own"
-# A record is a few hundred bytes and a prompt.
-MAX_RECORD_BYTES = 64 * 1024
-# What a page takes from a record; the rest names files, of which a page has its own.
-FROM_RECORD = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
+# A sidecar is a few hundred bytes and a prompt.
+MAX_SIDECAR_BYTES = 64 * 1024
+# What a page takes from a sidecar; the rest names files, of which a page has its own.
+FROM_SIDECAR = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
 
 Layer = dict[str, Any]
 
@@ -134,21 +134,23 @@ class LoraLibrary:
         stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:60] or "lora"
         name = f"{stem.removesuffix('-' + digest)}-{digest}{SAFETENSORS}"
         try:
-            with whole(self.folder / name) as partial:
+            with atomic_path(self.folder / name) as partial:
                 shutil.copyfile(path, partial)
         except (OSError, InputError) as error:
-            # `whole` names the server's folder.
+            # `atomic_path` names the server's folder.
             reason = getattr(error.__cause__ or error, "strerror", None) or "it cannot be written"
             raise InputError(f"{path.name} cannot be kept ({reason}); see --lora_dir") from error
         return name
 
 
-def read_record(path: Path) -> Layer:
+def read_sidecar(path: Path) -> Layer:
     """The settings of the JSON file beside a video; raises `InputError` for any other file."""
     if path.suffix != ".json":
         raise InputError(f"{path.name} is not the JSON file beside a video")
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise InputError(f"{path.name} is larger than {MAX_RECORD_BYTES // 1024} KB; give the JSON file beside a video")
+    if path.stat().st_size > MAX_SIDECAR_BYTES:
+        raise InputError(
+            f"{path.name} is larger than {MAX_SIDECAR_BYTES // 1024} KB; give the JSON file beside a video"
+        )
     try:
         return read_settings(path)
     except RecursionError:
@@ -157,17 +159,17 @@ def read_record(path: Path) -> Layer:
         raise InputError(str(error).replace(str(path), path.name)) from None
 
 
-def from_record(
-    record: Layer, own: Settings, flags: Mapping[str, Any], checkpoints: set[str], lora_files: Mapping[str, str]
+def from_sidecar(
+    sidecar: Layer, own: Settings, flags: Mapping[str, Any], checkpoints: set[str], lora_files: Mapping[str, str]
 ) -> tuple[Settings, list[str]]:
-    """The settings of a record as this page can run them, and a line for each thing that it runs otherwise.
+    """The settings of a sidecar as this page can run them, and a line for each thing that it runs otherwise.
 
-    own: the page's settings, which give what a record may not
-    checkpoints, lora_files: those that the page has; a record may name no others, for it may come from anyone
+    own: the page's settings, which give what a sidecar may not
+    checkpoints, lora_files: those that the page has; a sidecar may name no others, for it may come from anyone
     """
-    if _names_file(record.get("cache")):
+    if _names_file(sidecar.get("cache")):
         raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
-    made = resolve(record)
+    made = resolve(sidecar)
     notes = []
     names = {name_of(own.checkpoint): own.checkpoint}
     names = {name_of(one): one for one in checkpoints} | names | {one: one for one in checkpoints}
@@ -185,7 +187,7 @@ def from_record(
         else:
             notes.append(f"LoRA {name} is not here; add the file")
     values = made.to_dict()
-    taken = {key: values[key] for key in FROM_RECORD}
+    taken = {key: values[key] for key in FROM_SIDECAR}
     settings = resolve({"lora": lora}, flags, taken, {"checkpoint": checkpoint}, own.to_dict())
     for key in flags.keys() & {"dtype"}:
         if values[key] not in (None, flags[key]):

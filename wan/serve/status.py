@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from wan.serve.shown import without_folders
-from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, Made, Progress
+from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, JobProgress, JobResult
 
 STARTING, READY = '<div class="status">Starting</div>', '<div class="status">Ready</div>'
 
@@ -21,7 +21,7 @@ STOPPING = {
 }
 
 
-def progress_html(progress: Progress) -> str:
+def progress_html(progress: JobProgress) -> str:
     share = progress.step / progress.steps if progress.steps else 0.0
     bar = (
         f'<div class="bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{100 * share:.0f}">'
@@ -30,7 +30,7 @@ def progress_html(progress: Progress) -> str:
     return f'<div class="status busy">{escape(progress_line(progress))}</div>{bar}' + notes_html(progress.notes)
 
 
-def progress_line(progress: Progress) -> str:
+def progress_line(progress: JobProgress) -> str:
     """One line of where a video is."""
     if progress.stopping and progress.stage in STOPPING:
         return STOPPING[progress.stage]
@@ -42,7 +42,7 @@ def progress_line(progress: Progress) -> str:
     return f"Step {progress.step} of {progress.steps}{left}"
 
 
-def made_html(made: Made, notes: Sequence[str]) -> str:
+def made_html(made: JobResult, notes: Sequence[str]) -> str:
     settings = made.settings
     size, walk = "x".join(map(str, settings.video.size)), settings.sampling
     what = f"{size}, {settings.video.frame_num} frames, {walk.steps} steps, {settings.attention.algorithm}"

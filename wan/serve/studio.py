@@ -51,7 +51,7 @@ WAITING, LOADING, READING, SAMPLING, DECODING, WRITING = (
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a video is. ahead: videos before it; seconds_left: of sampling; notes: what its user should know.
 
     stopping: whether it was cancelled, and waits for what runs to end
@@ -68,15 +68,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A video that is made: its file, whose record lies beside it, and the settings, with the seed that was drawn."""
+class JobResult:
+    """A video that is made: its file, whose sidecar lies beside it, and the settings, with the seed that was drawn."""
 
     path: Path
     settings: Settings
     seconds: float
 
     @property
-    def record(self) -> Path:
+    def sidecar(self) -> Path:
         return self.path.with_suffix(".json")
 
 
@@ -86,8 +86,8 @@ class Job:
     def __init__(self, layer: dict[str, Any], visitor: Visitor) -> None:
         self.layer = layer
         self.visitor = visitor
-        self.progress = Progress(WAITING)
-        self.future: Future[Made] = Future()
+        self.progress = JobProgress(WAITING)
+        self.future: Future[JobResult] = Future()
         self._stopped = threading.Event()
         self._changed = threading.Event()
         self._lock = threading.Lock()
@@ -112,14 +112,14 @@ class Job:
             self.progress = replace(self.progress, **progress)
         self._changed.set()
 
-    def changes(self) -> Iterator[Progress]:
+    def changes(self) -> Iterator[JobProgress]:
         """Its progress whenever that changed or some time has passed, until it has ended."""
         while not self.future.done():
             yield self.progress
             self._changed.wait(LOOK_SECONDS)
             self._changed.clear()
 
-    def result(self) -> Made:
+    def result(self) -> JobResult:
         """What it came to, once it has ended; raises what went wrong, or `Cancelled`."""
         try:
             return self.future.result()
@@ -130,7 +130,7 @@ class Job:
 class Studio:
     """Makes videos with one pipeline, one at a time; leave it as a context to end what runs.
 
-    folder: of videos and their records
+    folder: of videos and their sidecars
     limits: of what is asked
     """
 
@@ -208,7 +208,7 @@ class Studio:
         else:
             job.future.set_result(made)
 
-    def _make(self, layer: dict[str, Any], job: Job) -> Made:
+    def _make(self, layer: dict[str, Any], job: Job) -> JobResult:
         start = time.perf_counter()
         job.tell(stage=LOADING)
         request = Request(layer, config=None, task=None, default_checkpoint=self.default_checkpoint)
@@ -228,8 +228,8 @@ class Studio:
         job.tell(notes=notes + _cut_notes(pipe, settings))
         job.check()
         job.tell(steps=settings.sampling.steps)
-        make(pipe, settings, path, self.options, loading, _Teller(job, Preview(pipe), settings.sampling.steps))
-        return Made(path, settings, time.perf_counter() - start)
+        make(pipe, settings, path, self.options, loading, _JobObserver(job, Preview(pipe), settings.sampling.steps))
+        return JobResult(path, settings, time.perf_counter() - start)
 
     def _ready(self, checkpoint: Checkpoint, settings: Settings) -> WanT2V:
         """The pipeline for settings: as it is, with another attention, or loaded anew, as little as will do.
@@ -269,7 +269,7 @@ def _needs(settings: Settings) -> tuple[int, int, bool]:
     return math.prod(video.token_grid), math.prod(video.size), settings.attention.mask_refresh > 1
 
 
-class _Teller(Observer):
+class _JobObserver(Observer):
     """Tells a job of each stage and step, and ends it after one if that is wished."""
 
     def __init__(self, job: Job, preview: Preview, steps: int):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
 from wan.config.settings import DTYPES, read_settings
-from wan.files.atomic import hold, remove, whole
+from wan.files.atomic import atomic_path, lock_folder, remove
 from wan.models.wan.layout import TEXT_LENGTH
 from wan.shapes.attributes import ATTRIBUTES
 from wan.shapes.dataset import Shapes
@@ -143,14 +143,14 @@ class TextTrainer(TrainingLoop):
             check_continues(settings, earlier, CHANGEABLE)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = hold(self.folder)
+            self.lock = lock_folder(self.folder)
             if not (self.folder / TOKENIZER).is_dir():
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)
                 captions = (shapes.described(index)[1] for index in range(len(shapes)))
                 tokenizer = train_tokenizer(captions, settings.vocabulary, TEXT_LENGTH)
-                with state_write(self.folder), whole(self.folder / TOKENIZER) as partial:
+                with state_write(self.folder), atomic_path(self.folder / TOKENIZER) as partial:
                     tokenizer.save_pretrained(partial)
-            with whole(path) as partial:
+            with atomic_path(path) as partial:
                 partial.write_text(yaml.safe_dump(plain(asdict(settings)), sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise InputError(f"out {self.folder} cannot be written ({error.strerror}); choose another") from None
@@ -236,6 +236,6 @@ class TextTrainer(TrainingLoop):
         """The encoder alone, in diffusers' layout beside the tokenizer."""
         encoder = UMT5EncoderModel(self.model.encoder.config)
         encoder.load_state_dict(self.model.encoder.state_dict())
-        with whole(self.folder / TEXT_ENCODER) as partial:
+        with atomic_path(self.folder / TEXT_ENCODER) as partial:
             encoder.to(getattr(torch, self.settings.dtype)).save_pretrained(partial)
             remove(self.folder / TEXT_ENCODER)

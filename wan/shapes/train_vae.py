@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.config.settings import read_settings
-from wan.files.atomic import hold, whole
+from wan.files.atomic import atomic_path, lock_folder
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes.vae_data import VideoBatch, VideoPools, as_input, statistics_videos, validation_videos
 from wan.shapes.vae_export import draw, export, latent_statistics, quality
@@ -57,7 +57,7 @@ class VaeTrainer(TrainingLoop):
         self.folder = Path(settings.out).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = hold(self.folder) if self.is_leader else None
+            self.lock = lock_folder(self.folder) if self.is_leader else None
         except OSError as error:
             raise InputError(f"out {settings.out} cannot be written ({error.strerror}); choose another") from None
         self._build()
@@ -108,7 +108,7 @@ class VaeTrainer(TrainingLoop):
         self.deadline = time.monotonic() + 60 * minutes
         with collective_write(self.accelerator, self.folder):
             if self.is_leader:
-                with whole(self.folder / SETTINGS_FILE) as partial:
+                with atomic_path(self.folder / SETTINGS_FILE) as partial:
                     partial.write_text(yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
                 self.metrics = Metrics(self.folder, self.step)
                 self.held_out = validation_videos(self.settings)

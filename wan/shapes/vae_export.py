@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from wan.files.atomic import remove, whole
+from wan.files.atomic import atomic_path, remove
 from wan.files.video import to_frames, write_image
 from wan.models.wan import latents
 from wan.models.wan.whole_clips import posterior
@@ -38,7 +38,7 @@ def export(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dtype,
     sizes = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     written = AutoencoderKLWan(**sizes | statistics)
     written.load_state_dict(vae.state_dict())
-    with whole(folder) as partial:
+    with atomic_path(folder) as partial:
         # Diffusers' own `to` warns of parts to keep in float32, of which this model has none.
         nn.Module.to(written, dtype).save_pretrained(partial)
         remove(folder)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError
-from wan.files.atomic import PARTIAL, hold, remove, settle, sync, whole
+from wan.files.atomic import PARTIAL, atomic_path, lock_folder, remove, settle, sync
 from wan.training.dcp_states import SafePlanner, SafeReader
 from wan.training.state_file import reason_of
 from wan.training.write_errors import collective_write, state_write
@@ -55,7 +55,7 @@ class Checkpoints:
     def _take(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = hold(self.run)
+            self.lock = lock_folder(self.run)
         except OSError as error:
             raise InputError(f"out {self.run} cannot be written ({error.strerror}); choose another") from None
         for left in self.folder.glob(f"{PARTIAL}*"):
@@ -110,7 +110,7 @@ class Checkpoints:
         """Let `latest` lead to the last checkpoint, after a cut between the two as well."""
         last = self.last()
         if last is not None:
-            with whole(self.run / LATEST) as link:
+            with atomic_path(self.run / LATEST) as link:
                 link.symlink_to(last.relative_to(self.run))
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.config.settings import attention_to_dict
-from wan.files.atomic import remove, whole
+from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.convert import write_index, write_part
@@ -38,7 +38,7 @@ def provide_parts(base: Checkpoint, folder: Path, anew: bool) -> None:
             remove(folder / name)
         elif (folder / name).exists():
             continue
-        with whole(folder / name) as partial:
+        with atomic_path(folder / name) as partial:
             if not base.published:
                 # Not to links in the checkpoint of another run, which that run removes when it has later ones.
                 partial.symlink_to((base.folder / name).resolve())

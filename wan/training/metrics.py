@@ -11,7 +11,7 @@ import torch
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.files.atomic import whole, written
+from wan.files.atomic import atomic_path, written
 from wan.files.plain_data import parse_json
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes
@@ -31,7 +31,7 @@ class Metrics:
         self.path = run / METRICS_FILE
         earlier = read_metrics(self.path) if last_step and self.path.is_file() else []
         kept = [row for row in earlier if row["step"] <= last_step]
-        with whole(self.path) as partial:
+        with atomic_path(self.path) as partial:
             partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -88,9 +88,9 @@ def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="step")
         if len(keys) > 1:
             axes.legend()
-    # Made by `whole`, a folder of a name that is mistyped would be no error.
+    # Made by `atomic_path`, a folder of a name that is mistyped would be no error.
     path.parent.stat()
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nabla import InputError
 from nabla.config import is_count
 from wan.checkpoints.weights import CheckpointError, read_json
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.files.plain_data import parse_json
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
@@ -166,10 +166,10 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
     if unknown := sorted(manifest.keys() - earlier.keys()):
         log.warning("warning: %s does not tell %s; they are taken to be the same as before", path, ", ".join(unknown))
     if not path.is_file():
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
     if not (out / NULL_CAPTION_FILE).is_file():
-        with whole(out / NULL_CAPTION_FILE) as partial:
+        with atomic_path(out / NULL_CAPTION_FILE) as partial:
             for note in encoder.cut_notes([settings.dropped_text]):
                 log.warning("warning: dropped_text: %s", note)
             (text,) = encoder.text([settings.dropped_text])
@@ -217,7 +217,7 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
             encode_all(waiting.pop(sample.video.shape))
     for group in waiting.values():
         encode_all(group)
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         save_file(tensors, partial, {SHARD_METADATA_KEY: json.dumps({"clips": clips, "skipped": skipped})})
     log.info("%s: %d clips, %d skipped", path.name, len(clips), len(skipped))
     if cut := encoder.cut_notes([clip["caption"] for clip in clips]):

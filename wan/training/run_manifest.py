@@ -15,7 +15,7 @@ from safetensors import safe_open
 from nabla import InputError
 from wan.checkpoints.weights import read_json
 from wan.config.settings import read_settings
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components as parts
 from wan.training.config import CHANGEABLE, TrainingSettings
@@ -62,9 +62,9 @@ def run_inputs(
 
 
 def write_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
-    with whole(folder / SETTINGS_FILE) as partial:
+    with atomic_path(folder / SETTINGS_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
-    with whole(folder / INPUTS_FILE) as partial:
+    with atomic_path(folder / INPUTS_FILE) as partial:
         partial.write_text(json.dumps(inputs, indent=2, ensure_ascii=False))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nabla import InputError
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.training.write_errors import state_write
 
 # A state that is cut, of another class, of other keys, shapes and types, in the order of what meets it.
@@ -20,7 +20,7 @@ DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, LookupErr
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Raises `InputError` if the file cannot be written; the earlier one stays."""
     # Not by its path, of whose name torch would make one that it then refuses.
-    with state_write(path), whole(path) as partial, partial.open("wb") as file:
+    with state_write(path), atomic_path(path) as partial, partial.open("wb") as file:
         torch.save(state, file)
 
 

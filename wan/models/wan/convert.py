@@ -26,7 +26,7 @@ from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.checkpoints.weights import CheckpointError, Part, read_json
 from wan.config.settings import SamplingSettings, attention_config
-from wan.files.atomic import whole
+from wan.files.atomic import atomic_path
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan import published
@@ -94,7 +94,7 @@ def convert(
     constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
     not_carried = _left_behind(checkpoint, models)
     # A name such as "." has no folder beside it to write to.
-    with whole(Path(os.path.abspath(out))) as partial:
+    with atomic_path(Path(os.path.abspath(out))) as partial:
         partial.mkdir()
         if constants is not None:
             _write_published(checkpoint, models, constants, partial, dtype)
