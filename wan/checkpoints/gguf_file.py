@@ -95,7 +95,9 @@ def load_gguf(part: Part, dtype: torch.dtype, device: torch.device | str) -> Any
     """The transformer of a `GgufFile`, its linear layers unpacking their weights to `dtype` whenever they run."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
 
-    file, naming, empty = part.weights.where, part.weights.naming, part.model
+    assert isinstance(part.weights, GgufFile)
+    file, naming = part.weights.where, part.weights.naming
+    empty: Any = part.model
     with TemporaryDirectory() as folder:
         # diffusers reads the sizes from a folder alone.
         empty.save_config(folder)

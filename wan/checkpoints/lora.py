@@ -68,8 +68,10 @@ def read_lora(file: LoraFile, model: nn.Module, naming: TransformerNaming) -> Ad
     for target, difference in differences.items():
         _check_shape(path, target, difference.shape, state)
     config = _config(path, tensors)
-    factors, scaling = {}, {}
+    factors: dict[str, Tensor] = {}
+    scaling: dict[str, float] = {}
     for target, layer in sorted(contents.layers.items()):
+        assert layer.down is not None and layer.up is not None
         down, up = tensors[layer.down], tensors[layer.up]
         _check_shape(path, f"{target}.weight", _product_shape(down, up), state)
         scale = _scale(path, layer, tensors, config, target, len(down))

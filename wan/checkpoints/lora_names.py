@@ -70,6 +70,7 @@ def understand(path: Path, names: Sequence[str], model: nn.Module, naming: Trans
     table, found = _Targets(model, naming), Contents()
     for name in names:
         factor, (stem, _, last) = FACTOR.fullmatch(name), name.rpartition(".")
+        kind: str | None
         if factor:
             target = table.weight(factor["layer"].removesuffix(".base_layer"))
             kind = "down" if (factor["kind"] or factor["old"]) in DOWN else "up"

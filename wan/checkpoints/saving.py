@@ -43,7 +43,7 @@ def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) 
     if len(held) == 1:
         os.replace(folder / f"{stem}-00001", folder / f"{stem}.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard_names in enumerate(held, start=1):
         # How many there are is known only now.
         name = f"{stem}-{number:05d}-of-{len(held):05d}.safetensors"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -65,10 +66,10 @@ class WeightFiles:
         index = folder / f"{stem}.safetensors.index.json"
         if exists(index):
             listed = read_json(index).get("weight_map")
-            plain = isinstance(listed, dict) and all(isinstance(n, str) and Path(n).name == n for n in listed.values())
-            if not plain:
+            named: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+            if not all(isinstance(name, str) and Path(name).name == name for name in named):
                 raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
-            names = sorted(set(listed.values()))
+            names = sorted(set(named))
         else:
             with clear_errors(folder):
                 found = sorted(os.listdir(folder)) if exists(folder) else []
@@ -155,7 +156,8 @@ class Part:
         # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:
-            self.model.tie_weights()
+            tie_weights: Any = self.model.tie_weights
+            tie_weights()
         return self.model.requires_grad_(False).eval()
 
     def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:

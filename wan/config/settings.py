@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count, is_number
@@ -25,7 +25,10 @@ from wan.config.prompts import check_prompt
 from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import read_json, read_yaml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 # Within an installed package, or beside this one.
 _HERE = Path(__file__).resolve().parents[1]
@@ -91,16 +94,20 @@ class VideoSettings:
     @property
     def latents_size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the video's latents."""
-        return self.geometry.latents_size(self.size, self.frame_num)
+        return self._geometry.latents_size(self.size, self.frame_num)
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
         """(frames, rows, columns) of the tokens that the transformer sees."""
-        return self.geometry.token_grid(self.size, self.frame_num)
+        return self._geometry.token_grid(self.size, self.frame_num)
+
+    @property
+    def _geometry(self) -> Geometry:
+        return self.geometry  # type: ignore[attr-defined]  # kept above, which a type checker does not see
 
     def check_positions(self, most: int) -> None:
         """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
-        self.geometry.check_positions(self.size, self.frame_num, most)
+        self._geometry.check_positions(self.size, self.frame_num, most)
 
 
 def changed(settings: T, **values: Any) -> T:
@@ -326,7 +333,7 @@ def read_made_with(name: str | Path) -> dict[str, Any]:
 def _read(name: str | Path) -> tuple[Path, Any]:
     check_path("config", str(name))
     # Not by pathlib, which raises for a home that is not known.
-    candidates = [os.path.expanduser(name), CONFIG_FOLDER / name]
+    candidates: list[str | Path] = [os.path.expanduser(name), CONFIG_FOLDER / name]
     path = next((Path(path) for path in candidates if os.path.isfile(path)), None)
     if path is None:
         known = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
