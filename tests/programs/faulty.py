@@ -38,10 +38,10 @@ def unreadable_shard() -> None:
 
 
 def full_disk() -> None:
-    def digest(path):
+    def file_hash(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    video.digest = digest
+    video.file_hash = file_hash
 
 
 def broken_code() -> None:

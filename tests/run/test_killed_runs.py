@@ -15,7 +15,7 @@ from imageio_ffmpeg import count_frames_and_secs
 from places import PROGRAMS, ROOT
 from starting import Forked, finish
 
-from wan.files.video import digest
+from wan.files.hashes import file_hash
 
 LIMITED = PROGRAMS / "small_disk.py"
 FRAMES = 9
@@ -35,7 +35,7 @@ def finished(folder: Path) -> dict[str, str]:
     """Digests of the videos of a folder by name, each of them whole; a record may wait for its own."""
     found = {}
     for path in folder.glob("*.mp4"):
-        found[path.name] = digest(path)
+        found[path.name] = file_hash(path)
         assert count_frames_and_secs(path)[0] == FRAMES
         assert json.loads(path.with_suffix(".json").read_text())["file"] == {
             "name": path.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 from nabla import InputError
+from wan.files.hashes import text_hash
 
 log = logging.getLogger("wan")
 
@@ -36,7 +36,7 @@ def atomic_path(path: Path, remedy: str = "free some space, or choose another pl
     operating system will not write it.
     """
     # Not by its name, which may be as long as names can be.
-    partial = path.with_name(_mark() + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
+    partial = path.with_name(_mark() + text_hash(os.fsencode(path.name))[:8])
     with written(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
@@ -93,7 +93,7 @@ def _mark() -> str:
 
 
 def _host() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    return text_hash(platform.node())[:6]
 
 
 def _runs(process: int) -> bool:

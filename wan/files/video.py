@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.files.atomic import atomic_path, scratch, settle, sync, written
+from wan.files.hashes import file_hash
 
 # Of H.264, from 0 to 51, the best first: imageio's quality 8.
 RATE_FACTOR = 10
@@ -104,7 +104,7 @@ def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[s
             imageio.imwrite(draft, frames[0])
         else:
             _encode(encoder(), draft, frames, fps)
-        notes.write_text(to_json(sidecar | {"file": {"name": path.name, "sha256": digest(draft)}}), encoding="utf-8")
+        notes.write_text(to_json(sidecar | {"file": {"name": path.name, "sha256": file_hash(draft)}}), encoding="utf-8")
         settle(folder)
         os.replace(notes, sidecar_of(path))
         os.replace(draft, path)
@@ -114,11 +114,6 @@ def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[s
 def sidecar_of(path: Path) -> Path:
     """Where the sidecar of a video stands."""
     return path.with_suffix(".json")
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

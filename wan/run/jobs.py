@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.prompts import check_prompt
 from wan.config.settings import Settings, resolve_sampling, resolve_video
+from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable
 
@@ -83,7 +83,7 @@ def words_of(prompt: str) -> str:
 def name_of(settings: Settings) -> str:
     """A file name, without an ending, that belongs to what a video shows: its prompt, settings and seed."""
     what = json.dumps(comparable(settings), sort_keys=True, ensure_ascii=False)
-    return f"{words_of(settings.prompt)}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    return f"{words_of(settings.prompt)}-{text_hash(what)[:8]}"
 
 
 def names_of(every: Iterable[Settings]) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from nabla import InputError
 from wan.config.settings import Settings, resolve
+from wan.files.hashes import file_hash
 from wan.files.plain_data import read_json
-from wan.files.video import count_frames, digest, sidecar_of
+from wan.files.video import count_frames, sidecar_of
 
 ENDINGS = (".mp4", ".png")
 
@@ -57,7 +58,7 @@ class Sidecar:
         if video is None:
             return False
         if "sha256" in self.file:
-            return digest(video) == self.file["sha256"]
+            return file_hash(video) == self.file["sha256"]
         return video.suffix != ".mp4" or count_frames(video) == self.made["video"]["frame_num"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from wan.checkpoints.weights import CheckpointError, WeightFiles, weight_file
 from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS
+from wan.files.hashes import file_hash
 from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
 from wan.run.remaking import packing_of
@@ -129,8 +129,7 @@ class LoraLibrary:
             WeightFiles([path])
         except CheckpointError as error:
             raise InputError(str(error).replace(str(path), path.name)) from None
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()[:8]
+        digest = file_hash(path)[:8]
         stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:60] or "lora"
         name = f"{stem.removesuffix('-' + digest)}-{digest}{SAFETENSORS}"
         try:

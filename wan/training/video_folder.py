@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from nabla import InputError
 from nabla.config import is_number
 from wan.config.checks import parse_size
 from wan.config.settings import VideoSettings
+from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json
 from wan.models.wan.geometry import GEOMETRY
 from wan.training.samples import BadSample, check_sample
@@ -113,7 +113,7 @@ class VideoFolder:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text_hash(text)[:16]
 
 
 @contextlib.contextmanager
