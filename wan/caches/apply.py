@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from diffusers import ModelMixin
 
 from nabla import InputError
 from wan.attention.spec import TransformerSpec
@@ -18,14 +18,14 @@ from wan.config.cache_settings import CacheSettings
 KINDS: dict[str, type[StepCache]] = {"first_block": FirstBlockCache, "mag": MagCache, "taylorseer": TaylorSeer}
 
 
-def apply_cache(transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec) -> StepCache:
+def apply_cache(transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec) -> StepCache:
     """Put a step cache on a transformer, in place; `remove_cache` takes it off. The sampling loop says the steps."""
     remove_cache(transformer)
     transformer.step_cache = cache = KINDS[settings.kind](transformer, settings, spec)
     return cache
 
 
-def remove_cache(transformer: nn.Module) -> None:
+def remove_cache(transformer: ModelMixin) -> None:
     """Take off what `apply_cache` put on, and free what it keeps; nothing happens to others."""
     if step_cache_of(transformer) is not None:
         # Hooks that are taken off live on, in reference cycles, until Python looks for those.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
@@ -32,7 +33,7 @@ class StepCache:
     hook: ClassVar[str]
     leading = 0
 
-    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+    def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
         self.transformer, self.settings, self.blocks = transformer, settings, spec.blocks_of(transformer)
         if len(self.blocks) < 2:
             raise InputError("a cache needs a transformer of 2 blocks or more; leave it out")

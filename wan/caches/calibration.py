@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import MagCacheConfig
-from torch import nn
+from diffusers import MagCacheConfig, ModelMixin
 
 from nabla import InputError
 from wan.attention.spec import TransformerSpec
@@ -22,7 +21,7 @@ class Calibration(StepCache):
 
     config_class, hook = MagCacheConfig, MagCache.hook
 
-    def __init__(self, transformer: nn.Module, spec: TransformerSpec):
+    def __init__(self, transformer: ModelMixin, spec: TransformerSpec):
         super().__init__(transformer, CacheSettings("mag", ratios=(1.0,)), spec)
         self.config = MagCacheConfig(calibrate=True)
         transformer.enable_cache(self.config)
@@ -46,7 +45,7 @@ class Calibration(StepCache):
 
 
 @contextmanager
-def calibrated(transformer: nn.Module, spec: TransformerSpec) -> Iterator[Calibration]:
+def calibrated(transformer: ModelMixin, spec: TransformerSpec) -> Iterator[Calibration]:
     """Measure MagCache's ratios in the videos that are sampled within, all of as many steps."""
     remove_cache(transformer)
     transformer.step_cache = calibration = Calibration(transformer, spec)

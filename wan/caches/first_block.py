@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, ModelMixin
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK, FBCHeadBlockHook
 from diffusers.hooks.hooks import StateManager
@@ -18,7 +18,7 @@ from wan.parallel.ulysses import all_gather, sequence_of
 class FirstBlockCache(StepCache):
     config_class, hook, leading = FirstBlockCacheConfig, _FBC_LEADER_BLOCK_HOOK, 1
 
-    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+    def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
         super().__init__(transformer, settings, spec)
         transformer.enable_cache(FirstBlockCacheConfig(settings.threshold))
         registry = HookRegistry.check_if_exists_or_initialize(self.blocks[0])
@@ -33,7 +33,7 @@ class FirstBlockCache(StepCache):
 class SharedDecision(FBCHeadBlockHook):
     """diffusers' hook of the first block, with a decision that all processes of a sequence share, and its limits."""
 
-    def __init__(self, state_manager: StateManager, settings: CacheSettings, transformer: nn.Module):
+    def __init__(self, state_manager: StateManager, settings: CacheSettings, transformer: ModelMixin):
         super().__init__(state_manager, settings.threshold)
         self.max_skips, self.transformer, self.first = settings.max_skips, transformer, 0
         self.computed: dict[str, int] = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from diffusers import MagCacheConfig
+from diffusers import MagCacheConfig, ModelMixin
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
-from torch import nn
 
 from wan.attention.spec import TransformerSpec
 from wan.caches.base import StepCache
@@ -16,13 +15,16 @@ class MagCache(StepCache):
 
     config_class, hook = MagCacheConfig, _MAG_CACHE_LEADER_BLOCK_HOOK
 
-    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+    def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
         super().__init__(transformer, settings, spec)
+        # As its settings were checked.
+        assert settings.ratios is not None
         self.config = MagCacheConfig(mag_ratios=list(settings.ratios), num_inference_steps=len(settings.ratios))
         transformer.enable_cache(self.config)
 
     def _prepare(self, steps: int, first: int) -> None:
         own = self.settings
+        assert own.ratios is not None and own.threshold is not None
         config = MagCacheConfig(
             threshold=own.threshold,
             # A ratio of just 1 predicts no error at all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import TaylorSeerCacheConfig
+from diffusers import ModelMixin, TaylorSeerCacheConfig
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 from torch import nn
@@ -18,7 +18,7 @@ class TaylorSeer(StepCache):
 
     config_class, hook = TaylorSeerCacheConfig, _TAYLORSEER_CACHE_HOOK
 
-    def __init__(self, transformer: nn.Module, settings: CacheSettings, spec: TransformerSpec):
+    def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
         super().__init__(transformer, settings, spec)
         config = TaylorSeerCacheConfig(settings.interval, taylor_factors_dtype=torch.float32, use_lite_mode=True)
         transformer.enable_cache(config)
