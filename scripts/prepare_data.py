@@ -29,7 +29,7 @@ def make(args: argparse.Namespace) -> int:
 
     from wan.config.settings import read_settings
     from wan.tools.datasets import open_dataset
-    from wan.training.models import open_parts
+    from wan.training.models import open_components
     from wan.training.prepare import Encoder, prepare
     from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
@@ -40,7 +40,7 @@ def make(args: argparse.Namespace) -> int:
     source = open_dataset(settings.dataset, settings.options)
     processes = PartialState(cpu=not torch.cuda.is_available())
     vae_dtype = getattr(torch, settings.vae_dtype)
-    encoder = Encoder(open_parts(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
+    encoder = Encoder(open_components(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
     done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
     print(f"process {processes.process_index}: {done.clips} clips in {settings.out}, {done.skipped} samples skipped")
     processes.destroy_process_group()

@@ -84,13 +84,13 @@ def prepared(random_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Seven clips prepared for training, of eight samples of which one is bad."""
     from training_runs import Colours
 
-    from wan.training.models import open_parts
+    from wan.training.models import open_components
     from wan.training.prepare import Encoder, prepare
     from wan.training.prepare_settings import PrepareSettings
 
     out = tmp_path_factory.mktemp("prepared") / "clips"
     settings = PrepareSettings(str(random_nano), str(out), clips_per_shard=3, dtype="float32")
-    encoder = Encoder(open_parts(random_nano), torch.device("cpu"))
+    encoder = Encoder(open_components(random_nano), torch.device("cpu"))
     assert prepare(Colours(8, bad=(4,)), settings, encoder) == (7, 1)
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wan.training.schema import overlaid
+from wan.training.schema import merge_settings
 
 # A run of the text encoder, but for its folder.
 SMALL_TEXT_RUN = {
@@ -40,4 +40,4 @@ def vae_settings_dict(out: Path, **changes: Any) -> dict[str, Any]:
         "statistics_clips": 12,
         "dtype": "float32",
     }
-    return overlaid(base, changes)
+    return merge_settings(base, changes)

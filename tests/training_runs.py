@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from wan.training.config import TrainingSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
-from wan.training.schema import overlaid
+from wan.training.schema import merge_settings
 from wan.training.trainer import Trainer
 
 TILE = [1, 2, 2]
@@ -64,7 +64,7 @@ def settings_dict(checkpoint: Path, prepared: Path, out: Path, **changes: Any) -
     }
     if changes.get("mode", "pretrain") == "pretrain":
         base["transformer"] = TRANSFORMER
-    return overlaid(base, changes)
+    return merge_settings(base, changes)
 
 
 def train(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from wan.shapes.vae_data import VideoPools
 from wan.shapes.vae_model import loss
 from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
-from wan.training.models import open_parts
+from wan.training.models import open_components
 from wan.training.schema import with_overrides
 from wan.training.shutdown import Diverged, Stopped
 
@@ -176,7 +176,7 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
 
 def test_the_result_loads_in_diffusers_and_here(whole_run):
     theirs = AutoencoderKLWan.from_pretrained(whole_run / "vae")
-    ours = vae_part(open_parts(whole_run)).load(torch.float32, "cpu")
+    ours = vae_part(open_components(whole_run)).load(torch.float32, "cpu")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     last = read_metrics(whole_run / METRICS_FILE)[-1]
     assert last["step"] == 6 and {"psnr_32*32", "least_psnr_16*16"} <= last.keys() and last["weights_mb"] < 2

@@ -27,7 +27,7 @@ from wan.models.wan import components as parts
 from wan.training.config import TrainingSettings
 from wan.training.data import Clips, MicroBatches
 from wan.training.metrics import Metrics
-from wan.training.objective import errors, noisy, velocity
+from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.shutdown import Diverged, Stopped
 from wan.training.trainer import Trainer
 
@@ -198,8 +198,8 @@ def test_distillation_brings_sparse_attention_nearer_to_dense(random_nano, prepa
         wan.apply_attention(student, NablaConfig.from_dict(attention))
         total = 0.0
         for batch in map(batches.__getitem__, range(6)):
-            inputs = noisy(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
-            total += errors(velocity(student, *inputs), velocity(teacher, *inputs)).mean().item()
+            inputs = add_noise(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
+            total += mse_per_clip(predict_velocity(student, *inputs), predict_velocity(teacher, *inputs)).mean().item()
         return total
 
     assert distance(tmp_path / "run" / "latest" / "model") < 0.9 * distance(random_nano)
@@ -212,7 +212,7 @@ def test_a_teacher_computes_what_its_student_starts_from(random_nano, prepared, 
     trainer.transformer.nabla.switched_off, batch = True, trainer.batches[0]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ours, teachers = (
-            velocity(model, batch.noise, batch.sigmas, batch.text) for model in (trainer.model, trainer.teacher)
+            predict_velocity(model, batch.noise, batch.sigmas, batch.text) for model in (trainer.model, trainer.teacher)
         )
     assert torch.equal(ours, teachers)
 

@@ -16,9 +16,9 @@ from wan.models.checkpoint import Checkpoint
 from wan.shapes.train_text import TextSettings
 from wan.shapes.vae_settings import VaeSettings
 from wan.training.config import CHANGEABLE, LoraSettings, TrainingSettings
-from wan.training.export import defaults_of
-from wan.training.models import add_lora, new_transformer, open_parts
-from wan.training.objective import sigmas_of
+from wan.training.export import checkpoint_defaults
+from wan.training.models import add_lora, new_transformer, open_components
+from wan.training.objective import sigmas_from_quantiles
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.schema import with_overrides
 
@@ -26,10 +26,11 @@ from wan.training.schema import with_overrides
 def test_noise_levels_follow_their_distribution_and_the_shift():
     settings = TrainingSettings.from_dict(minimal()).objective
     quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    uniform = sigmas_of(quantiles, type(settings)(timesteps="uniform", shift=3.0))
+    uniform = sigmas_from_quantiles(quantiles, type(settings)(timesteps="uniform", shift=3.0))
     assert torch.allclose(uniform, torch.tensor([0.5, 0.75, 0.9]))
     normal = torch.distributions.Normal(0.5, 2.0).icdf(quantiles).sigmoid()
-    assert torch.allclose(sigmas_of(quantiles, type(settings)(mean=0.5, deviation=2.0, shift=1.0)), normal.float())
+    wider = type(settings)(mean=0.5, deviation=2.0, shift=1.0)
+    assert torch.allclose(sigmas_from_quantiles(quantiles, wider), normal.float())
 
 
 def minimal(**changes) -> dict:
@@ -77,10 +78,10 @@ def test_samples_leave_to_the_checkpoint_what_they_do_not_say(damaged):
     settings = TrainingSettings.from_dict(minimal(samples={"prompts": ["A cat"]}))
     sampling, video = settings.samples.over(own)[1:]
     assert sampling == SamplingSettings(steps=7, shift=3.0, negative_prompt="", seed=0)
-    assert video == VideoSettings((48, 32), 9) and defaults_of(settings, base) == own
+    assert video == VideoSettings((48, 32), 9) and checkpoint_defaults(settings, base) == own
     settings = TrainingSettings.from_dict(minimal(samples={"sampling": {"steps": 9, "seed": 4}, "video": None}))
     assert settings.samples.over(own).sampling == SamplingSettings(steps=9, shift=3.0, negative_prompt="", seed=4)
-    assert defaults_of(settings, base) == own | {"sampling": own["sampling"] | {"steps": 9}}
+    assert checkpoint_defaults(settings, base) == own | {"sampling": own["sampling"] | {"steps": 9}}
     assert TrainingSettings.from_dict(settings.to_dict()) == settings
 
 
@@ -120,7 +121,7 @@ def test_the_docs_list_what_a_continuation_may_change():
 def test_a_hub_checkpoint_that_cannot_be_had_is_named_as_training_takes_it(monkeypatch):
     monkeypatch.setattr(locate, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"pass --ckpt_dir DIR \(checkpoint=DIR to training\), or"):
-        open_parts("Wan-AI/Wan2.1-T2V-1.3B")
+        open_components("Wan-AI/Wan2.1-T2V-1.3B")
 
 
 def offline(*_: object, **__: object) -> None:

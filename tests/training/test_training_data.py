@@ -23,7 +23,7 @@ from wan.files import atomic as files
 from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.tools.datasets import open_dataset
 from wan.training.data import Clips
-from wan.training.models import open_parts
+from wan.training.models import open_components
 from wan.training.prepare import Encoder, prepare
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.video_folder import VideoFolder
@@ -31,7 +31,7 @@ from wan.training.video_folder import VideoFolder
 
 @pytest.fixture(scope="module")
 def encoder(random_nano) -> Encoder:
-    return Encoder(open_parts(random_nano), torch.device("cpu"))
+    return Encoder(open_components(random_nano), torch.device("cpu"))
 
 
 def settings_for(out: Path, **changes) -> PrepareSettings:
@@ -61,13 +61,13 @@ def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
 
 
 def test_clips_encoded_whole_have_the_same_latents(random_nano, encoder):
-    whole = Encoder(open_parts(random_nano), torch.device("cpu"), whole_clips=True)
+    whole = Encoder(open_components(random_nano), torch.device("cpu"), whole_clips=True)
     video = torch.from_numpy(Colours(1)[0][0].copy())[None]
     assert torch.allclose(whole.latents(video), encoder.latents(video), atol=1e-5)
 
 
 def test_an_encoder_that_overflows_says_so(random_nano):
-    half = Encoder(open_parts(random_nano), torch.device("cpu"), torch.float16)
+    half = Encoder(open_components(random_nano), torch.device("cpu"), torch.float16)
     half.vae.encoder.conv_in.weight.data *= 1e6
     with pytest.raises(InputError, match="not finite; prepare with vae_dtype float32"):
         half.latents(torch.from_numpy(Colours(1)[0][0].copy())[None])
@@ -124,7 +124,7 @@ def test_what_a_folder_was_prepared_of_may_not_change_under_it(encoder, random_n
         other = shutil.copytree(random_nano, tmp_path / what)
         weights = torch.load(other / file)
         torch.save({key: weight * 1.01 for key, weight in weights.items()}, other / file)
-        refused(f"made with another {what}", Encoder(open_parts(other), torch.device("cpu")))
+        refused(f"made with another {what}", Encoder(open_components(other), torch.device("cpu")))
     assert prepare(VideoFolder(str(data)), out, encoder) == (1, 7) and shards(tmp_path / "out") == before
     # A folder that says nothing of what tells these apart goes on, and is told of.
     record = json.loads(before["prepared.json"])

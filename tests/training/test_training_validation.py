@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import settings_dict, train
 
 from wan.training.config import TrainingSettings
-from wan.training.evaluation import shared_batches, validation_losses
+from wan.training.evaluation import rank_batches, validation_losses
 from wan.training.shutdown import Diverged
 from wan.training.trainer import Trainer
 
@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_names_its_clip(random_nano, prepared, tmp_pat
 def test_every_clip_counts_once_whoever_takes_it(count, processes):
     numbers = list(range(100, 100 + count))
     for most in (1, 3, 4, 20):
-        shares = [shared_batches(numbers, most, rank, processes) for rank in range(processes)]
+        shares = [rank_batches(numbers, most, rank, processes) for rank in range(processes)]
         batches = sum(shares, [])
         assert sorted(number for own, counted in batches for number in own[:counted]) == numbers
         assert len({len(own) for own, _ in batches}) == 1 and len(batches[0][0]) <= most

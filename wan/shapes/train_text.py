@@ -30,14 +30,14 @@ from wan.training.data_workers import load_items
 from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics
 from wan.training.schema import (
-    build,
     check_choice,
     check_continues,
     check_counts,
     check_numbers,
     check_texts,
     check_whole,
-    plain,
+    from_mapping,
+    to_plain,
 )
 from wan.training.shutdown import Diverged
 from wan.training.state_file import check_step, load_state, save_state
@@ -99,7 +99,7 @@ class TextSettings:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TextSettings:
         """Settings from the content of a YAML file; raises `InputError` for unknown or missing keys and bad values."""
-        return build(cls, settings, "the settings of train_text", {"encoder": EncoderSettings})
+        return from_mapping(cls, settings, "the settings of train_text", {"encoder": EncoderSettings})
 
 
 class TextTrainer(TrainingLoop):
@@ -151,7 +151,7 @@ class TextTrainer(TrainingLoop):
                 with state_write(self.folder), atomic_path(self.folder / TOKENIZER) as partial:
                     tokenizer.save_pretrained(partial)
             with atomic_path(path) as partial:
-                partial.write_text(yaml.safe_dump(plain(asdict(settings)), sort_keys=False), encoding="utf-8")
+                partial.write_text(yaml.safe_dump(to_plain(asdict(settings)), sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise InputError(f"out {self.folder} cannot be written ({error.strerror}); choose another") from None
 

@@ -26,7 +26,7 @@ from wan.shapes.vae_data import VideoBatch, VideoPools, as_input, statistics_vid
 from wan.shapes.vae_export import draw, export, latent_statistics, quality
 from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
-from wan.training.evaluation import averaged
+from wan.training.evaluation import ema_weights
 from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, peak_memory
 from wan.training.models import build_optimizers
@@ -213,7 +213,7 @@ class VaeTrainer(TrainingLoop):
     def _validate(self) -> dict[str, float]:
         """PSNR of the averaged weights, in float32, by size of the videos; `psnr` is that of the first size."""
         row, pairs = {}, {}
-        with averaged(self.weights, self.ema):
+        with ema_weights(self.weights, self.ema):
             for size, videos in self.held_out.items():
                 originals = [as_input(video, self.device) for video in videos]
                 made = [reconstruction(self.vae, posterior(self.vae, video).mode()) for video in originals]
@@ -227,7 +227,7 @@ class VaeTrainer(TrainingLoop):
     def _finish(self) -> None:
         """Write the averaged weights with the latents' statistics, and say how good what was written is."""
         folder = self.folder / RESULT_FOLDER
-        with averaged(self.weights, self.ema):
+        with ema_weights(self.weights, self.ema):
             export(self.vae, *self._statistics(), getattr(torch, self.settings.dtype), folder)
         result = quality(folder, self.held_out, self.device)
         log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))

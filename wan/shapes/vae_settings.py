@@ -11,7 +11,6 @@ from wan.config.checks import parse_size
 from wan.models.wan.geometry import GEOMETRY
 from wan.training.config import PRECISIONS, OptimizerSettings
 from wan.training.schema import (
-    build,
     check_choice,
     check_counts,
     check_flags,
@@ -19,7 +18,8 @@ from wan.training.schema import (
     check_numbers,
     check_texts,
     check_whole,
-    plain,
+    from_mapping,
+    to_plain,
 )
 
 # What may change between a run and its continuation: it changes no loss, or only those of steps to come.
@@ -161,13 +161,13 @@ class VaeSettings:
     def from_dict(cls, settings: Mapping[str, Any]) -> VaeSettings:
         """Raises `InputError` for keys that are unknown or missing and for values outside what is allowed."""
         sections = {"loss": LossSettings, "optimizer": OptimizerSettings, "validation": ValidationSettings}
-        return build(cls, settings, "the settings of train_vae", sections)
+        return from_mapping(cls, settings, "the settings of train_vae", sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to equal settings."""
-        return plain(asdict(self))
+        return to_plain(asdict(self))
 
 
 def _cut(content: object) -> CutSettings:
     check_mapping("cuts", content)
-    return build(CutSettings, content, "cuts", {})
+    return from_mapping(CutSettings, content, "cuts", {})

@@ -29,10 +29,10 @@ from wan.training.write_errors import collective_write, state_write
 STATE = "state"
 LATEST = "latest"
 # In states, that of AdamW last.
-SCHEDULES = ("matrix_schedule", "schedule")
+SCHEDULE_KEYS = ("matrix_schedule", "schedule")
 
 
-class Checkpoints:
+class CheckpointManager:
     """The folders `checkpoints/step-...` of a run, and the link `latest` to the last of them.
 
     The first process holds the run's folder until `close`. Raises `InputError` if it cannot be written or is in use.
@@ -114,7 +114,7 @@ class Checkpoints:
                 link.symlink_to(last.relative_to(self.run))
 
 
-class State:
+class TrainState:
     """What changes over a run, and can be saved and read back by any number of processes: see torch's `Stateful`.
 
     optimizers, schedules: AdamW and its own last, one of the blocks' matrices before it or none
@@ -128,7 +128,7 @@ class State:
         ema: EMAModel | None,
     ):
         self.transformer, self.optimizers, self.ema = transformer, optimizers, ema
-        self.schedules = dict(zip(SCHEDULES[-len(schedules) :], schedules, strict=True))
+        self.schedules = dict(zip(SCHEDULE_KEYS[-len(schedules) :], schedules, strict=True))
         self.step = 0
         trained = {name: weight.requires_grad for name, weight in transformer.named_parameters()}
         self.trained = [name for name, is_trained in trained.items() if is_trained]
@@ -139,7 +139,7 @@ class State:
 
     def update(self, weights: list[nn.Parameter]) -> float:
         """A step of the optimizers and of the moving averages of the weights; returns the rate of AdamW in it."""
-        lr = self.schedules[SCHEDULES[-1]].get_last_lr()[0]
+        lr = self.schedules[SCHEDULE_KEYS[-1]].get_last_lr()[0]
         for part in (*self.optimizers, *self.schedules.values()):
             part.step()
         for optimizer in self.optimizers:

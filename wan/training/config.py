@@ -16,7 +16,6 @@ from wan.config.settings import (
     attention_to_dict,
 )
 from wan.training.schema import (
-    build,
     check_choice,
     check_counts,
     check_flags,
@@ -24,9 +23,10 @@ from wan.training.schema import (
     check_numbers,
     check_texts,
     check_whole,
-    overlaid,
-    plain,
-    texts,
+    from_mapping,
+    merge_settings,
+    text_tuple,
+    to_plain,
 )
 
 MODES = ("pretrain", "finetune", "distill")
@@ -67,7 +67,7 @@ class DataSettings:
     clips: int = 32
 
     def __post_init__(self) -> None:
-        folders = (self.train,) if isinstance(self.train, str) else texts("train", self.train)
+        folders = (self.train,) if isinstance(self.train, str) else text_tuple("train", self.train)
         if not folders or not all(folders):
             raise InputError(f"train {self.train!r} names no folder; give one that prepare_data.py wrote, or a list")
         object.__setattr__(self, "train", folders)
@@ -135,7 +135,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_counts(self, "rank")
         check_numbers(self, "alpha", above=0)
-        object.__setattr__(self, "targets", texts("lora targets", self.targets))
+        object.__setattr__(self, "targets", text_tuple("lora targets", self.targets))
         if not self.targets:
             raise InputError("lora targets [] name no layer; leave them out for all linear layers of the blocks")
 
@@ -153,7 +153,7 @@ class EverySettings:
         check_counts(self, "log", "checkpoint", "validation", "sample")
 
 
-class Samples(NamedTuple):
+class ResolvedSamples(NamedTuple):
     """Videos made on the way, one a prompt."""
 
     prompts: tuple[str, ...]
@@ -174,7 +174,7 @@ class SampleSettings:
     video: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", texts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", text_tuple("prompts", self.prompts))
         for prompt in self.prompts:
             check_prompt(prompt, "in samples")
         for name in ("sampling", "video"):
@@ -184,15 +184,15 @@ class SampleSettings:
         if seed in (None, -1):
             raise InputError(f"samples seed {seed!r} would change from sample to sample; give a number")
 
-    def over(self, defaults: Mapping[str, Any]) -> Samples:
+    def over(self, defaults: Mapping[str, Any]) -> ResolvedSamples:
         """These over a checkpoint's defaults. Raises `InputError` for what is unknown or not allowed in either."""
         made: dict[str, Any] = {}
         for name, kind in (("sampling", SamplingSettings), ("video", VideoSettings)):
             lower = defaults.get(name) or {}
             check_mapping(name, lower)
             seed = {"seed": 0} if name == "sampling" else {}
-            made[name] = build(kind, {**lower, **seed, **getattr(self, name)}, name, {})
-        return Samples(self.prompts, **made)
+            made[name] = from_mapping(kind, {**lower, **seed, **getattr(self, name)}, name, {})
+        return ResolvedSamples(self.prompts, **made)
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class TrainingSettings:
 
         Raises `InputError` for keys that are unknown or missing and for values outside what is allowed.
         """
-        settings = overlaid(MODE_DEFAULTS.get(str(settings.get("mode")), {}), settings)
+        settings = merge_settings(MODE_DEFAULTS.get(str(settings.get("mode")), {}), settings)
         sections = {
             "data": DataSettings,
             "lora": LoraSettings,
@@ -280,8 +280,8 @@ class TrainingSettings:
         if settings.get("attention") is not None:
             check_mapping("attention", settings["attention"])
             settings["attention"] = attention_config({"dense_steps": 0} | settings["attention"])
-        return build(cls, settings, "the training settings", sections)
+        return from_mapping(cls, settings, "the training settings", sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to equal settings."""
-        return plain(asdict(self) | {"attention": attention_to_dict(self.attention)})
+        return to_plain(asdict(self) | {"attention": attention_to_dict(self.attention)})

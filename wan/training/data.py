@@ -22,7 +22,7 @@ from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
 from wan.training.data_workers import load_items
-from wan.training.objective import sigmas_of
+from wan.training.objective import sigmas_from_quantiles
 from wan.training.prepare import MANIFEST_FILE, NULL_CAPTION_FILE, SHARD_NAME, SHARDS, Clip, list_clips
 
 # Streams of random numbers of one seed that must not meet.
@@ -222,7 +222,8 @@ class MicroBatches(Dataset):
         """What is random about the clip at a place of a step's batch; its generator gives the noise next."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, DRAW, step, place))
         quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-        return Draw(sigmas_of(quantile, self.objective), chance.item() < self.objective.text_dropout, generator)
+        sigma = sigmas_from_quantiles(quantile, self.objective)
+        return Draw(sigma, chance.item() < self.objective.text_dropout, generator)
 
     def __getitem__(self, number: int) -> LatentBatch:
         step, part = divmod(number, self.accumulation_steps)
@@ -257,7 +258,7 @@ def validation_batch(clips: Clips, objective: ObjectiveSettings, number: int, co
     generator = torch.Generator().manual_seed(seed_of(VALIDATION, number))
     noise = torch.randn(latents.shape, generator=generator)
     quantile = torch.tensor((number + 0.5) / count, dtype=torch.float64)
-    return LatentBatch(latents[None], noise[None], sigmas_of(quantile, objective)[None], text[None])
+    return LatentBatch(latents[None], noise[None], sigmas_from_quantiles(quantile, objective)[None], text[None])
 
 
 def seed_of(*numbers: int) -> int:

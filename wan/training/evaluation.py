@@ -16,9 +16,9 @@ from wan.files.video import make_folder, to_frames, write_image, write_video
 from wan.models.wan.latents import decode
 from wan.run.jobs import words_of
 from wan.sampling.loop import TRAIN_TIMESTEPS, denoise, make_solver
-from wan.training.config import ObjectiveSettings, Samples
+from wan.training.config import ObjectiveSettings, ResolvedSamples
 from wan.training.data import Clips, LatentBatch, validation_batch
-from wan.training.objective import errors, noisy, velocity
+from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.shutdown import Diverged
 from wan.training.write_errors import collective_write
 
@@ -44,14 +44,14 @@ def validation_losses(
     losses = torch.zeros(len(variants), count, device=accelerator.device)
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
-        for own, counted in shared_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
+        for own, counted in rank_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
             singles = (validation_batch(clips, objective, number, count) for number in own)
             batch = LatentBatch(*map(torch.cat, zip(*singles))).to(accelerator.device)
-            latents = noisy(batch.latents, batch.noise, batch.sigmas)
+            latents = add_noise(batch.latents, batch.noise, batch.sigmas)
             for n, switched_off in enumerate(variants.values()):
                 applied.switched_off = switched_off
-                prediction = velocity(transformer, latents, batch.sigmas, batch.text)
-                losses[n, own[:counted]] = errors(prediction, batch.noise - batch.latents)[:counted]
+                prediction = predict_velocity(transformer, latents, batch.sigmas, batch.text)
+                losses[n, own[:counted]] = mse_per_clip(prediction, batch.noise - batch.latents)[:counted]
     applied.switched_off = False
     of_all = dict(zip(variants, accelerator.reduce(losses).cpu()))
     _check_finite(of_all, clips, objective, step)
@@ -68,7 +68,7 @@ def _check_finite(losses: dict[str, Tensor], clips: Clips, objective: ObjectiveS
         raise Diverged(f"after step {step}: the validation loss is not finite: {'; '.join(bad)}")
 
 
-def shared_batches(numbers: list[int], most: int, rank: int, processes: int) -> list[tuple[list[int], int]]:
+def rank_batches(numbers: list[int], most: int, rank: int, processes: int) -> list[tuple[list[int], int]]:
     """Batches that the process `rank` takes of numbers that all share: at most `most` in each, and how many count.
 
     All are equally large, as compiled blocks need, and every process has as many, as sharded weights need; so the last
@@ -86,7 +86,7 @@ class Sampler:
     texts: states (2, L, C) of each prompt and of the negative one
     """
 
-    def __init__(self, settings: Samples, vae: AutoencoderKLWan, texts: list[Tensor]):
+    def __init__(self, settings: ResolvedSamples, vae: AutoencoderKLWan, texts: list[Tensor]):
         self.settings, self.vae, self.texts = settings, vae, texts
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class Sampler:
 
 
 @contextmanager
-def averaged(weights: list[Tensor], ema: EMAModel | None) -> Iterator[None]:
+def ema_weights(weights: list[Tensor], ema: EMAModel | None) -> Iterator[None]:
     """The moving averages in place of the weights, which come back afterwards; needs memory for one tensor more."""
     if ema is not None:
         _swap(weights, ema.shadow_params)

@@ -23,12 +23,12 @@ from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components as parts
 from wan.models.wan.convert import write_index, write_part
 from wan.training.config import TrainingSettings
-from wan.training.schema import overlaid, plain
+from wan.training.schema import merge_settings, to_plain
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 
 
-def provide_parts(base: Checkpoint, folder: Path, anew: bool) -> None:
+def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
     """The VAE, text encoder and tokenizer of a checkpoint in diffusers' layout: links to such, else copies.
 
     anew: in place of those that are there, which may be another checkpoint's
@@ -50,13 +50,13 @@ def provide_parts(base: Checkpoint, folder: Path, anew: bool) -> None:
                 shutil.copytree(base.tokenizer_folder, partial)
 
 
-def whole_state(transformer: WanTransformer3DModel, trained_only: bool = False) -> dict[str, Tensor]:
+def full_state_dict(transformer: WanTransformer3DModel, trained_only: bool = False) -> dict[str, Tensor]:
     """The weights, gathered from all processes to the memory of the first; the others get none where sharded."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(transformer, options=options)
 
 
-def write_model(
+def write_checkpoint(
     folder: Path,
     config: Mapping[str, Any],
     base: Checkpoint,
@@ -87,7 +87,7 @@ def write_model(
     write_index(folder, defaults)
 
 
-def defaults_of(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
+def checkpoint_defaults(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
     """The defaults for generate.py of what is trained: the checkpoint's, under those that the run's settings give."""
     defaults = dict(base.settings_layers[0])
     defaults.pop("attention", None)
@@ -97,8 +97,8 @@ def defaults_of(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
     if settings.samples is not None:
         for name in ("sampling", "video"):
             given = {key: value for key, value in getattr(settings.samples, name).items() if key != "seed"}
-            defaults = overlaid(defaults, {name: given})
-    return plain(defaults)
+            defaults = merge_settings(defaults, {name: given})
+    return to_plain(defaults)
 
 
 def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str, Tensor]) -> None:
@@ -112,7 +112,7 @@ def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str
     )
 
 
-def merged_state(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
+def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
     transformer = parts.load_transformer(parts.transformer_part(base), torch.float32, "cpu")
     transformer.load_lora_adapter(lora, use_safetensors=True)

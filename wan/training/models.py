@@ -47,7 +47,7 @@ FIXED = {"patch_size": GEOMETRY.patch, "qk_norm": "rms_norm_across_heads"}
 FIXED |= dict.fromkeys(("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"))
 
 
-def open_parts(name: str | Path, transformer: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_components(name: str | Path, transformer: Mapping[str, Any] | None = None) -> Checkpoint:
     """A checkpoint of which a VAE, text encoder and tokenizer are used: it may be a folder without a transformer.
 
     transformer: the sizes of a new one, whose `text_len` goes before the checkpoint's
@@ -130,7 +130,7 @@ def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
 
 
 @contextmanager
-def without_exchange(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def no_gradient_sync(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Backward without telling other processes the gradients: more will be added to them."""
     if not is_sharded(model):
         with accelerator.no_sync(model):
@@ -141,7 +141,7 @@ def without_exchange(model: nn.Module, accelerator: Accelerator) -> Iterator[Non
     model.set_requires_gradient_sync(True)
 
 
-def matrices_of(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
+def matrix_parameters(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
     """The weights of the blocks' linear layers: attention and feed-forward, without embeddings and modulation."""
     return [module.weight for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
 

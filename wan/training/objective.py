@@ -14,7 +14,7 @@ from wan.sampling.loop import TRAIN_TIMESTEPS
 from wan.training.config import ObjectiveSettings
 
 
-def sigmas_of(quantiles: Tensor, settings: ObjectiveSettings) -> Tensor:
+def sigmas_from_quantiles(quantiles: Tensor, settings: ObjectiveSettings) -> Tensor:
     """Noise levels, float32 in (0, 1), of float64 quantiles in (0, 1) of the distribution that the settings name."""
     drawn = quantiles.double()
     if settings.timesteps == "logit_normal":
@@ -22,17 +22,17 @@ def sigmas_of(quantiles: Tensor, settings: ObjectiveSettings) -> Tensor:
     return (settings.shift * drawn / (1 + (settings.shift - 1) * drawn)).float()
 
 
-def noisy(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """Latents (B, C, T, h, w) with noise mixed in at sigmas (B,)."""
     sigmas = sigmas.view(-1, 1, 1, 1, 1)
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+def predict_velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
     """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) and text states (B, L, C)."""
     return transformer(latents, TRAIN_TIMESTEPS * sigmas, text, return_dict=False)[0].float()
 
 
-def errors(prediction: Tensor, target: Tensor) -> Tensor:
+def mse_per_clip(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of each sample, (B,)."""
     return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)

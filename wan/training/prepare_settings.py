@@ -9,7 +9,15 @@ from typing import Any
 from wan.config.checks import check_text
 from wan.config.settings import DTYPES
 from wan.training.config import PRECISIONS
-from wan.training.schema import build, check_choice, check_counts, check_flags, check_mapping, check_texts, plain
+from wan.training.schema import (
+    check_choice,
+    check_counts,
+    check_flags,
+    check_mapping,
+    check_texts,
+    from_mapping,
+    to_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class PrepareSettings:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PrepareSettings:
-        return build(cls, settings, "the settings of prepare_data", {})
+        return from_mapping(cls, settings, "the settings of prepare_data", {})
 
     def what_decides(self) -> dict[str, Any]:
         """Those of the settings that decide what stands in the shards, as plain values."""
-        return plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers", "whole_clips")})
+        return to_plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers", "whole_clips")})

@@ -31,7 +31,7 @@ def with_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dic
             raise InputError(f"{override!r}: its value cannot be read ({error}); a text may need quotes") from None
         for key in reversed(path.split(".")):
             layer = {key: layer}
-        changed = overlaid(changed, layer)
+        changed = merge_settings(changed, layer)
     return _with_numbers(changed)
 
 
@@ -43,16 +43,16 @@ def _with_numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value
 
 
-def overlaid(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Two mappings as one, the upper one's values first, mappings in them alike."""
     both = dict(lower)
     for key, value in upper.items():
         nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = overlaid(both[key], value) if nested else value
+        both[key] = merge_settings(both[key], value) if nested else value
     return both
 
 
-def build(kind: type, settings: Mapping[str, Any], where: str, sections: Mapping[str, type]) -> Any:
+def from_mapping(kind: type, settings: Mapping[str, Any], where: str, sections: Mapping[str, type]) -> Any:
     """A dataclass of a mapping, of which `sections` are mappings for other dataclasses; null means the default.
 
     Raises `InputError` for unknown and missing keys.
@@ -65,18 +65,18 @@ def build(kind: type, settings: Mapping[str, Any], where: str, sections: Mapping
     for name, section in sections.items():
         if name in values and not isinstance(values[name], section):
             check_mapping(name, values[name])
-            values[name] = build(section, values[name], name, {})
+            values[name] = from_mapping(section, values[name], name, {})
     return kind(**values)
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """The same with lists for tuples, as YAML and JSON have them."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def texts(name: str, value: object) -> tuple[str, ...]:
+def text_tuple(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text for text in value):
         raise InputError(f"{name} {value!r} are not a list of texts")
     return tuple(value)

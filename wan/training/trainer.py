@@ -24,23 +24,30 @@ from wan.attention.compile import check_compiler, many_compiles
 from wan.files.video import check_encoder
 from wan.models.wan.geometry import GEOMETRY
 from wan.sampling.loop import TRAIN_TIMESTEPS
-from wan.training.checkpoints import Checkpoints, State
+from wan.training.checkpoints import CheckpointManager, TrainState
 from wan.training.config import TrainingSettings
 from wan.training.data import Clips, LatentBatch, MicroBatches
-from wan.training.evaluation import Sampler, averaged, validation_losses
-from wan.training.export import defaults_of, merged_state, provide_parts, whole_state, write_lora, write_model
+from wan.training.evaluation import Sampler, ema_weights, validation_losses
+from wan.training.export import (
+    checkpoint_defaults,
+    full_state_dict,
+    merged_lora_state_dict,
+    provide_components,
+    write_checkpoint,
+    write_lora,
+)
 from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, peak_memory, speed
 from wan.training.models import (
     build_optimizers,
     build_student,
     build_teacher,
-    matrices_of,
-    open_parts,
+    matrix_parameters,
+    no_gradient_sync,
+    open_components,
     warn_of_another_attention,
-    without_exchange,
 )
-from wan.training.objective import errors, noisy, velocity
+from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.prepare import Encoder
 from wan.training.run_manifest import check_manifest, run_inputs, write_manifest
 from wan.training.shutdown import Diverged, release_accelerator
@@ -77,7 +84,7 @@ class Trainer(TrainingLoop):
         self.folder = Path(settings.out).expanduser().resolve()
         if settings.compile:
             check_compiler(self.device)
-        self.base = open_parts(settings.checkpoint, settings.transformer)
+        self.base = open_components(settings.checkpoint, settings.transformer)
         samples = self.samples = settings.samples and settings.samples.over(self.base.settings_layers[0])
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
             check_encoder()
@@ -95,7 +102,7 @@ class Trainer(TrainingLoop):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        self.checkpoints = Checkpoints(self.folder, settings.keep_last, self.accelerator)
+        self.checkpoints = CheckpointManager(self.folder, settings.keep_last, self.accelerator)
         self._build_models()
         for clips in filter(None, (self.clips, self.validation)):
             clips.check_fit(self.transformer.config)
@@ -124,10 +131,10 @@ class Trainer(TrainingLoop):
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
         optimizers, schedules = build_optimizers(
-            settings.optimizer, settings.steps, self.weights, matrices_of(self.transformer), settings.matrix_lr
+            settings.optimizer, settings.steps, self.weights, matrix_parameters(self.transformer), settings.matrix_lr
         )
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema, foreach=True)
-        self.state = State(self.transformer, optimizers, schedules, ema)
+        self.state = TrainState(self.transformer, optimizers, schedules, ema)
 
     def _make_sampler(self) -> Sampler | None:
         samples = self.samples
@@ -151,7 +158,7 @@ class Trainer(TrainingLoop):
         with collective_write(self.accelerator, self.folder):
             if self.accelerator.is_main_process:
                 write_manifest(self.folder, settings, self.inputs)
-                provide_parts(self.base, self.folder / "parts", anew=self.step == 0)
+                provide_components(self.base, self.folder / "parts", anew=self.step == 0)
                 self.metrics = Metrics(self.folder, self.step)
         batches = self.batches.load(self.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
@@ -170,7 +177,7 @@ class Trainer(TrainingLoop):
             waited += time.perf_counter() - before
             with contextlib.ExitStack() as stack:
                 if part < self.batches.accumulation_steps - 1:
-                    stack.enter_context(without_exchange(self.model, self.accelerator))
+                    stack.enter_context(no_gradient_sync(self.model, self.accelerator))
                 losses.append(self._losses(batch))
                 (losses[-1].mean() / self.batches.accumulation_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
@@ -185,14 +192,14 @@ class Trainer(TrainingLoop):
 
     def _losses(self, batch: LatentBatch) -> Tensor:
         """The loss of each clip of a micro-batch."""
-        inputs = noisy(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
+        inputs = add_noise(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
         with self._autocast():
             if self.teacher is None:
                 target = batch.noise - batch.latents
             else:
                 with torch.no_grad():
-                    target = velocity(self.teacher, *inputs)
-            return errors(velocity(self.model, *inputs), target)
+                    target = predict_velocity(self.teacher, *inputs)
+            return mse_per_clip(predict_velocity(self.model, *inputs), target)
 
     def _gather(self, losses: Tensor, norm: Tensor) -> dict[str, float]:
         """The mean loss of the whole batch, the gradient's norm, and unless dense the share of blocks kept.
@@ -266,13 +273,13 @@ class Trainer(TrainingLoop):
             self.state.save(folder)
             self._export(folder / "model")
             if self.state.ema is not None:
-                with averaged(self.weights, self.state.ema):
+                with ema_weights(self.weights, self.state.ema):
                     self._export(folder / "ema")
 
     def _export(self, folder: Path) -> None:
         """Write the weights as they are now; of LoRA, merged ones at the end alone."""
         is_lora = self.settings.lora is not None
-        state = whole_state(self.transformer, trained_only=is_lora)
+        state = full_state_dict(self.transformer, trained_only=is_lora)
         with collective_write(self.accelerator, self.checkpoints.folder):
             if self.accelerator.is_main_process:
                 self._write_weights(folder, state)
@@ -282,16 +289,16 @@ class Trainer(TrainingLoop):
             write_lora(folder / "lora", self.transformer, state)
             if self.step < self.steps:
                 return
-            state = merged_state(self.base, folder / "lora")
-        defaults = defaults_of(self.settings, self.base)
-        write_model(folder, self.transformer.config, self.base, state, self.folder / "parts", defaults)
+            state = merged_lora_state_dict(self.base, folder / "lora")
+        defaults = checkpoint_defaults(self.settings, self.base)
+        write_checkpoint(folder, self.transformer.config, self.base, state, self.folder / "parts", defaults)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """The transformer as it would be used: its moving averages, if there are any, in the run's precision."""
         self.transformer.eval()
         try:
-            with averaged(self.weights, self.state.ema), self._autocast():
+            with ema_weights(self.weights, self.state.ema), self._autocast():
                 yield
         finally:
             self.transformer.train()
