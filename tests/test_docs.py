@@ -14,7 +14,6 @@ from wan.run.flags import make_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "integrations").rglob("*.md"))
-COMING = {"wan/attention/spec.py"}
 PROGRAM = re.compile(r"(?:python|torchrun|accelerate launch)\b.*?\s((?:scripts/)?[a-z_]+\.py)\b(.*)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -40,7 +39,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"\b(?:wan|nabla|scripts|tests|configs|checkpoints/wan-shapes)/[\w./-]*\w/?", text)
-    names = {name.removesuffix(".").split("::")[0] for name in named} - COMING
+    names = {name.removesuffix(".").split("::")[0] for name in named}
     assert not {name for name in names if not (ROOT / name).exists()}
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from nabla import InputError
 
 # A compile for every size of video, dense and sparse; the default limit of 8 ends a long-lived process in an error.
 many_compiles = partial(torch._dynamo.config.patch, recompile_limit=256, accumulated_recompile_limit=4096)
-COMPILE_OPTIONS = {
+COMPILE_OPTIONS: dict[str, Any] = {
     # Measured on Hopper: takes seconds, and norms and float8 conversions are else at a fraction of the bandwidth.
     "coordinate_descent_tuning": True,
     # What processes exchange is to be sent as soon as it is there. The order that saves memory may wait for it at
