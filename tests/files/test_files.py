@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nabla import InputError
 from wan.files.atomic import atomic_path, scratch
-from wan.files.video import write_json
+from wan.files.json_files import write_json
 
 
 @pytest.mark.parametrize("mask, file, folder", ((0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o002, 0o664, 0o775)))

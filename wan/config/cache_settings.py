@@ -11,7 +11,7 @@ from typing import Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.config.checks import MAX_STEPS, check_path
+from wan.config.checks import MAX_STEPS, check_keys, check_path
 from wan.files.plain_data import parse_json, read_json
 
 # Thresholds that diffusers sets by default; not measured on Wan.
@@ -98,8 +98,7 @@ class CacheSettings:
             return None
         if isinstance(given, Mapping):
             allowed = [item.name for item in fields(cls)]
-            if unknown := sorted(map(str, given.keys() - set(allowed))):
-                raise InputError(f"cache has an unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+            check_keys("cache", given, allowed)
             return cls(**{"kind": None, **given})
         if not isinstance(given, str):
             raise InputError(f"cache {given!r} is neither none, nor kind:threshold, nor a mapping of settings")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 from nabla import InputError
@@ -79,7 +79,8 @@ def check_text(name: str, text: object) -> None:
         raise InputError(f"{name} is not valid Unicode ({error.reason}); retype it") from None
 
 
-def check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
-    """Raise `InputError` for the first key of a mapping that is not allowed."""
-    if unknown := sorted(map(str, given.keys() - allowed)):
-        raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
+def check_keys(where: str, given: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Raise `InputError` for the first key of a mapping that is not allowed; a list of those is named in its order."""
+    if unknown := sorted(map(str, given.keys() - set(allowed))):
+        known = sorted(allowed) if isinstance(allowed, Set) else allowed
+        raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(known)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import subprocess
 import tempfile
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
-from wan.files.atomic import atomic_path, scratch, settle, sync, written
+from wan.files.atomic import scratch, settle, sync, written
 from wan.files.hashes import file_hash
+from wan.files.json_files import to_json
 
 # Of H.264, from 0 to 51, the best first: imageio's quality 8.
 RATE_FACTOR = 10
@@ -114,15 +114,6 @@ def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[s
 def sidecar_of(path: Path) -> Path:
     """Where the sidecar of a video stands."""
     return path.with_suffix(".json")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as partial:
-        partial.write_text(to_json(content), encoding="utf-8")
-
-
-def to_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_frames(video: Tensor) -> np.ndarray:

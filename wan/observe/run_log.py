@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.files.json_files import complete_lines, to_line
 from wan.files.video import check_writable
 
 log = logging.getLogger("wan")
@@ -26,8 +27,7 @@ class RunLog:
         self._put("w", "")
 
     def write(self, events: list[dict[str, Any]]) -> None:
-        lines = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in events)
-        self._put("a", "".join(lines))
+        self._put("a", "".join(map(to_line, events)))
 
     def _put(self, mode: str, text: str) -> None:
         if self.ended:
@@ -52,8 +52,7 @@ class RunLog:
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The events of a log, without a last line that is not whole."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in complete_lines(Path(path))]
 
 
 def check_log(path: Path) -> None:

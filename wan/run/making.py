@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
 from wan.run.remaking import otherwise_packed
 from wan.run.sidecars import Video, free_path
+from wan.run.versions import installed_versions
 
 log = logging.getLogger("wan")
 
@@ -203,15 +203,6 @@ def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -
     hints += [] if offload else ["--offload_model true"]
     hints += [] if t5_cpu else ["--t5_cpu"]
     return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from wan.attention.compile import check_compiler
 from wan.checkpoints.weights import CheckpointError, weight_file
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, read_settings, resolve
 from wan.files.formats import SAFETENSORS
-from wan.files.video import check_encoder, check_writable, make_folder, sidecar_of, to_json
+from wan.files.json_files import to_json
+from wan.files.video import check_encoder, check_writable, make_folder, sidecar_of
 from wan.memory.budget import check_memory
 from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.observe.report import check_report

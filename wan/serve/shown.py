@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from wan.files.json_files import to_json
 
 # An absolute path of more than a name, on either kind of system.
 FOLDERS = re.compile(
@@ -40,4 +41,4 @@ def sidecar_to_share(sidecar: Mapping[str, Any]) -> str:
         if key in settings:
             settings[key] = name_of(settings[key])
     settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]
-    return json.dumps(dict(sidecar, settings=settings), indent=2, ensure_ascii=False) + "\n"
+    return to_json(dict(sidecar, settings=settings))

@@ -16,7 +16,8 @@ from typing import Any
 from wan import WanT2V
 from wan.caches.calibration import calibrated
 from wan.config.settings import Settings
-from wan.files.video import check_writable, write_json
+from wan.files.json_files import write_json
+from wan.files.video import check_writable
 from wan.memory.budget import check_memory, parse_memory
 from wan.models.wan.processor import TRANSFORMER
 from wan.observe.console import log_to_stderr

@@ -21,7 +21,8 @@ from torch import Tensor
 from nabla import InputError, NablaConfig
 from wan import WanT2V, apply_attention
 from wan.config.settings import changed
-from wan.files.video import check_encoder, check_writable, make_folder, write_image, write_json, write_video
+from wan.files.json_files import write_json
+from wan.files.video import check_encoder, check_writable, make_folder, write_image, write_video
 from wan.parallel.distributed import pick_device
 from wan.shapes.accuracy import each_by, make_videos, shares
 from wan.shapes.measure import score

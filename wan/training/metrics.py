@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from nabla import InputError
 from nabla.config import is_count
 from wan.files.atomic import atomic_path, written
+from wan.files.json_files import complete_lines, to_line
 from wan.files.plain_data import parse_json
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes
@@ -32,12 +32,12 @@ class Metrics:
         earlier = read_metrics(self.path) if last_step and self.path.is_file() else []
         kept = [row for row in earlier if row["step"] <= last_step]
         with atomic_path(self.path) as partial:
-            partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+            partial.write_text("".join(map(to_line, kept)), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Raises `InputError` if it cannot be written."""
         with written(self.path, REMEDY), self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write(to_line(row))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,9 +46,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises `InputError` if it cannot be read or holds something else.
     """
     try:
-        # A whole line ends in a line break; no more are held at once than the longest takes.
-        with path.open(encoding="utf-8") as file:
-            rows = [_row(line) for line in file if line.endswith("\n")]
+        rows = [_row(line) for line in complete_lines(path)]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a file that can be") from None
     except ValueError as error:
@@ -102,7 +100,3 @@ def speed(clips: int, tokens: int, seconds: float) -> dict[str, float]:
 def peak_memory(device: torch.device) -> float:
     """GiB that this process has used at most, of the GPU's memory if it runs on one."""
     return peak_bytes(device) / GIB
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"

@@ -21,7 +21,7 @@ from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import MODELS
 from wan.observe.console import positive
 from wan.quantize.quantizer import check_quantization
-from wan.run.making import installed_versions
+from wan.run.versions import installed_versions
 from wan.tools.benchmark.attention import attention_mode, mask_mode
 from wan.tools.benchmark.cache import cache_mode
 from wan.tools.benchmark.memory import memory_mode
