@@ -12,7 +12,7 @@ from torch import Tensor
 import wan
 from nabla import NablaConfig
 from wan.models.wan.text import pad_rows
-from wan.sampling.loop import make_solver
+from wan.sampling.solvers import make_solver
 
 CONFIG = NablaConfig(threshold=0.4, dense_steps=1)
 STEPS, SHIFT, GUIDANCE = 3, 5.0, 5.0

@@ -13,7 +13,7 @@ from nabla import InputError, NablaConfig
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import CONFIG_FOLDER, STA_DENSE_STEPS, Settings, read_settings, resolve
 from wan.files.plain_data import parse_yaml
-from wan.sampling.loop import make_solver
+from wan.sampling.solvers import make_solver
 
 ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
 

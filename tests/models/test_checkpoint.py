@@ -374,7 +374,7 @@ def test_wrong_inputs_to_the_pipeline(random_nano):
     with pytest.raises(InputError, match="needs negative text states"):
         pipe.sample(context[:, :5], noise=torch.zeros(1, 16, 1, 8, 8), steps=1)
     with pytest.raises(InputError, match="6 frames of 64.64 cannot be encoded"):
-        pipe.encode(torch.zeros(3, 6, 64, 64))
+        pipe.encode_video(torch.zeros(3, 6, 64, 64))
 
 
 def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, monkeypatch):

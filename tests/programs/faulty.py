@@ -16,7 +16,7 @@ from wan.models.wan import pipeline
 
 def killed_in_sampling() -> None:
     def denoise(*args, **kwargs):
-        kwargs["at_step"] = lambda step: os.kill(os.getpid(), signal.SIGKILL)
+        kwargs["before_step"] = lambda step: os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
     original, pipeline.denoise = pipeline.denoise, denoise

@@ -51,7 +51,7 @@ def test_shards_hold_what_the_pipeline_would_compute(random_nano, prepared):
     assert clips.clips[number].caption == caption
     latents, text = clips.load(number)
     pixels = torch.from_numpy(video.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
-    assert torch.allclose(latents, pipe.encode(pixels), atol=1e-5)
+    assert torch.allclose(latents, pipe.encode_video(pixels), atol=1e-5)
     assert torch.allclose(text, pipe.encode_text(*pipe.tokenize(caption))[0], atol=1e-5)
     stored = load_file(clips.clips[number].file)["5.text"]
     assert len(stored) == pipe.tokenize(caption)[1].sum() < 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from wan.files.video import make_folder, to_frames, write_image, write_video
 from wan.models.wan.latents import decode
+from wan.models.wan.processor import velocity_of
 from wan.run.jobs import words_of
-from wan.sampling.loop import TRAIN_TIMESTEPS, denoise, make_solver
+from wan.sampling.loop import Conditions, denoise
+from wan.sampling.solvers import TRAIN_TIMESTEPS, make_solver
 from wan.training.config import ObjectiveSettings, ResolvedSamples
 from wan.training.data import Clips, LatentBatch, validation_batch
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
@@ -95,12 +98,12 @@ class Sampler:
         sampling = self.settings.sampling
         for number, (prompt, texts) in enumerate(zip(self.settings.prompts, self.texts)):
             latents = denoise(
-                transformer,
+                partial(velocity_of, transformer),
                 self._noise(transformer, sampling.seed + number, accelerator.device),
-                *texts.to(accelerator.device).split(1),
+                Conditions(*texts.to(accelerator.device).split(1)),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, accelerator.device),
                 sampling.guide_scale,
-                at_step=transformer.nabla.steps.set_step,
+                before_step=transformer.nabla.steps.set_step,
             )
             transformer.nabla.steps.set_step(None)
             name = folder / f"{number:02d}-{words_of(prompt)}"

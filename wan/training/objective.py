@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.sampling.loop import TRAIN_TIMESTEPS
+from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.config import ObjectiveSettings
 
 

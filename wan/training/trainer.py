@@ -23,7 +23,7 @@ from nabla import InputError
 from wan.attention.compile import check_compiler, many_compiles
 from wan.files.video import check_encoder
 from wan.models.wan.geometry import GEOMETRY
-from wan.sampling.loop import TRAIN_TIMESTEPS
+from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.checkpoints import CheckpointManager, TrainState
 from wan.training.config import TrainingSettings
 from wan.training.data import Clips, LatentBatch, MicroBatches

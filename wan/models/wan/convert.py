@@ -32,7 +32,7 @@ from wan.models.wan import components as parts
 from wan.models.wan import published
 from wan.models.wan.components import TIED
 from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.sampling.loop import TRAIN_TIMESTEPS
+from wan.sampling.solvers import TRAIN_TIMESTEPS
 
 LAYOUTS = ("published", "diffusers")
 STATISTICS = ("latents_mean", "latents_std")

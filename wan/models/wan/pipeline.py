@@ -26,13 +26,16 @@ from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
 from wan.models.wan import memory, pretrained
 from wan.models.wan.latents import decode, encode
+from wan.models.wan.processor import velocity_of
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
 from wan.observe.recorder import with_progress
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.ulysses import gather_guidance
 from wan.sampling.finite import check_decoded, check_latents
-from wan.sampling.loop import denoise, make_solver, video_steps
+from wan.sampling.loop import Conditions, denoise, video_steps
+from wan.sampling.request import VideoRequest
+from wan.sampling.solvers import make_solver
 
 log = logging.getLogger("wan")
 
@@ -108,6 +111,17 @@ class WanT2V:
             states = encoder(ids.to(self.text_device), mask).last_hidden_state * mask[..., None]
         return pad_rows(states.to(self.device, self.transformer.dtype), self.text_length)
 
+    def encode(self, request: VideoRequest) -> Conditions:
+        """What guides a video, on all processes that share it: text states (1, text length, C) of its prompts."""
+        sampling = request.sampling
+        prompts = [request.prompt] if sampling.guide_scale == 1 else [request.prompt, sampling.negative_prompt]
+        if self.text_encoder is not None:
+            states = self.encode_text(*self.tokenize(prompts))
+        else:
+            shape = len(prompts), self.text_length, self.transformer.config.text_dim
+            states = torch.empty(shape, device=self.device, dtype=self.transformer.dtype)
+        return Conditions(*self._from_leader(states).split(1))
+
     @torch.no_grad()
     def sample(
         self,
@@ -136,12 +150,11 @@ class WanT2V:
                 f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
             )
         latents = _batched(noise, 5).to(self.device, torch.float32)
-        texts, gather = [self._ready_text(text, len(latents)) for text in (context, negative_context)], None
+        conditions = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
+        gather = None
         if sampling.guide_scale != 1:
-            texts, gather = self._own_branches(texts)
+            conditions, gather = self._own_branches(conditions)
         cache, observer = self.cache, with_progress(progress, observer)
-        alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
-        takes_batch = alone and not self._shares_masks and cache is None
         with (
             video_steps(self.transformer, sampling.steps) as set_step,
             on_device(self.transformer, self.device, self.offload) as transformer,
@@ -149,7 +162,7 @@ class WanT2V:
             observer.sampling(self, sampling, latents),
         ):
 
-            def at_step(step: int) -> None:
+            def before_step(step: int) -> None:
                 set_step(step)
                 observer.step_begins(step)
 
@@ -159,14 +172,15 @@ class WanT2V:
                     check_latents(clean, sampling, transformer.dtype, self.lora)
                 observer.step_ends(step, clean)
 
+            if sampling.guide_scale != 1 and self._takes_batch and memory.has_room_for_both(transformer, latents):
+                conditions = conditions._replace(both=torch.cat(conditions[:2]))
             latents = denoise(
-                transformer,
+                self.predict,
                 latents,
-                *texts,
+                conditions,
                 make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
                 sampling.guide_scale,
-                batch_guidance=takes_batch and memory.has_room_for_both(transformer, latents),
-                at_step=at_step,
+                before_step=before_step,
                 after_step=after_step,
                 gather=gather,
                 **({} if cache is None else {"in_branch": cache.branch}),
@@ -174,8 +188,12 @@ class WanT2V:
         check_latents(latents, sampling, self.transformer.dtype, self.lora)
         return latents.view(noise.shape)
 
+    def predict(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
+        return velocity_of(self.transformer, latents, timestep, context)
+
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode_video(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""
         with on_device(self.vae, self.device, self.offload) as vae:
             encoded = encode(vae, _batched(video, 5).to(self.device))
@@ -229,11 +247,11 @@ class WanT2V:
         self.seconds, observer = {}, with_progress(progress, observer)
         with observer.video(self, prompt, video, sampling):
             with self._stage("text", observer):
-                prompts = [prompt] if sampling.guide_scale == 1 else [prompt, sampling.negative_prompt]
-                contexts = self._text_for_all(prompts).split(1)
+                conditions = self.encode(VideoRequest(prompt, video, sampling))
             with self._stage("sampling", observer):
                 latents = self.sample(
-                    *contexts,
+                    conditions.prompt,
+                    conditions.negative,
                     noise=self._from_leader(self.draw_noise(video, sampling.seed)),
                     steps=sampling.steps,
                     shift=sampling.shift,
@@ -283,21 +301,20 @@ class WanT2V:
         applied = applied_attention(self.transformer)
         return applied is not None and applied.config.mask_refresh > 1
 
-    def _own_branches(self, texts: list[Tensor]) -> tuple[list[Tensor | None], Callable | None]:
-        """The texts of guidance branches that this process runs, and, if not both, what gives both predictions."""
+    @property
+    def _takes_batch(self) -> bool:
+        """Whether guidance branches may run as one batch."""
+        alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
+        return alone and not self._shares_masks and self.cache is None
+
+    def _own_branches(self, conditions: Conditions) -> tuple[Conditions, Callable | None]:
+        """The conditions of guidance branches that this process runs, and, if not both, what gives both predictions."""
         if self.distributed is None or self.distributed.layout.cfg == 1:
-            return texts, None
+            return conditions, None
         if self._shares_masks:
             raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
         branches = self.distributed.cfg_mesh
-        return [texts[branches.get_local_rank()], None], partial(gather_guidance, mesh=branches)
-
-    def _text_for_all(self, prompts: list[str]) -> Tensor:
-        """Text states of prompts, on all processes that share a video."""
-        if self.text_encoder is not None:
-            return self._from_leader(self.encode_text(*self.tokenize(prompts)))
-        shape = len(prompts), self.text_length, self.transformer.config.text_dim
-        return self._from_leader(torch.empty(shape, device=self.device, dtype=self.transformer.dtype))
+        return Conditions(conditions[branches.get_local_rank()]), partial(gather_guidance, mesh=branches)
 
     def _from_leader(self, x: Tensor) -> Tensor:
         return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())

@@ -20,12 +20,13 @@ from wan.config.settings import VideoSettings
 from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
-from wan.models.wan.processor import TRANSFORMER
+from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.parallel.distributed import DistributedContext, started_by_torchrun
 from wan.parallel.layout import ParallelLayout
 from wan.parallel.ulysses import apply_fsdp, apply_sequence, gather_guidance, interleaved
-from wan.sampling.loop import denoise, make_solver
+from wan.sampling.loop import Conditions, denoise
+from wan.sampling.solvers import make_solver
 from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, sparse_configs, timed
 from wan.tools.benchmark.transformer import random_inputs
 
@@ -174,7 +175,8 @@ def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, v
 
     def sample() -> Tensor:
         solver = make_solver("unipc", args.steps, 5.0, distributed.device)
-        return denoise(transformer, latents.float(), context, -context, solver, 5.0)
+        predict = partial(velocity_of, transformer)
+        return denoise(predict, latents.float(), Conditions(context, -context), solver, 5.0)
 
     apply_attention(transformer, sparse_configs(args)[0])
     alone = sample()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from wan.config.settings import VideoSettings
 from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.latents import decode
+from wan.models.wan.processor import velocity_of
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import quantize_layers
-from wan.sampling.loop import denoise, make_solver
+from wan.sampling.loop import Conditions, denoise
+from wan.sampling.solvers import make_solver
 from wan.tools.benchmark.timing import (
     Row,
     dense_kernels,
@@ -149,13 +152,14 @@ def step_row(
     solver, starts = make_solver("unipc", args.steps, 5.0, args.device), []
     steps = transformer.nabla.steps
 
-    def at_step(step: int) -> None:
+    def before_step(step: int) -> None:
         synchronize(args)
         starts.append(time.perf_counter())
         steps.set_step(step)
 
-    latents = denoise(transformer, latents.float(), context, -context, solver, 5.0, at_step=at_step, **loop)
-    at_step(args.steps)
+    predict, conditions = partial(velocity_of, transformer), Conditions(context, -context)
+    latents = denoise(predict, latents.float(), conditions, solver, 5.0, before_step=before_step, **loop)
+    before_step(args.steps)
     seconds = [after - before for before, after in itertools.pairwise(starts)]
     later = [1000 * taken for taken in seconds[1:] or seconds]
     return row_of(what, later) | {"first_s": round(seconds[0], 1)}, latents
