@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from wan.checkpoints.file_errors import clear_errors, exists, read_json
-from wan.checkpoints.lora_names import Layer, mismatch, scale_by_peft, understand
+from wan.checkpoints.lora_names import Contents, Layer, mismatch, scale_by_peft, understand
 from wan.checkpoints.naming import TransformerNaming
 from wan.checkpoints.weights import WeightFiles, weight_file
 from wan.config.settings import LoraFile
@@ -63,7 +63,13 @@ def read_lora(file: LoraFile, model: nn.Module, naming: TransformerNaming) -> Ad
     contents = understand(path, list(tensors), model, naming)
     if contents.unknown or not tensors:
         raise mismatch(path, len(tensors), contents.unknown, naming)
-    state = model.state_dict()
+    return _adapter(file, path, tensors, contents, model.state_dict())
+
+
+def _adapter(
+    file: LoraFile, path: Path, tensors: Mapping[str, Tensor], contents: Contents, state: Mapping[str, Tensor]
+) -> Adapter:
+    """What a file holds, each tensor checked against the one of the model that it changes."""
     differences = {target: tensors[name] for target, name in contents.differences.items()}
     for target, difference in differences.items():
         _check_shape(path, target, difference.shape, state)
@@ -71,6 +77,7 @@ def read_lora(file: LoraFile, model: nn.Module, naming: TransformerNaming) -> Ad
     factors: dict[str, Tensor] = {}
     scaling: dict[str, float] = {}
     for target, layer in sorted(contents.layers.items()):
+        # Layers that lack one are among the unknown.
         assert layer.down is not None and layer.up is not None
         down, up = tensors[layer.down], tensors[layer.up]
         _check_shape(path, f"{target}.weight", _product_shape(down, up), state)
