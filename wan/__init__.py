@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wan.checkpoints.weights import CheckpointError
+    from wan.checkpoints.file_errors import CheckpointError
     from wan.models.attention import apply_attention, remove_attention
     from wan.models.checkpoint import Checkpoint
     from wan.models.wan.pipeline import WanT2V
@@ -25,7 +25,7 @@ __all__ = [
 # Imported when first asked for: a program parses its flags, and minds Ctrl-C, before the seconds that torch takes.
 _MODULES = {
     "Checkpoint": "models.checkpoint",
-    "CheckpointError": "checkpoints.weights",
+    "CheckpointError": "checkpoints.file_errors",
     "Observer": "observe.observer",
     "Recorder": "observe.recorder",
     "WanT2V": "models.wan.pipeline",

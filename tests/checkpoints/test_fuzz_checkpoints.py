@@ -20,7 +20,7 @@ from wan.checkpoints.lora import read_lora
 from wan.checkpoints.single_file import open_transformer
 from wan.config.settings import LoraFile
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.convert import convert
 from wan.models.wan.names import NAMING
 
@@ -166,13 +166,13 @@ def checkpoint(random_nano):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return parts.transformer_part(checkpoint).model
+    return components.transformer_component(checkpoint).model
 
 
 def opened(folder) -> None:
     checkpoint = Checkpoint.open(folder)
     checkpoint.resolve({"prompt": "x"})
-    parts.load_transformer(parts.transformer_part(checkpoint), torch.float32, "cpu")
+    components.load_transformer(components.transformer_component(checkpoint), torch.float32, "cpu")
 
 
 @few(220)
@@ -181,7 +181,9 @@ def test_headers_of_safetensors(checkpoint, tmp_path, random_nano, data):
     header, tensors = header_of(next(random_nano.glob("*.safetensors")))
     file = tmp_path / "a.safetensors"
     write_header(file, data.draw(damage(header)), tensors)
-    only_a_line(lambda: parts.load_transformer(parts.transformer_part(checkpoint, file), torch.float32, "cpu"))
+    only_a_line(
+        lambda: components.load_transformer(components.transformer_component(checkpoint, file), torch.float32, "cpu")
+    )
 
 
 @few(120)
@@ -190,7 +192,7 @@ def test_bytes_of_safetensors(checkpoint, tmp_path, random_nano, data):
     raw = next(random_nano.glob("*.safetensors")).read_bytes()
     file = tmp_path / "a.safetensors"
     file.write_bytes(data.draw(flips(raw, 8000)))
-    only_a_line(lambda: parts.transformer_part(checkpoint, file))
+    only_a_line(lambda: components.transformer_component(checkpoint, file))
 
 
 @few(150)
@@ -227,7 +229,7 @@ def test_indexes(whole, data):
     listed = {name: "diffusion_pytorch_model.safetensors" for name in ("proj_out.bias", "proj_out.weight")}
     index = {"metadata": {"total_size": 3}, "weight_map": listed}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(data.draw(damage(index))))
-    only_a_line(lambda: parts.transformer_part(Checkpoint.open(whole / "diffusers")))
+    only_a_line(lambda: components.transformer_component(Checkpoint.open(whole / "diffusers")))
 
 
 @pytest.mark.parametrize("file", ("published/config.json", "diffusers/transformer/config.json"))
@@ -245,7 +247,7 @@ def test_configurations_of_the_vae(whole, data):
     file = whole / "diffusers" / "vae" / "config.json"
     text = CONFIGS.setdefault("vae", file.read_text())
     file.write_text(json.dumps(data.draw(damage(json.loads(text)))))
-    only_a_line(lambda: parts.vae_part(Checkpoint.open(whole / "diffusers")).load(torch.float32, "cpu"))
+    only_a_line(lambda: components.vae_component(Checkpoint.open(whole / "diffusers")).load(torch.float32, "cpu"))
 
 
 @few(80)
@@ -256,7 +258,7 @@ def test_configurations_of_the_text_encoder(whole, data):
     file.write_text(json.dumps(data.draw(damage(json.loads(text)))))
 
     def encode():
-        part = parts.text_encoder_part(Checkpoint.open(whole / "diffusers"), torch.float32)
+        part = components.text_encoder_component(Checkpoint.open(whole / "diffusers"), torch.float32)
         model = part.load(torch.float32, "cpu")
         assert model(torch.zeros(1, 4, dtype=torch.long)).last_hidden_state.shape[:2] == (1, 4)
 
@@ -273,8 +275,8 @@ def test_indexes_of_the_pipeline_and_raw_text(whole, data):
 
     def open_both():
         checkpoint = Checkpoint.open(whole / "diffusers")
-        parts.transformer_part(checkpoint)
-        parts.vae_part(checkpoint)
+        components.transformer_component(checkpoint)
+        components.vae_component(checkpoint)
 
     only_a_line(open_both)
     file.write_text(text)

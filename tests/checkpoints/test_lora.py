@@ -12,14 +12,13 @@ from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan import published
+from wan.models.wan import components, published
 from wan.models.wan.names import NAMING
 
 
 @pytest.fixture(scope="module")
 def part(random_nano):
-    return parts.transformer_part(Checkpoint.open(random_nano))
+    return components.transformer_component(Checkpoint.open(random_nano))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def draw(base, layer, rank=4, seed=0):
 def merged(part, tensors, file, metadata=None):
     """The weights with a file of these tensors merged in, in published names."""
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata)
-    model = parts.load_transformer(
+    model = components.load_transformer(
         part, torch.float32, "cpu", adapters=[read_lora(LoraFile(str(file)), part.model, NAMING)]
     )
     rename = published.tensor_name(model)

@@ -15,7 +15,7 @@ from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.config.settings import LoraFile, resolve
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.convert import convert
 from wan.models.wan.names import NAMING
 
@@ -37,9 +37,9 @@ def published(random_nano):
 
 
 def load(checkpoint, *lora, file=None, dtype=torch.float32):
-    part = parts.transformer_part(checkpoint, file)
+    part = components.transformer_component(checkpoint, file)
     adapters = [read_lora(LoraFile.parse(one), part.model, NAMING) for one in lora]
-    return parts.load_transformer(part, dtype, "cpu", adapters=adapters)
+    return components.load_transformer(part, dtype, "cpu", adapters=adapters)
 
 
 @torch.no_grad()
@@ -207,13 +207,13 @@ def test_a_lora_that_does_not_fit_is_one_line(checkpoint, base, tmp_path, kind, 
 
 
 def test_pickles_and_damaged_files_are_refused(checkpoint, tmp_path):
-    model = parts.transformer_part(checkpoint).model
+    model = components.transformer_component(checkpoint).model
     for name, message in (("a.pt", "must end in .safetensors"), ("a.safetensors", "truncated or corrupt")):
         torch.save({"a": torch.ones(1)}, tmp_path / name)
         with pytest.raises(InputError, match=message):
             read_lora(LoraFile(str(tmp_path / name)), model, NAMING)
         with pytest.raises(InputError, match=message):
-            parts.transformer_part(checkpoint, tmp_path / name)
+            components.transformer_component(checkpoint, tmp_path / name)
     with pytest.raises(InputError, match="lora .*none.safetensors is not a file"):
         read_lora(LoraFile("none.safetensors"), model, NAMING)
 
@@ -325,7 +325,7 @@ def test_without_gguf_the_error_says_what_to_install(checkpoint, tmp_path, monke
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("wan.checkpoints.gguf_file.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs gguf; pip install -r requirements-gguf.txt"):
-        parts.transformer_part(checkpoint, tmp_path / "a.gguf")
+        components.transformer_component(checkpoint, tmp_path / "a.gguf")
 
 
 def test_a_damaged_gguf(checkpoint, published, tmp_path):
@@ -335,14 +335,14 @@ def test_a_damaged_gguf(checkpoint, published, tmp_path):
     for content in (b"not at all", file.read_bytes()[:-4000]):
         file.write_bytes(content)
         with pytest.raises(InputError, match="a.gguf is truncated or corrupt"):
-            parts.transformer_part(checkpoint, file)
+            components.transformer_component(checkpoint, file)
 
 
 def test_a_single_file_of_another_model(checkpoint, published, tmp_path):
     def refused(state, message):
         save_file(state, tmp_path / "wrong.safetensors")
         with pytest.raises(InputError, match=message):
-            parts.transformer_part(checkpoint, tmp_path / "wrong.safetensors")
+            components.transformer_component(checkpoint, tmp_path / "wrong.safetensors")
 
     fewer = {name: tensor for name, tensor in published.items() if not name.startswith("blocks.1.")}
     refused(fewer, "wrong.safetensors has 1 blocks of width 128, but checkpoint .* is of 2 blocks of width 128")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nabla import InputError
 from wan.checkpoints.file_errors import clear_errors, require_file, unreadable
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.convert import convert
 from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 
@@ -68,7 +68,7 @@ def test_float8_that_is_marked_as_such_is_read(checkpoint, published, tmp_path, 
     if where == "tensors":
         tensors[f"model.diffusion_model.{LAYER}.comfy_quant"] = marker(**said)
     save_file(tensors, tmp_path / "a.safetensors", header(**said) if where == "header" else None)
-    read = dict(parts.transformer_part(checkpoint, tmp_path / "a.safetensors").weights)
+    read = dict(components.transformer_component(checkpoint, tmp_path / "a.safetensors").weights)
     assert all(torch.equal(read[name].float(), exact[name]) for name in exact)
 
 
@@ -96,7 +96,7 @@ def test_float8_that_is_marked_as_such_is_read(checkpoint, published, tmp_path, 
 def test_quantisations_that_are_not_understood(checkpoint, published, tmp_path, extra, metadata, message):
     file = tmp_path / "a.safetensors"
     save_file(published | {f"{LAYER}.{name}": tensor for name, tensor in extra.items()}, file, metadata)
-    assert "a.safetensors" in refused(lambda: parts.transformer_part(checkpoint, file), message)
+    assert "a.safetensors" in refused(lambda: components.transformer_component(checkpoint, file), message)
 
 
 def test_gguf_with_folded_axes_is_read_and_unknown_types_are_named(checkpoint, published, tmp_path):
@@ -116,10 +116,12 @@ def test_gguf_with_folded_axes_is_read_and_unknown_types_are_named(checkpoint, p
 
     for patch in ((128 * 16, 1, 2, 2), (128, 64)):
         write(patch)
-        model = parts.load_transformer(parts.transformer_part(checkpoint, file), torch.float32, "cpu")
+        model = components.load_transformer(components.transformer_component(checkpoint, file), torch.float32, "cpu")
         assert torch.equal(model.patch_embedding.weight, published[first])
     write((128, 64), gguf.GGMLQuantizationType.TQ1_0)
-    refused(lambda: parts.transformer_part(checkpoint, file), "a.gguf: tensor 'blocks.0.ffn.2.weight' is TQ1_0")
+    refused(
+        lambda: components.transformer_component(checkpoint, file), "a.gguf: tensor 'blocks.0.ffn.2.weight' is TQ1_0"
+    )
 
 
 def test_what_cannot_be_read_is_no_damage(tmp_path):
@@ -151,8 +153,8 @@ def test_a_folder_in_place_of_a_file(damaged, file):
 
     def load():
         checkpoint = Checkpoint.open(damaged)
-        parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, torch.float32)
-        parts.load_tokenizer(checkpoint, 512)
+        components.vae_component(checkpoint), components.text_encoder_component(checkpoint, torch.float32)
+        components.load_tokenizer(checkpoint, 512)
 
     refused(load, f"{file} is a folder, and a file is needed there")
 
@@ -165,7 +167,7 @@ def test_pickles_of_other_things_than_dense_tensors(damaged):
         ({"a": torch.ones(1, device="meta")}, "'a' has no data"),
     ):
         torch.save(content, damaged / VAE_FILE)
-        assert "again" not in refused(lambda: parts.vae_part(Checkpoint.open(damaged)), message)
+        assert "again" not in refused(lambda: components.vae_component(Checkpoint.open(damaged)), message)
 
 
 def test_wrong_folders_and_files_are_said_to_be_what_they_are(random_nano, diffusers, tmp_path):
@@ -194,7 +196,9 @@ DIFFUSERS = ("transformer", "vae", "text_encoder")
 )
 def test_transformers_of_other_kinds(checkpoint, published, tmp_path, tensor, kind):
     save_file(published | {tensor: torch.ones(3)}, tmp_path / "a.safetensors")
-    refused(lambda: parts.transformer_part(checkpoint, tmp_path / "a.safetensors"), f"is a transformer of {kind}")
+    refused(
+        lambda: components.transformer_component(checkpoint, tmp_path / "a.safetensors"), f"is a transformer of {kind}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,9 +226,9 @@ def test_sizes_are_held_against_the_tensors_before_anything_is_built(copied, par
     file = copied / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     load = {
-        "transformer": lambda: parts.transformer_part(Checkpoint.open(copied)),
-        "vae": lambda: parts.vae_part(Checkpoint.open(copied)),
-        "text_encoder": lambda: parts.text_encoder_part(Checkpoint.open(copied), torch.float32),
+        "transformer": lambda: components.transformer_component(Checkpoint.open(copied)),
+        "vae": lambda: components.vae_component(Checkpoint.open(copied)),
+        "text_encoder": lambda: components.text_encoder_component(Checkpoint.open(copied), torch.float32),
     }[part]
     began = time.process_time()
     refused(load, message)
@@ -234,8 +238,12 @@ def test_sizes_are_held_against_the_tensors_before_anything_is_built(copied, par
 @pytest.mark.parametrize(
     "file, name, load",
     (
-        (TEXT_ENCODER_FILE, "blocks.999999999.norm1.weight", lambda c: parts.text_encoder_part(c, torch.float32)),
-        (VAE_FILE, "encoder.downsamples.999999999.resample.1.weight", parts.vae_part),
+        (
+            TEXT_ENCODER_FILE,
+            "blocks.999999999.norm1.weight",
+            lambda c: components.text_encoder_component(c, torch.float32),
+        ),
+        (VAE_FILE, "encoder.downsamples.999999999.resample.1.weight", components.vae_component),
     ),
 )
 def test_numbers_in_names_count_nothing(damaged, file, name, load):
@@ -255,6 +263,6 @@ def test_layers_of_the_published_layout(damaged):
         ({"rope_max_seq_len": "x"}, "rope_max_seq_len is 'x'"),
     ):
         file.write_text(json.dumps(config | changed))
-        refused(lambda: parts.transformer_part(Checkpoint.open(damaged)), message)
+        refused(lambda: components.transformer_component(Checkpoint.open(damaged)), message)
     file.write_text('{"a":' * 100_000)
     refused(lambda: Checkpoint.open(damaged), "nested more than 100 deep")

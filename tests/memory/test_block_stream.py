@@ -31,8 +31,7 @@ from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weights_of
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan import memory
+from wan.models.wan import components, memory
 from wan.models.wan.names import NAMING
 from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
@@ -241,7 +240,7 @@ def packed(random_nano, tmp_path):
     pytest.importorskip("gguf", reason="needs gguf: pip install -r requirements-gguf.txt")
     state = load_file(next(random_nano.glob("*.safetensors")))
     weight_files.write_gguf(tmp_path / "a.gguf", state)
-    part = parts.transformer_part(Checkpoint.open(random_nano), tmp_path / "a.gguf")
+    part = components.transformer_component(Checkpoint.open(random_nano), tmp_path / "a.gguf")
     lora = LoraFile(str(weight_files.write_lora(tmp_path / "a.safetensors", weight_files.draw_factors(part.model))))
     return part, lora
 
@@ -251,7 +250,7 @@ def test_a_gguf_file_and_a_lora_beside_it_are_counted_and_streamed_as_they_are(p
     for files in ((), (lora,)):
         expected = weights_of(part, part.model.blocks, torch.float32, files)
         adapters = [read_lora(file, part.model, NAMING) for file in files]
-        model = parts.load_transformer(part, torch.float32, CPU, adapters=adapters)
+        model = components.load_transformer(part, torch.float32, CPU, adapters=adapters)
         plain = forward(model, inputs)
         sizes = stream_blocks(model, model.blocks, CPU, pinned=False).sizes
         assert max(sizes) == pytest.approx(expected.block(GGUF.key), rel=0.02)

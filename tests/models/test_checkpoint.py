@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import wan
 from nabla import InputError
-from wan.checkpoints.weights import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan import random_checkpoint
+from wan.models.wan import components, random_checkpoint
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from wan.models.wan.vae import decoder_dtype
 
@@ -33,9 +32,9 @@ SINGLE = "diffusion_pytorch_model.safetensors"
 def load_models(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
     checkpoint = Checkpoint.open(folder)
     return {
-        "transformer": parts.load_transformer(parts.transformer_part(checkpoint), dtype, "cpu"),
-        "vae": parts.vae_part(checkpoint).load(dtype, "cpu"),
-        "text_encoder": parts.text_encoder_part(checkpoint, dtype).load(dtype, "cpu"),
+        "transformer": components.load_transformer(components.transformer_component(checkpoint), dtype, "cpu"),
+        "vae": components.vae_component(checkpoint).load(dtype, "cpu"),
+        "text_encoder": components.text_encoder_component(checkpoint, dtype).load(dtype, "cpu"),
     }
 
 
@@ -50,7 +49,7 @@ def diffusers_layout(random_nano, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("diffusers")
     for name, model in load_models(random_nano).items():
         model.save_pretrained(folder / name)
-    parts.load_tokenizer(Checkpoint.open(random_nano), 512).save_pretrained(folder / "tokenizer")
+    components.load_tokenizer(Checkpoint.open(random_nano), 512).save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return folder
 
@@ -389,11 +388,11 @@ def test_loading_needs_no_more_memory_than_the_result_and_one_shard(tmp_path, mo
     code = (
         "import sys, torch\n"
         "from wan.models.checkpoint import Checkpoint\n"
-        "from wan.models.wan.components import load_transformer, transformer_part\n"
+        "from wan.models.wan.components import load_transformer, transformer_component\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
         "checkpoint = Checkpoint.open(sys.argv[1])\n"
         "before = peak()\n"
-        "model = load_transformer(transformer_part(checkpoint), torch.bfloat16, 'cpu')\n"
+        "model = load_transformer(transformer_component(checkpoint), torch.bfloat16, 'cpu')\n"
         "print(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, peak() - before)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -22,8 +22,7 @@ from nabla import InputError
 from scripts import convert_checkpoint
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan import latents, published
+from wan.models.wan import components, latents, published
 from wan.models.wan.convert import convert, fold_statistics
 from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.models.wan.pipeline import WanT2V
@@ -145,7 +144,7 @@ def test_half_precision_is_kept_but_for_the_folded_convolutions(copy, own, tmp_p
     video = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     with torch.no_grad():
         pair = [
-            latents.encode(parts.vae_part(Checkpoint.open(folder)).load(torch.float32, "cpu"), video)
+            latents.encode(components.vae_component(Checkpoint.open(folder)).load(torch.float32, "cpu"), video)
             for folder in (copy, tmp_path / "out")
         ]
     assert relative_error(*pair) < 1e-5
@@ -192,7 +191,7 @@ def test_sizes_are_read_off_published_tensors():
 
     def shapes(model):
         rename = published.tensor_name(model)
-        own = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != parts.TIED}
+        own = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != components.TIED}
         there = {rename(name): shape for name, shape in own.items()}
         assert len(there) == len(own)
         return there
@@ -273,7 +272,7 @@ def edit_weights(file: Path, **changes: torch.Tensor) -> None:
             "tensor 'quant_conv.bias' is torch.int8",
         ),
         (
-            lambda c: edit_weights(c / "text_encoder/model.safetensors", **{parts.TIED: torch.ones(512, 64)}),
+            lambda c: edit_weights(c / "text_encoder/model.safetensors", **{components.TIED: torch.ones(512, 64)}),
             "'shared.weight' differ",
         ),
     ),
@@ -290,15 +289,15 @@ def test_a_vae_of_other_channels_is_refused(copy, tmp_path):
     vae = AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     shutil.rmtree(copy / "vae")
     vae.save_pretrained(copy / "vae")
-    with pytest.raises(parts.CheckpointError, match="z_dim is 4"):
+    with pytest.raises(components.CheckpointError, match="z_dim is 4"):
         convert(Checkpoint.open(copy), tmp_path / "out", "published")
 
 
 def test_a_second_copy_of_the_tokens_is_written_once(copy, tmp_path):
     file = copy / "text_encoder" / "model.safetensors"
-    edit_weights(file, **{parts.TIED: load_file(file)["shared.weight"].clone()})
+    edit_weights(file, **{components.TIED: load_file(file)["shared.weight"].clone()})
     there = WeightFiles([converted(copy, tmp_path / "out", "published") / TEXT_ENCODER_FILE])
-    assert "token_embedding.weight" in there.shapes and parts.TIED not in there.shapes
+    assert "token_embedding.weight" in there.shapes and components.TIED not in there.shapes
 
 
 def test_wrong_places(own, as_published, tmp_path, capsys):
@@ -349,7 +348,7 @@ def test_a_full_disk_leaves_nothing(own, as_published, tmp_path, capsys, layout)
 @pytest.mark.parametrize("layout", ("published", "diffusers"))
 def test_another_dtype(own, layout, tmp_path):
     assert convert(Checkpoint.open(own), tmp_path / "half", layout, torch.float16) == []
-    before, after = (parts.transformer_part(Checkpoint.open(folder)) for folder in (own, tmp_path / "half"))
+    before, after = (components.transformer_component(Checkpoint.open(folder)) for folder in (own, tmp_path / "half"))
     wanted = dict(before.tensors())
     for name, tensor in after.tensors():
         assert torch.equal(tensor, wanted[name].half()), name

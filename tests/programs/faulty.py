@@ -9,7 +9,7 @@ import sys
 import time
 
 import generate
-from wan.checkpoints import weights
+from wan.checkpoints import tensor_files
 from wan.files import video
 from wan.models.wan import pipeline
 
@@ -34,7 +34,7 @@ def unreadable_shard() -> None:
     def safe_open(*args, **kwargs):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    weights.safe_open = safe_open
+    tensor_files.safe_open = safe_open
 
 
 def full_disk() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import wan
 from nabla import InputError
-from wan.checkpoints.weights import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.models.wan.text import cut_note
 from wan.parallel.distributed import pick_device
 

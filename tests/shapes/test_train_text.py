@@ -23,7 +23,7 @@ from torch import Tensor
 from nabla import InputError
 from wan.config.settings import read_settings
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.family import WAN
 from wan.models.wan.text import tokenize
 from wan.shapes.attributes import ATTRIBUTES
@@ -145,9 +145,9 @@ def test_loss_falls_and_the_result_encodes_sentences(tmp_path):
     accuracy = read_metrics(tmp_path / METRICS_FILE)[-1]["accuracy"]
     assert set(accuracy) == {"sentences", "held_out"} and set(accuracy["sentences"]) == set(ATTRIBUTES)
     checkpoint = Checkpoint(str(tmp_path), tmp_path, published=False, config={}, family=WAN)
-    part = parts.text_encoder_part(checkpoint, torch.float32)
+    part = components.text_encoder_component(checkpoint, torch.float32)
     encoder = part.load(torch.float32, "cpu")
-    ids, mask = tokenize(parts.load_tokenizer(checkpoint, part.model.config.vocab_size), ["a red circle", ""], 32)
+    ids, mask = tokenize(components.load_tokenizer(checkpoint, part.model.config.vocab_size), ["a red circle", ""], 32)
     states = encoder(ids, attention_mask=mask).last_hidden_state[mask.bool()]
     assert states.shape == (mask.sum(), 32) and mask.sum(1)[1] == 1
     torch.testing.assert_close(states.square().mean(-1), torch.ones(len(states)), rtol=1e-3, atol=0)

@@ -19,7 +19,7 @@ from shapes_runs import vae_settings_dict
 from nabla import InputError
 from wan.config.settings import CONFIG_FOLDER, read_settings
 from wan.models.wan import latents
-from wan.models.wan.components import vae_part
+from wan.models.wan.components import vae_component
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes import train_vae as vae_training
 from wan.shapes.train_vae import VaeTrainer
@@ -176,7 +176,7 @@ def test_a_cut_run_goes_on_exactly(whole_run, tmp_path, monkeypatch):
 
 def test_the_result_loads_in_diffusers_and_here(whole_run):
     theirs = AutoencoderKLWan.from_pretrained(whole_run / "vae")
-    ours = vae_part(open_components(whole_run)).load(torch.float32, "cpu")
+    ours = vae_component(open_components(whole_run)).load(torch.float32, "cpu")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     last = read_metrics(whole_run / METRICS_FILE)[-1]
     assert last["step"] == 6 and {"psnr_32*32", "least_psnr_16*16"} <= last.keys() and last["weights_mb"] < 2

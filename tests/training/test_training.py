@@ -23,7 +23,7 @@ from nabla import InputError, NablaConfig
 from scripts import plot_training
 from scripts import train as train_script
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.training.config import TrainingSettings
 from wan.training.data import Clips, MicroBatches
 from wan.training.metrics import Metrics
@@ -218,7 +218,7 @@ def test_a_teacher_computes_what_its_student_starts_from(random_nano, prepared, 
 
 
 def load_transformer(folder: Path) -> torch.nn.Module:
-    return parts.load_transformer(parts.transformer_part(Checkpoint.open(folder)), torch.float32, "cpu")
+    return components.load_transformer(components.transformer_component(Checkpoint.open(folder)), torch.float32, "cpu")
 
 
 def test_lora_trains_adapters_alone_and_writes_what_diffusers_loads(random_nano, prepared, tmp_path):

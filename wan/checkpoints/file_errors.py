@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.files import plain_data
+from wan.files.plain_data import read_json
 
 AGAIN = "download the checkpoint again"
 NO_MEMORY = ("cannot allocate", "can't allocate", "not enough memory", "unable to mmap", "bad_alloc", "error 12)")
@@ -91,11 +91,11 @@ def clear_errors(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} is truncated or corrupt ({reason}); download it again") from error
 
 
-def read_json(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint, or of something else that is mended by `remedy`."""
     require_file(path, remedy)
     try:
-        content = plain_data.read_json(path)
+        content = read_json(path)
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from None
     except ValueError as error:

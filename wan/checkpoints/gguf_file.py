@@ -14,10 +14,11 @@ from diffusers import GGUFQuantizationConfig
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import CheckpointError, clear_errors
 from wan.checkpoints.gguf_header import check_gguf
 from wan.checkpoints.naming import TransformerNaming
-from wan.checkpoints.weights import Part, WeightFiles
+from wan.checkpoints.weights import WeightFiles
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
@@ -81,9 +82,9 @@ class GgufFile(WeightFiles):
         raise CheckpointError(f"{self.where} is packed; it can be run, but not be read as tensors")
 
 
-def check_packed(part: Part, fp8: bool = False, dit_fsdp: bool = False) -> bool:
-    """Whether a part's weights are those of GGUF; raises `InputError` for what does not go with them."""
-    packed = isinstance(part.weights, GgufFile)
+def check_packed(component: Component, fp8: bool = False, dit_fsdp: bool = False) -> bool:
+    """Whether a component's weights are those of GGUF; raises `InputError` for what does not go with them."""
+    packed = isinstance(component.weights, GgufFile)
     if packed and (fp8 or dit_fsdp):
         raise InputError(
             "weights of GGUF are packed, which goes neither with fp8 nor with dit_fsdp; leave them out (--fp8 false)"
@@ -91,21 +92,21 @@ def check_packed(part: Part, fp8: bool = False, dit_fsdp: bool = False) -> bool:
     return packed
 
 
-def load_gguf(part: Part, dtype: torch.dtype, device: torch.device | str) -> Any:
+def load_gguf(component: Component, dtype: torch.dtype, device: torch.device | str) -> Any:
     """The transformer of a `GgufFile`, its linear layers unpacking their weights to `dtype` whenever they run."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
 
-    assert isinstance(part.weights, GgufFile)
-    file, naming = part.weights.where, part.weights.naming
-    empty: Any = part.model
+    assert isinstance(component.weights, GgufFile)
+    file, naming = component.weights.where, component.weights.naming
+    empty: Any = component.model
     with TemporaryDirectory() as folder:
         # diffusers reads the sizes from a folder alone.
         empty.save_config(folder)
         try:
             stored = load_gguf_checkpoint(str(file))
-            _unfold_patch(stored, naming, part.weights.shapes[naming.first_weight])
+            _unfold_patch(stored, naming, component.weights.shapes[naming.first_weight])
             model = type(empty).from_single_file(
-                {part.names[naming.published_of(name)]: tensor for name, tensor in stored.items()},
+                {component.names[naming.published_of(name)]: tensor for name, tensor in stored.items()},
                 config=folder,
                 quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
                 torch_dtype=dtype,

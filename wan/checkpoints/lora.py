@@ -16,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan.checkpoints.file_errors import clear_errors, exists, read_json
+from wan.checkpoints.file_errors import clear_errors, exists, read_json_object
 from wan.checkpoints.lora_names import Contents, Layer, mismatch, scale_by_peft, understand
 from wan.checkpoints.naming import TransformerNaming
-from wan.checkpoints.weights import WeightFiles, weight_file
+from wan.checkpoints.tensor_files import weight_file
+from wan.checkpoints.weights import WeightFiles
 from wan.config.settings import LoraFile
 from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import parse_json
@@ -221,7 +222,7 @@ def _config(path: Path, names: Iterable[str]) -> dict[str, Any] | None:
         return {key.removeprefix(DIFFUSERS): value for key, value in config.items()}
     beside = path.with_name(PEFT_CONFIG)
     if path.name == PEFT_FILE and exists(beside):
-        return read_json(beside, "save the adapter again")
+        return read_json_object(beside, "save the adapter again")
     names = list(names)
     if any(name.startswith(PEFT) for name in names) and not any(name.endswith(".alpha") for name in names):
         log.warning(

@@ -16,7 +16,8 @@ from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.gguf_file import GgufFile
 from wan.checkpoints.naming import TransformerNaming
 from wan.checkpoints.quantization_marks import MARKER, NOT_NEEDED, SCALES, USE_INSTEAD, check_marker, check_name
-from wan.checkpoints.weights import WeightFiles, open_tensors, stored_types, weight_file
+from wan.checkpoints.tensor_files import open_tensors, stored_types, weight_file
+from wan.checkpoints.weights import WeightFiles
 from wan.files.formats import SAFETENSORS
 
 GGUF = ".gguf"

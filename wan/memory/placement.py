@@ -55,7 +55,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_crowded(device: torch.device, weights: int) -> bool:
-    """Whether so many bytes of weights leave a GPU too little room to work in, so that idle parts should move out."""
+    """Whether so many bytes of weights leave a GPU too little room to work in, so that idle models should move out."""
     if device.type != "cuda":
         return False
     return crowds(weights, torch.cuda.get_device_properties(device).total_memory)

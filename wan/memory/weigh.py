@@ -10,30 +10,34 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from wan.checkpoints.component import Component
 from wan.checkpoints.gguf_file import GgufFile
-from wan.checkpoints.weights import Part, WeightFiles, weight_file
+from wan.checkpoints.tensor_files import weight_file
+from wan.checkpoints.weights import WeightFiles
 from wan.config.settings import LoraFile
 from wan.files.formats import SAFETENSORS
 from wan.memory.estimates import Weights
 
 
-def weights_of(part: Part, blocks: nn.ModuleList, dtype: torch.dtype, lora: Sequence[LoraFile] = ()) -> Weights:
-    """What a part of a checkpoint weighs in a dtype, and as its GGUF file has it, with LoRA files beside it."""
-    own = weigh(part.model, blocks, dtype, part.float32)
-    if not isinstance(part.weights, GgufFile):
+def weights_of(
+    component: Component, blocks: nn.ModuleList, dtype: torch.dtype, lora: Sequence[LoraFile] = ()
+) -> Weights:
+    """What a component weighs in a dtype, and as its GGUF file has it, with LoRA files beside it."""
+    own = weigh(component.model, blocks, dtype, component.float32)
+    if not isinstance(component.weights, GgufFile):
         return own
     beside = sum(WeightFiles([weight_file("lora", one.file, (SAFETENSORS,))]).bytes(dtype) for one in lora)
-    stored = _stored_layers(part, part.weights, blocks, dtype)
+    stored = _stored_layers(component, component.weights, blocks, dtype)
     return replace(own, stored=own.other + stored + math.ceil(beside / own.blocks))
 
 
-def _stored_layers(part: Part, weights: GgufFile, blocks: nn.ModuleList, dtype: torch.dtype) -> int:
+def _stored_layers(component: Component, weights: GgufFile, blocks: nn.ModuleList, dtype: torch.dtype) -> int:
     """Bytes of the linear layers of a GGUF file's largest block."""
-    prefix = next(f"{name}." for name, module in part.model.named_modules() if module is blocks)
-    layers = {f"{name}.weight" for name, module in part.model.named_modules() if isinstance(module, nn.Linear)}
+    prefix = next(f"{name}." for name, module in component.model.named_modules() if module is blocks)
+    layers = {f"{name}.weight" for name, module in component.model.named_modules() if isinstance(module, nn.Linear)}
     sizes: Counter[str] = Counter()
     for name, shape in weights.shapes.items():
-        own = part.names[name]
+        own = component.names[name]
         if own.startswith(prefix) and own in layers:
             number = own.removeprefix(prefix).partition(".")[0]
             sizes[number] += weights.packed.get(name, math.prod(shape) * dtype.itemsize)

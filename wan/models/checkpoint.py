@@ -9,7 +9,7 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
-from wan.checkpoints.file_errors import CheckpointError, exists, read_json
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
 from wan.checkpoints.single_file import open_transformer
 from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve, resolve_sampling
@@ -158,7 +158,7 @@ def recognise(folder: Path) -> tuple[Family, Layout]:
             return family, layout
     if not has_index and not exists(folder / CONFIG):
         raise explain(folder, [family.landmarks for family in FAMILIES])
-    kind = read_json(folder / (INDEX if has_index else CONFIG)).get("_class_name")
+    kind = read_json_object(folder / (INDEX if has_index else CONFIG)).get("_class_name")
     known = " and ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"{folder} is a {kind}; only {known} checkpoints are supported")
 

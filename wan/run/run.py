@@ -16,7 +16,8 @@ import torch
 from nabla import InputError
 from nabla.config import is_count
 from wan.attention.compile import check_compiler
-from wan.checkpoints.weights import CheckpointError, weight_file
+from wan.checkpoints.file_errors import CheckpointError
+from wan.checkpoints.tensor_files import weight_file
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings, read_settings, resolve
 from wan.files.formats import SAFETENSORS
 from wan.files.json_files import to_json

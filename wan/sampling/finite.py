@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan.checkpoints.weights import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.config.settings import LoraFile, SamplingSettings
 
 

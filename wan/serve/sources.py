@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.locate import check_hub_id
-from wan.checkpoints.weights import CheckpointError, WeightFiles, weight_file
+from wan.checkpoints.tensor_files import weight_file
+from wan.checkpoints.weights import WeightFiles
 from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
 from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS

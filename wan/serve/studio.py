@@ -23,7 +23,7 @@ from wan.config.settings import Settings, resolve
 from wan.files.video import make_folder
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.text import cut_note
 from wan.observe.observer import Observer
@@ -243,7 +243,7 @@ class Studio:
         if self._pipe is None or weights != self._weights or outgrown:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
-                model = parts.transformer_part(checkpoint, settings.transformer).model
+                model = components.transformer_component(checkpoint, settings.transformer).model
                 for file in settings.lora:
                     read_lora(file, model, checkpoint.family.naming)
             self._pipe = None

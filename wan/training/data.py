@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.checkpoints.weights import read_json
+from wan.checkpoints.file_errors import read_json_object
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.text import pad_rows
 from wan.training.config import ObjectiveSettings
@@ -144,7 +144,7 @@ class Clips:
 
 def check_shards(folder: Path) -> dict[str, Any]:
     """A folder's manifest. Raises `InputError` unless the folder holds all shards of the dataset that it names."""
-    manifest = read_json(folder / MANIFEST_FILE, "prepare the data again, into another folder")
+    manifest = read_json_object(folder / MANIFEST_FILE, "prepare the data again, into another folder")
     there = {path.name for path in folder.glob(SHARDS)}
     count, size = manifest.get("samples"), manifest.get("clips_per_shard")
     # Of a dataset without a length, the shards before the last are known.

@@ -20,8 +20,8 @@ from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.config.settings import attention_to_dict
 from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan.convert import write_index, write_part
+from wan.models.wan import components
+from wan.models.wan.convert import write_component, write_index
 from wan.training.config import TrainingSettings
 from wan.training.schema import merge_settings, to_plain
 
@@ -43,9 +43,9 @@ def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
                 # Not to links in the checkpoint of another run, which that run removes when it has later ones.
                 partial.symlink_to((base.folder / name).resolve())
             elif name == "vae":
-                write_part(parts.vae_part(base), partial, DIFFUSERS_STEM)
+                write_component(components.vae_component(base), partial, DIFFUSERS_STEM)
             elif name == "text_encoder":
-                write_part(parts.text_encoder_part(base, torch.float32), partial, TRANSFORMERS_STEM)
+                write_component(components.text_encoder_component(base, torch.float32), partial, TRANSFORMERS_STEM)
             else:
                 shutil.copytree(base.tokenizer_folder, partial)
 
@@ -64,7 +64,7 @@ def write_checkpoint(
     parts_folder: Path,
     defaults: Mapping[str, Any],
 ) -> None:
-    """A checkpoint in diffusers' layout of a transformer's weights, and links to its other parts.
+    """A checkpoint in diffusers' layout of a transformer's weights, and links to its other components.
 
     config: the transformer's; base: the checkpoint that it was trained beside
     defaults: the settings of sampling and attention that generate.py takes from it
@@ -114,7 +114,7 @@ def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str
 
 def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
-    transformer = parts.load_transformer(parts.transformer_part(base), torch.float32, "cpu")
+    transformer = components.load_transformer(components.transformer_component(base), torch.float32, "cpu")
     transformer.load_lora_adapter(lora, use_safetensors=True)
     transformer.fuse_lora()
     transformer.unload_lora()

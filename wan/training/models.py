@@ -25,7 +25,7 @@ from nabla.config import is_count, is_number
 from wan.attention.compile import compile_blocks
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.family import WAN
 from wan.models.wan.geometry import GEOMETRY
 from wan.parallel.ulysses import apply_fsdp, is_sharded
@@ -89,7 +89,7 @@ def build_student(
         dtype = getattr(torch, settings.precision) if frozen else torch.float32
         # Adapters have to be there before their blocks are sharded.
         shard = _sharding(mesh) if settings.lora is None else None
-        transformer = parts.load_transformer(parts.transformer_part(base), dtype, device, shard)
+        transformer = components.load_transformer(components.transformer_component(base), dtype, device, shard)
     transformer.train().requires_grad_(settings.lora is None)
     _embed_time_in_float32(transformer)
     if settings.lora is not None:
@@ -111,8 +111,8 @@ def build_teacher(
     settings: TrainingSettings, base: Checkpoint, device: torch.device, mesh: DeviceMesh | None
 ) -> WanTransformer3DModel:
     """The dense transformer of `distill`, frozen, in the run's precision; sharded over a mesh, if there is one."""
-    part, dtype = parts.transformer_part(base), getattr(torch, settings.precision)
-    teacher = parts.load_transformer(part, dtype, device, _sharding(mesh))
+    component, dtype = components.transformer_component(base), getattr(torch, settings.precision)
+    teacher = components.load_transformer(component, dtype, device, _sharding(mesh))
     _embed_time_in_float32(teacher)
     if settings.compile:
         compile_blocks(teacher.blocks)
@@ -192,7 +192,7 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
             nn.init.normal_(layer.weight, std=EMBEDDING_STD)
     nn.init.zeros_(transformer.proj_out.weight)
     transformer.to(device)
-    parts.finish_transformer(transformer, device)
+    components.finish_transformer(transformer, device)
     return transformer
 
 

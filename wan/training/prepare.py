@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from nabla.config import is_count
-from wan.checkpoints.weights import CheckpointError, read_json
+from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.files.atomic import atomic_path
 from wan.files.plain_data import parse_json
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.latents import encode
 from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder
@@ -68,7 +68,7 @@ class Encoder:
     ):
         checkpoint.require_tokenizer()
         self.device, self.length = device, checkpoint.text_length
-        self.vae = parts.vae_part(checkpoint).load(torch.float32, device)
+        self.vae = components.vae_component(checkpoint).load(torch.float32, device)
         statistics = repr((list(self.vae.config.latents_mean), list(self.vae.config.latents_std)))
         self.fingerprints = {"vae": _fingerprint(statistics.encode(), self.vae.encoder, self.vae.quant_conv)}
         speed_up_encoder(self.vae, vae_dtype)
@@ -76,8 +76,8 @@ class Encoder:
         if whole_clips:
             take_whole_clips(self.vae.encoder)
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.text_encoder = parts.text_encoder_part(checkpoint, text_dtype).load(text_dtype, device)
-        self.tokenizer = parts.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
+        self.text_encoder = components.text_encoder_component(checkpoint, text_dtype).load(text_dtype, device)
+        self.tokenizer = components.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
         reading = (checkpoint.tokenizer_folder / "tokenizer.json").read_bytes() + str(self.length).encode()
         self.fingerprints["text_encoder"] = _fingerprint(reading, self.text_encoder)
 
@@ -159,7 +159,7 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
     path = out / MANIFEST_FILE
-    earlier = read_json(path, "choose another out") if path.is_file() else manifest
+    earlier = read_json_object(path, "choose another out") if path.is_file() else manifest
     _check_same(out, earlier, manifest)
     if not is_leader:
         return

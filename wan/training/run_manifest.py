@@ -13,11 +13,11 @@ import yaml
 from safetensors import safe_open
 
 from nabla import InputError
-from wan.checkpoints.weights import read_json
+from wan.checkpoints.file_errors import read_json_object
 from wan.config.settings import read_settings
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.training.config import CHANGEABLE, TrainingSettings
 from wan.training.data import Clips
 from wan.training.schema import check_continues
@@ -56,7 +56,7 @@ def run_inputs(
     if validation is not None:
         inputs["data.validation"] = {"lies": settings.data.validation, "is": fingerprint(validation.files)}
     if settings.lora is not None or settings.mode == "distill":
-        weights = parts.transformer_part(base).weights
+        weights = components.transformer_component(base).weights
         inputs["checkpoint"] = {"lies": str(base.folder), "is": fingerprint(weights.files)}
     return inputs
 
@@ -77,7 +77,7 @@ def check_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, d
     path = folder / INPUTS_FILE
     if not path.is_file():
         log.warning("warning: %s is missing; data and checkpoint are taken for those that the run began with", path)
-    before = read_json(path, "choose another out") if path.is_file() else {}
+    before = read_json_object(path, "choose another out") if path.is_file() else {}
     same = {name for name in before if inputs.get(name, {}).get("is") == before[name]["is"]}
     check_continues(settings, earlier, (*CHANGEABLE, *(same & {"checkpoint"})))
     for name in sorted(before.keys() - same):

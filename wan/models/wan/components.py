@@ -1,4 +1,4 @@
-"""The parts of a checkpoint, in either layout, as diffusers' and transformers' models."""
+"""The components of a checkpoint, in either layout, as diffusers' and transformers' models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
 from nabla.config import is_count, is_number
+from wan.checkpoints.component import Component
 from wan.checkpoints.component_files import ComponentFiles
-from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json, require_file
+from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json_object, require_file
 from wan.checkpoints.gguf_file import GgufFile, load_gguf
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, attach, merging
 from wan.checkpoints.single_file import open_transformer
-from wan.checkpoints.weights import Part, WeightFiles
+from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
 from wan.models.wan.component_configs import check_transformer, check_vae, text_config
@@ -50,7 +51,7 @@ OTHER_KINDS = {
 TIED = "encoder.embed_tokens.weight"
 
 
-def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> Part:
+def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None) -> Component:
     """The transformer; diffusers keeps its norms, modulations and time embedding in float32.
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
@@ -72,27 +73,27 @@ def transformer_part(checkpoint: Checkpoint, file: str | Path | None = None) -> 
         raise CheckpointError(
             f"{weights.where}: its heads' and frequencies' sizes must be even, and heads of {MIN_HEAD} at least"
         )
-    return _part(model, weights, checkpoint.published or file is not None)
+    return _component(model, weights, checkpoint.published or file is not None)
 
 
 def load_transformer(
-    part: Part,
+    component: Component,
     dtype: torch.dtype,
     device: torch.device | str,
     shard: Callable[[nn.Module], None] | None = None,
     adapters: Sequence[Adapter] = (),
     quantize: Callable[[str, Tensor], Tensor] | None = None,
 ) -> WanTransformer3DModel:
-    """The weights of `transformer_part`, and what is not saved with them; see `Part.load`.
+    """The weights of `transformer_component`, and what is not saved with them; see `Component.load`.
 
     adapters: LoRA that is merged into the weights in float32, or that stays beside them if they are packed
     quantize: what quantises the weights while they are read, see `wan.quantize.quantizer`
     """
-    if isinstance(part.weights, GgufFile):
-        model = load_gguf(part, dtype, device)
+    if isinstance(component.weights, GgufFile):
+        model = load_gguf(component, dtype, device)
         attach(model, adapters, dtype)
     else:
-        model = part.load(dtype, device, shard, merging(adapters, device) if adapters else None, quantize)
+        model = component.load(dtype, device, shard, merging(adapters, device) if adapters else None, quantize)
     finish_transformer(model, device)
     return model
 
@@ -104,14 +105,14 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
     model.condition_embedder.timesteps_proj = PublishedTimesteps(own.freq_dim)
 
 
-def vae_part(checkpoint: Checkpoint) -> Part:
+def vae_component(checkpoint: Checkpoint) -> Component:
     """The VAE; without statistics of its latents in its configuration it has the published ones."""
     weights = _find(checkpoint, VAE)
     if checkpoint.published:
         with _fits(AutoencoderKLWan, weights):
             model = published.vae(weights.shapes)
     else:
-        config = read_json(checkpoint.folder / VAE.name / CONFIG)
+        config = read_json_object(checkpoint.folder / VAE.name / CONFIG)
         with _fits(AutoencoderKLWan, weights):
             check_vae(config, weights.shapes)
             model = _model(AutoencoderKLWan, config)
@@ -124,20 +125,20 @@ def vae_part(checkpoint: Checkpoint) -> Part:
             raise CheckpointError(f"{where}: the VAE's {name} is {values!r}, but must be {own.z_dim} numbers")
     if min(own.latents_std) <= 0:
         raise CheckpointError(f"{where}: the VAE's latents_std is {own.latents_std}, but must be above 0")
-    return _part(model, weights, checkpoint.published)
+    return _component(model, weights, checkpoint.published)
 
 
-def text_encoder_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
+def text_encoder_component(checkpoint: Checkpoint, dtype: torch.dtype) -> Component:
     """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
     weights = _find(checkpoint, TEXT_ENCODER)
     if checkpoint.published:
         with _fits(UMT5EncoderModel, weights):
             model = published.text_encoder(weights.shapes)
     else:
-        config = read_json(checkpoint.folder / TEXT_ENCODER.name / CONFIG)
+        config = read_json_object(checkpoint.folder / TEXT_ENCODER.name / CONFIG)
         with _fits(UMT5EncoderModel, weights), torch.device("meta"):
             model = UMT5EncoderModel(text_config(config, weights.shapes))
-    return _part(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
+    return _component(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
 
 
 def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokenizerFast | None:
@@ -174,10 +175,10 @@ def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
         return kind(**settings)
 
 
-def _part(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_float32: bool = True) -> Part:
+def _component(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_float32: bool = True) -> Component:
     rename = published.tensor_name(model) if is_published else str
     own = {rename(name): name for name in model.state_dict() if name != TIED or TIED in weights.shapes}
-    return Part(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
+    return Component(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
 
 def _check_kind(weights: WeightFiles) -> None:

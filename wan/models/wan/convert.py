@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from nabla import InputError
+from wan.checkpoints.component import Component
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
-from wan.checkpoints.weights import CheckpointError, Part, read_json
 from wan.config.settings import SamplingSettings, attention_config
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.models.wan import components as parts
-from wan.models.wan import published
+from wan.models.wan import components, published
 from wan.models.wan.components import TIED
 from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
 from wan.sampling.solvers import TRAIN_TIMESTEPS
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class Models(NamedTuple, Generic[T]):
-    """A checkpoint's three models: the files of each as a `Part`, or each on the meta device."""
+    """A checkpoint's three models: the files of each as a `Component`, or each on the meta device."""
 
     transformer: T
     vae: T
@@ -86,11 +86,11 @@ def convert(
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
     models = Models(
-        parts.transformer_part(checkpoint),
-        parts.vae_part(checkpoint),
-        parts.text_encoder_part(checkpoint, torch.float32),
+        components.transformer_component(checkpoint),
+        components.vae_component(checkpoint),
+        components.text_encoder_component(checkpoint, torch.float32),
     )
-    tokenizer = parts.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
+    tokenizer = components.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
     constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
     not_carried = _left_behind(checkpoint, models)
     # A name such as "." has no folder beside it to write to.
@@ -120,21 +120,25 @@ def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | Non
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def write_part(
-    part: Part, folder: Path, stem: str, also: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+def write_component(
+    component: Component,
+    folder: Path,
+    stem: str,
+    also: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a part as diffusers and transformers save it: its configuration, and safetensors of the names in the model.
+    """Write a component as diffusers and transformers save it: its configuration, and safetensors of the model's names.
 
     also: entries of the configuration that the model does not know
     """
     folder.mkdir()
-    if isinstance(part.model, UMT5EncoderModel):
-        part.model.config.save_pretrained(folder)
+    if isinstance(component.model, UMT5EncoderModel):
+        component.model.config.save_pretrained(folder)
     else:
-        part.model.save_config(folder)
+        component.model.save_config(folder)
     if also:
-        save_json(read_json(folder / "config.json") | also, folder / "config.json")
-    save_shards(_cast(part.tensors(), dtype), folder, stem)
+        save_json(read_json_object(folder / "config.json") | also, folder / "config.json")
+    save_shards(_cast(component.tensors(), dtype), folder, stem)
 
 
 def fold_statistics(
@@ -166,7 +170,7 @@ def fold_statistics(
 
 def _write_published(
     checkpoint: Checkpoint,
-    models: Models[Part],
+    models: Models[Component],
     constants: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype | None,
@@ -200,18 +204,20 @@ def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
     return ((rename(name), tensor) for name, tensor in tensors)
 
 
-def _write_diffusers(checkpoint: Checkpoint, models: Models[Part], folder: Path, dtype: torch.dtype | None) -> None:
+def _write_diffusers(
+    checkpoint: Checkpoint, models: Models[Component], folder: Path, dtype: torch.dtype | None
+) -> None:
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
         del also["text_len"]
-    write_part(models.transformer, folder / "transformer", DIFFUSERS_STEM, also, dtype)
-    write_part(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
-    write_part(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
+    write_component(models.transformer, folder / "transformer", DIFFUSERS_STEM, also, dtype)
+    write_component(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
+    write_component(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
     write_index(folder, checkpoint.settings_layers[0])
 
 
 def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
-    """What `WanPipeline.from_pretrained` needs beside the parts: the index that names them, and a scheduler.
+    """What `WanPipeline.from_pretrained` needs beside the components: the index that names them, and a scheduler.
 
     defaults: the checkpoint's, of which the scheduler has the shift
     """
@@ -226,7 +232,7 @@ def _scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:
     )
 
 
-def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.Module]:
+def _check_published(checkpoint: Checkpoint, models: Models[Component]) -> Models[nn.Module]:
     """The models that the published layout is read as; raises `CheckpointError` unless they compute the same."""
     config = published.transformer_config(models.transformer.model, checkpoint.text_length)
     try:
@@ -238,12 +244,12 @@ def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.
     except (LookupError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise CheckpointError(f"{checkpoint.name} has no place in the published layout: {reason}") from None
-    for part, model in zip(models, read):
+    for component, model in zip(models, read):
         understood = _computes(model)
-        for key, value in _computes(part.model).items():
+        for key, value in _computes(component.model).items():
             if value != understood.get(key):
                 raise CheckpointError(
-                    f"{part.weights.files[0].parent}: {key} is {value!r}, "
+                    f"{component.weights.files[0].parent}: {key} is {value!r}, "
                     f"but the published layout cannot say so and means {understood.get(key)!r}"
                 )
     channels, known = models.vae.model.config.z_dim, len(read.vae.config.latents_mean)
@@ -255,9 +261,9 @@ def _check_published(checkpoint: Checkpoint, models: Models[Part]) -> Models[nn.
     return read
 
 
-def _published_shapes(part: Part) -> dict[str, tuple[int, ...]]:
-    rename = published.tensor_name(part.model)
-    return {rename(name): tuple(tensor.shape) for name, tensor in part.model.state_dict().items()}
+def _published_shapes(component: Component) -> dict[str, tuple[int, ...]]:
+    rename = published.tensor_name(component.model)
+    return {rename(name): tuple(tensor.shape) for name, tensor in component.model.state_dict().items()}
 
 
 def _computes(model: nn.Module) -> dict[str, Any]:
@@ -270,15 +276,19 @@ def _computes(model: nn.Module) -> dict[str, Any]:
     return settings | {f"the shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _left_behind(checkpoint: Checkpoint, models: Models[Part]) -> list[str]:
+def _left_behind(checkpoint: Checkpoint, models: Models[Component]) -> list[str]:
     """A line for each thing of a checkpoint that a conversion does not carry."""
     lines = []
     carried = {"config.json", INDEX, DEFAULTS_FILE}
-    carried |= {file.relative_to(checkpoint.folder).parts[0] for part in models for file in part.weights.files}
+    carried |= {
+        file.relative_to(checkpoint.folder).parts[0] for component in models for file in component.weights.files
+    }
     carried.add(checkpoint.tokenizer_folder.relative_to(checkpoint.folder).parts[0])
     scheduler, known = checkpoint.folder / SCHEDULER_FILE, _scheduler(checkpoint.settings_layers[0]).config
     # One that says no more than the defaults do is no loss.
-    if scheduler.is_file() and all(known.get(k) == v for k, v in read_json(scheduler).items() if not k.startswith("_")):
+    if scheduler.is_file() and all(
+        known.get(k) == v for k, v in read_json_object(scheduler).items() if not k.startswith("_")
+    ):
         carried.add(scheduler.parent.name)
     if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
         lines.append("the checkpoint has no tokenizer, so neither has the copy, and neither can read prompts")

@@ -8,7 +8,7 @@ from typing import Any
 
 from nabla.config import is_count
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
-from wan.checkpoints.file_errors import CheckpointError, exists, read_json
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.models.family import HubFiles, Layout, TransformerFacts
 
@@ -50,20 +50,20 @@ def recognise(folder: Path) -> Layout | None:
         )
     if not exists(folder / CONFIG):
         return None
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     _check_text_to_video(folder, config)
     _check_lengths(folder / CONFIG, config)
     return Layout(True, config)
 
 
 def _recognise_diffusers(folder: Path) -> Layout | None:
-    index = read_json(folder / INDEX)
+    index = read_json_object(folder / INDEX)
     if index.get("_class_name") != PIPELINE_CLASS:
         return None
     if index.get("expand_timesteps") or index.get("transformer_2") not in (None, [None, None]):
         raise CheckpointError(f"{folder} is a Wan2.2 pipeline; only {NAME} checkpoints are supported")
     file = folder / "transformer" / CONFIG
-    config = read_json(file)
+    config = read_json_object(file)
     if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS or config.get("image_dim"):
         raise CheckpointError(f"{file.parent} is not a text-to-video {TRANSFORMER_CLASS}")
     _check_lengths(file, config)

@@ -20,7 +20,7 @@ from wan.memory import placement as memory
 from wan.memory.planner import MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.names import NAMING
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
@@ -72,47 +72,54 @@ def load_models(
     if fp8:
         check_quantization("fp8", device, dtype)
     cpu = torch.device("cpu")
-    vae_part, text_part = parts.vae_part(checkpoint), parts.text_encoder_part(checkpoint, dtype)
-    transformer_part = parts.transformer_part(checkpoint, transformer_file)
-    packed = check_packed(transformer_part, fp8, dit_fsdp)
-    adapters = [read_lora(file, transformer_part.model, NAMING) for file in lora]
+    vae_component, text_component = (
+        components.vae_component(checkpoint),
+        components.text_encoder_component(checkpoint, dtype),
+    )
+    transformer_component = components.transformer_component(checkpoint, transformer_file)
+    packed = check_packed(transformer_component, fp8, dit_fsdp)
+    adapters = [read_lora(file, transformer_component.model, NAMING) for file in lora]
     is_leader = processes is None or processes.is_leader
     if offload is None:
         sharing = processes.layout.processes_per_video if processes else 1
-        need = transformer_part.bytes(dtype) // (sharing if dit_fsdp else 1)
-        need += vae_part.bytes(dtype) if is_leader else 0
-        need += text_part.bytes(dtype) // (sharing if t5_fsdp else 1) if (is_leader or t5_fsdp) and not t5_cpu else 0
+        need = transformer_component.bytes(dtype) // (sharing if dit_fsdp else 1)
+        need += vae_component.bytes(dtype) if is_leader else 0
+        need += (
+            text_component.bytes(dtype) // (sharing if t5_fsdp else 1) if (is_leader or t5_fsdp) and not t5_cpu else 0
+        )
         offload = memory.is_crowded(device, need)
         if offload and sharing > 1 and not dit_fsdp:
             log.warning("warning: idle weights move to host memory, a copy for each process; --dit_fsdp shards them")
     home = cpu if offload else device
     vae = text_encoder = None
     if is_leader:
-        vae = vae_part.load(torch.float32, home)
+        vae = vae_component.load(torch.float32, home)
         speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
     if t5_fsdp:
-        text_encoder = text_part.load(
+        text_encoder = text_component.load(
             dtype, device, lambda model: apply_fsdp(model, model.encoder.block, processes.video_mesh)
         )
     elif is_leader:
-        text_encoder = text_part.load(dtype, cpu if t5_cpu else home)
+        text_encoder = text_component.load(dtype, cpu if t5_cpu else home)
     if dit_fsdp:
-        transformer = parts.load_transformer(
-            transformer_part,
+        transformer = components.load_transformer(
+            transformer_component,
             dtype,
             device,
             lambda model: apply_fsdp(model, model.blocks, processes.video_mesh),
             adapters,
         )
     else:
-        transformer = parts.load_transformer(transformer_part, dtype, device if fp8 else home, adapters=adapters)
+        transformer = components.load_transformer(
+            transformer_component, dtype, device if fp8 else home, adapters=adapters
+        )
     for adapter in adapters:
         log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if packed else MERGED)
     fuse_gelu(transformer)
     if fp8:
         log.info("transformer: %s", quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
         transformer.to(home)
-    tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
+    tokenizer = components.load_tokenizer(checkpoint, text_component.model.config.vocab_size)
     return Models(transformer, vae, text_encoder, tokenizer, offload)
 
 
@@ -130,12 +137,14 @@ def _load_planned(
         check_quantization(quantization, device, dtype)
     cpu = torch.device("cpu")
     home = cpu if plan.in_turns else device
-    vae = parts.vae_part(checkpoint).load(torch.float32, home)
+    vae = components.vae_component(checkpoint).load(torch.float32, home)
     speed_up_decoder(vae, vae_dtype_of(vae_dtype, dtype, device.type))
-    transformer_part = parts.transformer_part(checkpoint, transformer_file)
-    adapters = [read_lora(file, transformer_part.model, NAMING) for file in lora]
-    quantizer = make_quantizer(transformer_part.model, transformer_part.model.blocks, plan.quantization, device, home)
-    transformer = parts.load_transformer(transformer_part, dtype, home, adapters=adapters, quantize=quantizer)
+    transformer_component = components.transformer_component(checkpoint, transformer_file)
+    adapters = [read_lora(file, transformer_component.model, NAMING) for file in lora]
+    quantizer = make_quantizer(
+        transformer_component.model, transformer_component.model.blocks, plan.quantization, device, home
+    )
+    transformer = components.load_transformer(transformer_component, dtype, home, adapters=adapters, quantize=quantizer)
     for adapter in adapters:
         log.info("lora: %s, %s the weights", adapter.describe(), BESIDE if plan.quantization == GGUF.key else MERGED)
     fuse_gelu(transformer)
@@ -143,19 +152,19 @@ def _load_planned(
         log.info("transformer: %s", quantizer.describe())
     if plan.in_turns:
         stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
-    text_part = parts.text_encoder_part(checkpoint, dtype)
+    text_component = components.text_encoder_component(checkpoint, dtype)
     text_device = cpu if plan.text == "cpu" else device
     text_home = cpu if plan.text == "cpu" else home
     quantizer = make_quantizer(
-        text_part.model, text_part.model.encoder.block, plan.text_quantization, text_device, text_home
+        text_component.model, text_component.model.encoder.block, plan.text_quantization, text_device, text_home
     )
-    text_encoder = text_part.load(dtype, text_home, quantize=quantizer)
+    text_encoder = text_component.load(dtype, text_home, quantize=quantizer)
     if quantizer is not None:
         log.info("text encoder: %s", quantizer.describe())
     if plan.text == "stream" or (plan.in_turns and quantizer is not None and plan.text != "cpu"):
         kept = 0 if plan.text == "stream" else len(text_encoder.encoder.block)
         stream_blocks(text_encoder, text_encoder.encoder.block, device, kept, plan.pinned)
-    tokenizer = parts.load_tokenizer(checkpoint, text_part.model.config.vocab_size)
+    tokenizer = components.load_tokenizer(checkpoint, text_component.model.config.vocab_size)
     return Models(transformer, vae, text_encoder, tokenizer, plan.in_turns)
 
 

@@ -19,7 +19,7 @@ from wan.memory.placement import has_room_for
 from wan.memory.planner import MemoryPlan, choose
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components as parts
+from wan.models.wan import components
 from wan.models.wan.vae import decoding_of, vae_dtype_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
@@ -40,10 +40,10 @@ def plan_run(
     Raises `InputError` if they cannot fit, before any weight is read.
     """
     settings, dtype = several[0], getattr(torch, several[0].dtype)
-    transformer = parts.transformer_part(checkpoint, settings.transformer)
+    transformer = components.transformer_component(checkpoint, settings.transformer)
     is_gguf = check_packed(transformer, fp8=settings.fp8)
     quantization = GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None
-    text, vae = parts.text_encoder_part(checkpoint, dtype), parts.vae_part(checkpoint)
+    text, vae = components.text_encoder_component(checkpoint, dtype), components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
     models = transformer.model, text.model, vae.model

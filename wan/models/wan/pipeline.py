@@ -18,7 +18,7 @@ from wan.attention.apply import applied_attention
 from wan.attention.compile import many_compiles
 from wan.caches.applied import step_cache_of
 from wan.caches.base import StepCache
-from wan.checkpoints.weights import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
 from wan.files.video import to_frames

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from wan.checkpoints.weights import CheckpointError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.config.settings import CONFIG_FOLDER, read_settings
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.registry import FAMILIES
