@@ -22,8 +22,8 @@ import generate
 from nabla import InputError
 from wan.config.settings import resolve
 from wan.models.wan import random_checkpoint
+from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
 from wan.parallel.layout import ParallelLayout, choose_layout
-from wan.parallel.ulysses import dealt, interleaved, shares
 from wan.run.jobs import name_of, names_of, read_prompts
 
 # Of the checkpoints that so many processes run.
@@ -258,11 +258,11 @@ def test_layouts_that_cannot_be(asked, message):
         choose_layout(**dict(processes=8, heads=12, guided=True) | asked)
 
 
-def test_heads_are_dealt_so_that_all_have_as_much_to_do():
+def test_heads_are_assigned_so_that_all_have_as_much_to_do():
     load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.rand(3, 40).argsort(1)]
     for parts in (2, 3, 8):
-        counts = shares(40, parts)
-        order = dealt(load, counts)
+        counts = split_sizes(40, parts)
+        order = assign_heads(load, counts)
         assert (order.sort(1).values == torch.arange(40)).all()
         sums = [load.gather(1, part).sum(1) for part in order.split(counts, dim=1)]
         assert (torch.stack(sums).amax(0) - torch.stack(sums).amin(0)).max() <= 0.36

@@ -19,12 +19,12 @@ from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
 from wan.models.attention import apply_attention
 from wan.models.wan.processor import TRANSFORMER
-from wan.parallel.ulysses import apply_sequence
+from wan.parallel.sequence_parallel import apply_sequence_parallel
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 transformer = WanTransformer3DModel(num_attention_heads=4, num_layers=1, ffn_dim=64, text_dim=32)
 compile_blocks(transformer.blocks)
-apply_sequence(transformer, init_device_mesh("cpu", (2,)), TRANSFORMER)
+apply_sequence_parallel(transformer, init_device_mesh("cpu", (2,)), TRANSFORMER)
 apply_attention(transformer, NablaConfig(keep=0.5))
 inputs = torch.randn(1, 16, 2, 16, 16), torch.tensor([500.0]), torch.randn(1, 8, 32)
 with torch.no_grad():

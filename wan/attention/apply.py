@@ -17,7 +17,8 @@ from wan.attention.plans import Plans
 from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.attention.steps import StepCounter
 from wan.caches.ran import ran_in_full
-from wan.parallel.ulysses import exchange_of_diffusers, sequence_of
+from wan.parallel.sequence_parallel import sequence_parallel_of
+from wan.parallel.ulysses import all_to_all_of_diffusers
 
 # Held while a forward sets the states of layers. Of all transformers, since locks can be neither copied nor pickled.
 setting = threading.Lock()
@@ -27,9 +28,9 @@ def apply_attention(transformers: Sequence[nn.Module], config: NablaConfig, spec
     """Replace the self-attention of transformers by NABLA, in place; `remove_attention` undoes it.
 
     Of those given at once, such as the two experts of a Wan2.2 pipeline, sampling steps are counted together for
-    `config.dense_steps`. Over the processes of `apply_sequence`, or of diffusers' context parallelism by Ulysses, each
-    attends to its own heads. Raises `InputError` for another kind of model, for layers that it does not have, and under
-    diffusers' ring.
+    `config.dense_steps`. Over the processes of `apply_sequence_parallel`, or of diffusers' context parallelism by
+    Ulysses, each attends to its own heads. Raises `InputError` for another kind of model, for layers that it does not
+    have, and under diffusers' ring.
     """
     for one in transformers:
         _check(one, config, spec)
@@ -65,7 +66,7 @@ class AppliedAttention:
         self.switched_off = self.watched = False
         self.plans = Plans(config, spec.head_size(transformer))
         self.masks = MaskCache(config.mask_refresh)
-        self.sequence = sequence_of(transformer)
+        self.sequence_parallel = sequence_parallel_of(transformer)
         # Which forward the layers' states are of, and by thread which one it runs.
         self.forwards = 0
         self.own: dict[int, int] = {}
@@ -75,7 +76,7 @@ class AppliedAttention:
         self.sparse_layers = [n for n in numbers if not config.is_dense and n not in config.dense_layers]
         self.sparse = [self.layers[n] for n in self.sparse_layers]
         # Where processes share the video, dense layers too have to swap tokens for heads.
-        patched = numbers if self.sequence else self.sparse_layers
+        patched = numbers if self.sequence_parallel else self.sparse_layers
         self.patched = [self.layers[n] for n in patched]
         self.originals = [(modules[n], modules[n].processor) for n in patched]
         self.processors = [spec.sparse_processor(modules[n].processor, self.layers[n]) for n in patched]
@@ -99,13 +100,13 @@ class AppliedAttention:
     def watch(self, watched: bool) -> None:
         """Have sparse layers write their heads' densities from now on, or not."""
         self.watched = watched
-        for layer in () if watched or self.sequence else self.patched:
+        for layer in () if watched or self.sequence_parallel else self.patched:
             layer.density = None
 
     def measure_density(self, layers: Sequence[LayerState], device: torch.device) -> None:
         """Have layers write their own heads' densities to memory of this device."""
         for layer in layers:
-            own = layer.exchange.own_heads(layer.heads) if layer.exchange else layer.heads
+            own = layer.all_to_all.own_heads(layer.heads) if layer.all_to_all else layer.heads
             with torch.inference_mode(False):
                 layer.density = torch.ones(own, device=device)
 
@@ -133,42 +134,42 @@ class AppliedAttention:
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else inputs.dtype
         is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
         plan = self.plans.of(inputs.grid, device, dtype, trains=trains) if is_sparse else None
-        self._set_exchanges(inputs, dtype)
-        if self.sequence:
+        self._set_all_to_alls(inputs, dtype)
+        if self.sequence_parallel:
             dense = self.plans.of(inputs.grid, device, dtype, dense=True)
             for layer in self.patched:
                 layer.plan = dense
-        for layer in self.sparse if is_sparse or not self.sequence else ():
+        for layer in self.sparse if is_sparse or not self.sequence_parallel else ():
             layer.plan = plan
         takes_over = False
         if is_sparse and refreshes:
             takes_over = self.masks.prepare(self.sparse, Choice(self.steps.video, step, plan, inputs.batch))
         else:
             self.forget_blocks()
-        if is_sparse and self.sequence and not takes_over:
+        if is_sparse and self.sequence_parallel and not takes_over:
             self._balance(device)
         elif is_sparse and self.watched and self._densities_on(device) is None:
             self.measure_density(self.sparse, device)
 
-    def _set_exchanges(self, inputs: ForwardInputs, dtype: torch.dtype) -> None:
-        if self.sequence:
+    def _set_all_to_alls(self, inputs: ForwardInputs, dtype: torch.dtype) -> None:
+        if self.sequence_parallel:
             for layer in self.patched:
                 # Else memory for another size would be held while this size's is made.
-                layer.exchange = None
-            exchanges = self.sequence.exchanges(inputs.batch, inputs.grid, dtype, inputs.device)
+                layer.all_to_all = None
+            all_to_alls = self.sequence_parallel.all_to_alls(inputs.batch, inputs.grid, dtype, inputs.device)
         else:
             config = self.processors[0]._parallel_config
-            exchanges = [None if config is None else exchange_of_diffusers(config)] * len(self.patched)
-        for layer, exchange in zip(self.patched, exchanges):
-            layer.exchange = exchange
+            all_to_alls = [None if config is None else all_to_all_of_diffusers(config)] * len(self.patched)
+        for layer, all_to_all in zip(self.patched, all_to_alls):
+            layer.all_to_all = all_to_all
 
     def _balance(self, device: torch.device) -> None:
-        """Deal heads out to processes by what they kept in the last forward that chose blocks, and watch this one."""
+        """Assign heads to processes by what they kept in the last forward that chose blocks, and watch this one."""
         measured = self._densities_on(device)
         if measured is None:
             self.measure_density(self.patched, device)
         else:
-            self.sequence.balance(torch.stack(measured))
+            self.sequence_parallel.rebalance(torch.stack(measured))
 
     def _densities_on(self, device: torch.device) -> list[Tensor] | None:
         """Where the layers write their heads' densities, if they do so on a device."""
@@ -180,14 +181,14 @@ class AppliedAttention:
         if self.patched and self.own.pop(threading.get_ident()) != self.forwards:
             self._refuse()
         # Only a forward that came to its end, through all layers, has chosen for all, and measured what they keep.
-        if self.masks.choosing is None and self.sequence is None:
+        if self.masks.choosing is None and self.sequence_parallel is None:
             return
         if ran_in_full(transformer, self.spec.blocks_of(transformer)[0]):
             self.masks.complete()
             return
         self.masks.abandon()
-        if self.sequence:
-            self.sequence.is_outdated = True
+        if self.sequence_parallel:
+            self.sequence_parallel.is_outdated = True
 
     def _refuse(self) -> None:
         if self.masks.chosen or self.masks.choosing:
@@ -213,4 +214,4 @@ def _check(transformer: nn.Module, config: NablaConfig, spec: TransformerSpec) -
                 f"{type(processor).__name__} is not diffusers' {spec.processor.__name__}; put that back first"
             )
         if processor._parallel_config is not None and not config.is_dense:
-            exchange_of_diffusers(processor._parallel_config)
+            all_to_all_of_diffusers(processor._parallel_config)

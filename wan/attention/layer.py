@@ -11,7 +11,7 @@ import nabla
 from nabla import Plan
 from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary
-from wan.parallel.ulysses import Exchange, attend_together
+from wan.parallel.ulysses import UlyssesAllToAll, ulysses_attend
 
 
 @dataclass(eq=False)
@@ -22,25 +22,26 @@ class LayerState:
     heads: of the layer, on all processes together
     plan: None for the attention that was there before
     block_mask: where blocks are written for later steps, or taken from; None to choose them and forget
-    exchange: where processes share the video
+    all_to_all: where processes share the video
     density: (own heads,) float32, where the share of blocks that each keeps is written, or None
     """
 
     heads: int
     plan: Plan | None = None
     block_mask: ReusableBlockMask | None = None
-    exchange: Exchange | None = None
+    all_to_all: UlyssesAllToAll | None = None
     density: Tensor | None = None
 
     def send(self, x: Tensor, number: int, rotary: Rotary) -> Any:
         """q, k or v, `number` 0 to 2, (B, own tokens, heads, D), sent to where it is attended to; for `attend`."""
-        if self.exchange is None:
+        if self.all_to_all is None:
             return x
-        return self.exchange.send(x, number, self.plan.tokens, rotary)
+        return self.all_to_all.send(x, number, self.plan.tokens, rotary)
 
     def attend(self, sent: list[Any], batch: int, rotary: Rotary) -> Tensor:
         """(B, own tokens, heads, D) of q, k and v that `send` gave."""
-        if self.exchange is None:
+        if self.all_to_all is None:
             return nabla.attend(*sent, self.plan, rotary, self.block_mask, self.density)
-        how = self.plan, rotary, self.block_mask, self.density
-        return attend_together(sent, batch, self.heads, *how, self.exchange)
+        return ulysses_attend(
+            sent, batch, self.heads, self.plan, rotary, self.block_mask, self.density, self.all_to_all
+        )

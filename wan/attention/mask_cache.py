@@ -71,7 +71,7 @@ class MaskCache:
 def _empty_mask(layer: LayerState, now: Choice) -> ReusableBlockMask:
     """Memory to write blocks to, that of before if it has the size."""
     layout = now.plan.selection.layout
-    heads = layer.exchange.own_heads(layer.heads) if layer.exchange else layer.heads
+    heads = layer.all_to_all.own_heads(layer.heads) if layer.all_to_all else layer.heads
     shape, device = (now.batch, heads, layout.blocks, layout.blocks), layout.sizes.device
     mask = layer.block_mask
     if mask is not None and mask.mask.shape == shape and mask.mask.device == device:

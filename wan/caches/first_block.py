@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from wan.attention.spec import TransformerSpec
 from wan.caches.base import StepCache
 from wan.config.cache_settings import CacheSettings
-from wan.parallel.ulysses import all_gather, sequence_of
+from wan.parallel.collectives import all_gather
+from wan.parallel.sequence_parallel import sequence_parallel_of
 
 
 class FirstBlockCache(StepCache):
@@ -56,7 +57,7 @@ class SharedDecision(FBCHeadBlockHook):
     def _change(self, residual: Tensor, before: Tensor) -> float:
         """The mean change over all tokens of the sequence, relative to what there was before."""
         sums = torch.stack([x.abs().sum(dtype=torch.float32) for x in (residual - before, before)])
-        sequence = sequence_of(self.transformer)
+        sequence = sequence_parallel_of(self.transformer)
         if sequence is not None:
             # Added up here, in one order: a sum that differs in its last bit would part the processes for good.
             sums = all_gather(sums, sequence.group).sum(0)

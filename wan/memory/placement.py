@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wan.parallel.ulysses import is_sharded
+from wan.parallel.fsdp import is_sharded
 
 # Part of a GPU that weights may fill when a 720p forward still has to fit beside them.
 WEIGHT_SHARE = 0.6

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nabla import NablaConfig, probe
+from wan.attention.apply import applied_attention
 from wan.observe.step_trace import BLOCK, MaskExample, Span, StepTrace
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ MEASURED = {
 
 def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tensor, about: Event) -> Event:
     """The first event: what runs."""
-    applied, config = getattr(pipe.transformer, "nabla", None), pipe.transformer.config
+    transformer, spec, applied = pipe.transformer, pipe.transformer_spec, applied_attention(pipe.transformer)
     own = applied.config if applied else NablaConfig()
+    inputs = spec.inputs(transformer, (latents, latents.new_zeros(len(latents))), {})
     return {
         "kind": "run",
         **about,
@@ -56,11 +58,11 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
         "dense_layers": list(own.dense_layers),
         "mask_refresh": own.mask_refresh,
         "cache": None if pipe.cache is None else pipe.cache.settings.describe(),
-        "layers": len(pipe.transformer.blocks),
-        "heads": config.num_attention_heads,
-        "grid": [n // p for n, p in zip(latents.shape[2:], config.patch_size)],
+        "layers": len(spec.blocks_of(transformer)),
+        "heads": spec.heads(transformer),
+        "grid": list(inputs.grid),
         "device": _device_name(pipe.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "dtype": str(transformer.dtype).removeprefix("torch."),
         "processes": 1 if pipe.distributed is None else pipe.distributed.layout.processes_per_video,
         "measured": MEASURED,
     }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from wan.attention.spec import TransformerSpec
 from wan.parallel.distributed import DistributedContext
 
 if TYPE_CHECKING:
+    from wan.caches.base import StepCache
     from wan.config.settings import SamplingSettings, VideoSettings
 
 
@@ -21,13 +23,15 @@ class ObservedPipeline(Protocol):
     @property
     def transformer(self) -> nn.Module: ...
     @property
+    def transformer_spec(self) -> TransformerSpec: ...
+    @property
     def device(self) -> torch.device: ...
     @property
     def distributed(self) -> DistributedContext | None: ...
     @property
     def is_leader(self) -> bool: ...
     @property
-    def cache(self) -> Any: ...
+    def cache(self) -> StepCache | None: ...
 
 
 class Observer:

@@ -7,7 +7,7 @@ by the graphs themselves. All is read back when the next step has been asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.observe.step_trace import BLOCK, DENSE, MaskSample, Span, StepTrace, Timestamp
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
+from wan.parallel.sequence_parallel import SequenceParallel
 
 
 class Profiler(probe.Probe):
@@ -38,7 +39,7 @@ class Profiler(probe.Probe):
     def __init__(
         self,
         transformer: nn.Module,
-        blocks: Sequence[nn.Module],
+        blocks: nn.ModuleList,
         device: torch.device,
         distributed: DistributedContext | None = None,
         times: bool = False,
@@ -53,8 +54,10 @@ class Profiler(probe.Probe):
         self.layer: int | None = None
         self.part: str | None = None
         self.head = 0
+        self.sequence_parallel = self.applied.sequence_parallel if self.applied else None
         sparse = self.applied.sparse_layers if self.applied else []
         self.example_layers = {sparse[0], sparse[len(sparse) // 2], sparse[-1]} if sparse else set()
+        # By which heads were assigned last, and where its own stand among all, on the device.
         self.order = self.places = torch.empty(0)
 
     def __enter__(self) -> Profiler:
@@ -87,10 +90,10 @@ class Profiler(probe.Probe):
         """What was seen of the step, which can be read once the device has come to its `end`."""
         trace = self.trace
         if self.applied and self.applied.sparse:
-            kept = torch.stack(trace.densities)
-            trace.host_densities = (kept if self.layout.processes_per_video == 1 else self._of_all(kept)).to(
-                "cpu", non_blocking=True
-            )
+            densities = torch.stack(trace.densities)
+            if self.layout.processes_per_video > 1:
+                densities = self._of_all(densities)
+            trace.host_densities = densities.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
             used, peak = torch.cuda.memory_allocated(self.device), peak_gpu_bytes(self.device)
             trace.memory = {"gpu_gib": used / GIB, "gpu_peak_gib": peak / GIB}
@@ -110,17 +113,24 @@ class Profiler(probe.Probe):
 
     def see(self, counts: Callable[[], Tensor], blocks: Callable[[Tensor], Tensor]) -> None:
         """Keep the heads that keep least and most, of those that are attended to together."""
-        wanted = self.layer in self.example_layers and self.trace.step in self.examples and not self.trace.densities
-        if not wanted:
+        layer = self.layer
+        wanted = layer in self.example_layers and self.trace.step in self.examples and not self.trace.densities
+        if layer is None or not wanted:
             return
         count = counts()[0].float()
         by_head = count.mean(dim=1)
         heads = torch.stack((by_head.argmin(), by_head.argmax()))
-        there = [x.to("cpu", non_blocking=True) for x in (heads, by_head[heads] / count.shape[1], blocks(heads)[0])]
-        sequence = self.applied.sequence
-        own = None if sequence is None else sequence.own_order[self.layer]
-        alike = self.layers[self.layer].plan.fixed is not None
-        self.trace.mask_samples.append(MaskSample(self.layer, self.head, own, *there, alike))
+        plan, sequence = self.layers[layer].plan, self.sequence_parallel
+        sample = MaskSample(
+            layer,
+            before=self.head,
+            own=None if sequence is None else sequence.own_head_order[layer],
+            heads=heads.to("cpu", non_blocking=True),
+            densities=(by_head[heads] / count.shape[1]).to("cpu", non_blocking=True),
+            blocks=blocks(heads)[0].to("cpu", non_blocking=True),
+            alike=plan is not None and plan.fixed is not None,
+        )
+        self.trace.mask_samples.append(sample)
         self.head += len(by_head)
 
     def _before_block(self, layer: int, *_: Any) -> None:
@@ -128,15 +138,17 @@ class Profiler(probe.Probe):
         self.block_start = Timestamp.now(self.device)
 
     def _after_block(self, *_: Any) -> None:
-        if self.times:
+        if self.times and self.layer is not None:
             self.trace.spans.append(Span(self.layer, BLOCK, self.block_start, Timestamp.now(self.device)))
         self.layer = None
 
     def _before_forward(self, *_: Any) -> None:
-        written = [layer.density for layer, plan in zip(self.layers, self._plans()) if plan]
+        written = [
+            layer.density for layer, plan in zip(self.layers, self._plans()) if plan and layer.density is not None
+        ]
         if written:
             # No head keeps nothing, so that a layer that does not run in this forward is known by its zeros. By what
-            # was there heads have been dealt out already.
+            # was there heads have been assigned already.
             torch._foreach_zero_(written)
 
     def _after_forward(self, *_: Any) -> None:
@@ -150,13 +162,15 @@ class Profiler(probe.Probe):
         first = self.applied.sparse[0]
         if any(plans[:ran]):
             self.trace.reused_masks.append(first.block_mask is not None and first.block_mask.reuse)
-        sequence = self.applied.sequence
-        dense = torch.ones(first.heads if sequence is None else sequence.own_order.shape[1], device=self.device)
-        none = torch.zeros_like(dense)
-        rows = zip(self.layers, plans)
-        kept = [layer.density if plan else dense if n < ran else none for n, (layer, plan) in enumerate(rows)]
-        kept = torch.stack(kept)
-        self.trace.densities.append(kept if sequence is None else self._in_order(kept))
+        sequence = self.sequence_parallel
+        dense = torch.ones(first.heads if sequence is None else sequence.own_head_order.shape[1], device=self.device)
+        rows = []
+        for number, (layer, plan) in enumerate(zip(self.layers, plans)):
+            written = layer.density if plan else None
+            unwritten = dense if number < ran else torch.zeros_like(dense)
+            rows.append(unwritten if written is None else written)
+        own = torch.stack(rows)
+        self.trace.densities.append(own if sequence is None else self._in_order(own, sequence))
 
     def _plans(self) -> list[Plan | None]:
         """By layer that of its sparse attention in this forward, or None."""
@@ -165,16 +179,16 @@ class Profiler(probe.Probe):
         plans = (layer.plan for layer in self.layers)
         return [plan if plan is not None and plan.selection is not None else None for plan in plans]
 
-    def _in_order(self, own: Tensor) -> Tensor:
+    def _in_order(self, own: Tensor, sequence: SequenceParallel) -> Tensor:
         """Densities (layers, own heads) at the places of these among all heads, as this forward has them."""
-        sequence = self.applied.sequence
-        if self.order is not sequence.order:
-            self.order, self.places = sequence.order, sequence.own_order.to(self.device)
+        if self.order is not sequence.head_order:
+            self.order, self.places = sequence.head_order, sequence.own_head_order.to(self.device)
         return own.new_zeros(len(own), sequence.heads).scatter(1, self.places, own)
 
-    def _of_all(self, kept: Tensor) -> Tensor:
+    def _of_all(self, densities: Tensor) -> Tensor:
         """Forwards (forwards, layers, heads) of all heads, and of both guidance branches where these run apart."""
-        whole = kept.new_zeros(self.layout.cfg, *kept.shape)
-        whole[self.distributed.cfg_mesh.get_local_rank()] = kept
+        assert self.distributed is not None, "one process has all heads and branches"
+        whole = densities.new_zeros(self.layout.cfg, *densities.shape)
+        whole[self.distributed.cfg_mesh.get_local_rank()] = densities
         dist.all_reduce(whole, group=self.distributed.video_mesh.get_group())
         return whole.flatten(0, 1)

@@ -80,7 +80,7 @@ class Recorder(Observer):
         # With a cache it is not known beforehand which step is the last that computes all layers.
         looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
         examples = looked_at if self.keeps_examples and pipe.is_leader else ()
-        blocks = pipe.transformer.blocks
+        blocks = pipe.transformer_spec.blocks_of(pipe.transformer)
         profiler = Profiler(pipe.transformer, blocks, pipe.device, pipe.distributed, self.times, examples)
         with self._line(pipe, sampling.steps, "sampling"), profiler as self.profiler:
             yield

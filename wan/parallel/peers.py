@@ -59,16 +59,16 @@ class Peers(NamedTuple):
     def send(self, parts: list[Tensor], number: int) -> None:
         """Let q, k or v, `number` 0 to 2, be on its way to all processes, beside what the GPU does next.
 
-        parts: for each process its heads (B, own tokens, its heads, D); they have to stand until `for_heads`
+        parts: for each process its heads (B, own tokens, its heads, D); they have to stand until `receive_heads`
         """
         _send_parts(parts, number, self.heads)
 
-    def for_heads(self, sent: list[Tensor]) -> list[Tensor]:
+    def receive_heads(self, sent: list[Tensor]) -> list[Tensor]:
         """q, k and v (B, tokens, own heads, D), once all processes have sent theirs; `sent`: parts of this one."""
         _await_parts(sent, self.heads)
         return list(self.heads.unbind())
 
-    def for_tokens(self, out: Tensor, order: Tensor) -> Tensor:
+    def return_tokens(self, out: Tensor, order: Tensor) -> Tensor:
         """(B, tokens, own heads, D) -> (B, own tokens, H, D), which stands until the next layer's is written.
 
         order: which of all heads the own ones are, (own heads,) int64

@@ -28,7 +28,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.family import WAN
 from wan.models.wan.geometry import GEOMETRY
-from wan.parallel.ulysses import apply_fsdp, is_sharded
+from wan.parallel.fsdp import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
 

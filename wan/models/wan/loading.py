@@ -25,7 +25,7 @@ from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.names import NAMING
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.parallel.distributed import DistributedContext
-from wan.parallel.ulysses import apply_fsdp
+from wan.parallel.fsdp import apply_fsdp
 from wan.quantize.gguf import GGUF
 from wan.quantize.quantizer import check_quantization, make_quantizer, quantize_layers
 

@@ -26,12 +26,12 @@ from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
 from wan.models.wan import memory, pretrained
 from wan.models.wan.latents import decode, encode
-from wan.models.wan.processor import velocity_of
+from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
 from wan.observe.recorder import with_progress
+from wan.parallel.collectives import gather_guidance
 from wan.parallel.distributed import DistributedContext
-from wan.parallel.ulysses import gather_guidance
 from wan.sampling.finite import check_decoded, check_latents
 from wan.sampling.loop import Conditions, denoise, video_steps
 from wan.sampling.request import VideoRequest
@@ -54,6 +54,7 @@ class WanT2V:
     lora: what was merged into the transformer
     """
 
+    transformer_spec = TRANSFORMER
     from_pretrained = classmethod(pretrained.from_pretrained)
     from_settings = classmethod(pretrained.from_settings)
 

@@ -21,7 +21,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER
 from wan.parallel.distributed import DistributedContext
-from wan.parallel.ulysses import apply_sequence
+from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.finite import check_vae
 
 if TYPE_CHECKING:
@@ -162,5 +162,5 @@ def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
     if settings.cache is not None:
         apply_cache(pipe.transformer, settings.cache, TRANSFORMER)
     if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
-        apply_sequence(pipe.transformer, pipe.distributed.ulysses_mesh, TRANSFORMER)
+        apply_sequence_parallel(pipe.transformer, pipe.distributed.ulysses_mesh, TRANSFORMER)
     apply_attention([pipe.transformer], settings.attention, TRANSFORMER)

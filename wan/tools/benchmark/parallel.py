@@ -22,9 +22,12 @@ from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
 from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.parallel.collectives import gather_guidance
 from wan.parallel.distributed import DistributedContext, started_by_torchrun
+from wan.parallel.fsdp import apply_fsdp
+from wan.parallel.head_balance import interleaved
 from wan.parallel.layout import ParallelLayout
-from wan.parallel.ulysses import apply_fsdp, apply_sequence, gather_guidance, interleaved
+from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import make_solver
 from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, sparse_configs, timed
@@ -91,15 +94,15 @@ def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: 
         apply_attention(transformer, config)
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
-    apply_sequence(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
+    apply_sequence_parallel(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
     for config in every:
         apply_attention(transformer, config)
         what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
-        yield compare(args, what, forward, alone[config]) | {"by_peers": transformer.sequence.by_peers}
-        if transformer.sequence.by_peers:
-            transformer.sequence.by_peers = False
+        yield compare(args, what, forward, alone[config]) | {"by_peers": transformer.sequence_parallel.by_peers}
+        if transformer.sequence_parallel.by_peers:
+            transformer.sequence_parallel.by_peers = False
             yield compare(args, f"{what}, by collectives", forward, alone[config])
-            transformer.sequence.by_peers = True
+            transformer.sequence_parallel.by_peers = True
 
 
 def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
@@ -112,16 +115,16 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
     calibrate_densities(transformer, forward)
     alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
     yield alone
-    apply_sequence(transformer, mesh, TRANSFORMER)
-    heads = transformer.sequence.heads
-    balance = transformer.sequence.balance
+    apply_sequence_parallel(transformer, mesh, TRANSFORMER)
+    heads = transformer.sequence_parallel.heads
+    rebalance = transformer.sequence_parallel.rebalance
     in_turn = interleaved(heads, mesh.size())
     orders = {"as they come": torch.arange(heads), "in turn": in_turn, "by what they kept": None}
     for name, order in orders.items():
-        transformer.sequence.balance = balance if order is None else lambda kept: None
+        transformer.sequence_parallel.rebalance = rebalance if order is None else lambda densities: None
         if order is not None:
-            transformer.sequence.order = order.repeat(len(transformer.blocks), 1)
-            transformer.sequence.on_device = None
+            transformer.sequence_parallel.head_order = order.repeat(len(transformer.blocks), 1)
+            transformer.sequence_parallel.device_order = None
         apply_attention(transformer, config)
         row = compare(args, f"{label(video)}: forward, uneven heads, dealt {name}", forward, alone)
         kept = torch.stack([layer.density for layer in transformer.nabla.layers])
@@ -180,7 +183,7 @@ def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, v
 
     apply_attention(transformer, sparse_configs(args)[0])
     alone = sample()
-    apply_sequence(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
+    apply_sequence_parallel(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
     apply_attention(transformer, sparse_configs(args)[0])
     shared = sample()
     vae = random_vae(args.model, distributed.device)
@@ -196,7 +199,7 @@ def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, vide
     forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
     config = sparse_configs(args)[0]
     mesh = init_ulysses_mesh(distributed)
-    apply_sequence(transformer, mesh, TRANSFORMER)
+    apply_sequence_parallel(transformer, mesh, TRANSFORMER)
     apply_attention(transformer, config)
     what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
     whole = compare(args, f"{what}, whole weights", forward)

@@ -1,0 +1,133 @@
+"""A transformer's tokens split over processes, from outside: `apply_sequence_parallel`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from nabla import InputError
+from wan.attention.spec import TransformerSpec
+from wan.parallel.collectives import all_gather
+from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
+from wan.parallel.peers import Peers, are_peers, make_peers
+from wan.parallel.ulysses import UlyssesAllToAll
+
+# Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
+EVEN_ENOUGH = 1.01
+
+
+def apply_sequence_parallel(transformer: nn.Module, mesh: DeviceMesh, spec: TransformerSpec) -> None:
+    """Split the tokens of a transformer over a mesh of one dimension, in place; before `apply_attention`.
+
+    Every process is given the same input and gets the same output. Blocks see a process's own tokens; attention sees
+    all tokens of its own heads. Neither number has to be divisible. For inference, with one timestep a sample.
+    """
+    transformer.sequence_parallel = SequenceParallel(transformer, mesh, spec)  # type: ignore[assignment]
+
+
+def sequence_parallel_of(transformer: nn.Module) -> SequenceParallel | None:
+    """What `apply_sequence_parallel` left on a transformer."""
+    return getattr(transformer, "sequence_parallel", None)
+
+
+class SequenceParallel:
+    """What `apply_sequence_parallel` leaves on a transformer: the all-to-all of every layer, hooks around the blocks.
+
+    Which process attends to which heads is chosen anew from the densities of their block masks, since the others wait
+    for the one that has most to do.
+    """
+
+    def __init__(self, transformer: nn.Module, mesh: DeviceMesh, spec: TransformerSpec):
+        if sequence_parallel_of(transformer) is not None:
+            raise InputError("the transformer is split by apply_sequence_parallel already")
+        blocks = spec.blocks_of(transformer)
+        self.spec, self.group, self.tokens = spec, mesh.get_group(), 0
+        self.size, self.rank = mesh.size(), mesh.get_local_rank()
+        self.heads, layers = spec.heads(transformer), len(blocks)
+        if self.size > self.heads:
+            raise InputError(f"ulysses_size {self.size} is more than the {self.heads} heads; lower it")
+        self.head_order = interleaved(self.heads, self.size).repeat(layers, 1)
+        self.device_order: Tensor | None = None
+        # Whether processes write into each other's memory, found out at first use, and that memory.
+        self.by_peers: bool | None = None
+        self.head_size = spec.head_size(transformer)
+        self.peers: Peers | None = None
+        self.peers_for: tuple[int, int, torch.dtype, torch.device] | None = None
+        # Whether attention, before this forward, has asked how to swap tokens for heads.
+        self.is_attended = False
+        # Whether the densities last measured are of an order before this one, since a cache left blocks out since.
+        self.is_outdated = False
+        transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
+        spec.output_of(transformer).register_forward_hook(self._gather)
+
+    def all_to_alls(
+        self, batch: int, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> list[UlyssesAllToAll]:
+        """The all-to-all of each layer for the tokens of a grid; all processes have to ask at once."""
+        self.is_attended, tokens = True, math.prod(grid)
+        with torch.inference_mode(False):
+            if self.device_order is None or self.device_order.device != device:
+                self.device_order = self.head_order.to(device)
+                if self.by_peers is None:
+                    self.by_peers = are_peers(self.group, device)
+            if self.by_peers and self.peers_for != (batch, tokens, dtype, device):
+                counts = split_sizes(tokens, self.size), split_sizes(self.heads, self.size)
+                self.peers = None
+                like = torch.empty(0, dtype=dtype, device=device)
+                self.peers = make_peers(self.group, *counts, batch, self.head_size, like)
+                self.peers_for = batch, tokens, dtype, device
+        peers = self.peers if self.by_peers else None
+        return [UlyssesAllToAll(self.group.group_name, self.rank, self.size, each, peers) for each in self.device_order]
+
+    @property
+    def own_head_order(self) -> Tensor:
+        """The heads of this process, (layers, own heads), in the order in which it has them."""
+        return self.head_order.split(split_sizes(self.heads, self.size), dim=1)[self.rank]
+
+    def rebalance(self, densities: Tensor) -> None:
+        """Assign the heads anew by the densities of each layer's own heads: (layers, own heads)."""
+        if self.is_outdated:
+            self.is_outdated = False
+            return
+        own = split_sizes(self.heads, self.size)
+        by_rank = all_gather(F.pad(densities, (0, own[0] - densities.shape[1])), self.group).cpu()
+        loads = by_rank.sum(2)
+        if loads.amax(0).sum() <= EVEN_ENOUGH * loads.mean(0).sum():
+            return
+        by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
+        self.head_order = assign_heads(torch.empty_like(by_place).scatter(1, self.head_order, by_place), own)
+        # In place: this forward's all-to-alls have been given out already.
+        if self.device_order is not None:
+            self.device_order.copy_(self.head_order)
+
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        timestep = self.spec.inputs(transformer, args, kwargs).timestep
+        if timestep.ndim > 1 or torch.is_grad_enabled():
+            raise InputError(
+                "a transformer split by apply_sequence_parallel takes one timestep a sample, without gradients"
+            )
+
+    def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if not self.is_attended:
+            raise InputError(
+                "after apply_sequence_parallel, blocks attend to a process's own tokens alone; use apply_attention"
+            )
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.tokens = hidden.shape[1]
+        if self.tokens < self.size:
+            raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
+        own = hidden.split(split_sizes(self.tokens, self.size), dim=1)[self.rank].contiguous()
+        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
+
+    def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        self.is_attended = False
+        counts = split_sizes(self.tokens, self.size)
+        padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
+        parts = all_gather(padded, self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)]).transpose(0, 1)
