@@ -19,29 +19,11 @@ from places import PROGRAMS, ROOT
 from starting import Forked, finish, fork, start
 
 import generate
-from nabla import InputError
-from wan.config.settings import resolve
 from wan.models.wan import random_checkpoint
-from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
-from wan.parallel.layout import ParallelLayout, choose_layout
-from wan.run.jobs import name_of, names_of, read_prompts
 
 # Of the checkpoints that so many processes run.
 HEADS = {2: (2, 3, 7), 4: (2, 3)}
 SMALL = "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu --sparse_algo nabla-0.5".split()
-
-
-@pytest.fixture
-def run_prompts(random_nano, tmp_path, capsys):
-    """Make the videos of prompts by one process, and return what it says."""
-
-    def run(prompts: str, *flags: str, code: int = 0) -> str:
-        (tmp_path / "prompts.txt").write_text(prompts)
-        files = ["--prompt_file", str(tmp_path / "prompts.txt"), "--save_dir", str(tmp_path)]
-        assert generate.main([*files, "--ckpt_dir", str(random_nano), *SMALL, *flags]) == code
-        return capsys.readouterr().err
-
-    return run
 
 
 def files(folder: Path) -> list[str]:
@@ -218,123 +200,3 @@ def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
     code, _, said = finish(start(2, *flags, "--ulysses_size", "3", cwd=tmp_path), seconds=60)
     assert code == 1 and said.count("error: ulysses_size 3 is more than the 2 heads of the model; lower it") == 1
     assert "Traceback" not in said.split("torch/distributed")[0] and files(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "asked, layout",
-    (
-        (dict(processes=1, heads=12, guided=True), ParallelLayout()),
-        (dict(processes=2, heads=12, guided=True), ParallelLayout(cfg=2)),
-        (dict(processes=2, heads=12, guided=False), ParallelLayout(ulysses=2)),
-        (dict(processes=8, heads=12, guided=True), ParallelLayout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=12, guided=False), ParallelLayout(ulysses=8)),
-        (dict(processes=3, heads=40, guided=True), ParallelLayout(ulysses=3)),
-        (dict(processes=8, heads=40, guided=True, prompts=96), ParallelLayout(replicas=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=8), ParallelLayout(replicas=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=9), ParallelLayout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=40, guided=True, prompts=6), ParallelLayout(replicas=2, cfg=2, ulysses=2)),
-        (dict(processes=8, heads=40, guided=True, prompts=100, sharded=True), ParallelLayout(cfg=2, ulysses=4)),
-        (dict(processes=8, heads=40, guided=True, ulysses=8), ParallelLayout(ulysses=8)),
-        (dict(processes=8, heads=40, guided=True, prompts=4, replicas=4, cfg=1), ParallelLayout(replicas=4, ulysses=2)),
-    ),
-)
-def test_the_layout_that_is_chosen(asked, layout):
-    assert choose_layout(**asked) == layout
-
-
-@pytest.mark.parametrize(
-    "asked, message",
-    (
-        (dict(ulysses=16), "ulysses_size 16 is more than the 12 heads"),
-        (dict(cfg=3), "cfg_size 3 is too many: there are two guidance branches"),
-        (dict(cfg=2, guided=False), "cfg_size 2 is too many: guidance is off"),
-        (dict(cfg=0), "cfg_size 0 is not a positive integer"),
-        (dict(ulysses=3), "8 processes cannot be laid out .ulysses_size 3."),
-        (dict(processes=64), "64 processes cannot be laid out .no size asked for."),
-    ),
-)
-def test_layouts_that_cannot_be(asked, message):
-    with pytest.raises(InputError, match=message):
-        choose_layout(**dict(processes=8, heads=12, guided=True) | asked)
-
-
-def test_heads_are_assigned_so_that_all_have_as_much_to_do():
-    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.rand(3, 40).argsort(1)]
-    for parts in (2, 3, 8):
-        counts = split_sizes(40, parts)
-        order = assign_heads(load, counts)
-        assert (order.sort(1).values == torch.arange(40)).all()
-        sums = [load.gather(1, part).sum(1) for part in order.split(counts, dim=1)]
-        assert (torch.stack(sums).amax(0) - torch.stack(sums).amin(0)).max() <= 0.36
-        assert sorted(interleaved(40, parts).tolist()) == list(range(40))
-
-
-def test_names_of_prompts_are_those_that_lines_give(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text('\ufeff{"prompt": "A cat", "name": "A-dog.mp4"}\nA dog\n\nA cat, asleep\r\n', encoding="utf-8")
-    assert [name for _, name in read_prompts(path)] == ["A-dog", None, None]
-
-
-def test_a_name_belongs_to_what_a_video_shows():
-    def settings(**values):
-        return resolve({"checkpoint": "a/b", "prompt": "A cat, asleep!"} | values)
-
-    own = name_of(settings())
-    assert re.fullmatch("A-cat-asleep-[0-9a-f]{8}", own) and name_of(settings(sampling={"seed": -1})) == own
-    others = (
-        {"prompt": "A cat, asleep?"},
-        {"sampling": {"seed": 1}},
-        {"sampling": {"steps": 3}},
-        {"video": {"fps": 8}},
-        {"lora": ["x.safetensors"]},
-    )
-    assert len({own, *(name_of(settings(**other)) for other in others)}) == 6
-    assert names_of([settings(), settings(sampling={"seed": 1}), settings()])[::2] == [own, f"{own}-2"]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    (
-        ('{"prompt": "A cat"', "line 2: not a JSON object"),
-        ('{"prompt": "A cat", "steps": 3}', "line 2: 'steps' is not known"),
-        ('{"prompt": "A cat", "size": "17*16"}', "line 2: size 17.16"),
-        ('{"seed": 3}', "line 2: the prompt is empty; say what the video should show in this line$"),
-        ("&nbsp;", "line 2: the prompt is empty; say what the video should show in this line$"),
-        ('{"prompt": "A cat", "name": "../cat"}', "line 2: name '../cat' is not a plain file name"),
-        ('{"prompt": "A cat", "name": "a\\u0000"}', "line 2: name .* is not a plain file name"),
-        ('{"prompt": "A cat", "name": "\\ud800"}', "line 2: name .* is not a plain file name"),
-        ('{"prompt": "A cat", "name": "one"}', "lines 1 and 2: both are named 'one'"),
-    ),
-)
-def test_wrong_lines_of_a_prompt_file(line, message, tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text('{"prompt": "A dog", "name": "one"}\n' + line, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
-        read_prompts(path)
-
-
-def test_what_is_made_is_decided_by_records_and_stays(run_prompts, tmp_path):
-    run_prompts("A cat\nA cat\n")
-    first = {path: path.read_bytes() for path in tmp_path.glob("A-cat-*.mp4")}
-    assert len(first) == 2 and "2 are made already" in run_prompts("A cat\nA cat\n")
-    assert "0 are made already" in run_prompts("A cat", "--sample_steps", "3")
-    assert "of which 2 are made already" in run_prompts("A dog\nA cat\nA cat\n")
-    moved, other = list(first)
-    for path in (moved, moved.with_suffix(".json")):
-        path.rename(path.with_stem("mine"))
-    record = json.loads((tmp_path / "mine.json").read_text())
-    (tmp_path / "mine.json").write_text(json.dumps(record | {"file": record["file"] | {"name": "mine.mp4"}}))
-    assert "2 are made already" in run_prompts("A cat\nA cat\n")
-    assert (tmp_path / "mine.mp4").read_bytes() == first[moved] and other.read_bytes() == first[other]
-
-
-def test_a_named_video_made_otherwise_is_replaced_only_if_told(run_prompts, tmp_path):
-    line = '{"prompt": "A cat", "name": "one"}'
-    run_prompts(line)
-    first = (tmp_path / "one.mp4").read_bytes()
-    assert "1 are made already" in run_prompts(line)
-    said = run_prompts(line, "--sample_steps", "3", code=2)
-    assert "one.mp4 is there already; give --overwrite to replace it, or choose another name" in said
-    assert (tmp_path / "one.mp4").read_bytes() == first
-    run_prompts(line, "--sample_steps", "3", "--overwrite")
-    assert (tmp_path / "one.mp4").read_bytes() != first

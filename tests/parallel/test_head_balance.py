@@ -1,0 +1,18 @@
+"""Heads are assigned to processes so that none waits long for another."""
+
+from __future__ import annotations
+
+import torch
+
+from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
+
+
+def test_heads_are_assigned_so_that_all_have_as_much_to_do():
+    load = torch.cat((torch.full((20,), 0.05), torch.full((20,), 0.35)))[torch.rand(3, 40).argsort(1)]
+    for parts in (2, 3, 8):
+        counts = split_sizes(40, parts)
+        order = assign_heads(load, counts)
+        assert (order.sort(1).values == torch.arange(40)).all()
+        sums = [load.gather(1, part).sum(1) for part in order.split(counts, dim=1)]
+        assert (torch.stack(sums).amax(0) - torch.stack(sums).amin(0)).max() <= 0.36
+        assert sorted(interleaved(40, parts).tolist()) == list(range(40))
