@@ -19,7 +19,7 @@ INTERRUPTED = 130
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class Ended(BaseException):
+class EndedBySignal(BaseException):
     """A signal asks the program to end: like `KeyboardInterrupt` it passes all that cleans up on its way out."""
 
     def __init__(self, number: int):
@@ -36,13 +36,13 @@ def printable(text: object) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stderr; lost if that cannot be written, see `Stream`."""
+    """A line on stderr; lost if that cannot be written, see `ForgivingStream`."""
     # Without a stderr, print would take stdout.
     if sys.stderr is not None:
-        print(printable(text), file=Stream(sys.stderr), flush=True)
+        print(printable(text), file=ForgivingStream(sys.stderr), flush=True)
 
 
-class Stream:
+class ForgivingStream:
     """A stream of the program that is given no error: whoever read it may have gone, or its disk be full.
 
     A run that took hours must not die of its messages, whichever library writes them. lost: why some were not written
@@ -75,8 +75,8 @@ class Stream:
         return getattr(self._stream, name)
 
 
-class Handler(logging.Handler):
-    """Records as single lines on stderr, whatever it is at that time."""
+class StderrHandler(logging.Handler):
+    """Log records as single lines on stderr, whatever it is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
@@ -91,7 +91,7 @@ def positive(text: str) -> int:
 
 def log_to_stderr() -> None:
     """Have the program's own log, and warnings of libraries, written to stderr."""
-    logging.basicConfig(format="%(message)s", handlers=[Handler()], force=True)
+    logging.basicConfig(format="%(message)s", handlers=[StderrHandler()], force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
 
 
@@ -107,13 +107,13 @@ def run_program(
     _fill_closed()
     before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS if _is_ours(number)}
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Stream(one or open(os.devnull, "w")) for one in streams)
+    sys.stdout, sys.stderr = (ForgivingStream(one or open(os.devnull, "w")) for one in streams)
     try:
         return main(*args) or _unwritten_result()
     except KeyboardInterrupt:
         say(interrupted)
         return INTERRUPTED
-    except Ended as end:
+    except EndedBySignal as end:
         say(interrupted.replace("interrupted", f"ended by {signal.Signals(end.number).name}", 1))
         return 128 + end.number
     except ValueError as error:
@@ -132,7 +132,7 @@ def run_program(
 def _unwritten_result() -> int:
     """1, after a line, if what was printed is lost."""
     sys.stdout.flush()
-    why = sys.stdout.lost if isinstance(sys.stdout, Stream) else None
+    why = sys.stdout.lost if isinstance(sys.stdout, ForgivingStream) else None
     if why is None or isinstance(why, BrokenPipeError):
         return 0
     say(f"error: what was printed could not be written ({getattr(why, 'strerror', None) or why}); free some space")
@@ -151,7 +151,7 @@ def _fill_closed() -> None:
 def _end(number: int, _: object) -> NoReturn:
     # A second one while the first is cleaned up after would leave what it removes.
     signal.signal(number, signal.SIG_IGN)
-    raise Ended(number)
+    raise EndedBySignal(number)
 
 
 def _is_ours(number: int) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError
-from wan.observe.console import ENDING_SIGNALS, Ended, say
+from wan.observe.console import ENDING_SIGNALS, EndedBySignal, say
 from wan.parallel.layout import ParallelLayout
 
 # Others wait in a collective while one decodes, and torchrun ends the run if one dies: no time-out is needed for that.
@@ -157,7 +157,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, InputError):
         say(f"error: {error}")
         return 2
-    if isinstance(error, (KeyboardInterrupt, Ended)):
+    if isinstance(error, (KeyboardInterrupt, EndedBySignal)):
         say("interrupted; no half-written file is left")
         return 130
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
