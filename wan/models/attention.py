@@ -9,9 +9,7 @@ from torch import nn
 from nabla import InputError, NablaConfig
 from wan.attention import apply
 from wan.attention.spec import TransformerSpec
-from wan.models.wan.processor import TRANSFORMER
-
-SPECS = (TRANSFORMER,)
+from wan.models.registry import FAMILIES
 
 
 def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaConfig) -> None:
@@ -33,10 +31,11 @@ def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
 
 def spec_of(transformer: nn.Module) -> TransformerSpec:
     """What the machinery has to know of a transformer; raises `InputError` for one of no family."""
-    for spec in SPECS:
+    specs = [family.load_transformer_spec() for family in FAMILIES]
+    for spec in specs:
         if isinstance(transformer, spec.kind):
             return spec
-    known = " or a ".join(spec.kind.__name__ for spec in SPECS)
+    known = " or a ".join(spec.kind.__name__ for spec in specs)
     raise InputError(f"{type(transformer).__name__} is not a {known}; the attention fits only those")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nabla import InputError
+from wan.attention.spec import TransformerSpec
 from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.naming import TransformerNaming
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
@@ -69,6 +70,8 @@ class Family:
     facts: reads what has to be known of a transformer off its configuration
     geometry: how it cuts pixels into latents and tokens
     naming: what files from anyone call the tensors of its transformer
+    transformer: the `TransformerSpec`, as "module:name"; imported when a transformer is there, since it names classes
+        of diffusers, whose import takes seconds
     pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
         pipeline opens checkpoints itself and so stands above the list of families
     defaults: a layer of settings, below those that a checkpoint brings
@@ -83,6 +86,7 @@ class Family:
     tokenizers: Mapping[str, str]
     facts: Callable[[Layout], TransformerFacts]
     naming: TransformerNaming
+    transformer: str
     pipeline: str
     geometry: Geometry = DEFAULT_GEOMETRY
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -90,8 +94,11 @@ class Family:
 
     def load_pipeline(self) -> type[Any]:
         """The class of `pipeline`."""
-        module, _, name = self.pipeline.partition(":")
-        return getattr(import_module(module), name)
+        return _imported(self.pipeline)
+
+    def load_transformer_spec(self) -> TransformerSpec:
+        """What `transformer` names."""
+        return _imported(self.transformer)
 
     def require(self, feature: str) -> None:
         """Raise `InputError` unless the family supports a feature, one of `FEATURES`."""
@@ -99,3 +106,8 @@ class Family:
             raise ValueError(f"{feature!r} is none of {sorted(FEATURES)}")
         if feature not in self.features:
             raise InputError(f"{feature} is not supported for {self.name}; leave it out")
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

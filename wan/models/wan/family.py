@@ -17,6 +17,7 @@ WAN = Family(
     tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
     facts=layout.facts,
     naming=NAMING,
+    transformer="wan.models.wan.processor:TRANSFORMER",
     pipeline="wan.models.wan.pipeline:WanT2V",
     geometry=GEOMETRY,
 )
