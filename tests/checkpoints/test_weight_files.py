@@ -316,7 +316,7 @@ def test_what_does_not_go_with_packed_weights(random_nano, published, tmp_path, 
     pytest.importorskip("gguf", reason="needs gguf: pip install -r requirements-gguf.txt")
     weight_files.write_gguf(tmp_path / "a.gguf", published)
     monkeypatch.setattr("wan.models.wan.loading.check_quantization", lambda *_: None)
-    monkeypatch.setattr("wan.models.wan.loading._check_sharding", lambda *_: None)
+    monkeypatch.setattr("wan.models.wan.loading._check_options", lambda *_: None)
     with pytest.raises(InputError, match="GGUF are packed, which goes neither with fp8 nor with dit_fsdp"):
         wan.WanT2V.from_pretrained(random_nano, transformer=tmp_path / "a.gguf", **options)
 

@@ -58,6 +58,7 @@ def quantize(weight: Tensor) -> Tensor:
 # Never chosen by a plan: it is faster than int8, but as large and less exact.
 FLOAT8 = Quantization(
     key=KEY,
+    name="float8",
     bytes_per_weight=1.01,
     quantize=quantize,
     takes=takes,

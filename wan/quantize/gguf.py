@@ -16,4 +16,12 @@ def takes(weight: Tensor) -> bool:
     return False
 
 
-GGUF = Quantization(key="gguf", bytes_per_weight=None, quantize=None, takes=takes, check=check, using_bytes=12)
+GGUF = Quantization(
+    key="gguf",
+    name="GGUF",
+    bytes_per_weight=None,
+    quantize=None,
+    takes=takes,
+    check=check,
+    using_bytes=12,
+)

@@ -33,6 +33,7 @@ def quantize(weight: Tensor) -> Tensor:
 
 INT4 = Quantization(
     key=KEY,
+    name="int4",
     bytes_per_weight=0.53,
     quantize=quantize,
     takes=takes,

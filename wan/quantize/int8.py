@@ -35,6 +35,7 @@ def quantize(weight: Tensor) -> Tensor:
 
 INT8 = Quantization(
     key=KEY,
+    name="int8",
     bytes_per_weight=1.02,
     quantize=quantize,
     takes=takes,

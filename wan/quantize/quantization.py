@@ -13,7 +13,7 @@ from torch import Tensor
 class Quantization:
     """A way to quantise weights, one of `wan.quantize.table`.
 
-    key: what settings, plans and records call it
+    key, name: what settings, plans and records call it; what people do
     bytes_per_weight: that a number takes, its share of scales included; None if the file decides, weight by weight
     quantize: from a weight (out, in) on the device that it runs on to the tensor in its place; None if a file has done
         so already
@@ -28,6 +28,7 @@ class Quantization:
     """
 
     key: str
+    name: str
     bytes_per_weight: float | None
     quantize: Callable[[Tensor], Tensor] | None
     takes: Callable[[Tensor], bool]

@@ -52,17 +52,17 @@ class Quantizer:
         move_inner(quantized, self.home)
         return quantized
 
-    def require_any(self) -> None:
-        """Raise `InputError` if there was no layer that it takes."""
-        if not self.errors:
-            key, sizes = self.quantization.key, self.quantization.sizes
-            raise InputError(f"{key} takes none of these linear layers: {sizes}")
+    def describe(self, asked: bool = False) -> str:
+        """One line: how many layers, and their errors.
 
-    def describe(self, name: str | None = None) -> str:
-        """One line: how many layers, and their errors. name: of the quantisation, by default its key."""
-        name = name or self.quantization.key
+        asked: it was asked for by name, not chosen by a plan; raises `InputError` then if there was no layer to take
+        """
+        key, sizes = self.quantization.key, self.quantization.sizes
+        if not self.errors and asked:
+            raise InputError(f"{key} takes none of these linear layers: {sizes}")
         if not self.errors:
-            return f"none of {self.left} linear layers is of a size that {name} takes"
+            return f"none of {self.left} linear layers is of a size that {key} takes"
+        name = self.quantization.name if asked else key
         left = f" ({self.left} left as they were)" if self.left else ""
         mean = sum(self.errors) / len(self.errors)
         return (
@@ -78,17 +78,16 @@ def make_quantizer(
     return None if key is None or QUANTIZATIONS[key].quantize is None else Quantizer(model, blocks, key, device, home)
 
 
-def quantize_layers(model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device) -> Quantizer:
+def quantize_layers(model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device) -> str:
     """Quantise a model that is on its device already, in place, before it is compiled; see `Quantizer`.
 
-    Raises `InputError` if it takes none of the layers.
+    Returns a line about it. Raises `InputError` if it takes none of the layers.
     """
     quantizer = Quantizer(model, blocks, key, device, device)
     for name, module in model.named_modules():
         if f"{name}.weight" in quantizer.layers:
             module.weight = quantizer(f"{name}.weight", module.weight)
-    quantizer.require_any()
-    return quantizer
+    return quantizer.describe(asked=True)
 
 
 def sample(weight: Tensor) -> Tensor:

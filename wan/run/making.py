@@ -17,6 +17,7 @@ from nabla import InputError
 from wan.config.settings import Settings, read_made_with
 from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
+from wan.memory.options import LoadOptions
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan.memory import plan_run
@@ -96,19 +97,18 @@ def load(
     if options.again is not None and (processes is None or processes.rank == 0):
         if line := otherwise_packed(options.again, read_made_with(options.again), settings, plan):
             log.warning("warning: %s", line)
+    how = LoadOptions(
+        device,
+        options.offload,
+        options.t5_cpu,
+        options.compile,
+        processes,
+        dit_fsdp=options.dit_fsdp,
+        t5_fsdp=options.t5_fsdp,
+        plan=plan,
+    )
     with _clear_about_memory(settings, options):
-        pipe = WanT2V.from_settings(
-            checkpoint,
-            settings,
-            device,
-            offload=options.offload,
-            t5_cpu=options.t5_cpu,
-            compile=options.compile,
-            processes=processes,
-            dit_fsdp=options.dit_fsdp,
-            t5_fsdp=options.t5_fsdp,
-            plan=plan,
-        )
+        pipe = WanT2V.from_settings(checkpoint, settings, how)
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)

@@ -16,6 +16,7 @@ from wan.attention.compile import check_compiler, compile_blocks
 from wan.caches.apply import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile, Settings
+from wan.memory.options import LoadOptions
 from wan.memory.planner import MemoryPlan
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan.loading import load_models
@@ -61,8 +62,9 @@ def from_pretrained(
     lora: files, or `file:scale`, merged into the transformer's weights, see `wan.checkpoints.lora`; none by default
     cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
         "none", the default, is off
-    For the rest see `from_settings`. Raises `CheckpointError` for a checkpoint that cannot be had, is incomplete or is
-    damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
+    processes: share the work as they are laid out
+    For the rest see `wan.memory.options.LoadOptions`. Raises `CheckpointError` for a checkpoint that cannot be had, is
+    incomplete or is damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
     asked = {
@@ -81,77 +83,32 @@ def from_pretrained(
     else:
         attention = NablaConfig.parse(attention) if isinstance(attention, str) else attention
         settings = replace(settings, model=replace(settings.model, attention=attention))
-    return cls.from_settings(
-        checkpoint,
-        settings,
-        device,
-        offload=offload,
-        t5_cpu=t5_cpu,
-        compile=compile,
-        processes=processes,
-        dit_fsdp=dit_fsdp,
-        t5_fsdp=t5_fsdp,
-        plan=plan,
+    options = LoadOptions(
+        torch.device(device), offload, t5_cpu, compile, processes, dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, plan=plan
     )
+    return cls.from_settings(checkpoint, settings, options)
 
 
-def from_settings(
-    cls: type[WanT2V],
-    checkpoint: Checkpoint,
-    settings: Settings,
-    device: torch.device | str = "cpu",
-    offload: bool | None = None,
-    t5_cpu: bool = False,
-    compile: bool | None = None,
-    processes: DistributedContext | None = None,
-    dit_fsdp: bool = False,
-    t5_fsdp: bool = False,
-    plan: MemoryPlan | None = None,
-) -> WanT2V:
+def from_settings(cls: type[WanT2V], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> WanT2V:
     """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
 
-    offload: keep each component in host memory while it is idle; None decides by the size of the GPU
-    t5_cpu: run the text encoder on the CPU
-    compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
-    processes: share the work as they are laid out
-    dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
-    plan: where the models lie and how their weights are quantised, in place of offload, t5_cpu and fp8; see
-        `wan.models.wan.memory.plan_run`
     Raises as `from_pretrained` does.
     """
-    device = torch.device(device)
-    compile = device.type == "cuda" if compile is None else compile
-    if compile:
-        check_compiler(device)
-    models = load_models(
-        checkpoint,
-        device,
-        getattr(torch, settings.dtype or "float32"),
-        settings.vae_dtype and getattr(torch, settings.vae_dtype),
-        fp8=settings.fp8,
-        offload=offload,
-        t5_cpu=t5_cpu,
-        processes=processes,
-        dit_fsdp=dit_fsdp,
-        t5_fsdp=t5_fsdp,
-        transformer_file=settings.transformer,
-        lora=settings.lora,
-        plan=plan,
-    )
-    t5_cpu = t5_cpu if plan is None else plan.text == "cpu"
+    if options.compiles:
+        check_compiler(options.device)
+    models = load_models(checkpoint, settings.model, options)
     pipe = cls(
         **models._asdict(),
-        device=device,
-        text_device=torch.device("cpu") if t5_cpu else device,
+        device=options.device,
         text_length=checkpoint.text_length,
         sampling=settings.sampling,
         video=settings.video,
-        processes=processes,
+        processes=options.distributed,
     )
-    pipe.plan, pipe.lora = plan, settings.lora
+    pipe.plan, pipe.lora = options.plan, settings.lora
     if pipe.vae is not None:
         check_vae(pipe.vae, checkpoint.folder)
-    _put_on(pipe, settings, compile)
+    _put_on(pipe, settings, options.compiles)
     return pipe
 
 

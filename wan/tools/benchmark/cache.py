@@ -46,7 +46,7 @@ def step_rows(args: argparse.Namespace, videos: list[VideoSettings], device: tor
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     fuse_gelu(transformer)
     if args.fp8:
-        print(quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
+        print(quantize_layers(transformer, transformer.blocks, "fp8", device))
     compile_blocks(transformer.blocks)
     for video in videos:
         for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:

@@ -54,7 +54,7 @@ def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tup
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
-            print(quantize_layers(transformer, transformer.blocks, "fp8", device).describe("float8"))
+            print(quantize_layers(transformer, transformer.blocks, "fp8", device))
         for is_dense in [False] if args.no_dense else [True, False]:
             torch._dynamo.reset()
             for block in transformer.blocks:
