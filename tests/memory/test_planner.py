@@ -21,7 +21,7 @@ from wan.memory.estimates import (
     pinned_chunks,
     tile_width,
 )
-from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
+from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose, slowdown
 from wan.memory.weigh import weigh
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer
 from wan.models.wan.vae import decoding_of
@@ -124,6 +124,29 @@ def test_weights_wait_unpinned_where_they_would_fill_the_host(weights):
     assert plan.quantization is not None or not plan.pinned
     asked = plan_for(weights, "t2v-14B", (1280, 720), 16, host=MemoryBudget(0, 48 * GIB, 50 * GIB), can_quantize=False)
     assert not asked.pinned and "pageable" in asked.describe(HOST, "bfloat16")
+
+
+def test_transfers_from_pageable_memory_take_four_times_as_long(weights):
+    transformer, _ = weights["t2v-14B"]
+    few, many = (replace(workload_for("t2v-14B", (832, 480), 81), tokens=tokens) for tokens in (8_000, 32_000))
+    for workload, pinned, times in ((few, True, 2), (few, False, 8), (many, True, 1), (many, False, 2)):
+        assert slowdown(transformer, None, workload, 0, pinned) == pytest.approx(times)
+    assert slowdown(transformer, None, many, 20, False) == 1
+    roomy, tight = (MemoryBudget(0, free * GIB, total * GIB) for free, total in ((120, 128), (48, 50)))
+    plans = [plan_for(weights, "t2v-14B", (832, 480), 16, host=host, can_quantize=False) for host in (roomy, tight)]
+    assert [(plan.pinned, plan.kept > 0) for plan in plans] == [(True, False), (False, True)]
+    assert plans[1].slowdown > 1.05 and "times as long" in plans[1].describe(HOST, "bfloat16")
+
+
+def test_models_take_turns_rather_than_that_the_picture_is_decoded_in_columns(weights):
+    """Their way to the GPU costs a hundredth, columns a twentieth."""
+    plans = {gpu: plan_for(weights, "t2v-1.3B", (1920, 1072), gpu) for gpu in (25, 27, 41)}
+    assert [(plan.in_turns, plan.tiles > 1) for plan in plans.values()] == [
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
+    assert [plan.cost for plan in plans.values()] == pytest.approx([1.05, 1.01, 1.0])
 
 
 def test_what_is_asked_for_is_kept(weights):

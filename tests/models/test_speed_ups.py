@@ -13,14 +13,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 import generate
 import wan
-from nabla import InputError, NablaConfig
+from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
 from wan.models.wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder, speed_up_encoder
-from wan.quantize.float8 import FLOAT8
-from wan.quantize.quantizer import check_quantization, quantize_layers
 
 CPU = torch.device("cpu")
 
@@ -87,31 +85,6 @@ def test_the_pipeline_s_decoder_takes_the_type_that_it_is_given(random_nano):
     assert decoder_dtype(pipe.vae) == torch.float32 and decoder_dtype(half.vae) == torch.float16
     latents = torch.randn(16, 2, 4, 4)
     assert (pipe.decode(latents) - half.decode(latents)).abs().max() < 2e-2
-
-
-def test_float8_says_where_it_cannot_run():
-    with pytest.raises(InputError, match="fp8 works in bfloat16 only, not in float16"):
-        check_quantization("fp8", torch.device("cuda"), torch.float16)
-    with pytest.raises(InputError, match="fp8 does not work on cpu: it needs an NVIDIA GPU of compute capability 8.9"):
-        check_quantization("fp8", CPU, torch.bfloat16)
-
-
-def test_float8_takes_the_linear_layers_of_the_blocks_but_none_with_a_row_of_zeros():
-    transformer = random_transformer("nano", torch.bfloat16, CPU)
-    weights = [module.weight for module in transformer.blocks.modules() if isinstance(module, torch.nn.Linear)]
-    assert len(weights) == 10 * len(transformer.blocks) and all(map(FLOAT8.takes, weights))
-    assert not FLOAT8.takes(weights[0][:24]) and not FLOAT8.takes(weights[0][:, :24])
-    weights[0][3] = 0
-    assert [FLOAT8.takes(weight) for weight in weights] == [False, *[True] * (len(weights) - 1)]
-
-
-def test_float8_without_a_layer_that_fits_is_an_error():
-    transformer = random_transformer("nano", torch.bfloat16, CPU)
-    for module in transformer.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = module.weight.data[:, :24]
-    with pytest.raises(InputError, match="fp8 takes none of these linear layers"):
-        quantize_layers(transformer, transformer.blocks, "fp8", CPU)
 
 
 def test_fused_gelu_leaves_a_cpu_training_and_changed_layers_as_they_were():

@@ -8,7 +8,7 @@ import pytest
 
 from wan.config.settings import resolve
 from wan.memory.planner import MemoryPlan
-from wan.run.remaking import otherwise_packed
+from wan.run.remaking import quantized_otherwise
 
 PLAIN = MemoryPlan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
 INT8, BOTH = replace(PLAIN, quantization="int8"), replace(PLAIN, quantization="int4", text_quantization="int8")
@@ -17,8 +17,8 @@ FP8 = replace(PLAIN, quantization="fp8")
 
 def difference(then: MemoryPlan | None, now: MemoryPlan | None, fp8: bool = False) -> str | None:
     settings = resolve({"checkpoint": "x", "prompt": "a cat", "dtype": "bfloat16", "fp8": fp8})
-    made_with = {"device": "cuda"} | ({} if then is None else {"memory": 12.0, "plan": then.to_record()})
-    return otherwise_packed("video.json", made_with, settings, now)
+    made_with = {"device": "cuda"} | ({} if then is None else {"memory": 12.0, "plan": then.to_sidecar()})
+    return quantized_otherwise("video.json", made_with, settings, now)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,25 @@ def test_a_line_says_what_differs_and_what_gives_it_back(then, now, fp8, what, b
 
 def test_settings_that_are_no_record_were_made_with_nothing():
     settings = resolve({"checkpoint": "x", "prompt": "a cat"})
-    assert otherwise_packed("nabla_0.7.yaml", {}, settings, INT8) is None
+    assert quantized_otherwise("nabla_0.7.yaml", {}, settings, INT8) is None
 
 
 def test_a_record_whose_plan_is_damaged_counts_as_one_without():
     settings = resolve({"checkpoint": "x", "prompt": "a cat"})
-    assert otherwise_packed("video.json", {"plan": "whole"}, settings, None) is None
+    assert quantized_otherwise("video.json", {"plan": "whole"}, settings, None) is None
+
+
+def test_a_sidecar_keeps_the_keys_that_it_always_had():
+    assert BOTH.to_sidecar() == {
+        "packing": "int4",
+        "text_packing": "int8",
+        "in_turns": True,
+        "kept": 0,
+        "blocks": 2,
+        "text": "stream",
+        "tiles": 1,
+        "pinned": False,
+        "stages": {"sampling": 0},
+        "host": 0,
+        "slowdown": 1.0,
+    }

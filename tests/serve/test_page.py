@@ -22,7 +22,15 @@ from wan.serve import status
 from wan.serve import studio as studio_module
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
-from wan.serve.sources import MAX_SIDECAR_BYTES, OWN, LoraLibrary, Presets, from_sidecar, packed_notes, read_sidecar
+from wan.serve.sources import (
+    MAX_SIDECAR_BYTES,
+    OWN,
+    LoraLibrary,
+    Presets,
+    from_sidecar,
+    quantization_notes,
+    read_sidecar,
+)
 from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
 SMALL = {"sampling": {"steps": 2, "seed": 1}, "video": {"size": "64*48", "frame_num": 5}, "prompt": "A red circle"}
@@ -168,12 +176,12 @@ def test_a_record_comes_back_as_it_was_but_names_no_files(tmp_path):
 
 def test_a_record_of_packed_weights_says_so():
     plan = {"packing": "int4", "text_packing": "int8", "kept": 3}
-    assert packed_notes({"plan": plan}) == [
+    assert quantization_notes({"plan": plan}) == [
         "the video was made with the transformer in int4 and the text encoder in int8, "
         "and this page packs weights only as its --memory asks"
     ]
     for made_with in ({}, {"plan": "whole"}, {"plan": {"packing": "fp8"}}):
-        assert packed_notes(made_with) == []
+        assert quantization_notes(made_with) == []
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():

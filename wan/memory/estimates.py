@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nabla import NablaConfig
 from wan.quantize.table import QUANTIZATIONS
 
 GIB = 2**30
@@ -15,7 +16,7 @@ VIDEO_COPIES = 3
 TILE_OVERLAP = 64
 MOST_TILES = 8
 # A tile of attention, and what edge tiles that are partial add.
-BLOCK_TOKENS, PADDING = 64, 1.07
+BLOCK_TOKENS, PADDING = math.prod(NablaConfig().tile), 1.07
 # Of blocks that are not compiled, which normalise and modulate in float32: copies of the hidden states more.
 EAGER_COPIES = 6
 # Of the lists of kept blocks, which are made for as many heads at a time.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from typing import Any
 
@@ -30,8 +30,8 @@ from wan.quantize.gguf import GGUF
 from wan.quantize.table import QUANTIZATIONS
 
 GB = 10**9
-# What records of videos call the plan's fields that have other names here.
-RECORD_KEYS = {"quantization": "packing", "text_quantization": "text_packing"}
+# What sidecars of videos call the fields of a plan that have other names here.
+SIDECAR_KEYS = {"quantization": "packing", "text_quantization": "text_packing"}
 COST_OF_TILES = 1.05
 COST_OF_TURNS = 1.01
 # A block is computed from its weights once a token: this many tokens hide the transfer of half-precision weights from
@@ -99,10 +99,10 @@ class MemoryPlan:
             cost *= QUANTIZATIONS[self.text_quantization].text_cost or 1.0
         return cost * (COST_OF_TILES if self.tiles > 1 else 1)
 
-    def to_record(self) -> dict[str, Any]:
-        """As a video's record has it, by the keys that records always had."""
+    def to_sidecar(self) -> dict[str, Any]:
+        """As a video's sidecar has it, by the keys that these always had."""
         own = asdict(self)
-        return {RECORD_KEYS.get(name, name): value for name, value in own.items()}
+        return {SIDECAR_KEYS.get(name, name): value for name, value in own.items()}
 
     def describe(self, budget: MemoryBudget, dtype: str) -> str:
         """One line: what was chosen, and the expected peaks beside what there is."""
@@ -173,45 +173,51 @@ class _Case:
 
     def plans(self, quantization: str | None, text_quantization: str | None) -> Iterator[MemoryPlan]:
         """All plans of a precision, those in which the models stay on the GPU first, in ever more columns."""
-        transformer, text = self.transformer, self.text
+        transformer = self.transformer
         usable = self.budget.gpu / (1 + FRAGMENTS)
         forward = forward_bytes(self.workload) + _using_bytes(quantization) * transformer.largest
-        encoding = text_bytes(self.workload) + _using_bytes(text_quantization) * text.largest
+        encoding = text_bytes(self.workload) + _using_bytes(text_quantization) * self.text.largest
         waiting = pinned_bytes(transformer.block(quantization), transformer.blocks)
         pinned = waiting <= PINNED_SHARE * self.budget.host_total
         kept = kept_blocks(transformer, quantization, self.workload, usable - forward, pinned)
         slower = COST_OF_TURNS * slowdown(transformer, quantization, self.workload, kept, pinned)
+        text_fits = self.text.bytes(text_quantization) + encoding <= usable
         for in_turns, tiles in product((False, True), range(1, MOST_TILES + 1)):
-            whole_text = text.bytes(text_quantization) + encoding
-            place = "cpu" if self.text_cpu else "stream" if in_turns and whole_text > usable else "gpu"
-            on_gpu = {"gpu": text.bytes(text_quantization), "stream": text.streamed(text_quantization), "cpu": 0}
-            sizes = {
-                "text": on_gpu[place],
-                "sampling": transformer.streamed(quantization, kept) if in_turns else transformer.bytes(quantization),
-                "decoding": self.vae_bytes,
-            }
-            needs = {
-                "text": 0 if self.text_cpu else encoding,
-                "sampling": forward,
-                "decoding": decode_bytes(self.workload.decoding, tiles),
-            }
-            resident = 0 if in_turns else sum(sizes.values())
-            stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
-            if taken := self.making_bytes(quantization, text_quantization):
-                stages = {"loading": taken + resident} | stages
-            yield MemoryPlan(
+            plan = MemoryPlan(
                 quantization=quantization,
                 text_quantization=text_quantization,
                 in_turns=in_turns,
                 kept=kept if in_turns else transformer.blocks,
                 blocks=transformer.blocks,
-                text=place,
+                text="cpu" if self.text_cpu else "stream" if in_turns and not text_fits else "gpu",
                 tiles=tiles,
                 pinned=pinned,
-                stages=stages,
+                stages={},
                 host=self.host_bytes(quantization, text_quantization, in_turns),
                 slowdown=slower if in_turns else 1.0,
             )
+            yield replace(plan, stages=self.stages(plan, forward, encoding))
+
+    def stages(self, plan: MemoryPlan, forward: int, encoding: int) -> dict[str, int]:
+        """The peak of each stage on the GPU. forward, encoding: what these take beside weights"""
+        transformer, text = self.transformer, self.text
+        on_gpu = {"gpu": text.bytes, "stream": text.streamed, "cpu": lambda _: 0}[plan.text]
+        sizes = {
+            "text": on_gpu(plan.text_quantization),
+            "sampling": transformer.bytes(plan.quantization),
+            "decoding": self.vae_bytes,
+        }
+        if plan.in_turns:
+            sizes["sampling"] = transformer.streamed(plan.quantization, plan.kept)
+        needs = {
+            "text": 0 if self.text_cpu else encoding,
+            "sampling": forward,
+            "decoding": decode_bytes(self.workload.decoding, plan.tiles),
+        }
+        resident = 0 if plan.in_turns else sum(sizes.values())
+        stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
+        making = self.making_bytes(plan.quantization, plan.text_quantization)
+        return {"loading": making + resident} | stages if making else stages
 
     def making_bytes(self, quantization: str | None, text_quantization: str | None) -> int:
         """What quantising the largest layer takes."""

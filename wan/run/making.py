@@ -27,7 +27,7 @@ from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
-from wan.run.remaking import otherwise_packed
+from wan.run.remaking import quantized_otherwise
 from wan.run.sidecars import Video, free_path
 from wan.run.versions import installed_versions
 
@@ -95,7 +95,7 @@ def load(
     if options.memory is not None:
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
     if options.again is not None and (processes is None or processes.rank == 0):
-        if line := otherwise_packed(options.again, read_made_with(options.again), settings, plan):
+        if line := quantized_otherwise(options.again, read_made_with(options.again), settings, plan):
             log.warning("warning: %s", line)
     how = LoadOptions(
         device,
@@ -155,7 +155,7 @@ def make(
     if pipe.cache is not None:
         log.info("cache: %s", pipe.cache.describe())
         made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
-    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": pipe.plan.to_record()}
+    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": pipe.plan.to_sidecar()}
     if pipe.distributed is not None:
         made_with["layout"] = asdict(pipe.distributed.layout)
     if not options.overwrite and (free := free_path(path)) != path:

@@ -1,6 +1,6 @@
 """Making a video again from its sidecar: what may differ though the settings are the same.
 
-A plan of memory packs weights as much as it must, which changes the video and is no setting of it.
+A plan of memory quantises weights as much as it must, which changes the video and is no setting of it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,28 @@ from wan.config.settings import Settings
 from wan.memory.planner import MemoryPlan
 from wan.quantize.gguf import GGUF
 
-# What a plan may pack, and where it says how.
+# What a plan may quantise, and the keys of a sidecar that say how.
 MODELS = {"transformer": "packing", "text encoder": "text_packing"}
 
-Packing = dict[str, str | None]
 
-
-def packing_of(plan: object, fp8: bool) -> Packing:
-    """How each model is packed by a plan, as a sidecar has it, or without one; not what its file has packed."""
+def quantizations_of(plan: object, fp8: bool) -> dict[str, str | None]:
+    """How a plan quantises each model, as a sidecar has it, or a run without one; not what its file has done."""
     own = {"packing": "fp8" if fp8 else None, "text_packing": None}
     own |= plan if isinstance(plan, dict) else {}
     return {name: None if own[key] == GGUF.key else own[key] for name, key in MODELS.items()}
 
 
-def otherwise_packed(
+def quantized_otherwise(
     sidecar: str, made_with: Mapping[str, Any], settings: Settings, plan: MemoryPlan | None
 ) -> str | None:
-    """A line if a run packs weights otherwise than that of a sidecar, and what gives the same; None if it does not.
+    """A line if a run quantises otherwise than that of a sidecar, and what gives the same; None if it does not.
 
     made_with: what the sidecar says of it; empty of other files of settings
     """
     if not made_with:
         return None
-    then = packing_of(made_with.get("plan"), settings.fp8)
-    now = packing_of(plan and plan.to_record(), settings.fp8)
+    then = quantizations_of(made_with.get("plan"), settings.fp8)
+    now = quantizations_of(plan and plan.to_sidecar(), settings.fp8)
     differing = [name for name in MODELS if then[name] != now[name]]
     if not differing:
         return None

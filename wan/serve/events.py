@@ -29,7 +29,7 @@ from wan.serve.layout import (
 )
 from wan.serve.limits import Visitor
 from wan.serve.shown import sidecar_to_share
-from wan.serve.sources import LoraLibrary, Presets, from_sidecar, packed_notes, read_sidecar
+from wan.serve.sources import LoraLibrary, Presets, from_sidecar, quantization_notes, read_sidecar
 from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.studio import Job, JobProgress, JobResult, Studio
 
@@ -102,7 +102,7 @@ class Events:
         self.studio.limits.check(resolve(sidecar, {"checkpoint": base.checkpoint}, needs_prompt=False))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_sidecar(sidecar, base, self.presets.flags, self.presets.checkpoints(), files)
-        notes += packed_notes(read_made_with(upload))
+        notes += quantization_notes(read_made_with(upload))
         c, name = self.controls, Path(upload).name
         return self._show(settings, settings.prompt) | {
             c.preset: None,

@@ -20,7 +20,7 @@ from wan.files.formats import SAFETENSORS
 from wan.files.hashes import file_hash
 from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
-from wan.run.remaking import packing_of
+from wan.run.remaking import quantizations_of
 from wan.serve.shown import name_of
 
 OWN = "The checkpoint's own"
@@ -196,12 +196,14 @@ def from_sidecar(
     return settings, notes
 
 
-def packed_notes(made_with: Mapping[str, Any]) -> list[str]:
-    """A line if a plan of memory packed the weights of a recorded video, which no setting says."""
-    packing = packing_of(made_with.get("plan"), fp8=False)
-    packed = [f"the {name} in {kind}" for name, kind in packing.items() if kind not in (None, "fp8")]
-    what = " and ".join(packed)
-    return [f"the video was made with {what}, and this page packs weights only as its --memory asks"] if packed else []
+def quantization_notes(made_with: Mapping[str, Any]) -> list[str]:
+    """A line if a plan of memory quantised the weights of a recorded video, which no setting says."""
+    keys = quantizations_of(made_with.get("plan"), fp8=False)
+    quantized = [f"the {name} in {key}" for name, key in keys.items() if key not in (None, "fp8")]
+    what = " and ".join(quantized)
+    return (
+        [f"the video was made with {what}, and this page packs weights only as its --memory asks"] if quantized else []
+    )
 
 
 def _names_file(cache: object) -> bool:
