@@ -29,8 +29,9 @@ def make(args: argparse.Namespace) -> int:
 
     from wan.config.settings import read_settings
     from wan.tools.datasets import open_dataset
+    from wan.training.encoder import Encoder
     from wan.training.models import open_components
-    from wan.training.prepare import Encoder, prepare
+    from wan.training.prepare import prepare
     from wan.training.prepare_settings import PrepareSettings
     from wan.training.schema import with_overrides
     from wan.training.shutdown import stop_with_launcher

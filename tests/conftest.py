@@ -84,8 +84,9 @@ def prepared(random_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Seven clips prepared for training, of eight samples of which one is bad."""
     from training_runs import Colours
 
+    from wan.training.encoder import Encoder
     from wan.training.models import open_components
-    from wan.training.prepare import Encoder, prepare
+    from wan.training.prepare import prepare
     from wan.training.prepare_settings import PrepareSettings
 
     out = tmp_path_factory.mktemp("prepared") / "clips"

@@ -24,8 +24,9 @@ from scripts import plot_training
 from scripts import train as train_script
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
+from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
-from wan.training.data import Clips, MicroBatches
+from wan.training.data import MicroBatches
 from wan.training.metrics import Metrics
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.shutdown import Diverged, Stopped

@@ -11,8 +11,9 @@ import torch
 from starting import Forked, finish
 
 from nabla import InputError
+from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings
-from wan.training.data import Clips, MicroBatches, validation_batch
+from wan.training.data import MicroBatches, validation_batch
 
 UNIFORM = ObjectiveSettings(timesteps="uniform", shift=1.0, text_dropout=0.3)
 

@@ -22,9 +22,10 @@ from wan import WanT2V
 from wan.files import atomic as files
 from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.tools.datasets import open_dataset
-from wan.training.data import Clips
+from wan.training.clips import Clips
+from wan.training.encoder import Encoder
 from wan.training.models import open_components
-from wan.training.prepare import Encoder, prepare
+from wan.training.prepare import prepare
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.video_folder import VideoFolder
 

@@ -27,7 +27,7 @@ from nabla import InputError
 from scripts import prepare_data, train_text, train_vae
 from scripts import train as train_script
 from wan.files.video import write_video
-from wan.training.data import Clips
+from wan.training.clips import Clips
 from wan.training.dcp_states import SafePlanner, SafeReader, parse_metadata
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.shutdown import StopSignal

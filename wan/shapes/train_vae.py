@@ -21,6 +21,8 @@ from torch import Tensor
 from nabla import InputError
 from wan.config.settings import read_settings
 from wan.files.atomic import atomic_path, lock_folder
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_bytes
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes.vae_data import VideoBatch, VideoPools, as_input, statistics_videos, validation_videos
 from wan.shapes.vae_export import draw, export, latent_statistics, quality
@@ -28,7 +30,7 @@ from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
 from wan.training.evaluation import ema_weights
 from wan.training.loop import TrainingLoop
-from wan.training.metrics import Metrics, peak_memory
+from wan.training.metrics import Metrics
 from wan.training.models import build_optimizers
 from wan.training.schema import check_continues
 from wan.training.shutdown import Diverged, release_accelerator
@@ -178,7 +180,7 @@ class VaeTrainer(TrainingLoop):
         seconds = time.perf_counter() - start
         row = {"step": self.step} | seen | {"lr": lr, "seconds": seconds, "clips_per_s": len(clips.numbers) / seconds}
         pixels = len(clips.numbers) * video[0, 0].numel()
-        return row | {"pixels_per_s": pixels / seconds, "memory_gib": peak_memory(self.device)}
+        return row | {"pixels_per_s": pixels / seconds, "memory_gib": peak_bytes(self.device) / GIB}
 
     @torch.no_grad()
     def _seen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,16 +15,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from wan.files.video import make_folder, to_frames, write_image, write_video
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan.latents import decode
 from wan.models.wan.processor import velocity_of
 from wan.run.jobs import words_of
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import TRAIN_TIMESTEPS, make_solver
+from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings, ResolvedSamples
-from wan.training.data import Clips, LatentBatch, validation_batch
+from wan.training.data import LatentBatch, validation_batch
+from wan.training.encoder import Encoder
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.shutdown import Diverged
 from wan.training.write_errors import collective_write
+
+log = logging.getLogger("wan")
 
 
 def validation_losses(
@@ -124,6 +130,23 @@ class Sampler:
         """What generate.py draws from the seed on this device."""
         shape = 1, transformer.config.in_channels, *self.settings.video.latents_size
         return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def build_sampler(
+    samples: ResolvedSamples,
+    base: Checkpoint,
+    transformer: WanTransformer3DModel,
+    clips: Clips,
+    device: torch.device,
+) -> Sampler:
+    """The sampler of prompts, which are encoded as the clips were; raises `InputError` for too large a video."""
+    samples.video.check_positions(transformer.config.rope_max_seq_len)
+    encoder = Encoder(base, device)
+    for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
+        log.info("warning: samples: %s", note)
+    (negative,) = map(clips.padded, encoder.text([samples.sampling.negative_prompt]))
+    texts = [torch.stack((clips.padded(encoder.text([one])[0]), negative)).cpu() for one in samples.prompts]
+    return Sampler(samples, encoder.vae, texts)
 
 
 @contextmanager

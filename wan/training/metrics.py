@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nabla import InputError
 from nabla.config import is_count
 from wan.files.atomic import atomic_path, written
 from wan.files.json_files import complete_lines, to_line
 from wan.files.plain_data import parse_json
-from wan.memory.estimates import GIB
-from wan.memory.peak import peak_bytes
 
 REMEDY = "free some space, and start again to go on"
 
@@ -95,8 +91,3 @@ def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
 def speed(clips: int, tokens: int, seconds: float) -> dict[str, float]:
     """What a row says of the speed of a step of so many clips, of so many tokens each."""
     return {"seconds": seconds, "clips_per_s": clips / seconds, "tokens_per_s": clips * tokens / seconds}
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that this process has used at most, of the GPU's memory if it runs on one."""
-    return peak_bytes(device) / GIB

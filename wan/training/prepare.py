@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nabla import InputError
-from nabla.config import is_count
-from wan.checkpoints.file_errors import CheckpointError, read_json_object
+from wan.checkpoints.file_errors import read_json_object
 from wan.files.atomic import atomic_path
-from wan.files.plain_data import parse_json
-from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components
-from wan.models.wan.latents import encode
-from wan.models.wan.text import cut_note, tokenize
-from wan.models.wan.vae import speed_up_encoder
-from wan.models.wan.whole_clips import posterior, take_whole_clips
 from wan.training.data_workers import load_items
+from wan.training.encoder import Encoder
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.samples import CheckedDataset, Sample, SequentialDataset
+from wan.training.shards import (
+    MANIFEST_FILE,
+    NULL_CAPTION_FILE,
+    SHARD_METADATA_KEY,
+    SHARD_NAME,
+    list_shards,
+    read_shard_metadata,
+)
 
 log = logging.getLogger("wan")
 
-MANIFEST_FILE = "prepared.json"
-NULL_CAPTION_FILE = "dropped.safetensors"
-SHARD_NAME = "shard-{:06d}.safetensors"
-# Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
-SHARD_METADATA_KEY = "samples"
-SHARDS = "shard-*.safetensors"
-# Values of each weight that a fingerprint takes: those of a large text encoder would all take minutes.
-FINGERPRINT_VALUES = 4096
 # What fingerprints in the manifest are of, in words.
 FINGERPRINTS = {
     "captions": "other captions",
@@ -50,66 +41,6 @@ FINGERPRINTS = {
     "vae": "another VAE",
     "text_encoder": "another text encoder, tokenizer or text_len",
 }
-
-
-class Encoder:
-    """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer of a checkpoint, which needs no transformer.
-
-    whole_clips: encode clips in one pass rather than by chunks of four frames
-    `fingerprints` tells its VAE's encoder and its text encoder with the tokenizer from others.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        vae_dtype: torch.dtype = torch.float32,
-        whole_clips: bool = False,
-    ):
-        checkpoint.require_tokenizer()
-        self.device, self.length = device, checkpoint.text_length
-        self.vae = components.vae_component(checkpoint).load(torch.float32, device)
-        statistics = repr((list(self.vae.config.latents_mean), list(self.vae.config.latents_std)))
-        self.fingerprints = {"vae": _fingerprint(statistics.encode(), self.vae.encoder, self.vae.quant_conv)}
-        speed_up_encoder(self.vae, vae_dtype)
-        self.posterior = posterior if whole_clips else None
-        if whole_clips:
-            take_whole_clips(self.vae.encoder)
-        text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.text_encoder = components.text_encoder_component(checkpoint, text_dtype).load(text_dtype, device)
-        self.tokenizer = components.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
-        reading = (checkpoint.tokenizer_folder / "tokenizer.json").read_bytes() + str(self.length).encode()
-        self.fingerprints["text_encoder"] = _fingerprint(reading, self.text_encoder)
-
-    @torch.no_grad()
-    def latents(self, videos: Tensor) -> Tensor:
-        """(B, C, T, h, w) float32 of uint8 videos (B, frames, H, W, 3); raises `InputError` if they overflow."""
-        pixels = videos.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
-        latents = encode(self.vae, pixels.float() / 127.5 - 1, self.posterior)
-        if not latents.isfinite().all():
-            raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
-        return latents
-
-    @torch.no_grad()
-    def text(self, captions: list[str]) -> list[Tensor]:
-        """The states of each caption, (L, C) on the CPU, without the rows past its end."""
-        ids, mask = tokenize(self.tokenizer, captions, self.length)
-        states = self.text_encoder(ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
-        return [state[: row.sum()] for state, row in zip(states, mask)]
-
-    def cut_notes(self, captions: list[str]) -> list[str]:
-        """A line for each caption that is longer than the text encoder takes."""
-        return [note for one in captions if (note := cut_note(self.tokenizer, one, self.length)) is not None]
-
-
-def _fingerprint(besides: bytes, *models: nn.Module) -> str:
-    """Of values of every weight, rounded to what they are in any type and on any device, and of other bytes."""
-    digest = hashlib.sha256(besides)
-    for model in models:
-        for name, weight in model.state_dict().items():
-            values = weight.flatten()[:: max(1, weight.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class PreparedCounts(NamedTuple):
@@ -148,7 +79,7 @@ def prepare(
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
         for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
             _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
-    counts = [_read_shard_metadata(path) for number, path in _shards(out) if number % processes == rank]
+    counts = [read_shard_metadata(path) for number, path in list_shards(out) if number % processes == rank]
     return PreparedCounts(sum(len(clips) for clips, _ in counts), sum(len(skipped) for _, skipped in counts))
 
 
@@ -224,57 +155,5 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
         log.warning("warning: %s: captions that are too long: %d of %d; %s", path.name, len(cut), len(clips), cut[0])
 
 
-def _shards(folder: Path) -> list[tuple[int, Path]]:
-    """The shards of a folder by number."""
-    return [(int(path.stem.rpartition("-")[2]), path) for path in sorted(folder.glob(SHARDS))]
-
-
-def _read_shard_metadata(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What a shard says of its clips, and of the samples that could not be used."""
-    with _reading(path):
-        with safe_open(path, "pt") as file:
-            metadata = parse_json(file.metadata()[SHARD_METADATA_KEY])
-        clips, skipped = metadata["clips"], metadata["skipped"]
-        for sample in (*clips, *skipped):
-            if not is_count(sample["index"]):
-                raise ValueError("a sample has no number")
-        if not all(isinstance(clip["caption"], str) for clip in clips):
-            raise ValueError("a caption is no text")
-        return clips, skipped
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what a damaged or foreign shard makes of reading it into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
-
-
 def _is_whole(path: Path, least: int) -> bool:
-    return path.is_file() and (not least or sum(map(len, _read_shard_metadata(path))) >= least)
-
-
-class Clip(NamedTuple):
-    """A clip in a shard. size: (frames, height, width) of its latents; rows: of its text states."""
-
-    file: Path
-    index: int
-    caption: str
-    size: tuple[int, int, int]
-    rows: int
-
-
-def list_clips(folder: Path) -> list[Clip]:
-    """The clips of all shards of a folder, in order, without reading tensors."""
-    clips: list[Clip] = []
-    for _, path in _shards(folder):
-        written, _ = _read_shard_metadata(path)
-        with _reading(path), safe_open(path, "pt") as file:
-            for clip in written:
-                latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))
-                if (len(latents), len(text)) != (4, 2):
-                    raise ValueError(f"sample {clip['index']} has latents of {latents} and text of {text}")
-                clips.append(Clip(path, clip["index"], clip["caption"], tuple(latents[1:]), text[0]))
-    return clips
+    return path.is_file() and (not least or sum(map(len, read_shard_metadata(path))) >= least)

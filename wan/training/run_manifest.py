@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 import yaml
-from safetensors import safe_open
 
 from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
@@ -18,31 +14,14 @@ from wan.config.settings import read_settings
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
+from wan.training.clips import Clips
 from wan.training.config import CHANGEABLE, TrainingSettings
-from wan.training.data import Clips
+from wan.training.fingerprints import fingerprint_files
 from wan.training.schema import check_continues
 
 log = logging.getLogger("wan")
 
 SETTINGS_FILE, INPUTS_FILE = "settings.yaml", "inputs.json"
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """Of safetensors in their order, whatever their folder: names, shapes, metadata, middles of tensors.
-
-    A middle is a row, read from one place: weights that were trained on, and clips that were made anew, differ in it.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        with safe_open(path, "pt") as file:
-            digest.update(f"{path.name} {sorted((file.metadata() or {}).items())}".encode())
-            for name in sorted(file.keys()):
-                tensor = file.get_slice(name)
-                shape = tensor.get_shape()
-                middle = tensor[tuple(slice(size // 2, size // 2 + 1) for size in shape[:-1])].flatten()
-                digest.update(f"{name} {shape} {middle.dtype}".encode())
-                digest.update(middle.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run_inputs(
@@ -52,12 +31,12 @@ def run_inputs(
 
     A checkpoint's weights are read again beneath LoRA and as the teacher of `distill`.
     """
-    inputs = {"data.train": {"lies": ", ".join(settings.data.train), "is": fingerprint(clips.files)}}
+    inputs = {"data.train": {"lies": ", ".join(settings.data.train), "is": fingerprint_files(clips.files)}}
     if validation is not None:
-        inputs["data.validation"] = {"lies": settings.data.validation, "is": fingerprint(validation.files)}
+        inputs["data.validation"] = {"lies": settings.data.validation, "is": fingerprint_files(validation.files)}
     if settings.lora is not None or settings.mode == "distill":
         weights = components.transformer_component(base).weights
-        inputs["checkpoint"] = {"lies": str(base.folder), "is": fingerprint(weights.files)}
+        inputs["checkpoint"] = {"lies": str(base.folder), "is": fingerprint_files(weights.files)}
     return inputs
 
 

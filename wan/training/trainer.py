@@ -22,12 +22,15 @@ from torch.distributed.tensor import DTensor
 from nabla import InputError
 from wan.attention.compile import check_compiler, many_compiles
 from wan.files.video import check_encoder
+from wan.memory.estimates import GIB
+from wan.memory.peak import peak_bytes
 from wan.models.wan.geometry import GEOMETRY
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.checkpoints import CheckpointManager, TrainState
+from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
-from wan.training.data import Clips, LatentBatch, MicroBatches
-from wan.training.evaluation import Sampler, ema_weights, validation_losses
+from wan.training.data import LatentBatch, MicroBatches
+from wan.training.evaluation import build_sampler, ema_weights, validation_losses
 from wan.training.export import (
     checkpoint_defaults,
     full_state_dict,
@@ -37,7 +40,7 @@ from wan.training.export import (
     write_lora,
 )
 from wan.training.loop import TrainingLoop
-from wan.training.metrics import Metrics, peak_memory, speed
+from wan.training.metrics import Metrics, speed
 from wan.training.models import (
     build_optimizers,
     build_student,
@@ -48,7 +51,6 @@ from wan.training.models import (
     warn_of_another_attention,
 )
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
-from wan.training.prepare import Encoder
 from wan.training.run_manifest import check_manifest, run_inputs, write_manifest
 from wan.training.shutdown import Diverged, release_accelerator
 from wan.training.write_errors import collective_write
@@ -59,6 +61,20 @@ log = logging.getLogger("wan")
 PATIENCE = timedelta(hours=2)
 
 
+def build_accelerator() -> Accelerator:
+    """What ties the processes of a run together."""
+    return Accelerator(
+        # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            # DDP sends gradients from where they are, rather than from a copy.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+
+
 class Trainer(TrainingLoop):
     """One run. `run` trains from the last whole checkpoint in the folder `settings.out`, or from the start.
 
@@ -67,16 +83,7 @@ class Trainer(TrainingLoop):
 
     def __init__(self, settings: TrainingSettings):
         super().__init__(settings.steps, settings.every.checkpoint)
-        # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=not torch.cuda.is_available(),
-            # DDP sends gradients from where they are, rather than from a copy.
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
-        )
+        self.accelerator = build_accelerator()
         self.device, self.settings = self.accelerator.device, settings
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
@@ -113,7 +120,9 @@ class Trainer(TrainingLoop):
             self.state.load(last)
             self.step = self.state.step
             log.info("going on from %s", last)
-        self.sampler = self._make_sampler()
+        self.sampler = None
+        if self.samples is not None and self.samples.prompts:
+            self.sampler = build_sampler(self.samples, self.base, self.transformer, self.clips, self.device)
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
@@ -135,19 +144,6 @@ class Trainer(TrainingLoop):
         )
         ema = None if settings.ema is None else EMAModel(self.weights, decay=settings.ema, foreach=True)
         self.state = TrainState(self.transformer, optimizers, schedules, ema)
-
-    def _make_sampler(self) -> Sampler | None:
-        samples = self.samples
-        if samples is None or not samples.prompts:
-            return None
-        samples.video.check_positions(self.transformer.config.rope_max_seq_len)
-        encoder = Encoder(self.base, self.device)
-        pad = self.clips.padded
-        for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
-            log.info("warning: samples: %s", note)
-        (negative,) = encoder.text([samples.sampling.negative_prompt])
-        texts = [torch.stack((pad(encoder.text([p])[0]), pad(negative))).cpu() for p in samples.prompts]
-        return Sampler(samples, encoder.vae, texts)
 
     def run(self) -> None:
         """Train to the last step. Raises `Diverged`, or `Stopped` after SIGTERM."""
@@ -188,7 +184,7 @@ class Trainer(TrainingLoop):
         self.step = self.state.step = self.step + 1
         tokens = math.prod(GEOMETRY.grid_of(batch.latents.shape[2:]))
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
-        return row | {"waited": waited, "memory_gib": peak_memory(self.device)}
+        return row | {"waited": waited, "memory_gib": peak_bytes(self.device) / GIB}
 
     def _losses(self, batch: LatentBatch) -> Tensor:
         """The loss of each clip of a micro-batch."""
