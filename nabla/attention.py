@@ -134,14 +134,12 @@ def attend(
     else:
         q, k = (_rotated_tiles(x, layout, rotary) for x in (q, k))
 
-    # A function, so that the lists of some heads are freed before those of the next are made.
+    # A function, not a loop's body, so that the lists of some heads are freed before those of the next are made.
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of = slice(start, start + q.shape[1])
         prepared = plan.fixed
         if means is not None:
-            mask = None if block_mask is None else ReusableBlockMask(block_mask.mask[:, of], block_mask.reuse)
-            chosen_by = means[0][:, of], means[1][:, of]
-            prepared = probe.run(probe.MASK, _prepare, plan.backend, selection, *chosen_by, mask)
+            prepared = probe.run(probe.MASK, _prepare, plan.backend, selection, means, block_mask, of)
         if density is not None:
             density[of].copy_(backend.block_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
@@ -163,18 +161,28 @@ def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None)
 
 
 def _rotated_tiles(x: Tensor, layout: TileLayout, rotary: Rotary | None) -> Tensor:
+    """`tiles_and_means` without the means."""
     if tile_gather.applies(x, layout):
         return tile_gather.tiles_and_means(x, layout, rotary)[0]
     return layout.to_tiles(x if rotary is None else rotate(x, rotary))
 
 
-def _prepare(name: str, selection: Selection, q: Tensor, k: Tensor, block_mask: ReusableBlockMask | None) -> Prepared:
-    """The blocks to attend to for block means q and k (B, heads, N, D), prepared for a backend."""
+def _prepare(
+    name: str,
+    selection: Selection,
+    means: tuple[Tensor, Tensor],
+    block_mask: ReusableBlockMask | None,
+    heads: slice,
+) -> Prepared:
+    """The blocks that some heads attend to, of block means of q and k (B, heads, N, D), prepared for a backend."""
+    q, k = means[0][:, heads], means[1][:, heads]
     if block_mask is None:
+        # Straight to what the kernel reads, without a mask in between.
         return BACKENDS[name].choose(q, k, selection)
+    mask = block_mask.mask[:, heads]
     if not block_mask.reuse:
-        block_mask.mask.copy_(choose_block_mask(q, k, selection, name))
-    return BACKENDS[name].prepare(block_mask.mask, selection.layout)
+        mask.copy_(choose_block_mask(q, k, selection, name))
+    return BACKENDS[name].prepare(mask, selection.layout)
 
 
 def choose_block_mask(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:

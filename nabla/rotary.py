@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), of pairs of neighbours."""
 
 from __future__ import annotations
 

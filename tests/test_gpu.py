@@ -238,6 +238,22 @@ def test_ties_are_dropped_from_the_lowest_number_up():
     assert (lists.counts == 5).all() and (lists.indices[..., :5] == torch.arange(3, 8, device="cuda")).all()
 
 
+@pytest.mark.parametrize(
+    "probability, kept",
+    (
+        ((1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16), (True, False, True, True, False)),
+        ((1 / 8,) * 8, (False,) + (True,) * 7),
+    ),
+)
+def test_a_block_with_which_the_sum_is_the_cut_exactly_is_kept(probability, kept):
+    blocks = len(kept)
+    scores = torch.tensor(probability, device="cuda").log().expand(1, 1, blocks, blocks).contiguous()
+    counts = torch.empty(1, 1, 1, blocks, dtype=torch.int32, device="cuda")
+    indices = torch.empty(*counts.shape, blocks, dtype=torch.int32, device="cuda")
+    lists_of_map(scores, None, torch.tensor(1 / 4, device="cuda"), None, None, counts, indices)
+    assert (from_lists(BlockLists(counts[0], indices[0])).cpu() == torch.tensor(kept)).all()
+
+
 def test_selection_is_the_cpu_s():
     q, k, _ = random_qkv(PARTIAL, dtype=torch.float32)
     on_gpu = nabla.select_blocks(q, k, PARTIAL, AUTO).cpu()

@@ -1,4 +1,4 @@
-"""Block-sparse attention by compiled FlexAttention.
+"""Block-sparse attention by compiled FlexAttention (arXiv 2412.05496).
 
 Uncompiled FlexAttention ignores block lists and scores every pair. So it is only ever reached through custom operators
 that compile it by themselves, whatever compiles or runs the caller, and that fail where torch.compile is switched off.
@@ -242,7 +242,6 @@ def _flex(
             "switch it on or use backend: reference"
         )
     block = q.shape[2] // counts.shape[-1]
-
     lists = _partial_first(counts, indices, partial_counts, partial_indices)
     # The transposed lists are read by a backward alone, but torch 2.8 wants them given.
     if transposed is None:

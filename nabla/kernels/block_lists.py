@@ -1,4 +1,4 @@
-"""Kept blocks as lists on a GPU: the True entries of each row of a map, in order, by one program a row."""
+"""Block masks as lists on a GPU: the True entries of each row, in order, by one program a row."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from nabla import probe
 from nabla.block_lists import BlockLists, to_lists
 from nabla.kernels.gpu import can_run, tl, triton
 
-# The row of a map has to fit into the registers of a program.
+# The row of a mask has to fit into the registers of a program.
 MAX_BLOCKS = 8192
 ENTRIES_A_WARP = 512
 
 
-def lists_of_blocks(blocks: Tensor, full: Tensor | None = None) -> list[BlockLists]:
-    """Lists of the True entries of (B, heads, N, N) bool; of full key tiles and the others where `full` is given."""
-    if can_run(blocks) and blocks.shape[-1] <= MAX_BLOCKS:
-        return parts_of(_lists_of_blocks(blocks, full))
-    return [to_lists(blocks)] if full is None else [to_lists(blocks & full), to_lists(blocks & ~full)]
+def lists_of_blocks(block_mask: Tensor, full: Tensor | None = None) -> list[BlockLists]:
+    """Lists of the True entries of a block mask (B, heads, N, N) bool.
+
+    full: (N,) bool; if given, there are two lists, of full key tiles and of the others
+    """
+    if can_run(block_mask) and block_mask.shape[-1] <= MAX_BLOCKS:
+        return parts_of(_lists_of_blocks(block_mask, full))
+    return [to_lists(block_mask)] if full is None else [to_lists(block_mask & full), to_lists(block_mask & ~full)]
 
 
 @torch.library.custom_op("nabla::lists_of_blocks", mutates_args=())
-def _lists_of_blocks(kept: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    counts, indices = empty_lists(kept, full)
-    probe.run(probe.MASK, _write_lists, kept, full, counts, indices)
+def _lists_of_blocks(block_mask: Tensor, full: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    counts, indices = empty_lists(block_mask, full)
+    probe.run(probe.MASK, _write_lists, block_mask, full, counts, indices)
     return counts, indices
 
 
-def _write_lists(kept: Tensor, full: Tensor | None, counts: Tensor, indices: Tensor) -> None:
-    batch, heads, blocks, _ = kept.shape
+def _write_lists(block_mask: Tensor, full: Tensor | None, counts: Tensor, indices: Tensor) -> None:
+    batch, heads, blocks, _ = block_mask.shape
     width = triton.next_power_of_2(blocks)
-    with torch.cuda.device(kept.device):
+    with torch.cuda.device(block_mask.device):
         _list_row[(blocks, heads, batch)](
-            kept,
+            block_mask,
             full,
             counts,
             indices,
-            *kept.stride()[:3],
+            *block_mask.stride()[:3],
             *counts.stride()[:2],
             *indices.stride()[:2],
             blocks,
@@ -49,8 +52,8 @@ def _write_lists(kept: Tensor, full: Tensor | None, counts: Tensor, indices: Ten
 
 
 @_lists_of_blocks.register_fake
-def _(kept, full):
-    return empty_lists(kept, full)
+def _(block_mask: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
+    return empty_lists(block_mask, full)
 
 
 def parts_of(lists: tuple[Tensor, Tensor]) -> list[BlockLists]:
@@ -67,13 +70,13 @@ if triton is not None:
 
     @triton.jit
     def _list_row(
-        blocks_kept,
+        block_mask,
         full,
         counts,
         indices,
-        kept_batch,
-        kept_head,
-        kept_row,
+        mask_batch,
+        mask_head,
+        mask_row,
         counts_part,
         counts_batch,
         indices_part,
@@ -83,8 +86,8 @@ if triton is not None:
     ):
         query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         column = tl.arange(0, WIDTH)
-        start = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head + query * kept_row
-        kept = tl.load(blocks_kept + start + column, mask=column < blocks, other=0) != 0
+        start = batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head + query * mask_row
+        kept = tl.load(block_mask + start + column, mask=column < blocks, other=0) != 0
         counts, indices = lists_at(counts, indices, counts_batch, indices_batch, blocks)
         stored = append(kept, column, 0, blocks, full, indices, indices_part)
         close(stored, full, counts, indices, counts_part, indices_part)

@@ -14,7 +14,8 @@ DEPTH = 64
 def block_scores(q: Tensor, k: Tensor) -> Tensor:
     """Scores between block means (B, heads, N, D) float32, scaled, before the softmax: (B, heads, N, N) float32.
 
-    Products are split into three of TF32, whose sum has float32's precision at several times its speed.
+    Products are split into three of TF32 (3xTF32, as CUTLASS has it), whose sum has float32's precision at several
+    times its speed.
     """
     batch, heads, blocks, dim = q.shape
     scores = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
@@ -56,6 +57,7 @@ if triton is not None:
         TILE: tl.constexpr,
         DEPTH: tl.constexpr,
     ):
+        """One square tile of the scores of one head of one batch."""
         of = tl.program_id(2)
         batch, head = (of // heads).to(tl.int64), (of % heads).to(tl.int64)
         row = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -73,7 +73,7 @@ def _gather(
 
 
 @_gather.register_fake
-def _(x, source, sizes, cos, sin):
+def _(x: Tensor, source: Tensor, sizes: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     return _empty(x, source, sizes)
 
 
