@@ -18,7 +18,7 @@ from wan.observe.step_trace import MaskExample
 
 INK, FAINT, RULE = "#22303c", "#5f6f7e", "#d8dee4"
 BLUE, AMBER, TEAL, VIOLET, PALE, GREY = "#17527c", "#e39b3b", "#3d9a8b", "#8a79b8", "#8fb3cf", "#d3dae0"
-SHARES = LinearSegmentedColormap.from_list("shares", ("#eef5f4", "#9fd0c9", "#3a8fa6", "#17527c", "#0d2540"))
+DENSITIES = LinearSegmentedColormap.from_list("densities", ("#eef5f4", "#9fd0c9", "#3a8fa6", "#17527c", "#0d2540"))
 BLOCKS = ListedColormap(("#f3f6f8", BLUE, AMBER))
 STAGES = {"loading": GREY, "text": VIOLET, "sampling": BLUE, "decode": TEAL}
 PARTS = {"mask": AMBER, "attention": BLUE, "rest of the blocks": PALE, "outside blocks": GREY}
@@ -36,7 +36,7 @@ STYLE = {
     "ytick.labelsize": 8,
 }
 WIDTH, TOP, MASKS = 12.0, 5.4, 2.75
-# The heat map's colours span at least so much of the shares, so that noise does not look like a difference.
+# The heat map's colours span at least so much of the densities, so that noise does not look like a difference.
 LEAST_SPAN = 0.02
 # Of a prompt, in the title.
 LETTERS = 90
@@ -100,17 +100,17 @@ def _title(part: SubFigure, run: Event) -> None:
 
 
 def _draw_densities(axes: Axes, bar: Axes, data: ReportData) -> None:
-    shares = np.ma.masked_where(data.dense | np.isnan(data.densities), data.densities)
+    densities = np.ma.masked_where(data.dense | np.isnan(data.densities), data.densities)
     axes.set_title("Blocks kept, mean over heads")
     axes.set(ylabel="layer")
     axes.tick_params(labelbottom=False)
     _whole_numbers(axes)
     axes.set_facecolor("white")
-    low, high = (shares.min(), shares.max()) if shares.count() else (0.0, 1.0)
+    low, high = (densities.min(), densities.max()) if densities.count() else (0.0, 1.0)
     if high - low < LEAST_SPAN:
         middle = min(max((low + high) / 2, LEAST_SPAN / 2), 1 - LEAST_SPAN / 2)
         low, high = middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2
-    image = axes.imshow(shares, cmap=SHARES, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    image = axes.imshow(densities, cmap=DENSITIES, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     ran, handles = ~np.isnan(data.densities), []
     if (data.dense & ran).any():
         axes.imshow(np.ma.masked_equal(data.dense & ran, False), cmap=ListedColormap((GREY,)), aspect="auto")
@@ -120,7 +120,7 @@ def _draw_densities(axes: Axes, bar: Axes, data: ReportData) -> None:
     if handles:
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
         axes.legend(handles=handles, frameon=False, **place)
-    if not shares.count():
+    if not densities.count():
         bar.axis("off")
         return
     axes.figure.colorbar(image, cax=bar, format=PercentFormatter(1, decimals=0 if high - low > 0.05 else 1))

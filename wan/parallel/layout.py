@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nabla import InputError
@@ -43,14 +44,8 @@ def choose_layout(
     guided: whether there are two guidance branches that can run apart
     Raises `InputError` if nothing fits.
     """
-    for name, value in (("replicas", replicas), ("cfg_size", cfg), ("ulysses_size", ulysses)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} is not a positive integer")
-    if cfg is not None and cfg > 1 + guided:
-        reason = "there are two guidance branches" if guided else "guidance is off, or its branches share masks"
-        raise InputError(f"cfg_size {cfg} is too many: {reason}; leave it out")
-    if ulysses is not None and ulysses > heads:
-        raise InputError(f"ulysses_size {ulysses} is more than the {heads} heads of the model; lower it")
+    asked = {"replicas": replicas, "cfg_size": cfg, "ulysses_size": ulysses}
+    _check_sizes(asked, heads, guided)
     found = [
         ParallelLayout(r, c, processes // (r * c))
         for r in ([replicas] if replicas else range(1, min(prompts, processes) + 1))
@@ -59,7 +54,6 @@ def choose_layout(
     ]
     found = [layout for layout in found if ulysses in (None, layout.ulysses)]
     if not found:
-        asked = {"replicas": replicas, "cfg_size": cfg, "ulysses_size": ulysses}
         named = ", ".join(f"{name} {value}" for name, value in asked.items() if value) or "no size asked for"
         raise InputError(
             f"{processes} processes cannot be laid out ({named}): replicas (of {prompts} to make) x cfg_size (up to "
@@ -72,3 +66,16 @@ def choose_layout(
         return layout.replicas if sharded else time, -layout.replicas, -layout.cfg
 
     return min(found, key=cost)
+
+
+def _check_sizes(asked: Mapping[str, int | None], heads: int, guided: bool) -> None:
+    """Raise `InputError` for a size that is wrong whatever the others are."""
+    for name, value in asked.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is not a positive integer")
+    cfg, ulysses = asked["cfg_size"], asked["ulysses_size"]
+    if cfg is not None and cfg > 1 + guided:
+        reason = "there are two guidance branches" if guided else "guidance is off, or its branches share masks"
+        raise InputError(f"cfg_size {cfg} is too many: {reason}; leave it out")
+    if ulysses is not None and ulysses > heads:
+        raise InputError(f"ulysses_size {ulysses} is more than the {heads} heads of the model; lower it")

@@ -63,7 +63,7 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
             with context():
                 row = timed(f"{name}: dense, {kernel}", lambda: nabla.attention(q, k, v, grid, NablaConfig()), args)
             yield row | {"tflops": round(flops / row["ms"] / 1e9, 1)}
-        for share in args.keep:
+        for keep in args.keep:
             for backend, module in BACKENDS.items():
                 if backend == "reference" or backend != args.backend != "auto":
                     continue
@@ -71,10 +71,10 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
                     continue
                 if verify(backend, q.device, NablaConfig().block):
                     continue
-                plan = nabla.plan(grid, NablaConfig(keep=share, backend=backend), device)
-                yield kernel_row(args, f"{name}: {backend}, keep {share}", backend, q, k, v, plan)
-                yield timed(f"{name}: attend by {backend}, keep {share}", lambda: nabla.attend(q, k, v, plan), args)
-            if row := fa4_row(args, f"{name}: FlashAttention-4, 128-token blocks, keep {share}", grid, q, k, v, share):
+                plan = nabla.plan(grid, NablaConfig(keep=keep, backend=backend), device)
+                yield kernel_row(args, f"{name}: {backend}, keep {keep}", backend, q, k, v, plan)
+                yield timed(f"{name}: attend by {backend}, keep {keep}", lambda: nabla.attend(q, k, v, plan), args)
+            if row := fa4_row(args, f"{name}: FlashAttention-4, 128-token blocks, keep {keep}", grid, q, k, v, keep):
                 yield row
 
 
@@ -94,7 +94,7 @@ def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: 
 
 
 def fa4_row(
-    args: argparse.Namespace, what: str, grid: tuple, q: Tensor, k: Tensor, v: Tensor, share: float
+    args: argparse.Namespace, what: str, grid: tuple, q: Tensor, k: Tensor, v: Tensor, keep: float
 ) -> Row | None:
     """FlashAttention-4 where it is installed and the grid has no partial tiles; checked against flex on one head."""
     try:
@@ -102,7 +102,7 @@ def fa4_row(
         from flash_attn.cute.interface import _flash_attn_fwd
     except ImportError:
         return None
-    plan = nabla.plan(grid, NablaConfig(keep=share, tile=(1, 8, 16), backend="flex"), q.device)
+    plan = nabla.plan(grid, NablaConfig(keep=keep, tile=(1, 8, 16), backend="flex"), q.device)
     layout = plan.selection.layout
     if layout.has_partial_tiles:
         return None

@@ -97,18 +97,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """
     # Wrong ones are found before anything is loaded.
     list(parse_caches(args.cache, [1.0]))
-    pipe = WanT2V.from_pretrained(
-        args.ckpt_dir,
-        args.sparse_algo,
-        device,
-        getattr(torch, args.dtype),
-        compile=args.compile,
-        fp8=args.fp8,
-        cache="none",
-    )
-    size, frame_num = (given and given[0] for given in (args.size, args.frame_num))
-    pipe.video = changed(pipe.video, size=size, frame_num=frame_num)
-    pipe.sampling = changed(pipe.sampling, steps=args.steps)
+    pipe = open_pipeline(args, device)
     prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
     with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
@@ -135,6 +124,23 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         row |= {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)}
         yield row | peak_memory(args)
     remove_cache(pipe.transformer)
+
+
+def open_pipeline(args: argparse.Namespace, device: torch.device) -> WanT2V:
+    """A checkpoint without a cache, with what the flags say of its videos."""
+    pipe = WanT2V.from_pretrained(
+        args.ckpt_dir,
+        args.sparse_algo,
+        device,
+        getattr(torch, args.dtype),
+        compile=args.compile,
+        fp8=args.fp8,
+        cache="none",
+    )
+    size, frame_num = (given and given[0] for given in (args.size, args.frame_num))
+    pipe.video = changed(pipe.video, size=size, frame_num=frame_num)
+    pipe.sampling = changed(pipe.sampling, steps=args.steps)
+    return pipe
 
 
 def parse_caches(caches: list[str], ratios: list[float]) -> Iterator[CacheSettings]:

@@ -49,7 +49,7 @@ def label(video: VideoSettings) -> str:
 
 
 def sparse_configs(args: argparse.Namespace) -> list[NablaConfig]:
-    kept = [NablaConfig(keep=share, backend=args.backend) for share in args.keep]
+    kept = [NablaConfig(keep=keep, backend=args.backend) for keep in args.keep]
     return kept + [NablaConfig(threshold=value, backend=args.backend) for value in args.threshold]
 
 

@@ -59,9 +59,9 @@ def attention_rows(args: argparse.Namespace, video: VideoSettings, device: torch
             row = row_of(f"{name}, dense, {kernel}", NablaConfig())
         dense = dense or row
         yield row
-    for share in args.keep:
+    for keep in args.keep:
         for backend in training_backends(args, q):
-            row = row_of(f"{name}, {backend}, keep {share}", NablaConfig(keep=share, backend=backend))
+            row = row_of(f"{name}, {backend}, keep {keep}", NablaConfig(keep=keep, backend=backend))
             yield with_speedup(dense, row)
 
 
