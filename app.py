@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from wan.observe.console import exit_with, log_to_stderr, run_program, say
-from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, boolean
+from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, boolean, options_of
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page that the flags ask for, until it is interrupted."""
-    from wan.memory.budget import check_memory, parse_memory
+    from wan.memory.budget import check_memory
     from wan.parallel.distributed import pick_device
-    from wan.run.making import Options
     from wan.serve.limits import Limits
     from wan.serve.server import Address, make_page, serve
     from wan.serve.sources import LoraLibrary, Presets
@@ -53,9 +52,8 @@ def run(args: argparse.Namespace) -> None:
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     address = Address(args.host, args.port, args.share, tuple(args.allowed_host))
-    memory = None if args.memory is None else parse_memory(args.memory)
-    options = Options(device=args.device, offload=args.offload_model, t5_cpu=args.t5_cpu, memory=memory)
-    check_memory(memory, pick_device(args.device), None, args.offload_model)
+    options = options_of(args)
+    check_memory(options.memory, pick_device(args.device), None, args.offload_model)
     presets = Presets(flags, SMALL_CHECKPOINT, args.config)
     most = {"frames": args.max_frames, "pixels": args.max_pixels, "steps": args.max_steps}
     limits = Limits.of(most, map(presets.settings, presets.names))

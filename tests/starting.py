@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDALONE = ("--standalone",)
-IMPORTS = ["torch.distributed.run", "wan.run.making", "wan.training.trainer", "wan.shapes.train_vae"]
+IMPORTS = ["torch.distributed.run", "wan.run.generation", "wan.training.trainer", "wan.shapes.train_vae"]
 
 
 class Forked:

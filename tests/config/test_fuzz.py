@@ -22,7 +22,8 @@ from nabla import InputError
 from wan.config.settings import Settings, read_made_with, read_settings, resolve
 from wan.files.plain_data import parse_json
 from wan.run.jobs import read_prompts
-from wan.run.run import Request, settle
+from wan.run.request import Request
+from wan.run.settle import settle
 from wan.training.schema import with_overrides
 
 SETTINGS = {

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.activations import GELU
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-import generate
 import wan
 from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
@@ -19,6 +18,7 @@ from wan.models.wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
 from wan.models.wan.vae import decoder_dtype, speed_up_decoder, speed_up_encoder
+from wan.run.flags import SMALL_CHECKPOINT
 
 CPU = torch.device("cpu")
 
@@ -40,9 +40,9 @@ def test_the_fast_decoder_is_the_published_one(vae):
 
 def test_the_decoder_of_what_ships_is_the_published_one_on_a_cpu():
     """Its layers are large enough for oneDNN."""
-    pipe = wan.WanT2V.from_pretrained(generate.SMALL_CHECKPOINT, device="cpu")
+    pipe = wan.WanT2V.from_pretrained(SMALL_CHECKPOINT, device="cpu")
     latents = torch.randn(1, 16, 2, 32, 32, generator=torch.Generator().manual_seed(0))
-    published = AutoencoderKLWan.from_pretrained(generate.SMALL_CHECKPOINT, subfolder="vae", torch_dtype=torch.float32)
+    published = AutoencoderKLWan.from_pretrained(SMALL_CHECKPOINT, subfolder="vae", torch_dtype=torch.float32)
     torch.testing.assert_close(pipe.decode(latents), decode(published, latents), rtol=0, atol=1e-5)
 
 

@@ -18,10 +18,11 @@ from wan import WanT2V
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import latents
 from wan.models.wan.convert import convert
+from wan.run.flags import SMALL_CHECKPOINT
 from wan.run.ratios import measured_otherwise
 from wan.shapes.measure import background_colour, measured
 
-SHIPPED = Path(generate.SMALL_CHECKPOINT)
+SHIPPED = Path(SMALL_CHECKPOINT)
 
 
 def test_it_is_what_runs_if_nothing_is_named_and_shows_what_is_said(tmp_path, capsys):

@@ -16,7 +16,7 @@ from nabla import InputError, NablaConfig
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import CONFIG_FOLDER, LoraFile, ModelSettings, Settings, VideoSettings, resolve
 from wan.models.wan.random_checkpoint import random_transformer
-from wan.run.making import Options
+from wan.run.request import Options
 from wan.sampling.loop import Cancelled
 from wan.serve import status
 from wan.serve import studio as studio_module
@@ -305,13 +305,13 @@ def test_a_lora_that_does_not_fit_is_an_error_that_keeps_the_model(studio, tmp_p
 
 
 def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano, tmp_path, monkeypatch):
-    loaded, plain = [], studio_module.load
+    loaded, plain = [], studio_module.load_pipeline
 
     def load(checkpoint, every, device, options):
         loaded.append(every[0].video.size)
         return plain(checkpoint, every, device, replace(options, memory=None))
 
-    monkeypatch.setattr(studio_module, "load", load)
+    monkeypatch.setattr(studio_module, "load_pipeline", load)
     with Studio(Options(device="cpu", memory="auto"), tmp_path / "videos", str(random_nano)) as studio:
         for size in ("32*32", "64*48", "32*48"):
             job = studio.submit(SMALL | {"video": {"size": size, "frame_num": 1}})

@@ -15,7 +15,7 @@ import pytest
 
 from nabla import InputError
 from wan.config.settings import resolve
-from wan.run.making import Options
+from wan.run.request import Options
 from wan.serve.limits import Limits, Line, Visitor, check_waiting
 from wan.serve.shown import sidecar_to_share, without_folders
 from wan.serve.studio import Studio

@@ -14,7 +14,7 @@ import weight_files
 
 from wan.config.settings import read_settings, resolve
 from wan.models.wan.random_checkpoint import random_transformer
-from wan.run.making import Options
+from wan.run.request import Options
 from wan.serve.limits import Limits
 from wan.serve.studio import Studio
 

@@ -6,10 +6,12 @@ Imports nothing heavy: --help and a mistyped flag should not wait for torch.
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from wan.observe.console import printable
+from wan.run.request import Options, Request
 
 MAX_MESSAGE = 2000
 # What runs if nothing names a checkpoint, and what is said then.
@@ -174,4 +176,31 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
             negative_prompt=args.negative_prompt,
         ),
         video=given(size=args.size, frame_num=1 if args.task == "t2i-14B" else args.frame_num),
+    )
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """How to run, of the flags that a program has of generate.py's."""
+    # Imported once there is something to do, since it imports torch.
+    from wan.memory.budget import parse_memory
+
+    own = {"offload_model": "offload", "log_file": "log"}
+    flags = {own.get(name, name): value for name, value in vars(args).items()}
+    given = {item.name: flags[item.name] for item in fields(Options) if item.name in flags}
+    if given.get("memory") is not None:
+        given["memory"] = parse_memory(given["memory"])
+    return Options(**given)
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """What generate.py's flags ask for."""
+    return Request(
+        flag_settings(args),
+        config=args.config,
+        task=args.task,
+        default_checkpoint=SMALL_CHECKPOINT if args.task is None else TASKS[args.task],
+        about_default=ABOUT_SMALL if args.task is None else None,
+        save_file=args.save_file,
+        prompt_file=args.prompt_file,
+        save_dir=args.save_dir,
     )

@@ -29,8 +29,11 @@ from wan.models.wan.text import cut_note
 from wan.observe.observer import Observer
 from wan.observe.progress import Pace
 from wan.parallel.distributed import pick_device
-from wan.run.making import Options, load, make
-from wan.run.run import Request, check_output, settle, unexpected
+from wan.run.advice import unexpected
+from wan.run.generation import generate_video, load_pipeline
+from wan.run.outputs import check_output
+from wan.run.request import Options, Request
+from wan.run.settle import settle
 from wan.sampling.loop import Cancelled
 from wan.serve.limits import NOBODY, USUAL_LIMITS, Limits, Line, Visitor, check_waiting
 from wan.serve.preview import Preview
@@ -228,7 +231,9 @@ class Studio:
         job.tell(notes=notes + _cut_notes(pipe, settings))
         job.check()
         job.tell(steps=settings.sampling.steps)
-        make(pipe, settings, path, self.options, loading, _JobObserver(job, Preview(pipe), settings.sampling.steps))
+        generate_video(
+            pipe, settings, path, self.options, loading, _JobObserver(job, Preview(pipe), settings.sampling.steps)
+        )
         return JobResult(path, settings, time.perf_counter() - start)
 
     def _ready(self, checkpoint: Checkpoint, settings: Settings) -> WanT2V:
@@ -249,7 +254,7 @@ class Studio:
             self._pipe = None
             gc.collect()
             torch.cuda.empty_cache()
-            self._pipe = load(checkpoint, [settings], self.device, self.options)
+            self._pipe = load_pipeline(checkpoint, [settings], self.device, self.options)
             self._weights, self._planned = weights, needs
         elif settings.attention != self._pipe.transformer.nabla.config:
             apply_attention(self._pipe.transformer, settings.attention)

@@ -18,15 +18,17 @@ from wan.caches.calibration import calibrated
 from wan.config.settings import Settings
 from wan.files.json_files import write_json
 from wan.files.video import check_writable
-from wan.memory.budget import check_memory, parse_memory
+from wan.memory.budget import check_memory
 from wan.models.wan.processor import TRANSFORMER
 from wan.observe.console import log_to_stderr
 from wan.parallel.distributed import pick_device
-from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings
+from wan.run.advice import unexpected
+from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings, options_of
 from wan.run.flags import parse_args as parse_run
-from wan.run.making import Options, load
+from wan.run.generation import load_pipeline
 from wan.run.ratios import conditions
-from wan.run.run import Request, settle, unexpected
+from wan.run.request import Request
+from wan.run.settle import settle
 
 log = logging.getLogger("wan")
 
@@ -65,13 +67,7 @@ def parse_args() -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The ratios, and what they were measured on."""
     device = pick_device(args.device)
-    options = Options(
-        device=args.device,
-        offload=args.offload_model,
-        t5_cpu=args.t5_cpu,
-        compile=args.compile,
-        memory=None if args.memory is None else parse_memory(args.memory),
-    )
+    options = options_of(args)
     check_memory(options.memory, device, None, options.offload)
     flags = flag_settings(args) | {"cache": "none"}
     request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
@@ -79,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     every = [settings for settings, _ in videos]
     for line in unexpected(checkpoint, every[0]):
         log.warning("warning: %s", line)
-    pipe = load(checkpoint, every, device, options)
+    pipe = load_pipeline(checkpoint, every, device, options)
     sampled = []
     with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         for number, settings in enumerate(every):

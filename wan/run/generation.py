@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
 from wan.run.remaking import quantized_otherwise
+from wan.run.request import Options
 from wan.run.sidecars import Video, free_path
 from wan.run.versions import installed_versions
 
@@ -36,34 +37,7 @@ log = logging.getLogger("wan")
 VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao", "peft", "gguf")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run, which does not change the video but where a plan of memory packs weights; see generate.py's flags.
-    None: by default.
-
-    log, report: files that say what a video's generation did; named_apart: each video has its own, named after it too
-    overwrite: let a video take the place of one that is finished
-    again: where the settings are from, which if it is the sidecar of a video says how its weights were packed
-    """
-
-    device: str | None = None
-    offload: bool | None = None
-    t5_cpu: bool = False
-    compile: bool | None = None
-    replicas: int | None = None
-    cfg_size: int | None = None
-    ulysses_size: int | None = None
-    dit_fsdp: bool = False
-    t5_fsdp: bool = False
-    memory: str | float | None = None
-    log: Path | None = None
-    report: Path | None = None
-    named_apart: bool = False
-    overwrite: bool = False
-    again: str | None = None
-
-
-def make_all(
+def generate_all(
     checkpoint: Checkpoint,
     videos: list[Video],
     device: torch.device,
@@ -76,21 +50,22 @@ def make_all(
     """
     start = time.perf_counter()
     every = [one for one, _ in videos]
-    pipe = load(checkpoint, every, device, options, processes)
+    pipe = load_pipeline(checkpoint, every, device, options, processes)
     loading = time.perf_counter() - start
     for number in range(len(videos)) if processes is None else processes.claim_jobs(len(videos)):
         settings, path = videos[number]
-        make(pipe, settings, path, named_after(path, options) if options.named_apart else options, loading)
+        own = options.of_one(path) if options.named_apart else options
+        generate_video(pipe, settings, path, own, loading)
 
 
-def load(
+def load_pipeline(
     checkpoint: Checkpoint,
     every: list[Settings],
     device: torch.device,
     options: Options,
     processes: DistributedContext | None = None,
 ) -> WanT2V:
-    """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `make_all` does."""
+    """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `generate_all` does."""
     settings, plan = every[0], None
     if options.memory is not None:
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
@@ -119,7 +94,7 @@ def load(
     return pipe
 
 
-def make(
+def generate_video(
     pipe: WanT2V,
     settings: Settings,
     path: Path,
@@ -130,7 +105,7 @@ def make(
     """Make the video that the settings describe and write it to `path`, its sidecar beside it as JSON.
 
     A path ending in .png takes one frame, any other is written as H.264 mp4. `observer` is told what happens
-    besides. Raises `InputError` as `make_all` does.
+    besides. Raises `InputError` as `generate_all` does.
     """
     video, sampling = settings.video, settings.sampling
     detailed = options.log is not None or options.report is not None
@@ -150,14 +125,7 @@ def make(
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds
-    made_with = _made_with(pipe.device, seconds)
-    made_with |= {"offload": pipe.offload, "t5_cpu": options.t5_cpu, "compile": options.compile}
-    if pipe.cache is not None:
-        log.info("cache: %s", pipe.cache.describe())
-        made_with["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
-    made_with |= {} if pipe.plan is None else {"memory": options.memory, "plan": pipe.plan.to_sidecar()}
-    if pipe.distributed is not None:
-        made_with["layout"] = asdict(pipe.distributed.layout)
+    made_with = _made_with(pipe, options, seconds)
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free
@@ -169,19 +137,16 @@ def make(
     if options.log is not None:
         log.info("log: %s", options.log)
     if options.report is not None:
-        try:
-            draw_report(recorder.records, options.report, recorder.examples)
-            log.info("report: %s", options.report)
-        except InputError as error:
-            # As a log that a full disk ends: the videos to come are worth more.
-            log.warning("warning: no report: %s", error)
+        _draw(recorder, options.report)
 
 
-def named_after(path: Path, options: Options) -> Options:
-    """The options for one of several videos, its log and report named after it too."""
-    files = {"log": options.log, "report": options.report}
-    own = {name: file.with_stem(f"{file.stem}-{path.stem}") for name, file in files.items() if file is not None}
-    return replace(options, **own)
+def _draw(recorder: Recorder, report: Path) -> None:
+    """Draw the report, or warn, as where a full disk ends a log: the videos to come are worth more."""
+    try:
+        draw_report(recorder.records, report, recorder.examples)
+        log.info("report: %s", report)
+    except InputError as error:
+        log.warning("warning: no report: %s", error)
 
 
 @contextmanager
@@ -205,15 +170,27 @@ def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -
     return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
 
 
-def _made_with(device: torch.device, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Versions, hardware, times and peak memory of this process."""
+def _made_with(pipe: WanT2V, options: Options, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What a sidecar says beside the settings: versions, hardware, times and peak memory of this process, and how."""
+    device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     peak = {"host": f"{peak_host_bytes() / GIB:.1f} GiB"}
     if device.type == "cuda":
         peak["gpu"] = f"{peak_gpu_bytes(device) / GIB:.1f} GiB"
-    return {
+    said: dict[str, Any] = {
         "versions": installed_versions(VERSIONS_OF),
         "device": f"{device.type}, {name}",
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "peak_memory": peak,
+        "offload": pipe.offload,
+        "t5_cpu": options.t5_cpu,
+        "compile": options.compile,
     }
+    if pipe.cache is not None:
+        log.info("cache: %s", pipe.cache.describe())
+        said["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
+    if pipe.plan is not None:
+        said |= {"memory": options.memory, "plan": pipe.plan.to_sidecar()}
+    if pipe.distributed is not None:
+        said["layout"] = asdict(pipe.distributed.layout)
+    return said

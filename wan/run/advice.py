@@ -1,0 +1,65 @@
+"""What a run does that its user may not have meant, or may not know, though it can be done."""
+
+from __future__ import annotations
+
+import logging
+
+from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError
+from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings
+from wan.models.checkpoint import Checkpoint
+from wan.run.ratios import measured_otherwise
+from wan.run.request import Request
+from wan.run.sidecars import Video
+
+log = logging.getLogger("wan")
+
+# Weights that are not distilled for it give no picture in so few steps without guidance.
+FEW_STEPS = 12
+NO_GUIDANCE = "has no effect without guidance (guide_scale 1); raise --sample_guide_scale, or leave it out"
+
+
+def say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request) -> None:
+    """Log what a user may not know; raises `InputError` for a negative prompt given to videos that take none."""
+    every = [settings for settings, _ in videos]
+    asked = request.flags.get("sampling", {}).get("negative_prompt")
+    if asked and all(settings.sampling.guide_scale == 1 for settings in every):
+        raise InputError(f"negative_prompt {asked!r} {NO_GUIDANCE}")
+    if request.about_default is not None and checkpoint.name == request.default_checkpoint:
+        log.info(request.about_default)
+    for line in dict.fromkeys(line for settings in every for line in unexpected(checkpoint, settings)):
+        log.warning("warning: %s", line)
+
+
+def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """What a user of a checkpoint may not have meant, though it can be done, a line each."""
+    chosen, lines = settings.attention, []
+    try:
+        own = checkpoint.own_attention()
+    except CheckpointError as error:
+        lines.append(f"{error}; running {chosen.algorithm} as asked")
+        own = None
+    if own is not None and own.algorithm != chosen.algorithm:
+        lines.append(f"checkpoint {checkpoint.name} was made for {own.algorithm}; running {chosen.algorithm} as asked")
+    if not chosen.is_dense and chosen.dense_steps >= settings.sampling.steps:
+        lines.append(
+            f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
+            "lower dense_steps in a config"
+        )
+    return [*lines, *_without_guidance(checkpoint, settings), *filter(None, [measured_otherwise(settings)])]
+
+
+def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """What guidance 1 does that may not be meant, unless the checkpoint's own settings are so."""
+    sampling = settings.sampling
+    if sampling.guide_scale != 1:
+        return []
+    own, lines = checkpoint.own_sampling(), []
+    if sampling.steps <= FEW_STEPS and own.guide_scale != 1 and not (settings.lora or settings.transformer):
+        lines.append(
+            f"{sampling.steps} steps without guidance suit weights distilled for it, which --lora or --transformer "
+            f"add; unless {checkpoint.name} itself is distilled, expect mush"
+        )
+    if sampling.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT, own.negative_prompt):
+        lines.append(f"negative_prompt {sampling.negative_prompt!r} {NO_GUIDANCE}")
+    return lines

@@ -1,0 +1,79 @@
+"""From a request to a checkpoint and the settings and path of each video."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nabla import InputError
+from wan.checkpoints.tensor_files import weight_file
+from wan.config.settings import read_settings, resolve
+from wan.files.formats import SAFETENSORS
+from wan.models.checkpoint import Checkpoint, check_transformer_file
+from wan.quantize.quantizer import check_quantization
+from wan.run.jobs import names_of, read_prompts
+from wan.run.outputs import check_output, ending
+from wan.run.request import Request
+from wan.run.sidecars import Video
+
+
+def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Video]]:
+    """The checkpoint of a request, and the settings and path of each of its videos.
+
+    Everything that can be checked without the checkpoint is checked before it is looked for.
+    """
+    flags, config = request.flags, request.config
+    from_file = {} if config is None else read_settings(config)
+    if "checkpoint" not in flags:
+        _check_task(request.task, config, from_file.get("checkpoint"))
+    jobs: list[tuple[dict[str, Any], str | None]] = [({}, None)]
+    if request.prompt_file is not None:
+        jobs = read_prompts(request.prompt_file)
+    settings = resolve(jobs[0][0], flags, from_file, {"checkpoint": request.default_checkpoint})
+    if request.save_file is not None:
+        check_output(request.save_file)
+    own_dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if settings.fp8:
+        check_quantization("fp8", device, getattr(torch, settings.dtype or own_dtype))
+    if settings.transformer is not None:
+        check_transformer_file(settings.transformer)
+    for lora in settings.lora:
+        weight_file("lora", lora.file, (SAFETENSORS,))
+    if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
+        _check_small(Path(settings.checkpoint))
+    checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
+    checkpoint.require_tokenizer()
+    every = []
+    for layer, _ in jobs:
+        settings = checkpoint.resolve(layer, flags, from_file)
+        if settings.dtype is None:
+            settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
+        settings.video.check_positions(checkpoint.positions)
+        # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
+        every.append(settings if request.prompt_file else settings.with_seed())
+    folder = request.save_dir or Path()
+    names = (given or own for (_, given), own in zip(jobs, names_of(every)))
+    paths = [request.save_file or folder / f"{name}{ending(one)}" for name, one in zip(names, every)]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise InputError(f"two prompts would both be {twice[0]}; name one otherwise")
+    return checkpoint, list(zip(every, paths))
+
+
+def _check_small(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"no checkpoint is named, and the small one, {folder}, comes with the program's source but not with an "
+            "installed package; give --ckpt_dir, or --config nabla_0.7.yaml for Wan2.1 14B"
+        )
+
+
+def _check_task(task: str | None, config: str | None, named: object) -> None:
+    """Raise `InputError` if a task asks for a model of another size than the hub id that a config names."""
+    size = (task or "").rpartition("-")[2]
+    if isinstance(named, str) and size not in named and not os.path.isdir(named):
+        raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")
