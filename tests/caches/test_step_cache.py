@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import runpy
+import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from places import ROOT
 from torch._dynamo.testing import CompileCounter
 
 import generate
@@ -419,3 +421,9 @@ def test_bad_settings_are_one_line(given, message):
     with pytest.raises(InputError, match=message.replace("(", "[(]")) as error:
         CacheSettings.parse(given)
     assert "\n" not in str(error.value)
+
+
+def test_private_names_of_diffusers_are_imported_for_runs_with_a_cache_alone():
+    code = "import sys, wan\nwan.WanT2V, wan.apply_attention\nprint(*(m for m in sys.modules if 'caches' in m))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "wan.caches.ran" in said and not {"wan.caches.apply", "wan.caches.base"} & set(said.split())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from nabla import InputError
 from wan.attention.apply import applied_attention
 from wan.attention.compile import many_compiles
 from wan.caches.applied import step_cache_of
-from wan.caches.base import StepCache
 from wan.checkpoints.file_errors import CheckpointError
 from wan.config.prompts import check_prompt
 from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
@@ -36,6 +35,9 @@ from wan.sampling.finite import check_decoded, check_latents
 from wan.sampling.loop import Conditions, denoise, video_steps
 from wan.sampling.request import VideoRequest
 from wan.sampling.solvers import make_solver
+
+if TYPE_CHECKING:
+    from wan.caches.base import StepCache
 
 log = logging.getLogger("wan")
 

@@ -13,7 +13,6 @@ import torch
 from nabla import NablaConfig
 from wan.attention.apply import apply_attention
 from wan.attention.compile import check_compiler, compile_blocks
-from wan.caches.apply import apply_cache
 from wan.config.cache_settings import CacheSettings
 from wan.config.settings import LoraFile, Settings
 from wan.memory.options import LoadOptions
@@ -117,6 +116,9 @@ def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
     if compiled:
         compile_blocks(pipe.transformer.blocks)
     if settings.cache is not None:
+        # Only where one is asked for: step caches stand on private names of diffusers, which it may take away.
+        from wan.caches.apply import apply_cache
+
         apply_cache(pipe.transformer, settings.cache, TRANSFORMER)
     if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
         apply_sequence_parallel(pipe.transformer, pipe.distributed.ulysses_mesh, TRANSFORMER)
