@@ -27,7 +27,7 @@ def make(args: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
-    from wan.config.settings import read_settings
+    from wan.config.config_files import read_settings
     from wan.tools.datasets import open_dataset
     from wan.training.encoder import Encoder
     from wan.training.models import open_components

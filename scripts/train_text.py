@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    from wan.config.settings import read_settings
+    from wan.config.config_files import read_settings
     from wan.shapes.train_text import TextSettings, TextTrainer
     from wan.training.schema import with_overrides
     from wan.training.shutdown import Diverged, Stopped, report_end

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     import torch
 
-    from wan.config.settings import read_settings
+    from wan.config.config_files import read_settings
     from wan.shapes.train_vae import VaeTrainer
     from wan.shapes.vae_settings import VaeSettings
     from wan.training.schema import with_overrides

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from wan.config.settings import read_settings, resolve
+from wan.config.config_files import read_settings
+from wan.config.settings import resolve
 from wan.run.flags import make_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from nabla import InputError
 from wan.checkpoints.lora import read_lora
 from wan.checkpoints.single_file import open_transformer
-from wan.config.settings import LoraFile
+from wan.config.model_settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.convert import convert

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nabla import InputError
 from wan.checkpoints.lora import read_lora
-from wan.config.settings import LoraFile
+from wan.config.model_settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, published
 from wan.models.wan.names import NAMING

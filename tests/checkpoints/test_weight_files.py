@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import wan
 from nabla import InputError
 from wan.checkpoints.lora import read_lora
-from wan.config.settings import LoraFile, resolve
+from wan.config.model_settings import LoraFile
+from wan.config.settings import resolve
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.convert import convert

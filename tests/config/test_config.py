@@ -11,7 +11,8 @@ import pytest
 
 from nabla import InputError, NablaConfig
 from wan.config.cache_settings import CacheSettings
-from wan.config.settings import CONFIG_FOLDER, STA_DENSE_STEPS, Settings, read_settings, resolve
+from wan.config.config_files import CONFIG_FOLDER, read_settings
+from wan.config.settings import STA_DENSE_STEPS, Settings, resolve
 from wan.files.plain_data import parse_yaml
 from wan.sampling.solvers import make_solver
 

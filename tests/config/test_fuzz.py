@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from nabla import InputError
-from wan.config.settings import Settings, read_made_with, read_settings, resolve
+from wan.config.config_files import read_made_with, read_settings
+from wan.config.settings import Settings, resolve
 from wan.files.plain_data import parse_json
 from wan.run.jobs import read_prompts
 from wan.run.request import Request

@@ -22,7 +22,7 @@ from wan.caches.apply import apply_cache
 from wan.caches.ran import blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
-from wan.config.settings import LoraFile
+from wan.config.model_settings import LoraFile
 from wan.memory.budget import check_memory, host_bytes
 from wan.memory.estimates import GIB
 from wan.memory.placement import on_device

@@ -53,7 +53,7 @@ def test_values_that_are_not_finite_are_said_with_what_can_make_them_so(pipe):
     with pytest.raises(InputError):
         pipe.sample(text, **walk | {"steps": 50, "guide_scale": 1.0})
     assert len(begun) == 1
-    pipe.lora = (wan.config.settings.LoraFile("style.safetensors", 50.0),)
+    pipe.lora = (wan.config.model_settings.LoraFile("style.safetensors", 50.0),)
     with pytest.raises(InputError, match="lower the scales of LoRA files .*style.safetensors:50"):
         pipe.sample(text, text, **walk)
 

@@ -14,7 +14,9 @@ import weight_files
 import app
 from nabla import InputError, NablaConfig
 from wan.config.cache_settings import CacheSettings
-from wan.config.settings import CONFIG_FOLDER, LoraFile, ModelSettings, Settings, VideoSettings, resolve
+from wan.config.config_files import CONFIG_FOLDER
+from wan.config.model_settings import LoraFile, ModelSettings
+from wan.config.settings import Settings, VideoSettings, resolve
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.sampling.loop import Cancelled

@@ -12,7 +12,8 @@ import pytest
 import torch
 import weight_files
 
-from wan.config.settings import read_settings, resolve
+from wan.config.config_files import read_settings
+from wan.config.settings import resolve
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.serve.limits import Limits

@@ -21,7 +21,7 @@ from shapes_runs import SMALL_TEXT_RUN
 from torch import Tensor
 
 from nabla import InputError
-from wan.config.settings import read_settings
+from wan.config.config_files import read_settings
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.family import WAN

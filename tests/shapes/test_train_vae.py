@@ -17,7 +17,7 @@ from places import ROOT
 from shapes_runs import vae_settings_dict
 
 from nabla import InputError
-from wan.config.settings import CONFIG_FOLDER, read_settings
+from wan.config.config_files import CONFIG_FOLDER, read_settings
 from wan.models.wan import latents
 from wan.models.wan.components import vae_component
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips

@@ -11,7 +11,8 @@ from training_runs import TRANSFORMER
 
 from nabla import InputError
 from wan.checkpoints import locate
-from wan.config.settings import CONFIG_FOLDER, SamplingSettings, VideoSettings, read_settings
+from wan.config.config_files import CONFIG_FOLDER, read_settings
+from wan.config.settings import SamplingSettings, VideoSettings
 from wan.models.checkpoint import Checkpoint
 from wan.shapes.train_text import TextSettings
 from wan.shapes.vae_settings import VaeSettings

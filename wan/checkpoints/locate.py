@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, unreadable
-from wan.config.settings import LORA_FILE
+from wan.config.model_settings import LORA_FILE
 
 # In diffusers' layout; the published ones have `CONFIG`.
 INDEX, CONFIG = "model_index.json", "config.json"

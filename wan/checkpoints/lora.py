@@ -21,7 +21,7 @@ from wan.checkpoints.lora_names import Contents, Layer, mismatch, scale_by_peft,
 from wan.checkpoints.naming import TransformerNaming
 from wan.checkpoints.tensor_files import weight_file
 from wan.checkpoints.weights import WeightFiles
-from wan.config.settings import LoraFile
+from wan.config.model_settings import LoraFile
 from wan.files.formats import SAFETENSORS
 from wan.files.plain_data import parse_json
 

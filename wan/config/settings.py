@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_count, is_number
+from nabla.config import is_count
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import (
-    absolute_path,
     check_keys,
-    check_path,
     check_sampling,
     check_text,
     parse_size,
 )
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
+from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.prompts import check_prompt
-from wan.files.formats import SAFETENSORS
-from wan.files.plain_data import read_json, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 
-# Within an installed package, or beside this one.
-_HERE = Path(__file__).resolve().parents[1]
-CONFIG_FOLDER = next((folder for folder in (_HERE / "configs",) if folder.is_dir()), _HERE.parent / "configs")
 # The published program runs this many first steps dense when only a window is used.
 STA_DENSE_STEPS = 12
 DEFAULT_NEGATIVE_PROMPT = (
@@ -40,12 +32,8 @@ DEFAULT_NEGATIVE_PROMPT = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
     "背景人很多，倒着走"
 )
-DTYPES = ("bfloat16", "float16", "float32")
 MAX_FPS = 240
 MAX_SEED = 2**31
-MAX_LORA_SCALE = 100
-# As diffusers names it.
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 
@@ -115,74 +103,6 @@ def changed(settings: T, **values: Any) -> T:
     # What is the very value that they have was checked when they were made.
     others = {key: value for key, value in values.items() if value is not None and value is not getattr(settings, key)}
     return replace(settings, **others) if others else settings
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA and the scale of what it adds to the weights. The path is made absolute.
-
-    file: or a folder that has one of training's: a checkpoint of a run, or the folder `lora` in it
-    """
-
-    file: str
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        given = Path(absolute_path("lora file", self.file))
-        inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if os.path.isfile(path))
-        object.__setattr__(self, "file", str(next(inside, given)))
-        if not is_number(self.scale) or abs(self.scale) > MAX_LORA_SCALE:
-            limits = f"from -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"
-            raise InputError(f"lora scale {self.scale!r} is not a number {limits}; 1.0 is usual")
-
-    @classmethod
-    def parse(cls, given: object) -> LoraFile:
-        """From `file`, `file:scale`, or a mapping of both."""
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, Mapping):
-            check_keys("lora", given, {"file", "scale"})
-            return cls(**{"file": None, **given})
-        if not isinstance(given, str):
-            raise InputError(f"lora {given!r} is neither a file, nor file:scale, nor a mapping of file and scale")
-        file, _, scale = given.rpartition(":")
-        try:
-            number = float(scale)
-        except ValueError:
-            if file.endswith(SAFETENSORS) and not scale.endswith(SAFETENSORS):
-                raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
-            return cls(given)
-        return cls(file, number)
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What runs. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
-
-    checkpoint: str
-    transformer: str | None = None
-    lora: tuple[LoraFile, ...] = ()
-    dtype: str | None = None
-    vae_dtype: str | None = None
-    fp8: bool = False
-    cache: CacheSettings | None = None
-    attention: NablaConfig = NablaConfig()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.checkpoint, str) or not self.checkpoint:
-            raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
-        check_path("checkpoint", self.checkpoint)
-        if self.transformer is not None:
-            object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
-        if not isinstance(self.lora, (list, tuple)):
-            raise InputError(f"lora {self.lora!r} is not a list; write one file or more in brackets")
-        object.__setattr__(self, "lora", tuple(map(LoraFile.parse, self.lora)))
-        for name in ("dtype", "vae_dtype"):
-            if getattr(self, name) not in (None, *DTYPES):
-                raise InputError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(DTYPES)}")
-        if not isinstance(self.fp8, bool):
-            raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
-        object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
 
 
 @dataclass(frozen=True)
@@ -308,37 +228,3 @@ def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
 def attention_to_dict(config: NablaConfig) -> dict[str, Any]:
     """The `attention` mapping that `attention_config` reads back to an equal config."""
     return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in _CHOICE}
-
-
-def read_settings(name: str | Path) -> dict[str, Any]:
-    """A layer of settings from a YAML file, or from the JSON file beside a video.
-
-    `name` is a path, or the name of a file in `configs/` whatever the working directory.
-    """
-    path, content = _read(name)
-    if path.suffix == ".json":
-        content = content.get("settings") if isinstance(content, dict) else content
-    if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
-        raise InputError(f"config {path} does not hold a mapping of settings")
-    return content or {}
-
-
-def read_made_with(name: str | Path) -> dict[str, Any]:
-    """What the JSON file beside a video says of how it was made, besides its settings; of a YAML file nothing."""
-    path, content = _read(name)
-    made_with = content.get("made_with") if path.suffix == ".json" and isinstance(content, dict) else None
-    return made_with if isinstance(made_with, dict) else {}
-
-
-def _read(name: str | Path) -> tuple[Path, Any]:
-    check_path("config", str(name))
-    # Not by pathlib, which raises for a home that is not known.
-    candidates: list[str | Path] = [os.path.expanduser(name), CONFIG_FOLDER / name]
-    path = next((Path(path) for path in candidates if os.path.isfile(path)), None)
-    if path is None:
-        known = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
-        raise InputError(f"config {str(name)!r} is neither a file nor one of {known}")
-    try:
-        return path, (read_json if path.suffix == ".json" else read_yaml)(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None

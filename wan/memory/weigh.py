@@ -14,7 +14,7 @@ from wan.checkpoints.component import Component
 from wan.checkpoints.gguf_file import GgufFile
 from wan.checkpoints.tensor_files import weight_file
 from wan.checkpoints.weights import WeightFiles
-from wan.config.settings import LoraFile
+from wan.config.model_settings import LoraFile
 from wan.files.formats import SAFETENSORS
 from wan.memory.estimates import Weights
 

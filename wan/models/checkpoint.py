@@ -12,7 +12,8 @@ from nabla.config import is_count
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
 from wan.checkpoints.single_file import open_transformer
-from wan.config.settings import SamplingSettings, Settings, attention_config, read_settings, resolve, resolve_sampling
+from wan.config.config_files import read_settings
+from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling
 from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nabla import InputError
-from wan.config.settings import Settings, read_made_with
+from wan.config.config_files import read_made_with
+from wan.config.settings import Settings
 from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
 from wan.memory.options import LoadOptions

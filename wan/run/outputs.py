@@ -7,7 +7,8 @@ from collections.abc import Set
 from pathlib import Path
 
 from nabla import InputError
-from wan.config.settings import Settings, read_settings
+from wan.config.config_files import read_settings
+from wan.config.settings import Settings
 from wan.files.json_files import to_json
 from wan.files.video import check_encoder, check_writable, make_folder, sidecar_of
 from wan.observe.report import check_report

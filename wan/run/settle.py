@@ -12,7 +12,8 @@ import torch
 
 from nabla import InputError
 from wan.checkpoints.tensor_files import weight_file
-from wan.config.settings import read_settings, resolve
+from wan.config.config_files import read_settings
+from wan.config.settings import resolve
 from wan.files.formats import SAFETENSORS
 from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.quantize.quantizer import check_quantization

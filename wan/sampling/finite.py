@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
-from wan.config.settings import LoraFile, SamplingSettings
+from wan.config.model_settings import LoraFile
+from wan.config.settings import SamplingSettings
 
 
 def check_vae(vae: nn.Module, where: object) -> None:

@@ -12,7 +12,8 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from nabla import InputError
-from wan.config.settings import Settings, read_made_with, resolve
+from wan.config.config_files import read_made_with
+from wan.config.settings import Settings, resolve
 from wan.files.plain_data import read_json
 from wan.sampling.loop import Cancelled
 from wan.serve.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer

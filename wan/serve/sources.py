@@ -14,7 +14,8 @@ from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.locate import check_hub_id
 from wan.checkpoints.tensor_files import weight_file
 from wan.checkpoints.weights import WeightFiles
-from wan.config.settings import CONFIG_FOLDER, Settings, read_settings, resolve
+from wan.config.config_files import CONFIG_FOLDER, read_settings
+from wan.config.settings import Settings, resolve
 from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS
 from wan.files.hashes import file_hash

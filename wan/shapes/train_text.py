@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla import InputError
-from wan.config.settings import DTYPES, read_settings
+from wan.config.config_files import read_settings
+from wan.config.model_settings import DTYPES
 from wan.files.atomic import atomic_path, lock_folder, remove
 from wan.models.wan.layout import TEXT_LENGTH
 from wan.shapes.attributes import ATTRIBUTES

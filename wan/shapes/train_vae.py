@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from nabla import InputError
-from wan.config.settings import read_settings
+from wan.config.config_files import read_settings
 from wan.files.atomic import atomic_path, lock_folder
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes

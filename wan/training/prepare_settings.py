@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wan.config.checks import check_text
-from wan.config.settings import DTYPES
+from wan.config.model_settings import DTYPES
 from wan.training.config import PRECISIONS
 from wan.training.schema import (
     check_choice,

@@ -10,7 +10,7 @@ import yaml
 
 from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
-from wan.config.settings import read_settings
+from wan.config.config_files import read_settings
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components

@@ -17,7 +17,7 @@ from wan.caches.ran import blocks_left_out
 from wan.checkpoints.component import Component
 from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import Adapter, read_lora
-from wan.config.settings import ModelSettings
+from wan.config.model_settings import ModelSettings
 from wan.memory.load_plan import ComponentBytes, Placement, make_load_plan
 from wan.memory.options import LoadOptions
 from wan.memory.streaming import stream_blocks

@@ -18,8 +18,9 @@ from wan.attention.apply import applied_attention
 from wan.attention.compile import many_compiles
 from wan.caches.applied import step_cache_of
 from wan.checkpoints.file_errors import CheckpointError
+from wan.config.model_settings import LoraFile
 from wan.config.prompts import check_prompt
-from wan.config.settings import LoraFile, SamplingSettings, VideoSettings, changed
+from wan.config.settings import SamplingSettings, VideoSettings, changed
 from wan.files.video import to_frames
 from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan

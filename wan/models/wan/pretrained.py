@@ -14,7 +14,8 @@ from nabla import NablaConfig
 from wan.attention.apply import apply_attention
 from wan.attention.compile import check_compiler, compile_blocks
 from wan.config.cache_settings import CacheSettings
-from wan.config.settings import LoraFile, Settings
+from wan.config.model_settings import LoraFile
+from wan.config.settings import Settings
 from wan.memory.options import LoadOptions
 from wan.memory.planner import MemoryPlan
 from wan.models.checkpoint import Checkpoint

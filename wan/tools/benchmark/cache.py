@@ -17,7 +17,8 @@ from wan.attention.compile import compile_blocks
 from wan.caches.apply import apply_cache, remove_cache
 from wan.caches.calibration import calibrated
 from wan.config.cache_settings import KINDS, CacheSettings
-from wan.config.settings import ModelSettings, Settings, VideoSettings, changed
+from wan.config.model_settings import ModelSettings
+from wan.config.settings import Settings, VideoSettings, changed
 from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.pipeline import WanT2V

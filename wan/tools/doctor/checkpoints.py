@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from wan.checkpoints.file_errors import CheckpointError
-from wan.config.settings import CONFIG_FOLDER, read_settings
+from wan.config.config_files import CONFIG_FOLDER, read_settings
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.registry import FAMILIES
 from wan.tools.doctor.packages import IS_SOURCE, ROOT
