@@ -97,8 +97,8 @@ def test_of_a_hub_id_the_configurations_of_all_families_come_first(monkeypatch, 
 
 
 def test_what_a_family_does_not_support_is_an_error_in_one_line():
-    OTHER.require("fp8")
+    OTHER.require(fp8=True, lora=())
     with pytest.raises(InputError, match="^lora is not supported for Other; leave it out$"):
-        OTHER.require("lora")
+        OTHER.require(fp8=False, lora=("a.safetensors",))
     with pytest.raises(ValueError, match="'LoRA' is none of"):
-        OTHER.require("LoRA")
+        OTHER.require(LoRA=True)

@@ -11,10 +11,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, unreadable
 from wan.config.model_settings import LORA_FILE
+from wan.files.formats import GGUF, SAFETENSORS
 
 # In diffusers' layout; the published ones have `CONFIG`.
 INDEX, CONFIG = "model_index.json", "config.json"
-WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
+WEIGHT_ENDINGS = (SAFETENSORS, GGUF, ".pth", ".pt", ".ckpt", ".bin")
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -88,7 +89,7 @@ def explain(folder: Path, landmarks: Iterable[Sequence[str]]) -> CheckpointError
     for inner in sorted(folder.iterdir()):
         if exists(inner / INDEX) or any(all(exists(inner / file) for file in files) for files in landmarks):
             return CheckpointError(f"{folder} is the folder above a checkpoint; give {inner}")
-    single = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    single = sorted(file.name for file in folder.iterdir() if file.suffix in (SAFETENSORS, GGUF))
     if single and not any(exists(folder / file) for files in landmarks for file in files):
         return CheckpointError(
             f"{folder} has no {CONFIG}, and so is no checkpoint; it holds {single[0]!r}, which may be given as "

@@ -18,9 +18,8 @@ from wan.checkpoints.naming import TransformerNaming
 from wan.checkpoints.quantization_marks import MARKER, NOT_NEEDED, SCALES, USE_INSTEAD, check_marker, check_name
 from wan.checkpoints.tensor_files import open_tensors, stored_types, weight_file
 from wan.checkpoints.weights import WeightFiles
-from wan.files.formats import SAFETENSORS
+from wan.files.formats import GGUF, SAFETENSORS
 
-GGUF = ".gguf"
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -1,3 +1,3 @@
 """Formats of files of weights, by the endings of their names."""
 
-SAFETENSORS = ".safetensors"
+SAFETENSORS, GGUF = ".safetensors", ".gguf"

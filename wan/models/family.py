@@ -15,7 +15,7 @@ from wan.checkpoints.naming import TransformerNaming
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 
 # What a family may have no use for, or not support yet, by the names of the settings that ask for it.
-FEATURES = frozenset({"cache", "dit_fsdp", "fp8", "gguf", "lora", "t5_fsdp", "ulysses_size"})
+FEATURES = frozenset({"cache", "dit_fsdp", "fp8", "gguf", "lora", "memory", "t5_fsdp", "ulysses_size"})
 
 
 class Layout(NamedTuple):
@@ -100,12 +100,13 @@ class Family:
         """What `transformer` names."""
         return _imported(self.transformer)
 
-    def require(self, feature: str) -> None:
-        """Raise `InputError` unless the family supports a feature, one of `FEATURES`."""
-        if feature not in FEATURES:
-            raise ValueError(f"{feature!r} is none of {sorted(FEATURES)}")
-        if feature not in self.features:
-            raise InputError(f"{feature} is not supported for {self.name}; leave it out")
+    def require(self, **asked: object) -> None:
+        """Raise `InputError` for the first of `FEATURES` that is asked for, by a true value, and is not supported."""
+        if unknown := asked.keys() - FEATURES:
+            raise ValueError(f"{min(unknown)!r} is none of {sorted(FEATURES)}")
+        for feature, wanted in asked.items():
+            if wanted and feature not in self.features:
+                raise InputError(f"{feature} is not supported for {self.name}; leave it out")
 
 
 def _imported(place: str) -> Any:

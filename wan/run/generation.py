@@ -16,6 +16,7 @@ import torch
 from nabla import InputError
 from wan.config.config_files import read_made_with
 from wan.config.settings import Settings
+from wan.files.formats import GGUF
 from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
 from wan.memory.options import LoadOptions
@@ -68,6 +69,7 @@ def load_pipeline(
 ) -> WanT2V:
     """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `generate_all` does."""
     settings, plan = every[0], None
+    checkpoint.family.require(**_features(settings, options, processes))
     if options.memory is not None:
         plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
     if options.again is not None and (processes is None or processes.rank == 0):
@@ -93,6 +95,20 @@ def load_pipeline(
     if pipe.is_leader:
         log.setLevel(logging.INFO)
     return pipe
+
+
+def _features(settings: Settings, options: Options, processes: DistributedContext | None) -> dict[str, object]:
+    """What a run asks for of what a family may not support."""
+    return {
+        "cache": settings.cache,
+        "fp8": settings.fp8,
+        "gguf": (settings.transformer or "").endswith(GGUF),
+        "lora": settings.lora,
+        "memory": options.memory,
+        "dit_fsdp": options.dit_fsdp,
+        "t5_fsdp": options.t5_fsdp,
+        "ulysses_size": processes is not None and processes.layout.ulysses > 1,
+    }
 
 
 def generate_video(
