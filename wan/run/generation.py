@@ -86,7 +86,7 @@ def load_pipeline(
         plan=plan,
     )
     with _clear_about_memory(settings, options):
-        pipe = WanT2V.from_settings(checkpoint, settings, how)
+        pipe = checkpoint.family.load_pipeline().from_settings(checkpoint, settings, how)
     place = settings.checkpoint, device, settings.dtype
     decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
