@@ -10,7 +10,6 @@ import torch
 from nabla import InputError
 from wan.config.settings import VideoSettings
 from wan.memory import budget
-from wan.memory.budget import parse_memory
 from wan.memory.estimates import (
     GIB,
     Weights,
@@ -217,10 +216,3 @@ def test_columns_cover_the_picture(width):
     for tiles in range(2, 9):
         column = tile_width(width, tiles)
         assert column % 16 == 0 and (column - 64) * tiles >= width > (column - 64) * (tiles - 1) - 16 * tiles
-
-
-def test_memory_is_auto_or_a_positive_number():
-    assert parse_memory("auto") == "auto" and parse_memory("24") == 24 and parse_memory("7.5") == 7.5
-    for wrong in ("some", "0", "-1", "nan", "inf", "24GB", ""):
-        with pytest.raises(InputError, match="neither auto nor GB to stay under"):
-            parse_memory(wrong)

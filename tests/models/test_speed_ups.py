@@ -17,7 +17,7 @@ from wan.attention.compile import compile_blocks
 from wan.models.wan.fused_gelu import fuse_gelu, gelu_by_sigmoid, unfuse_gelu
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.random_checkpoint import random_transformer, random_vae
-from wan.models.wan.vae import decoder_dtype, speed_up_decoder, speed_up_encoder
+from wan.models.wan.vae import decoder_dtype, speed_up_decoder, speed_up_encoder, split_picture
 from wan.run.flags import SMALL_CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -85,6 +85,15 @@ def test_the_pipeline_s_decoder_takes_the_type_that_it_is_given(random_nano):
     assert decoder_dtype(pipe.vae) == torch.float32 and decoder_dtype(half.vae) == torch.float16
     latents = torch.randn(16, 2, 4, 4)
     assert (pipe.decode(latents) - half.decode(latents)).abs().max() < 2e-2
+
+
+def test_columns_change_the_picture_little_and_cover_it(vae):
+    latents = torch.randn(1, 16, 2, 16, 32, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents).sample
+    for tiles in (2, 3):
+        split_picture(vae, (256, 128), tiles)
+        columns = vae.decode(latents).sample
+        assert columns.shape == whole.shape and (columns - whole).abs().mean() < 0.2 * whole.abs().mean()
 
 
 def test_fused_gelu_leaves_a_cpu_training_and_changed_layers_as_they_were():

@@ -1,10 +1,9 @@
-"""Streamed blocks compute what the model computes, packed or not; a planned pipeline what the plain one does."""
+"""Streamed blocks compute what the model computes, quantised or not."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import imageio.v3 as imageio
 import pytest
@@ -12,21 +11,18 @@ import torch
 import weight_files
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
-from torch import nn
 
 import generate
-import wan
-from nabla import InputError, NablaConfig
+from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
 from wan.caches.apply import apply_cache
 from wan.caches.ran import blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.model_settings import LoraFile
-from wan.memory.budget import check_memory, host_bytes
 from wan.memory.estimates import GIB
 from wan.memory.placement import on_device
-from wan.memory.planner import MemoryBudget, MemoryPlan
+from wan.memory.planner import MemoryBudget
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weights_of
 from wan.models.attention import apply_attention
@@ -34,14 +30,12 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, memory
 from wan.models.wan.names import NAMING
 from wan.models.wan.processor import TRANSFORMER
-from wan.models.wan.random_checkpoint import random_transformer, random_vae
-from wan.models.wan.vae import split_picture
+from wan.models.wan.random_checkpoint import random_transformer
 from wan.quantize.gguf import GGUF
 from wan.quantize.quantizer import Quantizer
 from wan.run import run
 
 CPU = torch.device("cpu")
-PLAN = MemoryPlan(None, None, True, 0, 2, "stream", 1, False, {"sampling": 0}, 0, 1.0)
 
 
 @pytest.fixture
@@ -124,20 +118,6 @@ def test_packed_blocks_stream_and_follow_their_weights(transformer, inputs, pack
     assert 3 * stream.sizes[0] < plain_size
 
 
-@pytest.mark.parametrize("text", ("gpu", "stream", "cpu"))
-def test_a_planned_pipeline_gives_what_the_plain_one_gives(random_nano, tmp_path, text):
-    factors = weight_files.draw_factors(random_transformer("nano", torch.float32, CPU))
-    lora = [str(weight_files.write_lora(tmp_path / "style.safetensors", factors))]
-    settings = dict(size=(64, 48), frame_num=5, seed=1, steps=2)
-    exact = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", lora=lora).generate("a cat", **settings)
-    for plan in (replace(PLAN, text=text), replace(PLAN, in_turns=False, text="gpu")):
-        pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", lora=lora, plan=plan)
-        assert hasattr(pipe.transformer, "block_stream") is plan.in_turns is pipe.offload
-        assert hasattr(pipe.text_encoder, "block_stream") is (plan.text == "stream")
-        for _ in range(2):
-            assert (pipe.generate("a cat", **settings) == exact).all()
-
-
 @pytest.mark.parametrize("kept", (0, 1, 2))
 @pytest.mark.parametrize("cache", ("first_block", "mag", "taylorseer"))
 def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, inputs, monkeypatch, cache, kept):
@@ -168,70 +148,6 @@ def test_blocks_that_a_step_cache_leaves_out_are_not_transferred(transformer, in
     rest = [n for n in range(8) if n not in computed]
     assert [transfers[n] for n in rest] == [first if n - 1 in computed else 0 for n in rest]
     assert transfers[0] > 0 and transfers[computed[1]] == transfers[computed[2]] > 0
-
-
-def test_a_planned_pipeline_runs_packed(random_nano, caplog):
-    pytest.importorskip("torchao")
-    settings = dict(size=(64, 48), frame_num=5, seed=1, steps=2)
-    exact = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16).generate("a cat", **settings)
-    caplog.set_level("INFO", "wan")
-    plan = replace(PLAN, quantization="int8", text_quantization="int8", text="gpu")
-    pipe = wan.WanT2V.from_pretrained(random_nano, "nabla-0.7", dtype=torch.bfloat16, plan=plan)
-    assert abs(pipe.generate("a cat", **settings).astype(float) - exact).mean() < 12
-    assert "transformer: 20 linear layers in int8" in caplog.text and "text encoder: 14 linear layers" in caplog.text
-
-
-def test_columns_change_the_picture_little_and_cover_it():
-    vae = random_vae("nano", CPU)
-    latents = torch.randn(1, 16, 2, 16, 32, generator=torch.Generator().manual_seed(0))
-    whole = vae.decode(latents).sample
-    for tiles in (2, 3):
-        split_picture(vae, (256, 128), tiles)
-        columns = vae.decode(latents).sample
-        assert columns.shape == whole.shape and (columns - whole).abs().mean() < 0.2 * whole.abs().mean()
-
-
-def test_host_memory_is_known():
-    free, total = host_bytes()
-    assert 0 < free <= total
-
-
-@pytest.mark.parametrize(
-    "flags, reason",
-    (
-        (("--memory", "auto"), "memory auto plans the memory of a GPU, and this runs on cpu; leave it out"),
-        (("--memory", "24"), "memory 24.0 plans the memory of a GPU"),
-        (("--memory", "24GB"), "memory '24GB' is neither auto nor GB to stay under"),
-    ),
-)
-def test_wrong_memory_is_one_line(random_nano, capsys, flags, reason):
-    given = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", *flags]
-    assert generate.main(given) == 2
-    said = capsys.readouterr().err
-    assert reason in said and said.count("\n") == 1
-
-
-def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
-    random_nano, tmp_path, monkeypatch, capsys
-):
-    """The run of a GPU with little memory, on a CPU in its place."""
-    gpu = 0
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "check_memory", lambda *_: None)
-    monkeypatch.setattr(memory, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
-    monkeypatch.setattr(memory, "limit", lambda *_: None)
-    flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
-    flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
-    assert generate.main([*flags, "--memory", "24"]) == 2
-    said = capsys.readouterr().err
-    assert "error: memory: 5 frames of 64*48 do not fit into 0.0 GB of the GPU with 8.0 GiB" in said
-    gpu = int(float(said.split("free; ")[1].split(" GB")[0]) * 1e9)
-    assert generate.main([*flags, "--memory", "24"]) == 0
-    assert "memory: transformer float32, " in capsys.readouterr().err
-    planned = imageio.imread("out.mp4")
-    made_with = json.loads((tmp_path / "out.json").read_text())["made_with"]
-    assert made_with["memory"] == 24 and made_with["plan"]["packing"] is None and made_with["plan"]["stages"]
-    assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
 
 
 @pytest.fixture
@@ -279,33 +195,3 @@ def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_n
     assert generate.main([*flags, "--config", "out.json"]) == 0 and (imageio.imread("out.mp4") == planned).all()
     assert "will differ" not in capsys.readouterr().err
     assert generate.main([*flags, "--memory", "24", "--fp8", "--dtype", "bfloat16"]) == 2
-
-
-def test_memory_does_not_go_with_several_processes_or_a_forced_offload():
-    gpu = torch.device("cuda", 0)
-    check_memory(None, CPU, object(), True)
-    check_memory(24, gpu, None, None)
-    with pytest.raises(InputError, match="torchrun starts several"):
-        check_memory(24, gpu, object(), None)
-    with pytest.raises(InputError, match="leave offload_model out"):
-        check_memory("auto", gpu, None, False)
-
-
-def test_what_was_on_a_device_is_again_where_it_was_without_a_copy():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    model[0].bias = model[1].bias
-    before = dict(model.named_parameters(remove_duplicate=False))
-    values = {name: (weight.data_ptr(), weight.detach().clone()) for name, weight in before.items()}
-    with pytest.raises(RuntimeError, match="out of memory"), on_device(model, torch.device("meta"), offload=True):
-        assert all(weight.is_meta for weight in model.parameters())
-        raise RuntimeError("out of memory")
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        assert weight is before[name] and weight.data_ptr() == values[name][0] and torch.equal(weight, values[name][1])
-
-
-def test_what_was_converted_on_a_device_stays_so():
-    model = nn.Linear(4, 4)
-    with on_device(model, CPU, offload=True):
-        model.bias.data = model.bias.data.to(torch.float64)
-        kept = model.bias.detach().clone()
-    assert model.weight.dtype == torch.float32 and torch.equal(model.bias, kept)
