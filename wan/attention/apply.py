@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from nabla import InputError, NablaConfig, Plan
@@ -18,13 +19,13 @@ from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.attention.steps import StepCounter
 from wan.caches.ran import ran_in_full
 from wan.parallel.sequence_parallel import sequence_parallel_of
-from wan.parallel.ulysses import all_to_all_of_diffusers
+from wan.parallel.ulysses import UlyssesAllToAll, all_to_all_of_diffusers
 
 # Held while a forward sets the states of layers. Of all transformers, since locks can be neither copied nor pickled.
 setting = threading.Lock()
 
 
-def apply_attention(transformers: Sequence[nn.Module], config: NablaConfig, spec: TransformerSpec) -> None:
+def apply_attention(transformers: Sequence[ModelMixin], config: NablaConfig, spec: TransformerSpec) -> None:
     """Replace the self-attention of transformers by NABLA, in place; `remove_attention` undoes it.
 
     Of those given at once, such as the two experts of a Wan2.2 pipeline, sampling steps are counted together for
@@ -40,7 +41,7 @@ def apply_attention(transformers: Sequence[nn.Module], config: NablaConfig, spec
         one.nabla = AppliedAttention(one, config, spec, steps)
 
 
-def remove_attention(transformer: nn.Module) -> None:
+def remove_attention(transformer: ModelMixin) -> None:
     """Give a transformer back the attention that it had before `apply_attention`; nothing happens to others."""
     applied = applied_attention(transformer)
     if applied is not None:
@@ -142,7 +143,7 @@ class AppliedAttention:
         for layer in self.sparse if is_sparse or not self.sequence_parallel else ():
             layer.plan = plan
         takes_over = False
-        if is_sparse and refreshes:
+        if plan is not None and refreshes:
             takes_over = self.masks.prepare(self.sparse, Choice(self.steps.video, step, plan, inputs.batch))
         else:
             self.forget_blocks()
@@ -152,6 +153,7 @@ class AppliedAttention:
             self.measure_density(self.sparse, device)
 
     def _set_all_to_alls(self, inputs: ForwardInputs, dtype: torch.dtype) -> None:
+        all_to_alls: Sequence[UlyssesAllToAll | None]
         if self.sequence_parallel:
             for layer in self.patched:
                 # Else memory for another size would be held while this size's is made.
@@ -169,12 +171,13 @@ class AppliedAttention:
         if measured is None:
             self.measure_density(self.patched, device)
         else:
+            assert self.sequence_parallel is not None
             self.sequence_parallel.rebalance(torch.stack(measured))
 
     def _densities_on(self, device: torch.device) -> list[Tensor] | None:
         """Where the layers write their heads' densities, if they do so on a device."""
-        densities = [layer.density for layer in self.patched]
-        return None if densities[0] is None or densities[0].device != device else densities
+        densities = [layer.density for layer in self.patched if layer.density is not None]
+        return densities if len(densities) == len(self.patched) and densities[0].device == device else None
 
     @torch.compiler.disable
     def _after_forward(self, transformer: nn.Module, *_: Any) -> None:

@@ -36,12 +36,15 @@ class LayerState:
         """q, k or v, `number` 0 to 2, (B, own tokens, heads, D), sent to where it is attended to; for `attend`."""
         if self.all_to_all is None:
             return x
+        assert self.plan is not None
         return self.all_to_all.send(x, number, self.plan.tokens, rotary)
 
     def attend(self, sent: list[Any], batch: int, rotary: Rotary) -> Tensor:
         """(B, own tokens, heads, D) of q, k and v that `send` gave."""
+        assert self.plan is not None
         if self.all_to_all is None:
-            return nabla.attend(*sent, self.plan, rotary, self.block_mask, self.density)
+            q, k, v = sent
+            return nabla.attend(q, k, v, self.plan, rotary, self.block_mask, self.density)
         return ulysses_attend(
             sent, batch, self.heads, self.plan, rotary, self.block_mask, self.density, self.all_to_all
         )

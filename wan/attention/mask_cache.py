@@ -40,12 +40,9 @@ class MaskCache:
     def prepare(self, layers: Sequence[LayerState], now: Choice) -> bool:
         """Set the block masks of layers for a forward; whether it takes blocks over."""
         last = self.chosen
-        if (
-            last is not None
-            and last.step <= now.step < last.step + self.refresh
-            and last == now._replace(step=last.step)
-        ):
+        if last is not None and last.serves(now, self.refresh):
             for layer in layers:
+                assert layer.block_mask is not None
                 layer.block_mask = layer.block_mask._replace(reuse=True)
             return True
         self.chosen, self.choosing = None, now
@@ -70,6 +67,7 @@ class MaskCache:
 
 def _empty_mask(layer: LayerState, now: Choice) -> ReusableBlockMask:
     """Memory to write blocks to, that of before if it has the size."""
+    assert now.plan.selection is not None
     layout = now.plan.selection.layout
     heads = layer.all_to_all.own_heads(layer.heads) if layer.all_to_all else layer.heads
     shape, device = (now.batch, heads, layout.blocks, layout.blocks), layout.sizes.device

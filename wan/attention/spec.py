@@ -43,7 +43,7 @@ class TransformerSpec:
 
     kind: type[nn.Module]
     block: type[nn.Module]
-    processor: type
+    processor: type[Any]
     sparse_processor: Callable[[Any, LayerState], Any]
     inputs: Callable[[nn.Module, tuple, dict[str, Any]], ForwardInputs]
     heads: Callable[[nn.Module], int]

@@ -60,6 +60,7 @@ def denoise(
 
     for step, timestep in enumerate(solver.timesteps):
         before_step(step)
+        negative: Tensor | None
         if gather is not None:
             prediction, negative = gather(velocity(latents, timestep, conditions.prompt))
         elif guided and conditions.both is not None:
@@ -68,6 +69,7 @@ def denoise(
             prediction = velocity(latents, timestep, conditions.prompt)
             negative = velocity(latents, timestep, conditions.negative, "negative") if guided else None
         if guided:
+            assert negative is not None
             prediction = negative + guide_scale * (prediction - negative)
         clean = latents - solver.sigmas[step] * prediction
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -9,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from wan.config.checks import check_sampling
 
 TRAIN_TIMESTEPS = 1000
-Solver = UniPCMultistepScheduler | DPMSolverMultistepScheduler
+Solver: TypeAlias = UniPCMultistepScheduler | DPMSolverMultistepScheduler
 # The scheduler (arXiv 2302.04867, 2211.01095), and the first sigma before shifting: the published programs start each
 # elsewhere, unipc at a float32 number. Another solver is a line here, and one in `wan.config.checks.SOLVERS`.
 KINDS: dict[str, tuple[type[Solver], float]] = {
