@@ -21,8 +21,8 @@ import logging, sys, time
 from wan.observe.console import exit_with, log_to_stderr, run_program
 
 def main():
-    open("begun", "w").close()
     try:
+        open("begun", "w").close()
         for number in range(200 if "waits" in sys.argv else 3):
             logging.getLogger("wan").info("line %d\\x1b[31m\\nof two", number)
             print("said by a library", file=sys.stderr, flush=True)

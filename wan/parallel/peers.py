@@ -42,7 +42,7 @@ def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(answers)
 
 
-class Peers(NamedTuple):
+class PeerBuffers(NamedTuple):
     """Where q, k and v of a process's own heads arrive, and where the output of its own tokens does.
 
     Both are written in turn, layer by layer. Who writes one has waited until all had filled the other, which they do
@@ -77,27 +77,27 @@ class Peers(NamedTuple):
         return self.tokens
 
 
-def make_peers(
+def make_peer_buffers(
     group: dist.ProcessGroup, tokens: list[int], heads: list[int], batch: int, width: int, like: Tensor
-) -> Peers:
+) -> PeerBuffers:
     """The memory for sequences of one size; all processes of the group have to make it at once.
 
     tokens, heads: how many each process has; width: D; like: a tensor of the dtype and device
     """
     rank, firsts = group.rank(), [sum(tokens[:n]) for n in range(group.size())]
-    arriving = _memory(group, [(3, batch, sum(tokens), count, width) for count in heads], like)
-    leaving = _memory(group, [(batch, count, sum(heads), width) for count in tokens], like)
+    arriving = _allocate(group, [(3, batch, sum(tokens), count, width) for count in heads], like)
+    leaving = _allocate(group, [(batch, count, sum(heads), width) for count in tokens], like)
     own = slice(firsts[rank], firsts[rank] + tokens[rank])
     # To the next process first and to this one last, so that not all of them write to one at once.
     others = [(rank + n) % group.size() for n in range(1, group.size() + 1)]
     places = [(n, arriving.every[n][:, :, own]) for n in others]
     table = [[memory.data_ptr(), *of] for memory, *of in zip(leaving.every, firsts, tokens)]
-    _share(arriving, Shared(arriving.handle, places, torch.cuda.Stream(like.device)))
-    _share(leaving, Shared(leaving.handle))
-    return Peers(arriving.own, leaving.own, torch.tensor(table, device=like.device))
+    _register(arriving, CopyTarget(arriving.handle, places, torch.cuda.Stream(like.device)))
+    _register(leaving, CopyTarget(leaving.handle))
+    return PeerBuffers(arriving.own, leaving.own, torch.tensor(table, device=like.device))
 
 
-class Memory(NamedTuple):
+class SymmetricBuffer(NamedTuple):
     """Memory of this process, that of every process as this one reaches it, and torch's handle of it."""
 
     own: Tensor
@@ -105,16 +105,16 @@ class Memory(NamedTuple):
     handle: Any
 
 
-def _memory(group: dist.ProcessGroup, shapes: list[tuple[int, ...]], like: Tensor) -> Memory:
+def _allocate(group: dist.ProcessGroup, shapes: list[tuple[int, ...]], like: Tensor) -> SymmetricBuffer:
     """shapes: of each process; all get memory for the largest, since it is given out alike."""
     rank, most = group.rank(), max(map(math.prod, shapes))
     memory = symmetric_memory.empty(most, dtype=like.dtype, device=like.device)
     handle = symmetric_memory.rendezvous(memory, group)
     every = [handle.get_buffer(n, shape, like.dtype) for n, shape in enumerate(shapes)]
-    return Memory(memory[: math.prod(shapes[rank])].view(shapes[rank]), every, handle)
+    return SymmetricBuffer(memory[: math.prod(shapes[rank])].view(shapes[rank]), every, handle)
 
 
-class Shared(NamedTuple):
+class CopyTarget(NamedTuple):
     """What writing into memory takes beside it.
 
     handle: torch's, of the memory of all processes
@@ -128,25 +128,25 @@ class Shared(NamedTuple):
 
 
 # By address: operators take nothing but tensors and values, and a value would be compiled in, anew for other memory.
-_SHARED: dict[int, Shared] = {}
+_TARGETS: dict[int, CopyTarget] = {}
 
 
-def _share(memory: Memory, shared: Shared) -> None:
+def _register(memory: SymmetricBuffer, target: CopyTarget) -> None:
     address = memory.own.data_ptr()
-    _SHARED[address] = shared
-    weakref.finalize(memory.own, _SHARED.pop, address, None)
+    _TARGETS[address] = target
+    weakref.finalize(memory.own, _TARGETS.pop, address, None)
 
 
-def _shared(written: Tensor) -> Shared:
-    shared = _SHARED.get(written.data_ptr())
-    if shared is None:
+def _target_of(written: Tensor) -> CopyTarget:
+    target = _TARGETS.get(written.data_ptr())
+    if target is None:
         raise RuntimeError("the memory that other GPUs write into was copied, and what they write would be lost")
-    return shared
+    return target
 
 
 def _copy_stream(written: Tensor) -> torch.cuda.Stream:
     """Where parts are copied to memory that q, k and v arrive in."""
-    beside = _shared(written).beside
+    beside = _target_of(written).beside
     assert beside is not None, "output is written by a kernel, beside nothing"
     return beside
 
@@ -160,10 +160,10 @@ def _check_rows(x: Tensor, shape: torch.Size, written: Tensor) -> None:
 @torch.library.custom_op("wan::send_parts", mutates_args=("written",))
 def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
     """Begin to copy a part to each process, where it is the number-th tensor of these tokens."""
-    shared, beside = _shared(written), _copy_stream(written)
+    target, beside = _target_of(written), _copy_stream(written)
     beside.wait_stream(torch.cuda.current_stream(written.device))
     with torch.cuda.stream(beside):
-        for process, place in shared.places:
+        for process, place in target.places:
             _check_rows(parts[process], place.shape[1:], written)
             # A sample is one piece of memory here and there, which needs no kernel, for which products would wait.
             for sample, there in zip(parts[process], place[number]):
@@ -173,16 +173,16 @@ def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
 @torch.library.custom_op("wan::await_parts", mutates_args=("written",))
 def _await_parts(sent: list[Tensor], written: Tensor) -> None:
     """Wait until all processes have filled `written`; what this one has sent has to stand until now."""
-    shared, beside = _shared(written), _copy_stream(written)
+    target, beside = _target_of(written), _copy_stream(written)
     with torch.cuda.device(written.device):
         torch.cuda.current_stream().wait_stream(beside)
-        shared.handle.barrier(channel=0)
+        target.handle.barrier(channel=0)
 
 
 @torch.library.custom_op("wan::write_rows", mutates_args=("written",))
 def _write_rows(x: Tensor, written: Tensor, table: Tensor, order: Tensor) -> None:
     """Copy rows to where `table` says, and wait until all processes have filled `written`."""
-    shared = _shared(written)
+    target = _target_of(written)
     batch, tokens, heads, width = x.shape
     _check_rows(x, torch.Size((len(written), tokens, len(order), written.shape[3])), written)
     x = x if x.stride(3) == 1 else x.contiguous()
@@ -200,7 +200,7 @@ def _write_rows(x: Tensor, written: Tensor, table: Tensor, order: Tensor) -> Non
             TOKENS=TOKENS,
             WIDTH=triton.next_power_of_2(width),
         )
-        shared.handle.barrier(channel=0)
+        target.handle.barrier(channel=0)
 
 
 if triton is not None:

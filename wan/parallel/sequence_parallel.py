@@ -14,7 +14,7 @@ from nabla import InputError
 from wan.attention.spec import TransformerSpec
 from wan.parallel.collectives import all_gather
 from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
-from wan.parallel.peers import Peers, are_peers, make_peers
+from wan.parallel.peers import PeerBuffers, are_peers, make_peer_buffers
 from wan.parallel.ulysses import UlyssesAllToAll
 
 # Heads stay where they are while waiting for the process with most to do takes no more of the attention than this.
@@ -56,8 +56,8 @@ class SequenceParallel:
         # Whether processes write into each other's memory, found out at first use, and that memory.
         self.by_peers: bool | None = None
         self.head_size = spec.head_size(transformer)
-        self.peers: Peers | None = None
-        self.peers_for: tuple[int, int, torch.dtype, torch.device] | None = None
+        self.peer_buffers: PeerBuffers | None = None
+        self.buffers_for: tuple[int, int, torch.dtype, torch.device] | None = None
         # Whether attention, before this forward, has asked how to swap tokens for heads.
         self.is_attended = False
         # Whether the densities last measured are of an order before this one, since a cache left blocks out since.
@@ -76,14 +76,16 @@ class SequenceParallel:
                 self.device_order = self.head_order.to(device)
                 if self.by_peers is None:
                     self.by_peers = are_peers(self.group, device)
-            if self.by_peers and self.peers_for != (batch, tokens, dtype, device):
+            if self.by_peers and self.buffers_for != (batch, tokens, dtype, device):
                 counts = split_sizes(tokens, self.size), split_sizes(self.heads, self.size)
-                self.peers = None
+                self.peer_buffers = None
                 like = torch.empty(0, dtype=dtype, device=device)
-                self.peers = make_peers(self.group, *counts, batch, self.head_size, like)
-                self.peers_for = batch, tokens, dtype, device
-        peers = self.peers if self.by_peers else None
-        return [UlyssesAllToAll(self.group.group_name, self.rank, self.size, each, peers) for each in self.device_order]
+                self.peer_buffers = make_peer_buffers(self.group, *counts, batch, self.head_size, like)
+                self.buffers_for = batch, tokens, dtype, device
+        buffers = self.peer_buffers if self.by_peers else None
+        return [
+            UlyssesAllToAll(self.group.group_name, self.rank, self.size, each, buffers) for each in self.device_order
+        ]
 
     @property
     def own_head_order(self) -> Tensor:

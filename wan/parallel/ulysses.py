@@ -13,7 +13,7 @@ from nabla import InputError, Plan
 from nabla.attention import ReusableBlockMask
 from nabla.rotary import Rotary, rotate
 from wan.parallel.head_balance import split_sizes
-from wan.parallel.peers import Peers
+from wan.parallel.peers import PeerBuffers
 
 
 class UlyssesAllToAll(NamedTuple):
@@ -21,7 +21,7 @@ class UlyssesAllToAll(NamedTuple):
 
     name: of the process group; rank, size: of this process in it, and how many there are
     order: the heads, process by process, (H,) int64; None: as they come
-    peers: memory that the others write into, where there is such; else all goes by collectives
+    peer_buffers: memory that the others write into, where there is such; else all goes by collectives
     rotates_first: whether rotary angles come for the process's own tokens, rather than for all
     """
 
@@ -29,7 +29,7 @@ class UlyssesAllToAll(NamedTuple):
     rank: int
     size: int
     order: Tensor | None = None
-    peers: Peers | None = None
+    peer_buffers: PeerBuffers | None = None
     rotates_first: bool = False
 
     def own_heads(self, heads: int) -> int:
@@ -39,23 +39,23 @@ class UlyssesAllToAll(NamedTuple):
         """Begin to swap q, k or v, `number` 0 to 2, (B, own tokens, H, D); the result is for `receive_heads`."""
         if self.rotates_first and number < 2:
             x = rotate(x, rotary)
-        if self.peers is None:
+        if self.peer_buffers is None:
             return [self._send_heads(x, tokens)]
         parts = [x.index_select(2, heads) for heads in self._heads_by_process(x.shape[2])]
-        self.peers.send(parts, number)
+        self.peer_buffers.send(parts, number)
         return parts
 
     def receive_heads(self, sent: list[list[Tensor]], batch: int, heads: int, tokens: int) -> list[Tensor]:
         """q, k and v, begun to be swapped by all processes: (B, tokens, own heads, D)."""
-        if self.peers is not None:
-            return self.peers.receive_heads(sum(sent, []))
+        if self.peer_buffers is not None:
+            return self.peer_buffers.receive_heads(sum(sent, []))
         shape = tokens, batch, self.own_heads(heads), -1
         return [collectives.wait_tensor(x).view(shape).transpose(0, 1) for (x,) in sent]
 
     def return_tokens(self, out: Tensor, heads: int) -> Tensor:
         """The way back: (B, tokens, own heads, D) -> (B, own tokens, H, D)."""
-        if self.peers is not None:
-            return self.peers.return_tokens(out, self._heads_by_process(heads)[self.rank])
+        if self.peer_buffers is not None:
+            return self.peer_buffers.return_tokens(out, self._heads_by_process(heads)[self.rank])
         (batch, tokens, own, width), counts = out.shape, split_sizes(heads, self.size)
         of_tokens = split_sizes(tokens, self.size)
         sent = self._send(out.transpose(0, 1).flatten(), batch * width, own, of_tokens, of_tokens[self.rank], counts)
@@ -65,7 +65,7 @@ class UlyssesAllToAll(NamedTuple):
         return x.transpose(0, 1)
 
     def _heads_by_process(self, heads: int) -> tuple[Tensor, ...]:
-        assert self.order is not None, "memory of peers comes with an order"
+        assert self.order is not None, "peer buffers come with an order"
         return self.order.split(split_sizes(heads, self.size))
 
     def _send_heads(self, x: Tensor, tokens: int) -> Tensor:
