@@ -45,7 +45,7 @@ class NablaConfig:
     """One sparse attention. With neither `threshold`, `keep` nor `window` it is dense attention.
 
     threshold: share of each query block's probability that the kept key blocks must reach, in (0, 1]
-    keep: instead of a threshold, the share of key blocks kept in every row, in (0, 1]
+    keep: instead of a threshold, the density of every row, the share of key blocks that it keeps, in (0, 1]
     window: (frames, rows, columns) in blocks; every block within half of it on each axis is kept too
     tile: (frames, rows, columns) of tokens that make one block
     dense_steps: how many sampling steps run dense before the sparse ones
@@ -127,10 +127,10 @@ class NablaConfig:
         """
         numbers: dict[str, Any] = {}
         for part in [] if algorithm == "dense" else str(algorithm).split("_"):
-            share = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part, re.ASCII)
+            rule = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part, re.ASCII)
             window = re.fullmatch(r"sta-(\d{1,9})-(\d{1,9})-(\d{1,9})", part, re.ASCII)
-            if share and not numbers:
-                numbers["threshold" if share[1] == "nabla" else "keep"] = float(share[2])
+            if rule and not numbers:
+                numbers["threshold" if rule[1] == "nabla" else "keep"] = float(rule[2])
             elif window and "window" not in numbers:
                 numbers["window"] = tuple(map(int, window.groups()))
             else:

@@ -101,10 +101,11 @@ class Selection:
         groups = []
         for q_group, k_group in zip(q.split(heads, dim=1), k.split(heads, dim=1)):
             groups.append(self._by_rule(block_map(q_group, k_group)))
-        kept = torch.cat(groups, dim=1)
-        return kept if self.window is None else kept | self.window
+        block_mask = torch.cat(groups, dim=1)
+        return block_mask if self.window is None else block_mask | self.window
 
     def _by_rule(self, probability: Tensor) -> Tensor:
+        """The mask by threshold or count of a block map (B, heads, N, N)."""
         if self.count is not None:
             return top_k_mask(probability, self.count)
         assert self.cut is not None
