@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nabla import InputError
@@ -124,21 +125,10 @@ def generate_video(
     A path ending in .png takes one frame, any other is written as H.264 mp4. `observer` is told what happens
     besides. Raises `InputError` as `generate_all` does.
     """
-    video, sampling = settings.video, settings.sampling
     detailed = options.log is not None or options.report is not None
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
     with _clear_about_memory(settings, options):
-        log.info("attention: %s", pipe.describe_attention(video))
-        size = "x".join(map(str, video.size))
-        walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
-        log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
-        frames = pipe.generate(
-            settings.prompt,
-            size=video.size,
-            frame_num=video.frame_num,
-            observer=recorder if observer is None else Observers(recorder, observer),
-            **asdict(sampling),
-        )
+        frames = _frames(pipe, settings, recorder if observer is None else Observers(recorder, observer))
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds
@@ -146,15 +136,27 @@ def generate_video(
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free
-    write_with_sidecar(path, frames, video.fps, {"settings": settings.to_dict(), "made_with": made_with})
+    write_with_sidecar(path, frames, settings.video.fps, {"settings": settings.to_dict(), "made_with": made_with})
     stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
     peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
-    log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / sampling.steps, peak)
+    log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / settings.sampling.steps, peak)
     log.info("wrote %s and %s", path, sidecar_of(path))
     if options.log is not None:
         log.info("log: %s", options.log)
     if options.report is not None:
         _draw(recorder, options.report)
+
+
+def _frames(pipe: WanT2V, settings: Settings, observer: Observer) -> np.ndarray | None:
+    """The video that settings describe, as `WanT2V.generate` gives it, after lines of what it will be."""
+    video, sampling = settings.video, settings.sampling
+    log.info("attention: %s", pipe.describe_attention(video))
+    size = "x".join(map(str, video.size))
+    walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
+    log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
+    return pipe.generate(
+        settings.prompt or "", size=video.size, frame_num=video.frame_num, observer=observer, **asdict(sampling)
+    )
 
 
 def _draw(recorder: Recorder, report: Path) -> None:

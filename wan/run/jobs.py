@@ -83,7 +83,7 @@ def words_of(prompt: str) -> str:
 def name_of(settings: Settings) -> str:
     """A file name, without an ending, that belongs to what a video shows: its prompt, settings and seed."""
     what = json.dumps(comparable(settings), sort_keys=True, ensure_ascii=False)
-    return f"{words_of(settings.prompt)}-{text_hash(what)[:8]}"
+    return f"{words_of(settings.prompt or '')}-{text_hash(what)[:8]}"
 
 
 def names_of(every: Iterable[Settings]) -> list[str]:

@@ -29,9 +29,10 @@ def check_output(path: Path, settings: Settings | None = None, flag: str = "--sa
 
     flag: what names the path, or what to choose another of
     """
-    many = settings is not None and settings.video.frame_num > 1
+    count = 0 if settings is None else settings.video.frame_num
+    many = count > 1
     if path.suffix not in (".mp4", ".png") or (path.suffix == ".png" and many):
-        kind = f".mp4 for {settings.video.frame_num} frames" if many else ".mp4, or in .png for one frame"
+        kind = f".mp4 for {count} frames" if many else ".mp4, or in .png for one frame"
         raise InputError(f"save_file {path} must end in {kind}")
     if path.suffix == ".mp4":
         check_encoder(path.parent)

@@ -57,5 +57,7 @@ class Options:
     def of_one(self, path: Path) -> Options:
         """These options for one of several videos, its log and report named after it too."""
         files = {"log": self.log, "report": self.report}
-        own = {name: file.with_stem(f"{file.stem}-{path.stem}") for name, file in files.items() if file is not None}
+        own: dict[str, Any] = {
+            name: file.with_stem(f"{file.stem}-{path.stem}") for name, file in files.items() if file is not None
+        }
         return replace(self, **own)

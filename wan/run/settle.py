@@ -13,7 +13,8 @@ import torch
 from nabla import InputError
 from wan.checkpoints.tensor_files import weight_file
 from wan.config.config_files import read_settings
-from wan.config.settings import resolve
+from wan.config.model_settings import ModelSettings
+from wan.config.settings import Settings, resolve
 from wan.files.formats import SAFETENSORS
 from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.quantize.quantizer import check_quantization
@@ -39,12 +40,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     if request.save_file is not None:
         check_output(request.save_file)
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
-    if settings.fp8:
-        check_quantization("fp8", device, getattr(torch, settings.dtype or own_dtype))
-    if settings.transformer is not None:
-        check_transformer_file(settings.transformer)
-    for lora in settings.lora:
-        weight_file("lora", lora.file, (SAFETENSORS,))
+    _check_weights(settings.model, device, getattr(torch, settings.dtype or own_dtype))
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
     checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
@@ -57,12 +53,27 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
         settings.video.check_positions(checkpoint.positions)
         # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
         every.append(settings if request.prompt_file else settings.with_seed())
+    return checkpoint, list(zip(every, _paths(request, [name for _, name in jobs], every)))
+
+
+def _check_weights(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `InputError` for weights beside the checkpoint's that are not here, or cannot be on a device."""
+    if model.fp8:
+        check_quantization("fp8", device, dtype)
+    if model.transformer is not None:
+        check_transformer_file(model.transformer)
+    for lora in model.lora:
+        weight_file("lora", lora.file, (SAFETENSORS,))
+
+
+def _paths(request: Request, given: list[str | None], every: list[Settings]) -> list[Path]:
+    """Where each video goes; given: names of those that have one of their own."""
     folder = request.save_dir or Path()
-    names = (given or own for (_, given), own in zip(jobs, names_of(every)))
+    names = (name or own for name, own in zip(given, names_of(every)))
     paths = [request.save_file or folder / f"{name}{ending(one)}" for name, one in zip(names, every)]
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
         raise InputError(f"two prompts would both be {twice[0]}; name one otherwise")
-    return checkpoint, list(zip(every, paths))
+    return paths
 
 
 def _check_small(folder: Path) -> None:
