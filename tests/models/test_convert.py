@@ -23,7 +23,8 @@ from scripts import convert_checkpoint
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, latents, published
-from wan.models.wan.convert import convert, fold_statistics
+from wan.models.wan.convert import convert
+from wan.models.wan.latent_statistics import fold_statistics
 from wan.models.wan.layout import TEXT_ENCODER_FILE, VAE_FILE
 from wan.models.wan.pipeline import WanT2V
 

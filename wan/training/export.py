@@ -21,7 +21,7 @@ from wan.config.settings import attention_to_dict
 from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components
-from wan.models.wan.convert import write_component, write_index
+from wan.models.wan.diffusers_layout import write_component, write_index
 from wan.training.config import TrainingSettings
 from wan.training.schema import merge_settings, to_plain
 

@@ -36,7 +36,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 # The rotary embedding divides a head's channels among three axes.
 MIN_HEAD = 6
 # Parts of names of tensors that only other kinds of Wan have.
-OTHER_KINDS = {
+FOREIGN_TENSORS = {
     "img_emb.": "image-to-video",
     "image_embedder.": "image-to-video",
     "k_img": "image-to-video",
@@ -183,7 +183,7 @@ def _component(model: nn.Module, weights: WeightFiles, is_published: bool, keeps
 
 def _check_kind(weights: WeightFiles) -> None:
     """Raise `CheckpointError` for the tensors of another kind of Wan."""
-    for sign, kind in OTHER_KINDS.items():
+    for sign, kind in FOREIGN_TENSORS.items():
         if found := [name for name in weights.shapes if sign in name]:
             raise CheckpointError(
                 f"{weights.where} is a transformer of {kind}: {min(found)!r} does not belong to this model, which is "

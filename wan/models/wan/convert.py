@@ -1,7 +1,7 @@
 """A checkpoint rewritten in another layout or dtype, tensor by tensor; nothing is dropped in silence.
 
 The published layout has no place for the statistics of a VAE's latents: they are constants of its programs. They are
-folded into the VAE's outer 1x1x1 convolutions instead, after which the constants normalise its latents as before.
+folded into the VAE's outer 1x1x1 convolutions instead, see `wan.models.wan.latent_statistics`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import diffusers
 import torch
 import yaml
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
@@ -26,26 +24,18 @@ from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
-from wan.config.settings import SamplingSettings, attention_config
+from wan.config.settings import attention_config
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components, published
 from wan.models.wan.components import TIED
+from wan.models.wan.diffusers_layout import SCHEDULER_FILE, cast, make_scheduler, write_component, write_index
+from wan.models.wan.latent_statistics import STATISTICS, fold_statistics
 from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.sampling.solvers import TRAIN_TIMESTEPS
 
 LAYOUTS = ("published", "diffusers")
-STATISTICS = ("latents_mean", "latents_std")
 # What two models of the same tensors may differ in without computing anything else.
 NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
-COMPONENTS = {
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "text_encoder": ["transformers", "UMT5EncoderModel"],
-    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
-}
 # What a text encoder computes beyond its tensors.
 TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 
@@ -120,54 +110,6 @@ def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | Non
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def write_component(
-    component: Component,
-    folder: Path,
-    stem: str,
-    also: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a component as diffusers and transformers save it: its configuration, and safetensors of the model's names.
-
-    also: entries of the configuration that the model does not know
-    """
-    folder.mkdir()
-    if isinstance(component.model, UMT5EncoderModel):
-        component.model.config.save_pretrained(folder)
-    else:
-        component.model.save_config(folder)
-    if also:
-        save_json(read_json_object(folder / "config.json") | also, folder / "config.json")
-    save_shards(_cast(component.tensors(), dtype), folder, stem)
-
-
-def fold_statistics(
-    vae: Mapping[str, Tensor], own: Mapping[str, Any], constants: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The outer convolutions of a VAE whose latents have `own` statistics, for `constants` in their place.
-
-    With mean m and deviation s of its own, M and S of the constants, and r = S / s, the encoder's mean becomes
-    r (mean - m) + M and its log-variance grows by 2 log r; the decoder is given (latents - M) / r + m. Both are affine,
-    so the latents without their statistics, and the video, stay the same but for rounding (and the bounds within
-    which diffusers clamps a log-variance). What is stored in half precision becomes float32.
-    vae: tensors by name; own, constants: `latents_mean` and `latents_std`, a value a channel
-    """
-    (mean, deviation), (constant_mean, constant_deviation) = (
-        [torch.tensor(config[name], dtype=torch.float64) for name in STATISTICS] for config in (own, constants)
-    )
-    ratio = constant_deviation / deviation
-    names = [f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")]
-    encoder, encoder_bias, decoder, decoder_bias = (vae[name].double() for name in names)
-    bias_of_mean, bias_of_variance = encoder_bias.chunk(2)
-    folded = (
-        encoder * torch.cat((ratio, torch.ones_like(ratio))).view(-1, 1, 1, 1, 1),
-        torch.cat((ratio * (bias_of_mean - mean) + constant_mean, bias_of_variance + 2 * ratio.log())),
-        decoder / ratio.view(1, -1, 1, 1, 1),
-        decoder_bias + decoder.flatten(1) @ (mean - constant_mean / ratio),
-    )
-    return {name: tensor.to(torch.promote_types(vae[name].dtype, torch.float32)) for name, tensor in zip(names, folded)}
-
-
 def _write_published(
     checkpoint: Checkpoint,
     models: Models[Component],
@@ -179,7 +121,7 @@ def _write_published(
     if "sparse_algo" in checkpoint.config:
         config["sparse_algo"] = checkpoint.config["sparse_algo"]
     save_json(config, folder / "config.json")
-    transformer = _cast(models.transformer.tensors(), dtype)
+    transformer = cast(models.transformer.tensors(), dtype)
     save_shards(_renamed(models.transformer.model, transformer), folder, DIFFUSERS_STEM)
     text_encoder = dict(models.text_encoder.tensors())
     if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
@@ -187,16 +129,12 @@ def _write_published(
             f"{models.text_encoder.weights.files[0].parent}: {TIED!r} and 'shared.weight' differ, "
             "and the published layout holds one table of tokens"
         )
-    text_encoder = _cast(text_encoder.items(), dtype)
+    text_encoder = cast(text_encoder.items(), dtype)
     save_pickle(dict(_renamed(models.text_encoder.model, text_encoder)), folder / TEXT_ENCODER_FILE)
     vae, own = dict(models.vae.tensors()), models.vae.model.config
     if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
         vae |= fold_statistics(vae, own, constants)
-    save_pickle(dict(_renamed(models.vae.model, _cast(vae.items(), dtype))), folder / VAE_FILE)
-
-
-def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors)
+    save_pickle(dict(_renamed(models.vae.model, cast(vae.items(), dtype))), folder / VAE_FILE)
 
 
 def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -214,22 +152,6 @@ def _write_diffusers(
     write_component(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
     write_component(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
     write_index(folder, checkpoint.settings_layers[0])
-
-
-def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
-    """What `WanPipeline.from_pretrained` needs beside the components: the index that names them, and a scheduler.
-
-    defaults: the checkpoint's, of which the scheduler has the shift
-    """
-    _scheduler(defaults).save_pretrained(folder / "scheduler")
-    save_json({"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__} | COMPONENTS, folder / INDEX)
-
-
-def _scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:
-    shift = defaults.get("sampling", {}).get("shift", SamplingSettings.shift)
-    return UniPCMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
 
 
 def _check_published(checkpoint: Checkpoint, models: Models[Component]) -> Models[nn.Module]:
@@ -284,7 +206,7 @@ def _left_behind(checkpoint: Checkpoint, models: Models[Component]) -> list[str]
         file.relative_to(checkpoint.folder).parts[0] for component in models for file in component.weights.files
     }
     carried.add(checkpoint.tokenizer_folder.relative_to(checkpoint.folder).parts[0])
-    scheduler, known = checkpoint.folder / SCHEDULER_FILE, _scheduler(checkpoint.settings_layers[0]).config
+    scheduler, known = checkpoint.folder / SCHEDULER_FILE, make_scheduler(checkpoint.settings_layers[0]).config
     # One that says no more than the defaults do is no loss.
     if scheduler.is_file() and all(
         known.get(k) == v for k, v in read_json_object(scheduler).items() if not k.startswith("_")

@@ -1,0 +1,72 @@
+"""A checkpoint in diffusers' layout, written: the folder of each component, and the index that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from wan.checkpoints.component import Component
+from wan.checkpoints.file_errors import read_json_object
+from wan.checkpoints.locate import INDEX
+from wan.checkpoints.saving import save_json, save_shards
+from wan.config.settings import SamplingSettings
+from wan.sampling.solvers import TRAIN_TIMESTEPS
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+COMPONENTS = {
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def write_component(
+    component: Component,
+    folder: Path,
+    stem: str,
+    also: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a component as diffusers and transformers save it: its configuration, and safetensors of the model's names.
+
+    also: entries of the configuration that the model does not know
+    """
+    folder.mkdir()
+    if isinstance(component.model, UMT5EncoderModel):
+        component.model.config.save_pretrained(folder)
+    else:
+        component.model.save_config(folder)
+    if also:
+        save_json(read_json_object(folder / "config.json") | also, folder / "config.json")
+    save_shards(cast(component.tensors(), dtype), folder, stem)
+
+
+def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in a dtype, or as they are if it is None."""
+    return ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors)
+
+
+def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
+    """What `WanPipeline.from_pretrained` needs beside the components: the index that names them, and a scheduler.
+
+    defaults: the checkpoint's, of which the scheduler has the shift
+    """
+    make_scheduler(defaults).save_pretrained(folder / "scheduler")
+    save_json({"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__} | COMPONENTS, folder / INDEX)
+
+
+def make_scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:
+    """The one that walks as this program does, of the shift that a checkpoint's defaults give."""
+    shift = defaults.get("sampling", {}).get("shift", SamplingSettings.shift)
+    return UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
