@@ -53,13 +53,13 @@ class CacheSettings:
             raise InputError(f"cache {self.kind!r} is not known; use one of none, {', '.join(KINDS)}")
         if self.kind == "taylorseer":
             self._check_limit("interval", INTERVAL, "threshold")
-            if not is_count(self.interval) or not 2 <= self.interval <= MAX_STEPS:
+            if self.interval is None or not is_count(self.interval) or not 2 <= self.interval <= MAX_STEPS:
                 raise InputError(
                     f"cache interval {self.interval!r} is not a whole number of steps from 2 to {MAX_STEPS}"
                 )
         else:
             self._check_limit("threshold", THRESHOLDS[self.kind], "interval")
-            if not is_number(self.threshold) or self.threshold < 0:
+            if self.threshold is None or not is_number(self.threshold) or self.threshold < 0:
                 raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
@@ -108,10 +108,12 @@ class CacheSettings:
             number = float(limit) if limit else None
         except ValueError:
             raise InputError(f"cache {given!r}: {limit!r} is not a number; write kind:threshold[:file]") from None
+        # A file is read, and an interval that is no whole number refused, when the settings are made.
+        content: Any = file or ratios
         if kind == "taylorseer":
-            interval = int(number) if number is not None and number.is_integer() else number
-            return cls(kind, interval=interval, ratios=file or ratios)
-        return cls(kind, number, ratios=file or ratios)
+            interval: Any = int(number) if number is not None and number.is_integer() else number
+            return cls(kind, interval=interval, ratios=content)
+        return cls(kind, number, ratios=content)
 
     @property
     def short(self) -> str:

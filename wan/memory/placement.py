@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
 
     One whose weights are sharded stays where it is; of one whose blocks are streamed a few at a time are there.
     """
-    if hasattr(module, "block_stream"):
-        with module.block_stream.opened():
+    stream: Any = getattr(module, "block_stream", None)
+    if stream is not None:
+        with stream.opened():
             yield module
         return
     if not offload or is_sharded(module):
@@ -40,7 +42,8 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
     finally:
         # Weights change in type at most, and to copy them back would take longer than to bring them there.
         for owner, name, parameter, data in waiting:
-            if owner._parameters[name].dtype == data.dtype:
+            moved = owner._parameters[name]
+            if moved is not None and moved.dtype == data.dtype:
                 parameter.data = data
                 owner._parameters[name] = parameter
         module.to("cpu")

@@ -268,7 +268,7 @@ def _refusal(candidates: list[MemoryPlan], workload: Workload, budget: MemoryBud
     enough = []
     if on_host := [plan for plan in candidates if plan.host <= budget.host]:
         plan = min(on_host, key=lambda plan: plan.peak)
-        stage = max(plan.stages, key=plan.stages.get)
+        stage = max(plan.stages, key=lambda name: plan.stages[name])
         needed = math.ceil((plan.peak * (1 + FRAGMENTS) + budget.besides) / GB * 10) / 10
         enough.append(f"{needed:.1f} GB of the GPU (for {stage})")
     if on_gpu := [plan for plan in candidates if plan.peak * (1 + FRAGMENTS) <= budget.gpu]:

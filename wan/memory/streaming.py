@@ -62,7 +62,7 @@ def stream_blocks(
         its weights are not needed
     """
     stream = BlockStream(module, blocks, device, kept, pinned, left_out)
-    module.block_stream = stream
+    module.block_stream = stream  # type: ignore[assignment]  # a module takes any attribute
     return stream
 
 
@@ -150,20 +150,28 @@ class BlockStream:
         for leaf in self.leaves[number]:
             leaf.put(memory)
 
+    def _model(self) -> nn.Module:
+        module = self.module()
+        # Who calls this is the model itself, or holds it.
+        assert module is not None
+        return module
+
     def _rest(self) -> list[Tensor]:
-        return [tensor for tensor in _tensors(self.module()) if id(tensor) not in self.inside]
+        return [tensor for tensor in _tensors(self._model()) if id(tensor) not in self.inside]
 
     @torch.compiler.disable
     def _before(self, number: int, *_: object) -> None:
         if not self.buffers:
             raise RuntimeError("a model whose blocks are streamed runs within block_stream.opened() alone")
-        if number and self.left_out is not None and self.left_out(self.module()):
+        if number and self.left_out is not None and self.left_out(self._model()):
             return
         if number not in self.holds:
             self._fetch(number, 0)
         slot = self.holds.index(number)
         if self.copying is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
+            arrived = self.arrived[slot]
+            assert arrived is not None
+            torch.cuda.current_stream(self.device).wait_event(arrived)
         self._put(number, self.buffers[slot])
         after = number + 1 if number + 1 < len(self.host) else self.kept
         if after not in self.holds:
@@ -185,11 +193,12 @@ class BlockStream:
         if self.copying is None:
             self.buffers[slot][:size].copy_(self.host[number][:size])
             return
-        if self.used[slot] is None:
+        used = self.used[slot]
+        if used is None:
             # The buffer may be memory that other work on this stream still writes to.
-            self.used[slot] = torch.cuda.current_stream(self.device).record_event()
+            used = self.used[slot] = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.copying):
-            self.copying.wait_event(self.used[slot])
+            self.copying.wait_event(used)
             self.buffers[slot][:size].copy_(self.host[number][:size], non_blocking=True)
             self.arrived[slot] = self.copying.record_event()
 

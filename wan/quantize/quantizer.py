@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -96,7 +98,7 @@ def sample(weight: Tensor) -> Tensor:
     return torch.randn(SAMPLE_ROWS, weight.shape[1], generator=generator).to(weight)
 
 
-def move_inner(tensor: Tensor, device: torch.device) -> None:
+def move_inner(tensor: Any, device: torch.device) -> None:
     """Move what a quantised tensor is made of, in place; it goes on naming the device that it runs on."""
     for name in tensor.__tensor_flatten__()[0]:
         inner = getattr(tensor, name)
