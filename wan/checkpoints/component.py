@@ -60,6 +60,7 @@ class Component:
         quantize: from that one in its final type to the one that the model gets, see `wan.quantize.quantizer`
         """
         if shard is not None:
+            # FSDP keeps the types that it finds, so that parameters need theirs before.
             for name, parameter in self.model.requires_grad_(False).named_parameters():
                 parameter.data = parameter.to(self._dtype_of(name, dtype))
             shard(self.model)
