@@ -78,6 +78,7 @@ class DistributedContext:
     def init_meshes(self, layout: ParallelLayout) -> None:
         """Set the layout, and the meshes of those that share a video with this one: all, and along each axis."""
         self.layout = layout
+        # Neighbours in rank share a sequence, which sends most, so that as little as can be goes between machines.
         ranks = torch.arange(self.world_size).view(layout.replicas, layout.cfg, layout.ulysses)
         self.video_mesh = self._mesh(ranks.flatten(1))
         self.cfg_mesh = self._mesh(ranks.movedim(1, -1).flatten(0, 1))

@@ -62,6 +62,8 @@ class SequenceParallel:
         self.is_attended = False
         # Whether the densities last measured are of an order before this one, since a cache left blocks out since.
         self.is_outdated = False
+        # Hooks stay outside the compiled graphs of blocks. The output layer, too, treats each token by itself, and what
+        # it makes of one is less to gather.
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
         spec.output_of(transformer).register_forward_hook(self._gather)
@@ -130,6 +132,7 @@ class SequenceParallel:
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
         self.is_attended = False
         counts = split_sizes(self.tokens, self.size)
+        # All gather pieces of one size, that of the first, which has most.
         padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
         parts = all_gather(padded, self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)]).transpose(0, 1)

@@ -37,6 +37,7 @@ class UlyssesAllToAll(NamedTuple):
 
     def send(self, x: Tensor, number: int, tokens: int, rotary: Rotary) -> list[Tensor]:
         """Begin to swap q, k or v, `number` 0 to 2, (B, own tokens, H, D); the result is for `receive_heads`."""
+        # v, the third, is not rotated.
         if self.rotates_first and number < 2:
             x = rotate(x, rotary)
         if self.peer_buffers is None:
