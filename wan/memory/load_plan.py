@@ -115,6 +115,7 @@ def _asked(options: LoadOptions, fp8: bool, sizes: ComponentBytes) -> LoadPlan:
 
 def _offloads(options: LoadOptions, sizes: ComponentBytes) -> bool:
     """Whether what this process holds of the components would crowd its GPU."""
+    # Each process has a part of what is sharded, and only the leader the VAE and a whole text encoder.
     sharing = options.processes_per_video
     need = sizes.transformer // (sharing if options.dit_fsdp else 1)
     need += sizes.vae if options.is_leader else 0

@@ -83,6 +83,7 @@ class BlockStream:
         self.left_out = left_out
         self.leaves = [_leaves(block) for block in blocks]
         self.sizes = [_bytes(leaves) for leaves in self.leaves]
+        # The model holds its stream, which in turn would keep it, and all weights, until Python looks for cycles.
         self.module = weakref.ref(module)
         self.inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
         self.host: list[Tensor] = []
@@ -98,6 +99,7 @@ class BlockStream:
         self.used: list[torch.cuda.Event | None] = [None, None]
         for number, block in enumerate(blocks):
             if number >= kept:
+                # Before other hooks, which may look at weights, and outside of the compiled block; after errors, too.
                 block.register_forward_pre_hook(partial(self._before, number), prepend=True)
                 block.register_forward_hook(partial(self._after, number), always_call=True)
 
@@ -123,6 +125,7 @@ class BlockStream:
 
     def _close(self) -> None:
         if self.copying is not None:
+            # A transfer that still goes on would write into a buffer that has become other memory.
             torch.cuda.synchronize(self.device)
         for number, memory in enumerate(self.host):
             self._put(number, memory)
@@ -173,6 +176,7 @@ class BlockStream:
             assert arrived is not None
             torch.cuda.current_stream(self.device).wait_event(arrived)
         self._put(number, self.buffers[slot])
+        # Behind the last block comes the next forward, which begins with the first that is streamed.
         after = number + 1 if number + 1 < len(self.host) else self.kept
         if after not in self.holds:
             self._fetch(after, 1 - slot)
@@ -180,6 +184,7 @@ class BlockStream:
     @torch.compiler.disable
     def _after(self, number: int, *_: object) -> None:
         if number not in self.holds:
+            # Left out, so that it was not put anywhere.
             return
         slot = self.holds.index(number)
         if self.copying is not None:

@@ -61,6 +61,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     for key in quantizations:
         check_quantization(key, device, dtype)
 
+    # All of them before the first weight is read: what is missing or damaged should not cost minutes.
     vae_component = components.vae_component(checkpoint)
     text_component = components.text_encoder_component(checkpoint, dtype)
     transformer_component = components.transformer_component(checkpoint, settings.transformer)
@@ -93,6 +94,7 @@ def _load_transformer(
     transformer = components.load_transformer(component, dtype, placement.reads_to, shard, adapters, quantizer)
     for adapter in adapters:
         log.info("lora: %s, %s the weights", adapter.describe(), "beside" if packed else "merged into")
+    # Before blocks are compiled or streamed: it changes what class a layer of theirs is of.
     fuse_gelu(transformer)
     if quantizer is not None:
         log.info("transformer: %s", quantizer.describe(placement.asked))
