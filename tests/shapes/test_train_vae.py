@@ -24,7 +24,7 @@ from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_cli
 from wan.shapes import train_vae as vae_training
 from wan.shapes.train_vae import VaeTrainer
 from wan.shapes.vae_data import VideoPools
-from wan.shapes.vae_model import loss
+from wan.shapes.vae_model import vae_loss
 from wan.shapes.vae_settings import LossSettings, VaeSettings
 from wan.training.metrics import METRICS_FILE, read_metrics
 from wan.training.models import open_components
@@ -82,16 +82,17 @@ def test_loss_sees_blurred_edges_and_each_clip_alone():
     shifted = original + 0.1
     with torch.no_grad():
         distribution = posterior(vae, original)
-    assert loss(shifted, original, distribution, LossSettings(squares=0.0, edges=1.0, kl=0.0)) == pytest.approx(
+    assert vae_loss(shifted, original, distribution, LossSettings(squares=0.0, edges=1.0, kl=0.0)) == pytest.approx(
         0.1, abs=1e-6
     )
     stepped = original.clone()
     stepped[1, ..., 8:] += 0.2
     plain, edged = (
-        loss(stepped, original, distribution, LossSettings(squares=0.0, edges=edges, kl=0.0)) for edges in (0.0, 1.0)
+        vae_loss(stepped, original, distribution, LossSettings(squares=0.0, edges=edges, kl=0.0))
+        for edges in (0.0, 1.0)
     )
     assert plain[1] == pytest.approx(0.1, abs=1e-6) and edged[1] > plain[1] + 0.01 and edged[0] == 0
-    divergence = loss(original, original, distribution, LossSettings(kl=1.0))
+    divergence = vae_loss(original, original, distribution, LossSettings(kl=1.0))
     mean, variance = distribution.mean, distribution.var
     expected = 0.5 * (mean.square() + variance - 1 - variance.log()).flatten(1).mean(1)
     torch.testing.assert_close(divergence, expected)

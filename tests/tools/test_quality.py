@@ -15,7 +15,7 @@ from places import ROOT
 
 import nabla
 from nabla import NablaConfig
-from wan.shapes.accuracy import each_by
+from wan.shapes.accuracy import worker_map
 from wan.tools.quality import density_and_mass, psnr, ssim
 
 SCRIPT = ROOT / "scripts" / "measure_quality.py"
@@ -48,7 +48,7 @@ def test_mass_is_that_of_the_kept_tokens(grid, monkeypatch):
 
 def test_videos_are_measured_by_other_processes_as_by_this_one():
     video = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with each_by(1) as each:
+    with worker_map(1) as each:
         assert list(each(psnr, [video, video], [video, video.flip(0)])) == [math.inf, psnr(video, video.flip(0))]
 
 

@@ -37,7 +37,7 @@ def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def each_by(workers: int) -> Iterator[Callable[..., Iterable]]:
+def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
     """`map` by so many processes, or by this one for 0."""
     if workers == 0:
         yield map

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ class TextTrainer(TrainingLoop):
         self._export()
         return self.step == self.steps
 
-    def _batches(self) -> Iterator[CaptionBatch]:
+    def _batches(self) -> Generator[CaptionBatch, None, None]:
         data = Sentences(self.tokenizer, self.settings.seed, self.settings.batch_size)
         return load_items(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 

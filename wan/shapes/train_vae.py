@@ -25,8 +25,8 @@ from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 from wan.shapes.vae_data import VideoBatch, VideoPools, as_input, statistics_videos, validation_videos
-from wan.shapes.vae_export import draw, export, latent_statistics, quality
-from wan.shapes.vae_model import Autoencoder, loss, new_vae, psnr, trained_vae
+from wan.shapes.vae_export import draw_reconstructions, export_vae, latent_statistics, reconstruction_quality
+from wan.shapes.vae_model import Autoencoder, new_vae, psnr, trained_vae, vae_loss
 from wan.shapes.vae_settings import CHANGEABLE, VaeSettings
 from wan.training.evaluation import ema_weights
 from wan.training.loop import TrainingLoop
@@ -72,7 +72,7 @@ class VaeTrainer(TrainingLoop):
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
-        self.model = None
+        del self.model
         if self.lock is not None:
             self.lock.close()
         release_accelerator(self.accelerator)
@@ -166,7 +166,7 @@ class VaeTrainer(TrainingLoop):
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             made, parameters = self.model(video, self.autoencoder.noise_for(video, clips.noise))
         latents = DiagonalGaussianDistribution(parameters)
-        losses = loss(made, video, latents, settings.loss)
+        losses = vae_loss(made, video, latents, settings.loss)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
         lr = self.schedules[-1].get_last_lr()[0]
@@ -222,7 +222,7 @@ class VaeTrainer(TrainingLoop):
                 row[f"psnr_{size}"] = torch.cat([psnr(*both) for both in zip(made, originals)]).mean().item()
                 pairs[size] = [(video[0], again[0]) for video, again in zip(originals, made)]
         first = next(iter(pairs))
-        draw(pairs[first], self.folder / PICTURE_FILE)
+        draw_reconstructions(pairs[first], self.folder / PICTURE_FILE)
         return {"psnr": row[f"psnr_{first}"]} | row
 
     @torch.no_grad()
@@ -230,8 +230,8 @@ class VaeTrainer(TrainingLoop):
         """Write the averaged weights with the latents' statistics, and say how good what was written is."""
         folder = self.folder / RESULT_FOLDER
         with ema_weights(self.weights, self.ema):
-            export(self.vae, *self._statistics(), getattr(torch, self.settings.dtype), folder)
-        result = quality(folder, self.held_out, self.device)
+            export_vae(self.vae, *self._statistics(), getattr(torch, self.settings.dtype), folder)
+        result = reconstruction_quality(folder, self.held_out, self.device)
         log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))
         self.metrics.write({"step": self.step} | result)
 

@@ -32,7 +32,7 @@ def latent_statistics(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[
     return mean, (squares / count - mean.square()).sqrt()
 
 
-def export(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dtype, folder: Path) -> None:
+def export_vae(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dtype, folder: Path) -> None:
     """Write a VAE's weights and its latents' statistics as diffusers' from_pretrained reads them."""
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     sizes = {key: value for key, value in vae.config.items() if not key.startswith("_")}
@@ -45,7 +45,7 @@ def export(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dtype,
 
 
 @torch.no_grad()
-def quality(folder: Path, videos: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
+def reconstruction_quality(folder: Path, videos: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
     """Of a written VAE as it will be used, by size of the videos: mean and least PSNR; and the size of its weights.
 
     Also the mean and std of the normalised latents, which are near 0 and 1.
@@ -63,7 +63,7 @@ def quality(folder: Path, videos: dict[str, list[Tensor]], device: torch.device)
     return result
 
 
-def draw(pairs: list[tuple[Tensor, Tensor]], path: Path) -> None:
+def draw_reconstructions(pairs: list[tuple[Tensor, Tensor]], path: Path) -> None:
     """A row a video, (original, reconstruction) of (3, frames, height, width) in [-1, 1].
 
     Of its first, middle and last frame: the original, the reconstruction, and the strengthened difference.

@@ -112,7 +112,7 @@ class Autoencoder(nn.Module):
         return torch.randn(shape, generator=generator, device=video.device)
 
 
-def loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, weights: LossSettings) -> Tensor:
+def vae_loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribution, weights: LossSettings) -> Tensor:
     """The loss of each clip, (B,): the mean absolute error and, weighted, what `LossSettings` names."""
     error = video - original
     size = error[0].numel()

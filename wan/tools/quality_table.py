@@ -24,7 +24,7 @@ from wan.config.settings import changed
 from wan.files.json_files import write_json
 from wan.files.video import check_encoder, check_writable, make_folder, write_image, write_video
 from wan.parallel.distributed import pick_device
-from wan.shapes.accuracy import each_by, make_videos, shares
+from wan.shapes.accuracy import make_videos, shares, worker_map
 from wan.shapes.measure import score
 from wan.shapes.sentences import of_shapes, read_sentences
 from wan.tools.quality import measure_mass, psnr, ssim
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         raise InputError(
             f"count {args.count} and batch {args.batch} must be 1 or more, workers {args.workers} 0 or more"
         )
-    with each_by(args.workers) as each:
+    with worker_map(args.workers) as each:
         return compare(args, each)
 
 

@@ -140,10 +140,11 @@ class TrainState:
     def update(self, weights: list[nn.Parameter]) -> float:
         """A step of the optimizers and of the moving averages of the weights; returns the rate of AdamW in it."""
         lr = self.schedules[SCHEDULE_KEYS[-1]].get_last_lr()[0]
-        for part in (*self.optimizers, *self.schedules.values()):
-            part.step()
         for optimizer in self.optimizers:
+            optimizer.step()
             optimizer.zero_grad()
+        for schedule in self.schedules.values():
+            schedule.step()
         if self.ema is not None:
             self.ema.step(weights)
         return lr

@@ -52,7 +52,9 @@ class Clips:
 
     def __init__(self, folders: Sequence[str], text_length: int, beside: Clips | None = None):
         self.files: list[Path] = []
-        self.text_length, self.clips, first = text_length, [], None if beside is None else beside.first
+        self.clips: list[Clip] = []
+        self.text_length = text_length
+        first = None if beside is None else beside.first
         for folder in folders:
             path = Path(folder).expanduser()
             if not (path / NULL_CAPTION_FILE).is_file():

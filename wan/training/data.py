@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class MicroBatches(Dataset):
             rows.append((latents, noise, sigma, self.clips.padded(self.clips.null_caption) if drops_caption else text))
         return LatentBatch(*(torch.stack(column) for column in zip(*rows)))
 
-    def load(self, first_step: int, last_step: int, workers: int) -> Iterator[LatentBatch]:
+    def load(self, first_step: int, last_step: int, workers: int) -> Generator[LatentBatch, None, None]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
         numbers = range(first_step * self.accumulation_steps, last_step * self.accumulation_steps)
         return load_items(self, numbers, workers)

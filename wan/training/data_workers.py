@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from wan.observe.console import ENDING_SIGNALS
 
 
-def load_items(dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None) -> Iterator[Any]:
+def load_items(
+    dataset: Dataset, numbers: Iterable[int], workers: int, context: str | None = None
+) -> Generator[Any, None, None]:
     """The items of these numbers, in order, arrays as tensors, pinned if there is a GPU. To be closed if left before.
 
     context: how workers start, see `multiprocessing.get_context`

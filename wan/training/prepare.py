@@ -19,6 +19,7 @@ from torch import Tensor
 from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
 from wan.files.atomic import atomic_path
+from wan.files.json_files import write_json
 from wan.training.data_workers import load_items
 from wan.training.encoder import Encoder
 from wan.training.prepare_settings import PrepareSettings
@@ -97,8 +98,7 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
     if unknown := sorted(manifest.keys() - earlier.keys()):
         log.warning("warning: %s does not tell %s; they are taken to be the same as before", path, ", ".join(unknown))
     if not path.is_file():
-        with atomic_path(path) as partial:
-            partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+        write_json(path, manifest)
     if not (out / NULL_CAPTION_FILE).is_file():
         with atomic_path(out / NULL_CAPTION_FILE) as partial:
             for note in encoder.cut_notes([settings.dropped_text]):

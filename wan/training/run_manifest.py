@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
 from wan.config.config_files import read_settings
 from wan.files.atomic import atomic_path
+from wan.files.json_files import write_json
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.training.clips import Clips
@@ -43,8 +43,7 @@ def run_inputs(
 def write_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:
     with atomic_path(folder / SETTINGS_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings.to_dict(), allow_unicode=True, sort_keys=False))
-    with atomic_path(folder / INPUTS_FILE) as partial:
-        partial.write_text(json.dumps(inputs, indent=2, ensure_ascii=False))
+    write_json(folder / INPUTS_FILE, inputs)
 
 
 def check_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, dict[str, str]]) -> None:

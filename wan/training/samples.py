@@ -78,7 +78,7 @@ class CheckedDataset(Dataset):
         return Sample(index, torch.from_numpy(np.require(video, requirements="W")), caption)
 
 
-def check_sample(video: np.ndarray, caption: object) -> None:
+def check_sample(video: np.ndarray, caption: Any) -> None:
     """Raise `InputError` unless training can use a video and its caption."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
         raise BadSample(f"the video is {video.dtype} {video.shape}, not uint8 (frames, height, width, 3)")

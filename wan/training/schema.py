@@ -112,7 +112,7 @@ def check_counts(settings: Any, *names: str, least: int = 1) -> None:
             raise InputError(f"{name} {value!r} is not a whole number of at least {least}")
 
 
-def check_whole(name: str, value: object) -> None:
+def check_whole(name: str, value: Any) -> None:
     if not is_count(value) or value >= 2**63:
         raise InputError(f"{name} {value!r} is not a whole number from 0 to 2^63-1")
 

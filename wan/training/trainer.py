@@ -92,7 +92,7 @@ class Trainer(TrainingLoop):
         if settings.compile:
             check_compiler(self.device)
         self.base = open_components(settings.checkpoint, settings.transformer)
-        samples = self.samples = settings.samples and settings.samples.over(self.base.settings_layers[0])
+        samples = None if settings.samples is None else settings.samples.over(self.base.settings_layers[0])
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
             check_encoder()
         if self.accelerator.is_main_process:
@@ -121,12 +121,12 @@ class Trainer(TrainingLoop):
             self.step = self.state.step
             log.info("going on from %s", last)
         self.sampler = None
-        if self.samples is not None and self.samples.prompts:
-            self.sampler = build_sampler(self.samples, self.base, self.transformer, self.clips, self.device)
+        if samples is not None and samples.prompts:
+            self.sampler = build_sampler(samples, self.base, self.transformer, self.clips, self.device)
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
-        self.model = None
+        del self.model
         self.checkpoints.close()
         release_accelerator(self.accelerator)
 
