@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,14 +25,13 @@ from wan.parallel.distributed import DistributedContext
 from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.finite import check_vae
 
-if TYPE_CHECKING:
-    from wan.models.wan.pipeline import WanT2V
-
 log = logging.getLogger("wan")
+# `WanT2V`, whose class methods these are, or a class made from it; its module imports this one.
+Pipeline = TypeVar("Pipeline")
 
 
 def from_pretrained(
-    cls: type[WanT2V],
+    cls: type[Pipeline],
     path: str | Path | Checkpoint,
     attention: NablaConfig | str | None = None,
     device: torch.device | str = "cpu",
@@ -49,7 +48,7 @@ def from_pretrained(
     lora: Sequence[str | LoraFile] | None = None,
     cache: CacheSettings | str | None = None,
     plan: MemoryPlan | None = None,
-) -> WanT2V:
+) -> Pipeline:
     """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
 
     What is None is what the checkpoint's `defaults.yaml` says, and where it says nothing what stands here.
@@ -89,7 +88,7 @@ def from_pretrained(
     return cls.from_settings(checkpoint, settings, options)
 
 
-def from_settings(cls: type[WanT2V], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> WanT2V:
+def from_settings(cls: type[Pipeline], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> Pipeline:
     """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
 
     Raises as `from_pretrained` does.
@@ -97,7 +96,7 @@ def from_settings(cls: type[WanT2V], checkpoint: Checkpoint, settings: Settings,
     if options.compiles:
         check_compiler(options.device)
     models = load_models(checkpoint, settings.model, options)
-    pipe = cls(
+    pipe: Any = cls(
         **models._asdict(),
         device=options.device,
         text_length=checkpoint.text_length,
@@ -112,7 +111,7 @@ def from_settings(cls: type[WanT2V], checkpoint: Checkpoint, settings: Settings,
     return pipe
 
 
-def _put_on(pipe: WanT2V, settings: Settings, compiled: bool) -> None:
+def _put_on(pipe: Any, settings: Settings, compiled: bool) -> None:
     """What changes how the transformer runs, each over what was put on before."""
     if compiled:
         compile_blocks(pipe.transformer.blocks)
