@@ -44,6 +44,17 @@ def test_files_that_are_named_are_there(page):
     assert not {name for name in names if not (ROOT / name).exists()}
 
 
+def test_files_of_the_tree_are_in_their_folders():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```\n6 ")[2].partition("```")[0]
+    folder = ROOT
+    for line in tree.splitlines():
+        # A folder begins its line, but for the number of a storey; what follows is in it.
+        if found := re.match(r"(?:\d| ) *([\w/]+/|[\w/]+\.py)(?= )", line[:28]):
+            folder = ROOT / found[1] if found[1].endswith("/") else ROOT
+        missing = {name for name in re.findall(r"[\w/]+\.py\b", line) if not (folder / name).is_file()}
+        assert not missing, (folder, missing)
+
+
 @cache
 def flags() -> set[str]:
     """All that any program of the project takes."""
