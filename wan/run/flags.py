@@ -60,6 +60,16 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
 def make_parser(description: str | None = None) -> Parser:
     """The parser of generate.py."""
     parser = Parser(description=description)
+    # In the order in which --help lists them.
+    _add_what_is_made(parser)
+    _add_sampling(parser)
+    _add_how_it_runs(parser)
+    _add_processes_and_logs(parser)
+    return parser
+
+
+def _add_what_is_made(parser: Parser) -> None:
+    """Flags of prompts, weights, sizes and files."""
     add = parser.add_argument
     add("--prompt", help="what the video shows")
     add(
@@ -90,10 +100,20 @@ def make_parser(description: str | None = None) -> Parser:
     add("--save_dir", type=Path, help="where the videos of --prompt_file go (default: the working directory)")
     add("--save_file", type=Path, help="output, .mp4 (or .png for t2i); the settings go beside it as .json")
     add("--overwrite", action="store_true", help="make videos again that are there; else none takes another's place")
+
+
+def _add_sampling(parser: Parser) -> None:
+    """Flags of the steps from noise to latents."""
+    add = parser.add_argument
     add("--sample_solver", help="unipc or dpm++")
     add("--sample_steps", type=int)
     add("--sample_shift", type=float)
     add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
+
+
+def _add_how_it_runs(parser: Parser) -> None:
+    """Flags of where and in which precision models run."""
+    add = parser.add_argument
     add(
         "--offload_model", type=boolean, nargs="?", const=True, help="keep idle components in host memory (true, false)"
     )
@@ -119,6 +139,11 @@ def make_parser(description: str | None = None) -> Parser:
         "taylorseer:INTERVAL, none; such as taylorseer:2",
     )
     add("--mask_refresh", type=int, help="steps for which each layer keeps the blocks that it chose (default: 1)")
+
+
+def _add_processes_and_logs(parser: Parser) -> None:
+    """Flags of runs under torchrun, and of what is written of a run."""
+    add = parser.add_argument
     add("--cfg_size", type=int, help="under torchrun: 2 runs the guidance branches side by side (default: chosen)")
     add("--ulysses_size", type=int, help="under torchrun: GPUs that share a sequence of tokens (default: chosen)")
     add("--replicas", type=int, help="under torchrun: videos of --prompt_file made side by side (default: chosen)")
@@ -133,7 +158,6 @@ def make_parser(description: str | None = None) -> Parser:
         help="what each layer keeps and takes in each step, a JSON object a line: .jsonl",
     )
     add("--report", type=Path, help="a picture of it, .png; needs matplotlib")
-    return parser
 
 
 def parse_args(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
