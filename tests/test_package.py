@@ -94,7 +94,7 @@ def test_the_doctor_of_an_installed_package_advises_what_is_there(installed, tmp
 
 
 def test_configs_of_an_installed_package_are_found_and_no_checkpoint_is_said(installed, tmp_path):
-    program = "import wan\nfrom wan.config.settings import read_settings\nwan.WanT2V\n"
+    program = "import wan\nfrom wan.config.config_files import read_settings\nwan.WanT2V\n"
     program += "print(wan.__file__, read_settings('nabla_0.7.yaml'))"
     done = run(installed, tmp_path, "-c", program)
     assert str(installed) in done.stdout and "ai-forever/Wan2.1-T2V-14B-NABLA-0.7" in done.stdout, done.stderr[-2000:]

@@ -259,7 +259,7 @@ def test_a_bug_is_said_shortly_and_leaves_the_page_usable(browser, monkeypatch, 
     browser.open()
     browser.write(prompt="A red circle", size="64x64", frames="5", steps="2")
     with monkeypatch.context() as patch:
-        patch.setattr("wan.serve.studio.make", lambda *_, **__: 1 / 0)
+        patch.setattr("wan.serve.studio.generate_video", lambda *_, **__: 1 / 0)
         browser.click("generate")
         browser.hears("Something broke; the program's output says what")
     assert "ZeroDivisionError" in capfd.readouterr().err
