@@ -58,6 +58,7 @@ class CheckpointManager:
             self.lock = lock_folder(self.run)
         except OSError as error:
             raise InputError(f"out {self.run} cannot be written ({error.strerror}); choose another") from None
+        # The lock is held, so nobody is writing these any more.
         for left in self.folder.glob(f"{PARTIAL}*"):
             remove(left)
         self._link()
@@ -68,6 +69,7 @@ class CheckpointManager:
 
     def last(self) -> Path | None:
         """The checkpoint of the highest step, or None."""
+        # Steps have leading zeros, so paths sort as numbers do.
         return max(self.folder.glob("step-*"), default=None)
 
     @contextmanager
@@ -76,6 +78,7 @@ class CheckpointManager:
 
         Nothing is left of it otherwise. Raises `InputError`, in all processes, if it cannot be written.
         """
+        # Not by `atomic_path`: all processes write into it, so its name must be one that they all know.
         path = self.folder / f"step-{step:08d}"
         partial = path.with_name(PARTIAL + path.name)
         leads = self.accelerator.is_main_process
@@ -85,6 +88,7 @@ class CheckpointManager:
                     remove(partial)
                     partial.mkdir()
             yield partial
+            # Others may still be writing into it.
             self.accelerator.wait_for_everyone()
             with collective_write(self.accelerator, path):
                 if leads:
@@ -130,6 +134,7 @@ class TrainState:
         self.transformer, self.optimizers, self.ema = transformer, optimizers, ema
         self.schedules = dict(zip(SCHEDULE_KEYS[-len(schedules) :], schedules, strict=True))
         self.step = 0
+        # In the order of the transformer's parameters, which is that of the averages: they are saved under these names.
         trained = {name: weight.requires_grad for name, weight in transformer.named_parameters()}
         self.trained = [name for name, is_trained in trained.items() if is_trained]
         # Frozen weights are not saved, and so missed where all are asked for.
@@ -139,6 +144,7 @@ class TrainState:
 
     def update(self, weights: list[nn.Parameter]) -> float:
         """A step of the optimizers and of the moving averages of the weights; returns the rate of AdamW in it."""
+        # Before the schedules go on to the next step's.
         lr = self.schedules[SCHEDULE_KEYS[-1]].get_last_lr()[0]
         for optimizer in self.optimizers:
             optimizer.step()
@@ -150,6 +156,8 @@ class TrainState:
         return lr
 
     def state_dict(self) -> dict[str, Any]:
+        # Names of parameters in place of numbers, and DTensors as they are, so that another number of processes can
+        # read it.
         model, optimizer = get_state_dict(self.transformer, self.optimizers, options=self.options)
         state = {"model": model, "optimizer": optimizer, "step": self.step}
         state |= {name: schedule.state_dict() for name, schedule in self.schedules.items()}
@@ -159,6 +167,8 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # dcp.load has read tensors into those that `state_dict` gave it; optimizers and what is no tensor are handed
+        # over here.
         set_state_dict(
             self.transformer,
             self.optimizers,
@@ -184,9 +194,11 @@ class TrainState:
         try:
             with _without_warning_of_one_process(), _without_root_log():
                 dcp.load({STATE: self}, storage_reader=reader, planner=SafePlanner())
+            # A state copied from another checkpoint would fit in all shapes.
             if self.step != _step_of(checkpoint):
                 raise ValueError(f"it is of step {self.step}")
         except dcp.CheckpointException as error:
+            # A failure and its traceback for each process that had one.
             failure, _ = next(iter(error.failures.values()))
             raise _damaged(checkpoint, reader.failure or failure) from error
         except ValueError as error:
@@ -206,6 +218,7 @@ def _damaged(checkpoint: Path, failure: BaseException) -> InputError:
 @contextmanager
 def _without_root_log() -> Iterator[None]:
     """Without what torch itself logs, with tracebacks, of files that it then raises an error for."""
+    # A logger's filters see only what is logged to it itself, as torch does here; lines of other loggers pass.
     root = logging.getLogger()
     root.addFilter(_nothing)
     try:

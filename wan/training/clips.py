@@ -70,6 +70,7 @@ class Clips:
         self.first = first
         self.null_caption = first.null_caption
         self._check_lengths()
+        # Clips by size, sizes in the order in which they come first: what a seed draws goes by that order.
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
             self.buckets[clip.size].append(number)

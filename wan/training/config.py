@@ -180,6 +180,7 @@ class SampleSettings:
         for name in ("sampling", "video"):
             check_mapping(name, getattr(self, name))
             object.__setattr__(self, name, {k: v for k, v in getattr(self, name).items() if v is not None})
+        # Checked without a checkpoint's defaults too, so that a wrong value is found before anything is opened.
         seed = self.over({}).sampling.seed
         if seed in (None, -1):
             raise InputError(f"samples seed {seed!r} would change from sample to sample; give a number")
@@ -190,6 +191,8 @@ class SampleSettings:
         for name, kind in (("sampling", SamplingSettings), ("video", VideoSettings)):
             lower = defaults.get(name) or {}
             check_mapping(name, lower)
+            # Over the checkpoint's, which may be a random one; samples of different steps are to differ by the weights
+            # alone.
             seed = {"seed": 0} if name == "sampling" else {}
             made[name] = from_mapping(kind, {**lower, **seed, **getattr(self, name)}, name, {})
         return ResolvedSamples(self.prompts, **made)
@@ -279,6 +282,7 @@ class TrainingSettings:
         }
         if settings.get("attention") is not None:
             check_mapping("attention", settings["attention"])
+            # A window alone would get dense first steps, which are refused in training.
             settings["attention"] = attention_config({"dense_steps": 0} | settings["attention"])
         return from_mapping(cls, settings, "the training settings", sections)
 

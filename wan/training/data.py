@@ -67,7 +67,9 @@ class MicroBatches(Dataset):
         self.rank, self.processes = rank, processes
         self.accumulation_steps = batch_size // (micro_batch * processes)
         self.bucket_numbers = list(clips.buckets.values())
+        # Upper bounds of the buckets' parts of [0, 1].
         self.shares = np.cumsum([len(bucket) for bucket in self.bucket_numbers]) / len(clips)
+        # The bucket of each step, as far as they have been asked for.
         self.chosen = np.empty(0, dtype=np.int64)
 
     def numbers(self, step: int) -> list[int]:
@@ -75,6 +77,7 @@ class MicroBatches(Dataset):
         self._choose_buckets(step + 1)
         which = self.chosen[step]
         bucket = self.bucket_numbers[which]
+        # How many of the bucket's clips earlier steps took; past the end of one order, the next epoch's goes on.
         first = int((self.chosen[:step] == which).sum()) * self.batch_size
         places = (divmod(n, len(bucket)) for n in range(first, first + self.batch_size))
         return [bucket[_order(self.seed, which, epoch, len(bucket))[place]] for epoch, place in places]
@@ -82,11 +85,14 @@ class MicroBatches(Dataset):
     def draw(self, step: int, place: int) -> Draw:
         """What is random about the clip at a place of a step's batch; its generator gives the noise next."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, DRAW, step, place))
+        # Before the noise, so that a clip's level can be told without it. Kept away from 0 and 1, where a normal
+        # distribution's quantiles are infinite.
         quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         sigma = sigmas_from_quantiles(quantile, self.objective)
         return Draw(sigma, chance.item() < self.objective.text_dropout, generator)
 
     def __getitem__(self, number: int) -> LatentBatch:
+        # The places of a batch go by micro-batch, and within it by process; `Trainer._gather` puts losses so.
         step, part = divmod(number, self.accumulation_steps)
         first = (part * self.processes + self.rank) * self.micro_batch
         numbers = self.numbers(step)
@@ -94,6 +100,7 @@ class MicroBatches(Dataset):
         for place in range(first, first + self.micro_batch):
             latents, text = self.clips.load(numbers[place])
             sigma, drops_caption, generator = self.draw(step, place)
+            # On the CPU, whose numbers are the same for every device and number of workers.
             noise = torch.randn(latents.shape, generator=generator)
             rows.append((latents, noise, sigma, self.clips.padded(self.clips.null_caption) if drops_caption else text))
         return LatentBatch(*(torch.stack(column) for column in zip(*rows)))
@@ -107,6 +114,7 @@ class MicroBatches(Dataset):
         if len(self.chosen) < steps:
             # Generously, so that this is done rarely; a longer series begins with the shorter one.
             drawn = np.random.default_rng((self.seed, BUCKET)).random(2 * steps)
+            # Clipped, since rounding may leave the last bound below 1.
             self.chosen = np.searchsorted(self.shares, drawn, side="right").clip(max=len(self.shares) - 1)
 
 

@@ -23,6 +23,7 @@ def load_items(
         # By `yield from`, so that closing ends the workers at once: at exit Python would wait for them.
         yield from DataLoader(
             dataset,
+            # Items are whole batches already.
             batch_size=None,
             sampler=numbers,
             num_workers=workers,

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 METADATA_FILE = ".metadata"
 # Far beyond that of a large model's state over hundreds of processes.
 MAX_BYTES = 256 * 2**20
+# As torch names them: process, number of the file.
 DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 DCP = "torch.distributed.checkpoint"
@@ -55,6 +56,7 @@ CALLS = {
     ("pathlib._local", "PosixPath"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+# Of pickle's operations, those by which protocol 4 writes a state's metadata; every other one is refused.
 VALUES = ("SHORT_BINUNICODE", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
 EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 SKIPPED = ("PROTO", "FRAME")
@@ -76,6 +78,7 @@ class SafeReader(FileSystemReader):
     def _read_metadata(self) -> Metadata:
         path = Path(self.path) / METADATA_FILE
         with path.open("rb") as file:
+            # A byte more tells that it is too large.
             content = file.read(MAX_BYTES + 1)
         try:
             if len(content) > MAX_BYTES:
@@ -100,6 +103,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def _is_like(value: Any, before: Any) -> bool:
+    # Exact types, since bool is a subclass of int.
     if type(before) in (int, float):
         return type(value) in (int, float) and math.isfinite(value)
     if isinstance(before, (list, tuple)):
@@ -131,12 +135,14 @@ def _described(one: _Object) -> TensorStorageMetadata | BytesStorageMetadata:
     if one.name == "BytesStorageMetadata":
         return BytesStorageMetadata()
     state = one.of("TensorStorageMetadata")
+    # Of the tuple that `TensorProperties.__getstate__` gives; torch calls all fields after the first deprecated.
     dtype = state["properties"].of("TensorProperties")[0]
     if not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor without a type")
     size = _size(state["size"])
     parts = [part.of("ChunkStorageMetadata") for part in state["chunks"]]
     chunks = [ChunkStorageMetadata(_size(part["offsets"]), _size(part["sizes"])) for part in parts]
+    # Torch reads what overlaps the tensor asked for and leaves the rest as it is, so a gap would go unnoticed.
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         raise ValueError("parts of a tensor that are not the whole")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
@@ -146,6 +152,7 @@ def _stored(item: tuple[_Object, _Object]) -> tuple[MetadataIndex, _StorageInfo]
     key, place = item[0].of("MetadataIndex"), item[1].of("_StorageInfo")
     offset, index = key.get("offset"), key.get("index")
     file = _text(place["relative_path"])
+    # Torch joins it to the folder as it is, so "../x" would lead out; descriptors name extensions to run on the bytes.
     if not DATA_FILE.fullmatch(file) or place.get("transform_descriptors"):
         raise ValueError(f"a part in {file[:60]!r}")
     (start, length) = _size((place["offset"], place["length"]))
@@ -182,7 +189,9 @@ class _Machine:
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
+        # MEMOIZE numbers values in the order in which they come.
         self.memo: list[Any] = []
+        # Heights of the stack at which marks were set, in place of mark objects on it.
         self.marks: list[int] = []
 
     def run(self, name: str, argument: Any) -> None:
@@ -226,6 +235,7 @@ class _Machine:
         self._tuple_of(3)
 
     def _tuple_of(self, count: int) -> None:
+        # As if a mark stood before the last `count` values; likewise for the other operations that take a fixed number.
         self.marks.append(len(self.stack) - count)
         self._tuple()
 
@@ -267,6 +277,7 @@ class _Machine:
         arguments, called = self.stack.pop(), self.stack.pop()
         if not isinstance(called, _Global) or called.name not in CALLS:
             raise ValueError("a call that no state needs")
+        # Nothing is called: a size stands for its tuple, and of the others nothing is ever read.
         self.stack.append(arguments[0] if called.name == ("torch", "Size") else None)
 
     def _build(self) -> None:

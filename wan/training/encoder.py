@@ -32,15 +32,19 @@ class Encoder:
         checkpoint.require_tokenizer()
         self.device, self.length = device, checkpoint.text_length
         self.vae = components.vae_component(checkpoint).load(torch.float32, device)
+        # Latents are normalised by them, so clips of other statistics are others. Before the encoder is made faster,
+        # which changes types and layouts.
         statistics = repr((list(self.vae.config.latents_mean), list(self.vae.config.latents_std)))
         self.fingerprints = {"vae": fingerprint_models(statistics.encode(), self.vae.encoder, self.vae.quant_conv)}
         speed_up_encoder(self.vae, vae_dtype)
         self.posterior = posterior if whole_clips else None
         if whole_clips:
             take_whole_clips(self.vae.encoder)
+        # CPUs may have no instructions for bfloat16, in which it takes a hundred times as long.
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.text_encoder = components.text_encoder_component(checkpoint, text_dtype).load(text_dtype, device)
         self.tokenizer = components.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
+        # What else decides which tokens the encoder sees.
         reading = (checkpoint.tokenizer_folder / "tokenizer.json").read_bytes() + str(self.length).encode()
         self.fingerprints["text_encoder"] = fingerprint_models(reading, self.text_encoder)
 

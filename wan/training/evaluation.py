@@ -50,6 +50,8 @@ def validation_losses(
     applied = transformer.nabla
     variants = {"dense": True} | ({"sparse": False} if applied.sparse else {})
     count = min(count, len(clips))
+    # A row a variant, a column a clip. Each process fills its own columns, each column is one process's, and the sum
+    # over processes has them all.
     losses = torch.zeros(len(variants), count, device=accelerator.device)
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
@@ -58,6 +60,7 @@ def validation_losses(
             batch = LatentBatch(*map(torch.cat, zip(*singles))).to(accelerator.device)
             latents = add_noise(batch.latents, batch.noise, batch.sigmas)
             for n, switched_off in enumerate(variants.values()):
+                # The same noise by dense attention and by sparse, so that their losses differ by the attention alone.
                 applied.switched_off = switched_off
                 prediction = predict_velocity(transformer, latents, batch.sigmas, batch.text)
                 losses[n, own[:counted]] = mse_per_clip(prediction, batch.noise - batch.latents)[:counted]
@@ -83,6 +86,8 @@ def rank_batches(numbers: list[int], most: int, rank: int, processes: int) -> li
     All are equally large, as compiled blocks need, and every process has as many, as sharded weights need; so the last
     number is repeated where there are too few, uncounted.
     """
+    # Of 10 numbers, at most 4 in a batch, two processes take 2 rounds of 3: the first 0 1 2 and 6 7 8, the second 3 4 5
+    # and 9 9 9, of which one counts.
     rounds = -(-len(numbers) // (most * processes))
     size = -(-len(numbers) // (rounds * processes))
     parts = [numbers[first : first + size] for first in range(rank * size, rounds * processes * size, processes * size)]
@@ -111,6 +116,7 @@ class Sampler:
                 sampling.guide_scale,
                 before_step=transformer.nabla.steps.set_step,
             )
+            # Else the forwards of training would go on as those of the last step.
             transformer.nabla.steps.set_step(None)
             name = folder / f"{number:02d}-{words_of(prompt)}"
             with collective_write(accelerator, name):
@@ -119,6 +125,7 @@ class Sampler:
 
     def _write(self, name: Path, latents: Tensor, device: torch.device) -> None:
         make_folder(name.parent)
+        # The VAE is float32, and this is called within the transformer's autocast.
         with torch.autocast(device.type, enabled=False):
             frames = to_frames(decode(self.vae, latents)[0])
         if self.settings.video.frame_num == 1:
@@ -144,6 +151,7 @@ def build_sampler(
     encoder = Encoder(base, device)
     for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
         log.info("warning: samples: %s", note)
+    # The text encoder goes when `encoder` does: the sampler keeps states and the VAE.
     (negative,) = map(clips.padded, encoder.text([samples.sampling.negative_prompt]))
     texts = [torch.stack((clips.padded(encoder.text([one])[0]), negative)).cpu() for one in samples.prompts]
     return Sampler(samples, encoder.vae, texts)

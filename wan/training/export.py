@@ -71,8 +71,10 @@ def write_checkpoint(
     """
     own = folder / "transformer"
     own.mkdir(parents=True)
+    # As safetensors wants them.
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, own / f"{DIFFUSERS_STEM}.safetensors", {"format": "pt"})
+    # Such keys are diffusers' own notes on how the model was loaded.
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config = {"_class_name": WanTransformer3DModel.__name__} | config
     if "text_len" in base.config:
@@ -81,6 +83,7 @@ def write_checkpoint(
         config["sparse_algo"] = defaults["attention"]["algorithm"]
     (own / "config.json").write_text(json.dumps(config, indent=2))
     for name in PARTS:
+        # Relative, so that a run's folder can be moved.
         (folder / name).symlink_to(os.path.relpath(parts_folder / name, folder))
     (folder / DEFAULTS_FILE).write_text(yaml.safe_dump(dict(defaults), allow_unicode=True, sort_keys=False))
     # It tells the layout, so a folder without it is no checkpoint.
@@ -92,6 +95,7 @@ def checkpoint_defaults(settings: TrainingSettings, base: Checkpoint) -> dict[st
     defaults = dict(base.settings_layers[0])
     defaults.pop("attention", None)
     if not settings.attention.is_dense:
+        # Which backend is the best is a matter of the machine that samples.
         attention = attention_to_dict(settings.attention)
         defaults["attention"] = {key: value for key, value in attention.items() if key != "backend"}
     if settings.samples is not None:
@@ -114,6 +118,7 @@ def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str
 
 def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
+    # A bfloat16 model would get its factors rounded to bfloat16 before they are added.
     transformer = components.load_transformer(components.transformer_component(base), torch.float32, "cpu")
     transformer.load_lora_adapter(lora, use_safetensors=True)
     transformer.fuse_lora()

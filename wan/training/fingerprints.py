@@ -19,6 +19,7 @@ def fingerprint_models(besides: bytes, *models: nn.Module) -> str:
     digest = hashlib.sha256(besides)
     for model in models:
         for name, weight in model.state_dict().items():
+            # bfloat16, since text encoders are float32 on a CPU and bfloat16 on a GPU.
             values = weight.flatten()[:: max(1, weight.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
             digest.update(f"{name} {tuple(weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -44,9 +44,12 @@ class TrainingLoop(ABC):
         Raises `Diverged`, or `InputError` if something could not be written; no state is written then.
         """
         while self.step < self.steps and not self.stops:
+            # All processes walk through this alike; what one of them alone does must be in `_deferred` or a collective
+            # write.
             row = self._step(batches)
             self._write(row | self._evaluate())
             self._after_step()
+            # The state after the last step is written below, once.
             is_due = self.save_every is not None and self.step % self.save_every == 0
             if is_due and not self._ends:
                 self._save()
@@ -60,6 +63,7 @@ class TrainingLoop(ABC):
     @property
     def _asks_to_stop(self) -> bool:
         """Whether this process wishes to stop, which all processes are to be told."""
+        # A deadline may pass between the looks of two processes, and a signal may reach one of them only.
         return self.signal.asked or self.unwritten is not None or time.monotonic() > self.deadline
 
     def _stopped(self) -> Stopped:

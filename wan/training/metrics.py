@@ -25,6 +25,7 @@ class Metrics:
 
     def __init__(self, run: Path, last_step: int):
         self.path = run / METRICS_FILE
+        # Rows after the state's step come anew, when those steps are taken again.
         earlier = read_metrics(self.path) if last_step and self.path.is_file() else []
         kept = [row for row in earlier if row["step"] <= last_step]
         with atomic_path(self.path) as partial:

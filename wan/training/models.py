@@ -34,6 +34,7 @@ from wan.training.muon import Muon
 
 log = logging.getLogger("wan")
 
+# As `init_weights` of the published program has it (wan/modules/model.py).
 EMBEDDING_STD = 0.02
 TEXT_LENGTH = "text_len"
 # diffusers' defaults for them are those of the 14B.
@@ -81,6 +82,7 @@ def build_student(
 
     Of LoRA the weights beneath are in the run's precision, unless they are sharded, which takes parameters of one type.
     """
+    # The same in every process: fully_shard keeps a process's own rows of what it has, and sends nothing.
     torch.manual_seed(settings.seed)
     if settings.transformer is not None:
         transformer = new_transformer(settings.transformer, device)
@@ -98,11 +100,13 @@ def build_student(
         apply_fsdp(transformer, transformer.blocks, mesh)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    # Replaces each block's `forward` alone, so that FSDP's hooks, which run around it, stay out of the graph.
     if settings.compile:
         compile_blocks(transformer.blocks, trains=True)
     apply_attention(transformer, settings.attention)
     if not settings.attention.is_dense:
         applied = transformer.nabla
+        # Makes the tensors that layers write their shares into, for the metrics' `kept`.
         applied.measure_density(applied.sparse, device)
     return transformer
 
@@ -132,6 +136,7 @@ def _sharding(mesh: DeviceMesh | None) -> Callable[[nn.Module], None] | None:
 @contextmanager
 def no_gradient_sync(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Backward without telling other processes the gradients: more will be added to them."""
+    # DDP's way is a context manager of accelerate's, FSDP2's a flag of the model.
     if not is_sharded(model):
         with accelerator.no_sync(model):
             yield
@@ -159,11 +164,15 @@ def build_optimizers(
     """
     optimizers: list[Optimizer] = []
     if matrix_lr is not None:
+        # Before AdamW, which has to stay the last: `TrainState` names schedules and reports the rate by that.
         optimizers.append(Muon(matrices, matrix_lr, weight_decay=own.weight_decay))
+        # By identity, since `in` would compare tensors number by number.
         apart = set(map(id, matrices))
         weights = [weight for weight in weights if id(weight) not in apart]
+    # Fewer passes over weights and averages.
     fused = weights[0].device.type == "cuda"
     optimizers.append(AdamW(weights, own.lr, own.betas, own.eps, own.weight_decay, fused=fused))
+    # diffusers' "constant" has no warmup; with 0 steps of it both are the same.
     name = "constant_with_warmup" if own.schedule == "constant" else own.schedule
     lengths = {"num_warmup_steps": own.warmup, "num_training_steps": steps}
     return optimizers, [get_scheduler(name, optimizer, **lengths) for optimizer in optimizers]
@@ -180,6 +189,8 @@ def new_transformer(sizes: dict[str, Any], device: torch.device) -> WanTransform
         transformer = WanTransformer3DModel(**{key: value for key, value in sizes.items() if key != TEXT_LENGTH})
     except (TypeError, ValueError) as error:
         raise InputError(f"transformer: {error}; its keys are those of diffusers' WanTransformer3DModel") from None
+    # Drawn on the CPU, so that a seed gives the same weights on every device. Xavier for linear layers, normal ones for
+    # the embeddings' and zeros for the last layer, which so predicts 0 at first, as the published program begins.
     for module in transformer.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             # A convolution here is the linear layer of a patch.
@@ -230,4 +241,5 @@ def add_lora(transformer: WanTransformer3DModel, settings: LoraSettings) -> None
         if not named or not all(isinstance(module, nn.Linear) for module in named):
             raise InputError(f"lora target {target!r} names no linear layers alone; to_q, to_k, to_v are usual")
     transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
+    # diffusers' add_adapter leaves them in the type of the weights beneath, where small steps would be rounded away.
     cast_training_params(transformer, torch.float32)

@@ -41,15 +41,20 @@ class Muon(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         gradients, averages = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
+        # The average takes 1 - momentum of the gradient. The step is Nesterov's: momentum of the new average, and of
+        # the gradient the rest.
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead = [step.flatten(1) for step in torch._foreach_lerp(gradients, averages, momentum)]
+        # (longer side, shorter side), so that the products in `orthogonal` are of the shorter side.
         tall = [step if len(step) > step.shape[1] else step.T for step in ahead]
+        # Apart from the gradient, as in AdamW.
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
         # Rows of zeros change nothing.
         steps = orthogonal(nn.utils.rnn.pad_sequence(tall, batch_first=True))
         for weight, (rows, columns), step in zip(weights, (matrix.shape for matrix in ahead), steps):
             step = step[: max(rows, columns)]
             step = (step if rows > columns else step.T).reshape(weight.shape)
+            # The published factor for weights with more outputs than inputs.
             weight.add_(step, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
@@ -82,9 +87,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     In bfloat16 on a GPU, as is usual; CPUs are a hundred times slower at that than in float32.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    # The Frobenius norm is at least the largest singular value, and up to 1 the polynomial brings values near 1.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
+        # (B, columns, columns). On each singular value s: a s + b s^3 + c s^5.
         gram = x.mT @ x
         x = a * x + x @ (b * gram + c * gram @ gram)
     return x

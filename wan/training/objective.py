@@ -18,6 +18,7 @@ def sigmas_from_quantiles(quantiles: Tensor, settings: ObjectiveSettings) -> Ten
     """Noise levels, float32 in (0, 1), of float64 quantiles in (0, 1) of the distribution that the settings name."""
     drawn = quantiles.double()
     if settings.timesteps == "logit_normal":
+        # Logit-normal, by the inverse of the normal distribution function (Esser et al. 2024, arXiv 2403.03206).
         drawn = torch.sigmoid(settings.mean + settings.deviation * torch.special.ndtri(drawn))
     return (settings.shift * drawn / (1 + (settings.shift - 1) * drawn)).float()
 

@@ -71,13 +71,16 @@ def prepare(
         source = SequentialDataset(source)
         if settings.workers:
             raise InputError(f"workers {settings.workers}: a dataset that cannot be indexed is read by one; set 0")
+    # Shards are assigned in turn, by their numbers: processes need not hear of each other.
     own = range(rank, math.ceil(len(source) / size), processes) if is_counted else itertools.count(rank, processes)
     # The last of something uncounted may have been cut short, and more have come since.
     least = 0 if is_counted else size
     missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
     with contextlib.closing(load_items(CheckedDataset(source), indices, settings.workers)) as read_samples:
+        # What has no length ends with the first None; workers may have read a few more beyond.
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
+        # A group ends, and its shard is written, when a sample of another shard comes.
         for shard, group in itertools.groupby(samples, lambda sample: sample.index // size):
             _write_shard(out / SHARD_NAME.format(shard), group, encoder, settings)
     counts = [read_shard_metadata(path) for number, path in list_shards(out) if number % processes == rank]
@@ -91,6 +94,7 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
     except OSError as error:
         raise InputError(f"out {out} cannot be made ({error.strerror}); choose another") from None
     path = out / MANIFEST_FILE
+    # The first process may not have written it yet, to whom the others' would be equal.
     earlier = read_json_object(path, "choose another out") if path.is_file() else manifest
     _check_same(out, earlier, manifest)
     if not is_leader:
@@ -142,6 +146,7 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
             log.warning("warning: sample %d is skipped: %s", sample.index, sample.reason)
             skipped.append({"index": sample.index, "reason": sample.reason})
             continue
+        # In the dataset's order, whatever is encoded first.
         clips.append({"index": sample.index, "caption": sample.caption})
         waiting[sample.video.shape].append(sample)
         if len(waiting[sample.video.shape]) == settings.batch:

@@ -56,6 +56,7 @@ def check_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, d
     if not path.is_file():
         log.warning("warning: %s is missing; data and checkpoint are taken for those that the run began with", path)
     before = read_json_object(path, "choose another out") if path.is_file() else {}
+    # Inputs are the same if their fingerprints are, wherever they lie.
     same = {name for name in before if inputs.get(name, {}).get("is") == before[name]["is"]}
     check_continues(settings, earlier, (*CHANGEABLE, *(same & {"checkpoint"})))
     for name in sorted(before.keys() - same):

@@ -12,6 +12,7 @@ from nabla.config import is_count, is_number
 from wan.config.checks import check_keys, check_path
 from wan.files.plain_data import parse_yaml
 
+# YAML 1.1 takes a number without a point, as 1e-4 is, for a text.
 EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", re.ASCII)
 
 

@@ -69,6 +69,8 @@ def list_clips(folder: Path) -> list[Clip]:
         written, _ = read_shard_metadata(path)
         with _reading(path), safe_open(path, "pt") as file:
             for clip in written:
+                # Slices tell their shapes from the file's header, and (C, T, h, w) and (L, C) are the only ones
+                # allowed.
                 latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))
                 if (len(latents), len(text)) != (4, 2):
                     raise ValueError(f"sample {clip['index']} has latents of {latents} and text of {text}")

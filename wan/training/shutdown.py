@@ -46,6 +46,7 @@ class StopSignal:
     def __enter__(self) -> None:
         for number in ENDING_SIGNALS:
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                # Python calls handlers between any two operations, so this one leaves a note for the loop to read.
                 self.before[number] = signal.signal(number, self._ask)
 
     def __exit__(self, *_: object) -> None:

@@ -85,6 +85,7 @@ class Trainer(TrainingLoop):
         super().__init__(settings.steps, settings.every.checkpoint)
         self.accelerator = build_accelerator()
         self.device, self.settings = self.accelerator.device, settings
+        # Lines of progress are the same in every process, so the first alone tells them.
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
             raise InputError("shard spreads weights over processes, and here is one; leave it out")
@@ -93,6 +94,7 @@ class Trainer(TrainingLoop):
             check_compiler(self.device)
         self.base = open_components(settings.checkpoint, settings.transformer)
         samples = None if settings.samples is None else settings.samples.over(self.base.settings_layers[0])
+        # What the videos on the way will need is looked for now, rather than after an hour.
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
             check_encoder()
         if self.accelerator.is_main_process:
@@ -109,11 +111,13 @@ class Trainer(TrainingLoop):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        # Takes the run's folder before weights are loaded, so that a second run in it is refused at once.
         self.checkpoints = CheckpointManager(self.folder, settings.keep_last, self.accelerator)
         self._build_models()
         for clips in filter(None, (self.clips, self.validation)):
             clips.check_fit(self.transformer.config)
         self.inputs = run_inputs(settings, self.base, self.clips, self.validation)
+        # After `_build_models`: a state is read in place, into weights and optimizers that are sharded already.
         last = self.checkpoints.last()
         if last is not None:
             check_manifest(self.folder, settings, self.inputs)
@@ -126,6 +130,7 @@ class Trainer(TrainingLoop):
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
+        # DDP's wrapper has to be gone before the group of processes ends, see `release_accelerator`.
         del self.model
         self.checkpoints.close()
         release_accelerator(self.accelerator)
@@ -137,7 +142,10 @@ class Trainer(TrainingLoop):
         self.teacher = None
         if settings.mode == "distill":
             self.teacher = build_teacher(settings, self.base, self.device, mesh)
+        # `model` is what losses go through, since DDP exchanges gradients in its wrapper's backward. All else uses
+        # `transformer`, whose parameters are the same tensors.
         self.model = self.transformer if mesh else self.accelerator.prepare_model(self.transformer)
+        # Listed after sharding, which puts other parameters, DTensors, in the place of those that were loaded.
         self.weights = [weight for weight in self.transformer.parameters() if weight.requires_grad]
         optimizers, schedules = build_optimizers(
             settings.optimizer, settings.steps, self.weights, matrix_parameters(self.transformer), settings.matrix_lr
@@ -151,6 +159,8 @@ class Trainer(TrainingLoop):
         if self.step >= settings.steps:
             log.info("all %d steps are done: %s", self.step, self.checkpoints.last())
             return
+        # Anew at every start: settings that may change, and a metrics file without rows after the step that is gone on
+        # from.
         with collective_write(self.accelerator, self.folder):
             if self.accelerator.is_main_process:
                 write_manifest(self.folder, settings, self.inputs)
@@ -158,6 +168,7 @@ class Trainer(TrainingLoop):
                 self.metrics = Metrics(self.folder, self.step)
         batches = self.batches.load(self.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
+            # A row of what the run starts from, to compare later ones with.
             if self.step == 0 and self.validation is not None:
                 self._write({"step": 0} | self._validate())
             self._train(batches)
@@ -172,11 +183,15 @@ class Trainer(TrainingLoop):
             batch = next(batches).to(self.device)
             waited += time.perf_counter() - before
             with contextlib.ExitStack() as stack:
+                # Gradients are exchanged once a step, in the backward of its last micro-batch.
                 if part < self.batches.accumulation_steps - 1:
                     stack.enter_context(no_gradient_sync(self.model, self.accelerator))
                 losses.append(self._losses(batch))
+                # Micro-batches are equally large, and DDP and FSDP average over processes, so this adds up to the
+                # batch's mean.
                 (losses[-1].mean() / self.batches.accumulation_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
+        # Of sharded weights it is a DTensor, whose parts in all processes `full_tensor` puts together.
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         lr = self.state.update(self.weights)
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
@@ -204,10 +219,15 @@ class Trainer(TrainingLoop):
         """
         shares = [layer.density for layer in self.transformer.nabla.sparse]
         kept = torch.stack(shares).mean() if shares else losses.new_ones(())
+        # One exchange a step: a row a process of its losses in order and, last, the three values that are not per clip.
         said = torch.stack((norm, kept, losses.new_full((), self._asks_to_stop)))
         gathered = self.accelerator.gather(torch.cat((losses, said))[None]).cpu()
+        # One wish is enough, and all processes see it in the same step: one that went on alone would wait for the
+        # others.
         self.stops = bool(gathered[:, -1].any())
         micro_batches, processes = self.batches.accumulation_steps, self.accelerator.num_processes
+        # (processes, micro-batches x clips) -> (micro-batches, processes, clips): the order of `MicroBatches.numbers`,
+        # which `_where` names clips by.
         in_order = gathered[:, :-3].view(processes, micro_batches, -1).transpose(0, 1).flatten()
         if not in_order.isfinite().all():
             raise Diverged(self._where(in_order))
@@ -264,6 +284,7 @@ class Trainer(TrainingLoop):
             raise Diverged(f"after step {self.step}: weights are not finite")
         with collective_write(self.accelerator, self.folder):
             if self.unwritten is not None:
+                # Within `collective_write`, so that all processes raise what one of them could not write.
                 raise self.unwritten
         with self.checkpoints.new(self.step) as folder:
             self.state.save(folder)
@@ -275,6 +296,7 @@ class Trainer(TrainingLoop):
     def _export(self, folder: Path) -> None:
         """Write the weights as they are now; of LoRA, merged ones at the end alone."""
         is_lora = self.settings.lora is not None
+        # A gather that all processes take part in, though the first alone writes.
         state = full_state_dict(self.transformer, trained_only=is_lora)
         with collective_write(self.accelerator, self.checkpoints.folder):
             if self.accelerator.is_main_process:
@@ -286,6 +308,7 @@ class Trainer(TrainingLoop):
             if self.step < self.steps:
                 return
             state = merged_lora_state_dict(self.base, folder / "lora")
+        # Of LoRA these are merged ones, in a folder that generate.py takes without the checkpoint beneath.
         defaults = checkpoint_defaults(self.settings, self.base)
         write_checkpoint(folder, self.transformer.config, self.base, state, self.folder / "parts", defaults)
 

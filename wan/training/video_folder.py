@@ -49,10 +49,13 @@ class VideoFolder:
         for size in self.sizes:
             GEOMETRY.check_video(size, frame_num=1)
         for frame_num in frame_nums:
+            # Any size that is allowed, to have the number of frames checked.
             GEOMETRY.check_video(VideoSettings().size, frame_num)
         self.frame_nums = sorted(frame_nums, reverse=True)
         captions = self.folder / CAPTIONS_FILE
         try:
+            # Split before they are decoded, so that one in another encoding costs no others. Windows' editors begin
+            # with a mark.
             lines = captions.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise InputError(f"{captions} cannot be read ({error}); write a JSON object a video into it") from None
@@ -150,12 +153,14 @@ def read_frames(
         filters = [] if fps is None else [f"fps={fps}"]
         if size is not None:
             width, height = size
+            # Until both sides are large enough; without a place, ffmpeg crops about the centre.
             filters.append(f"scale={width}:{height}:force_original_aspect_ratio=increase,crop={width}:{height}")
         output = ["-vf", ",".join(filters)] if filters else []
         frames = []
         with imageio.get_reader(path, "ffmpeg", output_params=output) as reader:
             for frame in reader:
                 frames.append(frame)
+                # The rest of a long video is not decoded.
                 if len(frames) == most:
                     break
     except BadSample:

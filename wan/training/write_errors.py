@@ -45,6 +45,7 @@ def _cannot_be_written(failure: tuple[BaseException, object]) -> str | None:
             return error.strerror or str(error)
         is_writing |= type(error) is Exception and RUST_ERROR in str(error)
         is_writing |= isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_WRITER)
+        # Libraries raise errors of their own over an operating system's.
         error = error.__cause__ or error.__context__
     return "the disk may be full" if is_writing else None
 
@@ -58,6 +59,7 @@ def collective_write(accelerator: Accelerator, path: Path) -> Iterator[None]:
             yield
     except InputError as error:
         failure = error
+    # An exchange: a process that wrote well, or nothing, has to come by here too.
     said = gather_object([None if failure is None else str(failure)])
     if why := next(filter(None, said), None):
         raise InputError(why) from failure
