@@ -11,7 +11,7 @@ import time
 import generate
 from wan.checkpoints import tensor_files
 from wan.files import video
-from wan.models.wan import pipeline
+from wan.sampling import guided
 
 
 def killed_in_sampling() -> None:
@@ -19,7 +19,7 @@ def killed_in_sampling() -> None:
         kwargs["before_step"] = lambda step: os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    original, pipeline.denoise = pipeline.denoise, denoise
+    original, guided.denoise = guided.denoise, denoise
 
 
 def slow_sampling() -> None:
@@ -27,7 +27,7 @@ def slow_sampling() -> None:
         print("sampling begins", file=sys.stderr, flush=True)
         time.sleep(60)
 
-    pipeline.denoise = denoise
+    guided.denoise = denoise
 
 
 def unreadable_shard() -> None:
@@ -48,7 +48,7 @@ def broken_code() -> None:
     def denoise(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    pipeline.denoise = denoise
+    guided.denoise = denoise
 
 
 if __name__ == "__main__":

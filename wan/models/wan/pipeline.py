@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nabla import InputError
-from wan.attention.apply import applied_attention
-from wan.attention.compile import many_compiles
 from wan.caches.applied import step_cache_of
 from wan.checkpoints.file_errors import CheckpointError
 from wan.config.model_settings import LoraFile
 from wan.config.prompts import check_prompt
 from wan.config.settings import SamplingSettings, VideoSettings, changed
-from wan.files.video import to_frames
 from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
 from wan.models.wan import memory, pretrained
@@ -30,12 +25,11 @@ from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
 from wan.observe.recorder import with_progress
-from wan.parallel.collectives import gather_guidance
 from wan.parallel.distributed import DistributedContext
-from wan.sampling.finite import check_decoded, check_latents
-from wan.sampling.loop import Conditions, denoise, video_steps
+from wan.sampling.finite import check_decoded
+from wan.sampling.guided import make_video, sample_latents
+from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-from wan.sampling.solvers import make_solver
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
@@ -155,46 +149,17 @@ class WanT2V:
             )
         latents = _batched(noise, 5).to(self.device, torch.float32)
         conditions = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
-        gather = None
-        if sampling.guide_scale != 1:
-            conditions, gather = self._own_branches(conditions)
-        cache, observer = self.cache, with_progress(progress, observer)
-        with (
-            video_steps(self.transformer, sampling.steps) as set_step,
-            on_device(self.transformer, self.device, self.offload) as transformer,
-            many_compiles(),
-            observer.sampling(self, sampling, latents),
-        ):
-
-            def before_step(step: int) -> None:
-                set_step(step)
-                observer.step_begins(step)
-
-            def after_step(step: int, clean: Tensor) -> None:
-                # What overflows mostly does at once, and the other steps may take hours.
-                if step == 0:
-                    check_latents(clean, sampling, transformer.dtype, self.lora)
-                observer.step_ends(step, clean)
-
-            if sampling.guide_scale != 1 and self._takes_batch and memory.has_room_for_both(transformer, latents):
-                conditions = conditions._replace(both=torch.cat(conditions[:2]))
-            latents = denoise(
-                self.predict,
-                latents,
-                conditions,
-                make_solver(sampling.solver, sampling.steps, sampling.shift, self.device),
-                sampling.guide_scale,
-                before_step=before_step,
-                after_step=after_step,
-                gather=gather,
-                **({} if cache is None else {"in_branch": cache.branch}),
-            )
-        check_latents(latents, sampling, self.transformer.dtype, self.lora)
+        latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
         return latents.view(noise.shape)
 
     def predict(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
         return velocity_of(self.transformer, latents, timestep, context)
+
+    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Tensor | None:
+        """Text states of both guidance branches as one batch, where a GPU has so much room that this is faster."""
+        has_room = memory.has_room_for_both(self.transformer, latents)
+        return torch.cat((conditions.prompt, conditions.negative)) if has_room else None
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
@@ -248,25 +213,7 @@ class WanT2V:
             solver=solver,
         ).with_seed()
         video.check_positions(self.transformer.config.rope_max_seq_len)
-        self.seconds, observer = {}, with_progress(progress, observer)
-        with observer.video(self, prompt, video, sampling):
-            with self._stage("text", observer):
-                conditions = self.encode(VideoRequest(prompt, video, sampling))
-            with self._stage("sampling", observer):
-                latents = self.sample(
-                    conditions.prompt,
-                    conditions.negative,
-                    noise=self._from_leader(self.draw_noise(video, sampling.seed)),
-                    steps=sampling.steps,
-                    shift=sampling.shift,
-                    guide_scale=sampling.guide_scale,
-                    solver=sampling.solver,
-                    observer=observer,
-                )
-            if not self.is_leader:
-                return None
-            with self._stage("decode", observer):
-                return to_frames(self.decode(latents)[0])
+        return make_video(self, VideoRequest(prompt, video, sampling), with_progress(progress, observer))
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
@@ -288,37 +235,6 @@ class WanT2V:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self.transformer.config.rope_max_seq_len)
         return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
-
-    @contextmanager
-    def _stage(self, name: str, observer: Observer) -> Iterator[None]:
-        observer.stage_begins(name)
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start
-        observer.stage_ends(name, self.seconds[name])
-
-    @property
-    def _shares_masks(self) -> bool:
-        """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
-        applied = applied_attention(self.transformer)
-        return applied is not None and applied.config.mask_refresh > 1
-
-    @property
-    def _takes_batch(self) -> bool:
-        """Whether guidance branches may run as one batch."""
-        alone = self.distributed is None or self.distributed.layout.processes_per_video == 1
-        return alone and not self._shares_masks and self.cache is None
-
-    def _own_branches(self, conditions: Conditions) -> tuple[Conditions, Callable | None]:
-        """The conditions of guidance branches that this process runs, and, if not both, what gives both predictions."""
-        if self.distributed is None or self.distributed.layout.cfg == 1:
-            return conditions, None
-        if self._shares_masks:
-            raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
-        branches = self.distributed.cfg_mesh
-        return Conditions(conditions[branches.get_local_rank()]), partial(gather_guidance, mesh=branches)
 
     def _from_leader(self, x: Tensor) -> Tensor:
         return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())

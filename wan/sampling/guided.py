@@ -1,0 +1,154 @@
+"""A video by a pipeline of any family: its stages, and its guidance on one process or on several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nabla import InputError
+from wan.attention.apply import applied_attention
+from wan.attention.compile import many_compiles
+from wan.config.model_settings import LoraFile
+from wan.config.settings import SamplingSettings, VideoSettings
+from wan.files.video import to_frames
+from wan.memory.placement import on_device
+from wan.observe.observer import ObservedPipeline, Observer
+from wan.parallel.collectives import gather_guidance
+from wan.sampling.finite import check_latents
+from wan.sampling.loop import Conditions, denoise, video_steps
+from wan.sampling.request import VideoRequest
+from wan.sampling.solvers import make_solver
+
+
+class GuidedPipeline(ObservedPipeline, Protocol):
+    """What a pipeline is asked for: `encode`, `predict` and `decode`, and what these work on.
+
+    offload: whether its models wait in host memory; lora: what is merged into the transformer
+    seconds: where the time of each stage is written
+    """
+
+    transformer: Any
+    offload: bool
+    lora: Sequence[LoraFile]
+    seconds: dict[str, float]
+
+    def encode(self, request: VideoRequest) -> Conditions:
+        """What guides a video, on all processes that share it."""
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditions: Any) -> Tensor:
+        """The velocity in float32, of the latents' shape, in one guidance branch."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video (B, 3, frames, height, width) in [-1, 1] of latents."""
+
+    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video."""
+
+    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Any | None:
+        """The conditions of both guidance branches as one batch, the prompt's first, if that is faster; else None."""
+
+
+def make_video(pipe: GuidedPipeline, request: VideoRequest, observer: Observer) -> np.ndarray | None:
+    """A video (frames, height, width, 3) uint8; None on a process that does not lead. The seed has to be drawn."""
+    pipe.seconds, sampling = {}, request.sampling
+    with observer.video(pipe, request.prompt, request.video, sampling):
+        with _stage(pipe, "text", observer):
+            conditions = pipe.encode(request)
+        with _stage(pipe, "sampling", observer):
+            assert sampling.seed is not None, "a request has its seed drawn"
+            noise = pipe.draw_noise(request.video, sampling.seed)
+            if pipe.distributed is not None:
+                # Without a seed given, each process has drawn one of its own.
+                noise = pipe.distributed.broadcast_from_leader(noise.contiguous())
+            latents = sample_latents(pipe, noise, conditions, sampling, observer)
+        if not pipe.is_leader:
+            return None
+        with _stage(pipe, "decode", observer):
+            return to_frames(pipe.decode(latents)[0])
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: GuidedPipeline, latents: Tensor, conditions: Conditions, sampling: SamplingSettings, observer: Observer
+) -> Tensor:
+    """Denoise float32 noise (B, C, T, h, w) on the pipeline's device to latents of the same shape.
+
+    Processes that share a video must be given the same. Raises `InputError` for latents that are not finite.
+    """
+    cache, gather, guided = pipe.cache, None, sampling.guide_scale != 1
+    if guided:
+        conditions, gather = _own_branches(pipe, conditions)
+    with (
+        video_steps(pipe.transformer, sampling.steps) as set_step,
+        on_device(pipe.transformer, pipe.device, pipe.offload) as transformer,
+        many_compiles(),
+        observer.sampling(pipe, sampling, latents),
+    ):
+
+        def before_step(step: int) -> None:
+            set_step(step)
+            observer.step_begins(step)
+
+        def after_step(step: int, clean: Tensor) -> None:
+            # What overflows mostly does at once, and the other steps may take hours.
+            if step == 0:
+                check_latents(clean, sampling, transformer.dtype, pipe.lora)
+            observer.step_ends(step, clean)
+
+        if guided and _may_batch(pipe):
+            # Asked here, with the transformer's weights in their place, since it depends on what they leave free.
+            conditions = conditions._replace(both=pipe.batch_branches(conditions, latents))
+        latents = denoise(
+            pipe.predict,
+            latents,
+            conditions,
+            make_solver(sampling.solver, sampling.steps, sampling.shift, pipe.device),
+            sampling.guide_scale,
+            before_step=before_step,
+            after_step=after_step,
+            gather=gather,
+            **({} if cache is None else {"in_branch": cache.branch}),
+        )
+    check_latents(latents, sampling, pipe.transformer.dtype, pipe.lora)
+    return latents
+
+
+def _own_branches(pipe: GuidedPipeline, conditions: Conditions) -> tuple[Conditions, Callable | None]:
+    """The conditions of guidance branches that this process runs, and, if not both, what gives both predictions."""
+    if pipe.distributed is None or pipe.distributed.layout.cfg == 1:
+        return conditions, None
+    if _shares_masks(pipe):
+        raise InputError("guidance branches that share masks (mask_refresh) cannot run apart; set cfg_size 1")
+    branches = pipe.distributed.cfg_mesh
+    return Conditions(conditions[branches.get_local_rank()]), partial(gather_guidance, mesh=branches)
+
+
+def _may_batch(pipe: GuidedPipeline) -> bool:
+    """Whether guidance branches may run as one batch: not where something is kept for each of them."""
+    alone = pipe.distributed is None or pipe.distributed.layout.processes_per_video == 1
+    return alone and not _shares_masks(pipe) and pipe.cache is None
+
+
+def _shares_masks(pipe: GuidedPipeline) -> bool:
+    """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
+    applied = applied_attention(pipe.transformer)
+    return applied is not None and applied.config.mask_refresh > 1
+
+
+@contextmanager
+def _stage(pipe: GuidedPipeline, name: str, observer: Observer) -> Iterator[None]:
+    observer.stage_begins(name)
+    start = time.perf_counter()
+    yield
+    if pipe.device.type == "cuda":
+        # Else the time of what a stage has only asked for would be the next one's.
+        torch.cuda.synchronize(pipe.device)
+    pipe.seconds[name] = time.perf_counter() - start
+    observer.stage_ends(name, pipe.seconds[name])
