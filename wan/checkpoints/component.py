@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.weights import WeightFiles
 
+# Types whose numbers mean what they say. Float8 is widened, and scaled, by `ScaledFile` before it comes here.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,13 +61,17 @@ class Component:
         quantize: from that one in its final type to the one that the model gets, see `wan.quantize.quantizer`
         """
         if shard is not None:
+            # A model in which gradients are wanted could not be sharded: FSDP then takes parameters of one type alone.
             # FSDP keeps the types that it finds, so that parameters need theirs before.
             for name, parameter in self.model.requires_grad_(False).named_parameters():
                 parameter.data = parameter.to(self._dtype_of(name, dtype))
             shard(self.model)
+        # Listed after sharding, which replaces the parameters by DTensors.
         sharded = dict(self.model.named_parameters())
         state = {}
         for own, tensor in self.tensors():
+            # LoRA is merged before rows are cut, since its factors make a whole tensor, and before the cast, so that
+            # the sum is rounded once.
             tensor = tensor if change is None else change(own, tensor)
             whole = sharded.get(own)
             if isinstance(whole, DTensor):
@@ -74,9 +79,13 @@ class Component:
             # A tensor kept as read would pin its whole file in memory.
             tensor = tensor.to(device=device, dtype=self._dtype_of(own, dtype), copy=True)
             if isinstance(whole, DTensor):
+                # The shape is given because torch would take that of the whole for a multiple of this part's; with
+                # `run_check` it would ask the other processes.
                 form = {"shape": whole.shape, "stride": whole.stride()}
                 tensor = DTensor.from_local(tensor, whole.device_mesh, whole.placements, run_check=False, **form)
             state[own] = tensor if quantize is None else quantize(own, tensor)
+        # Assigned, since parameters on the meta device have no memory to copy to. All names were checked when this was
+        # made, so that what is missing is the second name of a tied tensor and nothing else.
         # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:
@@ -90,6 +99,7 @@ class Component:
 
 def _own_rows(tensor: Tensor, whole: DTensor) -> Tensor:
     """The rows of a tensor that this process holds of `whole`, which is sharded by rows as torch.chunk cuts them."""
+    # The last processes may have fewer rows, or none; slicing beyond the end gives just that.
     rows = -(-len(tensor) // whole.device_mesh.size())
     first = rows * whole.device_mesh.get_local_rank()
     return tensor[first : first + rows]

@@ -13,6 +13,7 @@ from nabla import InputError
 from wan.files.plain_data import read_json
 
 AGAIN = "download the checkpoint again"
+# How libraries word a failed allocation where the error has no errno; `error 12)` is how Rust ends the line.
 NO_MEMORY = ("cannot allocate", "can't allocate", "not enough memory", "unable to mmap", "bad_alloc", "error 12)")
 
 
@@ -24,6 +25,8 @@ def exists(path: Path) -> bool:
     """Whether a file or folder is there; raises `CheckpointError` if that cannot be known."""
     try:
         path.stat()
+    # `Path.exists` would take what may not be looked at for missing, or raise, by the version of Python. A null byte
+    # in the path is a ValueError.
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
@@ -83,6 +86,7 @@ def clear_errors(file: Path) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, OSError):
             raise CheckpointError(unreadable(file, error)) from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # So safetensors, which parses its header strictly, says that a header names a type of number it does not know.
         if "unknown variant" in reason:
             kind = reason.partition("unknown variant")[2].partition(",")[0].strip()
             raise CheckpointError(

@@ -33,8 +33,10 @@ class GgufFile(WeightFiles):
         from gguf import GGMLQuantizationType, GGUFReader
 
         with clear_errors(file):
+            # First, since the library allocates and loops by whatever counts the header has.
             check_gguf(file)
             tensors = GGUFReader(file).tensors
+        # Without the constructor of `WeightFiles`, which would open the file as safetensors or as a pickle.
         self.files, self.where, self.naming = [file], file, naming
         self._check_types(tensors)
         # Their axes are listed from the innermost.
@@ -52,6 +54,7 @@ class GgufFile(WeightFiles):
         from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
         from gguf import GGMLQuantizationType
 
+        # diffusers lists what it unpacks; float32 and float16 it takes as tensors of torch.
         read = {*map(int, SUPPORTED_GGUF_QUANT_TYPES), *(GGMLQuantizationType[name] for name in ("F32", "F16", "BF16"))}
         for tensor in tensors:
             if tensor.tensor_type not in read:
@@ -67,6 +70,7 @@ class GgufFile(WeightFiles):
             return shape
         first, patch = self.naming.first_weight, self.naming.patch
         width = self.shapes.get(f"{self.naming.patch_embedding}.bias", (0,))[0]
+        # Numbers to an output channel: of all input channels and all places of a patch.
         per_row = math.prod(shape) // width if width else 0
         channels = per_row // math.prod(patch)
         if not width or math.prod(shape) != width * channels * math.prod(patch) or not channels:
@@ -106,6 +110,8 @@ def load_gguf(component: Component, dtype: torch.dtype, device: torch.device | s
             stored = load_gguf_checkpoint(str(file))
             _unfold_patch(stored, naming, component.weights.shapes[naming.first_weight])
             model = type(empty).from_single_file(
+                # With exactly the model's own names diffusers leaves them alone. Its conversion from other names
+                # would skip what it does not know with a warning only.
                 {component.names[naming.published_of(name)]: tensor for name, tensor in stored.items()},
                 config=folder,
                 quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),

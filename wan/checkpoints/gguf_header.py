@@ -10,10 +10,12 @@ from typing import BinaryIO
 from wan.checkpoints.file_errors import CheckpointError
 
 MAGIC = b"GGUF"
+# As the library: version 1 has counts of 32 bits. The version of a big-endian file reads as none of these.
 VERSIONS = (2, 3)
-# Bytes of a value, by its type; 8 is a text, 9 an array.
+# Bytes of a value by its type's number: u8, i8, u16, i16, u32, i32, f32 and bool, from 10 on u64, i64 and f64.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
+# Bounds on what a header that lies can cost of time and memory, far above what a transformer's file has.
 MAX_VALUES = 100_000
 MAX_TEXT = 2**20
 MAX_AXES = 8
@@ -45,6 +47,8 @@ class _Walk:
         version = self.number("I")
         if version not in VERSIONS:
             raise ValueError(f"its version is {version}, not one of {VERSIONS}")
+        # Then entries of a key, a type and a value, and for each tensor its name, the number of its axes, their sizes,
+        # a type, and where its data begins; counts, sizes and offsets take 8 bytes.
         tensors, entries = self.number("Q"), self.number("Q")
         for _ in range(self.counted(entries)):
             self.text()
@@ -62,6 +66,7 @@ class _Walk:
             self.skip(SIZES[kind])
         elif kind == TEXT:
             self.text()
+        # Arrays of arrays could nest as deep as the file is long, past Python's limit of recursion.
         elif kind == ARRAY and depth < 4:
             inner, count = self.number("I"), self.counted(self.number("Q"))
             for _ in range(count):
@@ -70,6 +75,7 @@ class _Walk:
             raise ValueError(f"a value is of type {kind}")
 
     def counted(self, count: int) -> int:
+        # One sum for the whole header, since a bound on each count would be multiplied by nested arrays.
         self.values += count
         if self.values > MAX_VALUES:
             raise ValueError(f"its header counts {self.values} values; the most is {MAX_VALUES}")
@@ -91,6 +97,7 @@ class _Walk:
         return read
 
     def skip(self, count: int) -> None:
+        # Seeking beyond the end is no error.
         if self.file.tell() + count > self.size:
             raise ValueError("it ends within its header")
         self.file.seek(count, 1)

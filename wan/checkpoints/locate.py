@@ -85,6 +85,7 @@ def explain(folder: Path, landmarks: Iterable[Sequence[str]]) -> CheckpointError
 
     landmarks: of each family, the files that are together only in a checkpoint of its published layout
     """
+    # Gone through for every folder, which an iterator would bear once.
     landmarks = list(landmarks)
     for inner in sorted(folder.iterdir()):
         if exists(inner / INDEX) or any(all(exists(inner / file) for file in files) for files in landmarks):

@@ -27,8 +27,10 @@ from wan.files.plain_data import parse_json
 
 log = logging.getLogger("wan")
 
+# What diffusers' configurations, and peft's tensors, have before every name.
 DIFFUSERS, PEFT = "transformer.", "base_model.model."
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Adapters beside packed weights are called file0, file1 and so on in the model.
 NAME = "file"
 FACTORS = ("A.weight", "B.weight")
 
@@ -90,6 +92,7 @@ def _adapter(
             scaling[target] = scale
             factors |= {f"{target}.lora_{kind}": factor for kind, factor in zip(FACTORS, (down, up))}
         else:
+            # Only linear layers keep factors. (out, rank) @ (rank, in * places) is the whole tensor (out, in, *places).
             # Of a convolution, whose second factor takes one place at a time.
             product = (up.flatten(1) @ down.flatten(1)).reshape(state[f"{target}.weight"].shape)
             _accumulate(differences, f"{target}.weight", scale * product)
@@ -100,6 +103,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """A file's tensors in float32, in which scaling rounds nothing."""
     tensors = {}
     for name, tensor in WeightFiles([path]):
+        # An alpha is one number, for which integers do as well.
         if not tensor.is_floating_point() and not name.endswith(".alpha"):
             raise InputError(f"lora {path}: {name!r} is {tensor.dtype}; use a file in float32, bfloat16 or float16")
         tensors[name] = tensor.float()
@@ -143,6 +147,7 @@ def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable
     """
 
     def merge(name: str, tensor: Tensor) -> Tensor:
+        # Adapters are float32 and promote what they are added to, so that `Component.load` rounds the sum once.
         layer, _, kind = name.rpartition(".")
         for adapter in adapters:
             scale = adapter.file.scale
@@ -179,6 +184,7 @@ def attach(model: Any, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
 def _add(model: nn.Module, name: str, difference: Tensor, file: str) -> None:
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
+    # An earlier adapter may have put peft's layer around this one.
     parameter = getattr(getattr(module, "base_layer", module), kind)
     if not parameter.is_floating_point():
         raise InputError(f"lora {file} changes the whole of {name}, which is packed; use it with safetensors")
@@ -190,11 +196,15 @@ def _inject(model: Any, name: str, factors: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         # Several adapters are meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # Names are the model's own, without a prefix; peft assigns the factors, and draws no random ones before.
         model.load_lora_adapter(dict(factors), prefix=None, adapter_name=name, low_cpu_mem_usage=True)
 
 
 def _product_shape(down: Tensor, up: Tensor) -> tuple[int, ...]:
-    """The shape of the weights that two factors make; if they do not fit each other, one that no weights have."""
+    """The shape of the weights that two factors make; if they do not fit each other, one that no weights have.
+
+    down: (rank, in, *places), up: (out, rank), for a convolution with axes of size 1 behind
+    """
     fits = down.ndim == up.ndim >= 2 and 0 < len(down) == up.shape[1] and set(up.shape[2:]) <= {1}
     return (len(up), *down.shape[1:]) if fits else (*up.shape, *down.shape)
 

@@ -14,6 +14,7 @@ from wan.checkpoints.naming import TransformerNaming
 
 # Trainers put these before a layer's name, some of them several.
 PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "module.", "dit.")
+# Before names in which every dot is an underscore.
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 # peft and DiffSynth-Studio put an adapter's name between a factor and "weight".
 FACTOR = re.compile(
@@ -72,6 +73,7 @@ def understand(path: Path, names: Sequence[str], model: nn.Module, naming: Trans
         factor, (stem, _, last) = FACTOR.fullmatch(name), name.rpartition(".")
         kind: str | None
         if factor:
+            # peft calls the layer that it wraps `base_layer`.
             target = table.weight(factor["layer"].removesuffix(".base_layer"))
             kind = "down" if (factor["kind"] or factor["old"]) in DOWN else "up"
             if factor["of"] == "bias":
@@ -113,6 +115,7 @@ class _Targets:
         for name in state:
             for spelled in (name, naming.to_published(name)):
                 layer, _, kind = spelled.rpartition(".")
+                # A flat name cannot be split again, since names have underscores too; so the model's are flattened.
                 self.own[layer, kind] = self.own[layer.replace(".", "_"), kind] = name
         kinds = nn.Linear, nn.Conv3d
         self.layers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -127,6 +130,7 @@ class _Targets:
     def tensor(self, layer: str, kind: str) -> str | None:
         tried = layer
         while True:
+            # Prefixes are taken off one by one, and only while the name is not one of the model's.
             if (tried, kind) in self.own:
                 return self.own[tried, kind]
             prefix = next((one for one in (*PREFIXES, *FLAT_PREFIXES) if tried.startswith(one)), None)
@@ -163,8 +167,10 @@ def scale_by_peft(path: Path, config: Mapping[str, object], layer: str, rank: in
     if config.get("use_dora"):
         raise InputError(f"lora {path} is DoRA (use_dora), another method than LoRA, which is not read; {MERGE}")
     alpha = _by_pattern(path, config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+    # So compared, NaN is refused too; and True is an int in Python.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise InputError(f"lora {path}: lora_alpha of its configuration is {alpha!r}, but must be a number")
+    # rsLoRA (Kalajdzievski 2023) divides by the root of the rank.
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -12,6 +12,7 @@ from wan.files.plain_data import parse_json
 HEADER = "_quantization_metadata"
 # What a marker may say of a layer whose values, times their scale, are its weights.
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2", "F8_E4M3", "F8_E5M2")
+# All that it may have; the second says how products are computed, which the weights do not depend on.
 NO_MATTER = ("format", "full_precision_matrix_mult")
 # Beside a layer's weight in a quantised file: of what is read, and of what is not.
 SCALES = ("scale_weight", "weight_scale")
@@ -88,4 +89,5 @@ def _parsed(file: Path, where: str, text: str) -> dict[str, Any]:
         said = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{file} is quantised, and {where} cannot be read ({error}); {USE_INSTEAD}") from None
+    # What is no object becomes one without anything that the checks look for, so that they refuse it.
     return said if isinstance(said, dict) else {"": said}

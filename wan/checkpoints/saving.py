@@ -17,6 +17,7 @@ from torch import Tensor
 from nabla import InputError
 from wan.files.atomic import settle
 
+# Of the tensors that are held at once as well, since a file is written in one call.
 SHARD_BYTES = 5 * 2**30
 
 
@@ -37,6 +38,8 @@ def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) 
     for shard in _shards(tensors):
         file = folder / f"{stem}-{len(held) + 1:05d}"
         with _writing(file):
+            # One key, as diffusers and transformers write: several are written in any order, so that equal data would
+            # make unequal files.
             save_file(shard, file, {"format": "pt"})
         held.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -56,9 +59,11 @@ def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     for name, tensor in tensors:
+        # A tensor that is larger than a shard has a file of its own.
         if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
+        # safetensors refuses tensors whose numbers are not in order.
         shard[name] = tensor.contiguous()
     yield shard
 

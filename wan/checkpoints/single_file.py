@@ -55,6 +55,7 @@ class ScaledFile(WeightFiles):
             else:
                 check_name(file, name)
                 to, key = self.stored, naming.published_of(name)
+            # The published and diffusers' name of one tensor may both stand in a file.
             lost += [name] if key in to else []
             to[key] = name
         if lost:
@@ -62,6 +63,7 @@ class ScaledFile(WeightFiles):
         if idle := self.scales.keys() - self.stored.keys():
             raise CheckpointError(f"{file} has a scale for {min(idle)!r}, which is missing; download it again")
         self._check_types_and_scales()
+        # By published names, without the scales; the checks above need the file's own.
         self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
     def _check_types_and_scales(self) -> None:
@@ -80,6 +82,7 @@ class ScaledFile(WeightFiles):
                 )
         for name, scale in self.scales.items():
             shape, weight = self.shapes[scale], self.shapes[self.stored[name]]
+            # (rows,) or (rows, 1, ...) beside a weight (rows, ...).
             one_a_row = bool(shape) and bool(weight) and shape[0] == weight[0] and set(shape[1:]) <= {1}
             if types[scale] not in FLOATS or not (math.prod(shape) == 1 or one_a_row):
                 raise CheckpointError(
@@ -91,6 +94,7 @@ class ScaledFile(WeightFiles):
         with open_tensors(self.files[0]) as (_, read):
             for name, stored in self.stored.items():
                 tensor = read(stored)
+                # Float32 holds each float8 exactly, and `Component.load` rounds its product with the scale once.
                 tensor = tensor.float() if types[stored] in FLOAT8 else tensor
                 if name in self.scales:
                     scale = read(self.scales[name])

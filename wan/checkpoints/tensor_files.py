@@ -57,6 +57,8 @@ def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
     require_file(file)
     if file.suffix != SAFETENSORS:
         with clear_errors(file):
+            # Runs no code, and needs no GPU for tensors that were saved on one. Torch cannot map its older format,
+            # which is no zip.
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             _check_plain(file, tensors)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -65,6 +67,7 @@ def open_tensors(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Calla
     with clear_errors(file):
         opened = safe_open(file, framework="pt")
         check_header(file, opened.metadata() or {})
+        # A slice knows its type and shape from the header; no data is read.
         views = {name: opened.get_slice(name) for name in opened.keys()}
         for name, view in views.items():
             if view.get_dtype() not in STORED:

@@ -39,6 +39,7 @@ class WeightFiles:
         if exists(index):
             listed = read_json_object(index).get("weight_map")
             named: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+            # A name with a folder in it could lead anywhere on the disk.
             if not all(isinstance(name, str) and Path(name).name == name for name in named):
                 raise CheckpointError(f"{index} does not say which file holds which tensor; download it again")
             names = sorted(set(named))
@@ -46,6 +47,7 @@ class WeightFiles:
             with clear_errors(folder):
                 found = sorted(os.listdir(folder)) if exists(folder) else []
             names = [name for name in found if name.startswith(stem) and name.endswith(SAFETENSORS)]
+            # Others beside it, such as `stem.fp16.safetensors`, are the same tensors in another type.
             if len(names) > 1 and f"{stem}.safetensors" in names:
                 names = [f"{stem}.safetensors"]
         if not names:
@@ -60,6 +62,7 @@ class WeightFiles:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for file in self.files:
+            # One file is open at a time, so that no more than one is mapped.
             with open_tensors(file) as (shapes, read):
                 for name in shapes:
                     yield name, read(name)
