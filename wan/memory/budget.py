@@ -46,6 +46,7 @@ def check_memory(memory: str | float | None, device: torch.device, processes: ob
 
 def budget_of(device: torch.device, memory: str | float) -> MemoryBudget:
     """Free bytes of a GPU and of the host; a number of GB is for all of the process, CUDA's own memory included."""
+    # Free memory is without what CUDA itself holds by now; a number that is asked for includes it.
     free, besides = free_bytes(device), CONTEXT + torch.cuda.memory_allocated(device)
     gpu = free if memory == AUTO else min(free, max(0, int(memory * GB) - besides))
     return MemoryBudget(gpu, *host_bytes(), besides)
@@ -61,6 +62,8 @@ def host_bytes() -> tuple[int, int]:
     free, total = found["MemAvailable"], found["MemTotal"]
     folder = Path("/sys/fs/cgroup")
     for most, now in CGROUP_FILES:
+        # Of a container, which sees its own group here. Without a limit the newer version says `max`, the older one a
+        # number beyond any memory.
         if (folder / most).is_file() and (text := (folder / most).read_text().strip()).isdecimal():
             # Cached files count as used there, but make room.
             total = min(total, int(text))

@@ -9,17 +9,21 @@ from nabla import NablaConfig
 from wan.quantize.table import QUANTIZATIONS
 
 GIB = 2**30
+# Host memory for streamed blocks is asked for in pieces of this size at most, unless a block is larger.
 CHUNK = 4 * GIB
+# Where tensors may begin in a block's memory, as CUDA's own allocations do.
 ALIGNMENT = 256
 # Of the whole video while it is put together from decoded frames.
 VIDEO_COPIES = 3
+# Pixels that columns share, as diffusers' own tiles do: 256 wide, 192 apart.
 TILE_OVERLAP = 64
 MOST_TILES = 8
 # A tile of attention, and what edge tiles that are partial add.
 BLOCK_TOKENS, PADDING = math.prod(NablaConfig().tile), 1.07
 # Of blocks that are not compiled, which normalise and modulate in float32: copies of the hidden states more.
 EAGER_COPIES = 6
-# Of the lists of kept blocks, which are made for as many heads at a time.
+# Of the lists of kept blocks, which are made for as many heads at a time: `LIST_ENTRIES` of `nabla.attention`, an entry
+# of 8 bytes where full and partial tiles have lists of their own.
 LIST_BYTES = 2**28 * 8
 
 
@@ -94,12 +98,14 @@ def forward_bytes(workload: Workload) -> int:
     hidden = workload.tokens * workload.dim * workload.itemsize
     # The residual, the normalised input, and the wide states with the result; or q, k, v and the result, as tiles.
     copies = max(3 + workload.ffn_dim / workload.dim, 2 + 4 * PADDING) + (0 if workload.compiled else EAGER_COPIES)
+    # Of blocks of queries and of keys, whose lists take 8 bytes each and a kept choice one.
     pairs = workload.heads * math.ceil(workload.tokens / BLOCK_TOKENS * PADDING) ** 2
     return math.ceil((copies + workload.cached) * hidden) + min(LIST_BYTES, 8 * pairs) + workload.mask_layers * pairs
 
 
 def text_bytes(workload: Workload, rows: int = 512, prompts: int = 2) -> int:
     """What encoding takes beside the weights: scores of heads of 64 and wide states, in float32 for the softmax."""
+    # Both prompts of guidance are encoded together; scores (prompts, heads, rows, rows) are there three times.
     heads = max(1, workload.text_dim // 64)
     return prompts * rows * (heads * rows * 4 * 3 + workload.text_dim * 4 * 16)
 
@@ -109,6 +115,7 @@ def decode_bytes(decoding: Decoding, tiles: int = 1) -> int:
     width, height = decoding.size
     column = min(width, tile_width(width, tiles))
     features = column * height * decoding.pixel_bytes
+    # diffusers holds all decoded columns, with what they share, until it joins them.
     joined = VIDEO_COPIES if tiles == 1 else VIDEO_COPIES + tiles * column / width
     video = decoding.frames * width * height * 3 * joined * decoding.itemsize
     return math.ceil(features + video)
@@ -123,6 +130,8 @@ def pinned_chunks(block: int, blocks: int) -> list[int]:
     """How many blocks lie in each chunk of pinned memory, which torch rounds up to powers of two."""
     size, chunks = -(-block // ALIGNMENT) * ALIGNMENT, []
     while blocks:
+        # The largest power of two that what is left can fill, filled with whole blocks, so that rounding up adds
+        # little; a block that is larger than that has a piece of its own.
         whole = 2 ** (min(blocks * size, CHUNK).bit_length() - 1)
         chunks.append(max(1, min(blocks, whole // size)))
         blocks -= chunks[-1]

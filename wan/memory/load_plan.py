@@ -85,6 +85,7 @@ def _planned(plan: MemoryPlan, device: torch.device) -> LoadPlan:
     elif plan.in_turns and plan.text != "cpu" and plan.text_quantization is not None:
         # Quantised tensors do not move as a whole, but as pieces of memory.
         text_kept = ALL_BLOCKS
+    # Where all models stay on the GPU nothing moves, so that nothing is streamed either.
     kept = plan.kept if plan.in_turns else None
     return LoadPlan(
         transformer=Placement(home, device, plan.quantization, kept=kept, pinned=plan.pinned),

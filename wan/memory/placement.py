@@ -35,12 +35,14 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
         (owner, name, parameter, parameter.data)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
+        # Not quantised ones, which are of other classes.
         if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.device.type == "cpu"
     ]
     try:
         yield module.to(device)
     finally:
         # Weights change in type at most, and to copy them back would take longer than to bring them there.
+        # A VAE's do where its decoder overflows and goes on in float32.
         for owner, name, parameter, data in waiting:
             moved = owner._parameters[name]
             if moved is not None and moved.dtype == data.dtype:
@@ -51,6 +53,7 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
 
 def free_bytes(device: torch.device) -> int:
     """Memory that this process can still get on a CUDA device, its own unused cache included, under its limit."""
+    # What torch has reserved and not given out counts as taken on the device, and is this process's to use.
     allocated = torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)

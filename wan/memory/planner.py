@@ -32,11 +32,14 @@ from wan.quantize.table import QUANTIZATIONS
 GB = 10**9
 # What sidecars of videos call the fields of a plan that have other names here.
 SIDECAR_KEYS = {"quantization": "packing", "text_quantization": "text_packing"}
+# What else a plan is worse by, as a slowdown that would be as bad: columns change the picture slightly.
 COST_OF_TILES = 1.05
+# Of models that move between stages; small, since it is to decide between plans that are alike in all else.
 COST_OF_TURNS = 1.01
 # A block is computed from its weights once a token: this many tokens hide the transfer of half-precision weights from
 # pinned host memory. 16,000 is 800 TFLOP/s over 50 GB/s; slower GPUs have slower links too.
 TOKENS_TO_HIDE = 16_000
+# How many times slower transfers from pageable memory are taken to be.
 PAGEABLE = 4
 # Beyond a share of host memory pinning fails on some systems, and starves others.
 PINNED_SHARE = 0.5
@@ -182,6 +185,7 @@ class _Case:
         kept = kept_blocks(transformer, quantization, self.workload, usable - forward, pinned)
         slower = COST_OF_TURNS * slowdown(transformer, quantization, self.workload, kept, pinned)
         text_fits = self.text.bytes(text_quantization) + encoding <= usable
+        # Of plans that cost the same the first is taken, so that there are no more columns than needed.
         for in_turns, tiles in product((False, True), range(1, MOST_TILES + 1)):
             plan = MemoryPlan(
                 quantization=quantization,
@@ -217,6 +221,7 @@ class _Case:
         resident = 0 if plan.in_turns else sum(sizes.values())
         stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
         making = self.making_bytes(plan.quantization, plan.text_quantization)
+        # On the large side: the last layer may be quantised when all else is there already.
         return {"loading": making + resident} | stages if making else stages
 
     def making_bytes(self, quantization: str | None, text_quantization: str | None) -> int:
@@ -242,6 +247,7 @@ def kept_blocks(transformer: Weights, quantization: str | None, workload: Worklo
         return transformer.blocks
     if slowdown(transformer, quantization, workload, 0, pinned) == 1:
         return 0
+    # The two buffers take the room of two blocks.
     return max(0, int((room - transformer.rest) // transformer.block(quantization)) - 2)
 
 
@@ -252,6 +258,7 @@ def slowdown(transformer: Weights, quantization: str | None, workload: Workload,
     # Faster products hide less.
     smaller *= 1.0 if quantization is None else QUANTIZATIONS[quantization].speed
     hiding = TOKENS_TO_HIDE * (1 if pinned else PAGEABLE) * transformer.itemsize / 2
+    # Computing `hiding` tokens takes as long as transferring all blocks in the run's type.
     return max(1.0, share * smaller * hiding / workload.tokens)
 
 

@@ -34,6 +34,7 @@ class Leaf(NamedTuple):
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor in a piece of memory (bytes,) uint8."""
+        # Tensors without gaps need no more bytes than their numbers, in whatever order of axes the strides say.
         count = self.shape.numel()
         return (
             memory[self.start : self.start + count * self.dtype.itemsize]
@@ -87,6 +88,7 @@ class BlockStream:
         self.module = weakref.ref(module)
         self.inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
         self.host: list[Tensor] = []
+        # From here on the blocks' tensors are views of these pieces; what they were before is freed.
         self._fill_host(pinned and device.type == "cuda")
         for tensor in self._rest():
             tensor.data = tensor.data.to("cpu")
@@ -106,6 +108,7 @@ class BlockStream:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Hold buffers, kept blocks and all that is outside of blocks on the device."""
+        # Nothing is copied back: a run does not change weights, so that those in host memory are still right.
         waiting = [(tensor, tensor.data) for tensor in self._rest()]
         try:
             for tensor, data in waiting:
@@ -114,6 +117,7 @@ class BlockStream:
                 self.whole.append(self.host[number].to(self.device))
                 self._put(number, self.whole[number])
             if self.kept < len(self.host):
+                # With one streamed block there is one buffer: the next block is always itself, and there already.
                 size = max(self.sizes[self.kept :])
                 slots = min(2, len(self.host) - self.kept)
                 self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(slots)]
@@ -144,6 +148,7 @@ class BlockStream:
             for number in range(first, first + count):
                 memory = chunk[(number - first) * size :][:size]
                 for leaf in self.leaves[number]:
+                    # Block by block, so that beside what is copied no more than one piece of memory is there twice.
                     leaf.view(memory).copy_(getattr(leaf.owner, leaf.name))
                 self._put(number, memory)
                 self.host.append(memory)
@@ -169,11 +174,14 @@ class BlockStream:
         if number and self.left_out is not None and self.left_out(self._model()):
             return
         if number not in self.holds:
+            # Not asked for before: the first one since it was opened, or blocks before it were left out or came in
+            # another order. Both buffers' last uses are waited for, so either will do.
             self._fetch(number, 0)
         slot = self.holds.index(number)
         if self.copying is not None:
             arrived = self.arrived[slot]
             assert arrived is not None
+            # What computes waits for the transfer, on the GPU; the host goes on.
             torch.cuda.current_stream(self.device).wait_event(arrived)
         self._put(number, self.buffers[slot])
         # Behind the last block comes the next forward, which begins with the first that is streamed.
@@ -189,6 +197,7 @@ class BlockStream:
         slot = self.holds.index(number)
         if self.copying is not None:
             self.used[slot] = torch.cuda.current_stream(self.device).record_event()
+        # So that its buffer can be filled anew, and whoever looks at the weights between forwards finds them.
         self._put(number, self.host[number])
 
     def _fetch(self, number: int, slot: int) -> None:
@@ -202,6 +211,7 @@ class BlockStream:
         if used is None:
             # The buffer may be memory that other work on this stream still writes to.
             used = self.used[slot] = torch.cuda.current_stream(self.device).record_event()
+        # Without `record_stream`: buffers are freed by `_close` alone, which waits for both streams.
         with torch.cuda.stream(self.copying):
             self.copying.wait_event(used)
             self.buffers[slot][:size].copy_(self.host[number][:size], non_blocking=True)

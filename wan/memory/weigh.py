@@ -40,12 +40,14 @@ def _stored_layers(component: Component, weights: GgufFile, blocks: nn.ModuleLis
         own = component.names[name]
         if own.startswith(prefix) and own in layers:
             number = own.removeprefix(prefix).partition(".")[0]
+            # What the file has in float32 or float16 is not packed, and gets the run's type.
             sizes[number] += weights.packed.get(name, math.prod(shape) * dtype.itemsize)
     return max(sizes.values())
 
 
 def weigh(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, float32: Sequence[str]) -> Weights:
     """What a model, which may be on the meta device, weighs in a dtype; `float32`: names of what stays in that."""
+    # One block stands for all, which are of the same sizes.
     linear = [module.weight.numel() for module in blocks[0].modules() if isinstance(module, nn.Linear)]
 
     def size(name: str, tensor: torch.Tensor) -> int:

@@ -19,6 +19,7 @@ def quantize_weight(weight: Tensor, config: object) -> Tensor:
     """A weight (out, in) as torchao quantises the layer that it is of."""
     from torchao.quantization import quantize_
 
+    # torchao takes modules, not tensors; this one, on the meta device, costs nothing.
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(layer, config)

@@ -18,6 +18,7 @@ KEY = "fp8"
 # The first GPUs with float8 matrix units (Ada), and the sizes that their products are multiples of.
 ADA = 8, 9
 MULTIPLE = 16
+# Of a row's largest value: smaller than any that matters, and its 448th part, the scale, is still a normal float32.
 SMALLEST_ROW = 1e-30
 OFF = "leave fp8 out, or --fp8 false where a config asks for it"
 
@@ -59,6 +60,7 @@ def quantize(weight: Tensor) -> Tensor:
 FLOAT8 = Quantization(
     key=KEY,
     name="float8",
+    # Its share of a scale for a whole row is next to nothing.
     bytes_per_weight=1.01,
     quantize=quantize,
     takes=takes,

@@ -34,6 +34,7 @@ def quantize(weight: Tensor) -> Tensor:
 INT4 = Quantization(
     key=KEY,
     name="int4",
+    # Half a byte, and of 64 numbers one byte of scale, which have scales in turn.
     bytes_per_weight=0.53,
     quantize=quantize,
     takes=takes,

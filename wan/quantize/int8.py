@@ -28,6 +28,7 @@ def quantize(weight: Tensor) -> Tensor:
     """torchao's tensor for a weight (out, in)."""
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup
 
+    # Groups have to divide a row.
     group = PerGroup(math.gcd(GROUP, weight.shape[1]))
     # Else torchao sets options of torch.compile for the whole process.
     return quantize_weight(weight, Int8WeightOnlyConfig(granularity=group, set_inductor_config=False))
@@ -36,6 +37,7 @@ def quantize(weight: Tensor) -> Tensor:
 INT8 = Quantization(
     key=KEY,
     name="int8",
+    # A byte, and its share of the scale of up to 256.
     bytes_per_weight=1.02,
     quantize=quantize,
     takes=takes,

@@ -31,6 +31,7 @@ class Quantizer:
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device, home: torch.device):
+        # Layers outside of the blocks, a small part of the weights, stay as they are.
         inside = {id(module) for module in blocks.modules() if isinstance(module, nn.Linear)}
         self.layers = {f"{name}.weight" for name, module in model.named_modules() if id(module) in inside}
         self.quantization = QUANTIZATIONS[key]
@@ -50,6 +51,7 @@ class Quantizer:
         quantized = nn.Parameter(self.quantization.quantize(weight), requires_grad=False)
         inputs = sample(weight)
         exact = nn.functional.linear(inputs, weight)
+        # Before it goes to where it waits, where it may not run.
         self.errors.append(((nn.functional.linear(inputs, quantized) - exact).norm() / exact.norm()).item())
         move_inner(quantized, self.home)
         return quantized
@@ -94,6 +96,7 @@ def quantize_layers(model: nn.Module, blocks: nn.ModuleList, key: str, device: t
 
 def sample(weight: Tensor) -> Tensor:
     """Inputs to try a layer of this weight (out, in) with."""
+    # Drawn on the CPU, so that every device tries the same numbers.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(SAMPLE_ROWS, weight.shape[1], generator=generator).to(weight)
 
