@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page that the flags ask for, until it is interrupted."""
+    # Imported after parsing: --help and a mistyped flag should not wait for torch and gradio.
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import pick_device
     from wan.serve.limits import Limits

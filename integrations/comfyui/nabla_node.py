@@ -58,9 +58,11 @@ class NablaAttention:
         dense_steps: int,
     ) -> tuple[Any]:
         window = window_frames, window_rows, window_columns
+        # A slider cannot be empty: 0 says off, for which the config has None.
         shares = {"threshold": threshold or None, "keep": keep or None}
         config = NablaConfig(**shares, window=window if any(window) else None, dense_steps=dense_steps)
         network = model.get_model_object("diffusion_model")
+        # A network without blocks has [None], which has no self-attention either.
         if not all(hasattr(block, "self_attn") for block in getattr(network, "blocks", [None])):
             raise InputError(f"{type(network).__name__} is not one of ComfyUI's Wan models; NABLA fits only those")
         model = model.clone()
@@ -82,10 +84,13 @@ def leave_grid(
 ) -> Tensor:
     """Around the forward of a Wan model: leave (grid, step) in the options that its attentions are given."""
     options = dict(transformer_options or {})
+    # x is (B, C, T, h, w); ComfyUI pads each axis to whole patches, so the counts are rounded up.
     frames, *size = (-(-n // p) for n, p in zip(x.shape[2:], executor.class_obj.patch_size))
     if time_dim_concat is not None:
+        # Its tokens are put behind those of the video's frames.
         frames += -(-time_dim_concat.shape[2] // executor.class_obj.patch_size[0])
     grid = frames, *size
+    # `override_of` knows self-attention by as many keys as queries, which cross-attention must not have too.
     lengths = [context.shape[1]] + ([] if clip_fea is None else [clip_fea.shape[-2]])
     if math.prod(grid) in (*lengths, sum(lengths)):
         raise InputError(
@@ -102,6 +107,8 @@ def step_of(options: dict[str, Any]) -> int:
     if walk is None or now is None:
         raise InputError("this ComfyUI does not say which step runs (sample_sigmas, sigmas); update it")
     now = now.flatten()[0].to(walk)
+    # `walk` falls: the sigmas not below this one are those of the steps begun. With a tolerance, as either may be
+    # rounded.
     return max(0, int((walk >= now - 1e-5 * now.abs()).sum()) - 1)
 
 
@@ -116,6 +123,7 @@ def override_of(config: NablaConfig, before: Callable | None) -> Callable:
             call = func if before is None else partial(before, func)
             return call(q, k, v, heads, *args, **kwargs)
         _check(q, grid, args, kwargs)
+        # (B, S, heads * D) -> (B, S, heads, D), and back at the end.
         q, k, v = (x.unflatten(2, (heads, -1)) for x in (q, k, v))
         key = grid, q.device, q.dtype, q.shape[-1]
         if key not in plans:

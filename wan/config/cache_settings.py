@@ -67,6 +67,7 @@ class CacheSettings:
             raise InputError(
                 f"cache max_skips {self.max_skips!r} is not a whole number of steps up to {MAX_STEPS}; 3 is usual"
             )
+        # A file's name stands where its numbers will: sidecars have these, and need no file to be made again.
         ratios, measured_on = _read(self.ratios) if isinstance(self.ratios, str) else (self.ratios, self.measured_on)
         object.__setattr__(self, "ratios", _checked(ratios))
         object.__setattr__(self, "measured_on", _recordable(measured_on))
@@ -99,10 +100,12 @@ class CacheSettings:
         if isinstance(given, Mapping):
             allowed = [item.name for item in fields(cls)]
             check_keys("cache", given, allowed)
+            # A mapping without a kind gets the line about unknown ones, not a TypeError.
             return cls(**{"kind": None, **given})
         if not isinstance(given, str):
             raise InputError(f"cache {given!r} is neither none, nor kind:threshold, nor a mapping of settings")
         kind, _, rest = given.partition(":")
+        # The file comes last, so its name may hold colons.
         limit, _, file = rest.partition(":")
         try:
             number = float(limit) if limit else None
@@ -146,6 +149,7 @@ def _recordable(measured_on: object) -> dict[str, Any] | None:
         raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
     try:
         text = json.dumps(dict(measured_on), allow_nan=False, ensure_ascii=False)
+        # Lone surrogates pass as JSON and fail in a file. Read back, it meets the limits that a sidecar's reader has.
         text.encode("utf-8")
         return parse_json(text)
     except (TypeError, ValueError, RecursionError) as error:

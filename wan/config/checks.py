@@ -23,6 +23,7 @@ def parse_size(size: object) -> tuple[int, int]:
     """(width, height) from `1280*720`, `1280x720` or a pair."""
     if isinstance(size, str):
         parts = size.replace("x", "*").split("*")
+        # Long numbers stay text, for which int() may raise an error of its own.
         size = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(is_count, size)):
         given = "*".join(map(str, size)) if isinstance(size, (list, tuple)) else size
@@ -56,6 +57,8 @@ def absolute_path(name: str, file: object) -> str:
 def check_path(name: str, path: str) -> None:
     """Raise `InputError` for a text that no file's path can be; name: of the setting."""
     try:
+        # Bytes of names that are not UTF-8, which Python has as surrogates, come back as they were; other surrogates
+        # fail.
         content = os.fsencode(path)
     except UnicodeEncodeError as error:
         raise InputError(f"{name} {path!r} is not valid Unicode ({error.reason}); retype it") from None

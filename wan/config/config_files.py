@@ -21,8 +21,10 @@ def read_settings(name: str | Path) -> dict[str, Any]:
     `name` is a path, or the name of a file in `configs/` whatever the working directory.
     """
     path, content = _read(name)
+    # A sidecar has its settings under a key, beside what it says of how the video was made.
     if path.suffix == ".json":
         content = content.get("settings") if isinstance(content, dict) else content
+    # A YAML file of comments alone is an empty layer.
     if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
         raise InputError(f"config {path} does not hold a mapping of settings")
     return content or {}

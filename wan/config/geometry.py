@@ -57,6 +57,7 @@ class Geometry:
             )
         step = self.vae_stride[0]
         if not is_count(frame_num) or frame_num % step != 1:
+            # No length is nearest to what is no number; 77 and 81 are common ones.
             below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
             raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
 

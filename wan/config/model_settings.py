@@ -31,6 +31,7 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         given = Path(absolute_path("lora file", self.file))
+        # os.path says no where pathlib may raise, as of a folder that may not be looked into.
         inside = (path for path in (given / LORA_FILE, given / "lora" / LORA_FILE) if os.path.isfile(path))
         object.__setattr__(self, "file", str(next(inside, given)))
         if not is_number(self.scale) or abs(self.scale) > MAX_LORA_SCALE:
@@ -44,13 +45,16 @@ class LoraFile:
             return given
         if isinstance(given, Mapping):
             check_keys("lora", given, {"file", "scale"})
+            # A mapping without a file gets the line about paths, not a TypeError.
             return cls(**{"file": None, **given})
         if not isinstance(given, str):
             raise InputError(f"lora {given!r} is neither a file, nor file:scale, nor a mapping of file and scale")
+        # Paths may hold colons: the last one counts, and only before a number; else it is the path's own.
         file, _, scale = given.rpartition(":")
         try:
             number = float(scale)
         except ValueError:
+            # After the ending of a file only a scale can be meant.
             if file.endswith(SAFETENSORS) and not scale.endswith(SAFETENSORS):
                 raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
             return cls(given)

@@ -27,13 +27,16 @@ T = TypeVar("T", bound="DataclassInstance")
 
 # The published program runs this many first steps dense when only a window is used.
 STA_DENSE_STEPS = 12
+# Wan2.1's own, of the published program's configuration (`sample_neg_prompt`).
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
     "背景人很多，倒着走"
 )
 MAX_FPS = 240
+# Seeds that are drawn are below this; those that are given may be any up to 2^63-1.
 MAX_SEED = 2**31
+# Keys of `attention` that say which algorithm: in a layer, one of them stands for all four.
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 
@@ -198,11 +201,13 @@ def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOME
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One layer of several, with a mapping for each section, whose keys are known."""
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
+    # From the lowest in rank upwards, so that each writes over those below. None is a flag that was not given.
     for layer in reversed(layers):
         check_keys("the settings", layer, KEYS)
         for key, value in layer.items():
             if value is not None:
                 merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value
+    # Those of `attention` are for `NablaConfig.from_dict` to check.
     for name in ("sampling", "video"):
         check_keys(name, merged[name], {item.name for item in fields(SECTIONS[name])})
     return merged

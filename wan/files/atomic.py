@@ -23,6 +23,7 @@ from wan.files.hashes import text_hash
 log = logging.getLogger("wan")
 
 PARTIAL = ".partial-"
+# The name says whose the file is, since a program that is killed leaves no other word.
 MARK = re.compile(rf"{re.escape(PARTIAL)}(?P<host>[0-9a-f]{{6}})-(?P<process>\d+)-")
 LOCK = ".lock"
 
@@ -40,10 +41,12 @@ def atomic_path(path: Path, remedy: str = "free some space, or choose another pl
     with written(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
+        # What an earlier process with this one's number left is to `sweep` a file of one that runs.
         remove(partial)
         try:
             yield partial
             settle(partial)
+            # Synced before the rename, lest a crash leave a name without its content, and the folder of names after it.
             os.replace(partial, path)
             sync(path.parent)
         except BaseException:
@@ -83,6 +86,7 @@ def sweep(folder: Path) -> None:
     """Remove what programs of this machine that have ended left half-written in a folder."""
     for left in folder.glob(f"{PARTIAL}*"):
         marked = MARK.match(left.name)
+        # Another machine that shares the folder has processes of its own, whose numbers mean nothing here.
         if marked and marked["host"] == _host() and not _runs(int(marked["process"])):
             remove(left)
 
@@ -98,9 +102,11 @@ def _host() -> str:
 
 def _runs(process: int) -> bool:
     try:
+        # Signal 0 is not sent; the call only says whether there is such a process.
         os.kill(process, 0)
     except ProcessLookupError:
         return False
+    # Such as that it is another user's: there is one.
     except OSError:
         return True
     return True
@@ -118,7 +124,9 @@ def settle(path: Path) -> None:
     if path.is_symlink():
         return
     mask = _umask()
+    # A folder after what is in it, since the sync of a folder is of names alone.
     for one in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        # `chmod` and `open` would follow a link to a file that is not this program's.
         if one.is_symlink():
             continue
         one.chmod((0o777 if one.is_dir() else 0o666) & ~mask)
@@ -155,6 +163,7 @@ def lock_folder(folder: Path) -> TextIO:
     try:
         # Not flock, whose lock a process that was forked would hold on after this one was killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # POSIX lets either error say that another process holds the lock.
     except (BlockingIOError, PermissionError):
         file.close()
         raise InputError(

@@ -21,6 +21,7 @@ MAX_DIGITS = 64
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark; raises `OSError`, and `ValueError` for too large a one."""
     with path.open("rb") as file:
+        # One byte too many is enough to know, also of a device or pipe that has no size and no end.
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
@@ -47,6 +48,7 @@ def parse_json(text: str) -> Any:
             text,
             object_pairs_hook=_object,
             parse_int=_whole_number,
+            # Python's parser would take 1e999 as infinite, and NaN and Infinity, which are no JSON.
             parse_float=_number,
             parse_constant=_not_finite,
         )
@@ -96,6 +98,8 @@ class _Loader(yaml.SafeLoader):
     composed = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Counted while the tree grows: half a megabyte can be more nodes than are made within a second. An alias counts
+        # as one here, and as all that it stands for in `_count_nodes`.
         self.composed += 1
         if self.composed > MAX_NODES:
             raise ValueError(TOO_MANY)
@@ -141,12 +145,14 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# All the types that are made. Any other tag, such as !!binary, !!set or !!python/object, comes to `other` below.
 _Loader.yaml_constructors = {
     f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
     for kind in ("null", "bool", "str", "seq", "map")
 }
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.int_)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.float_)
+# None: every tag that has no constructor.
 _Loader.add_constructor(None, _Loader.other)
 
 
@@ -159,14 +165,17 @@ def _count_nodes(root: yaml.Node) -> None:
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        # An alias is the very node that its anchor names.
         if id(node) in above:
             raise ValueError(f"{_place(node)}: it contains itself; an alias may not stand within what it names")
         if len(above) > MAX_DEPTH:
             raise ValueError(TOO_DEEP)
         if id(node) not in sizes:
             children = node.value if isinstance(node, yaml.CollectionNode) else []
+            # A mapping has pairs of nodes, a sequence has nodes.
             flat = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
             own = 1 if isinstance(node, yaml.CollectionNode) else 1 + len(node.value) // LETTERS
+            # Of each node once, for all aliases of it: nested ones can stand for exponentially many values.
             sizes[id(node)] = own + sum(size(child, (*above, id(node))) for child in flat)
             if sizes[id(node)] > MAX_NODES:
                 raise ValueError(TOO_MANY)
@@ -176,6 +185,7 @@ def _count_nodes(root: yaml.Node) -> None:
 
 
 def _check_depth(value: Any) -> None:
+    # Level by level, since a recursion might itself end where it is to find a limit.
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:

@@ -41,8 +41,10 @@ def check_writable(path: Path, flag: str = "--save_file") -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        # The file of the trial has a short name, so the length of this one is looked at apart.
         if len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, "File name too long")
+        # Tried under a name of its own, so that a file at `path` stays as it is.
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -58,6 +60,7 @@ def check_encoder(folder: Path | None = None) -> None:
     _try_encoder(encoder(), Path(tempfile.gettempdir()) if folder is None else folder.absolute())
 
 
+# Once for each folder: every video of a list is checked.
 @functools.cache
 def _try_encoder(ffmpeg: str, folder: Path) -> None:
     with _blamed_on_file(folder / "a video", "choose another folder"), scratch(folder) as own:
@@ -132,10 +135,12 @@ def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
     """
     count, height, width, _ = video.shape
     command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    # Of RGB frames libx264 would by default make 4:4:4, which browsers and many players do not show.
     command += ["-r", str(fps), "-i", "-", "-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p"]
     command += ["-crf", str(RATE_FACTOR), str(path.absolute())]
     # In a session of its own: Ctrl-C is for the program, which then ends it.
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    # Its messages go to a file: with a pipe that nobody reads, ffmpeg would wait once that is full.
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, **quiet)
@@ -144,8 +149,10 @@ def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
         frames = process.stdin
         assert frames is not None
         try:
+            # Closing its stdin tells ffmpeg that no more frames come.
             with frames:
                 for frame in video:
+                    # The frame's own memory, not a copy in bytes.
                     frames.write(np.ascontiguousarray(frame).data)
         except BrokenPipeError:
             # It has ended, and its exit code says why.
@@ -181,6 +188,7 @@ def _blamed_on_file(path: Path, remedy: str) -> Iterator[None]:
         with written(path, remedy):
             yield
     except EncoderError as error:
+        # The exit code does not tell a full disk from an ffmpeg that lacks something.
         full = f"; {remedy}" if _is_full(path.parent) else f"; {OTHER_ENCODER}, or {remedy}"
         raise InputError(f"{path} could not be written: {error}{full}") from error
 
