@@ -70,6 +70,7 @@ class NablaConfig:
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 < value <= 1):
                 raise InputError(f"{name} {value!r} is outside (0, 1]; 1 keeps every block, smaller values keep fewer")
+        # By this, since the class is frozen. A YAML file's lists become tuples, which compare and hash as others do.
         if self.window is not None:
             object.__setattr__(self, "window", _three_positive("window", self.window))
         object.__setattr__(self, "tile", _three_positive("tile", self.tile))
@@ -127,6 +128,7 @@ class NablaConfig:
         """
         numbers: dict[str, Any] = {}
         for part in [] if algorithm == "dense" else str(algorithm).split("_"):
+            # With exponents, since `algorithm` writes small numbers so. Nine digits of a window stay below `MAX_COUNT`.
             rule = re.fullmatch(r"(nabla|keep)-(\d*\.?\d+(?:e-?\d+)?)", part, re.ASCII)
             window = re.fullmatch(r"sta-(\d{1,9})-(\d{1,9})-(\d{1,9})", part, re.ASCII)
             if rule and not numbers:
@@ -147,6 +149,7 @@ class NablaConfig:
         Its `algorithm` is a string for `parse`, or one of `KINDS`, whose numbers then stand in `threshold` (or `keep`)
         and `window`. Raises `InputError` for keys that are unknown, missing, or not used by the algorithm.
         """
+        # A key with nothing behind it is None in YAML, and is as if it were not there.
         settings = {key: value for key, value in settings.items() if value is not None}
         known = {field.name for field in fields(cls)} | {"algorithm"}
         if unknown := sorted(map(str, settings.keys() - known)):
@@ -180,6 +183,7 @@ _NUMBERS = {
 
 def is_count(value: object) -> bool:
     """Whether a value is a whole number, 0 or more."""
+    # To Python True is an integer, but YAML's `true` is no number.
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 

@@ -18,5 +18,6 @@ class Rotary(NamedTuple):
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """x (B, S, heads, D) with each pair of neighbours turned by its angle; same dtype."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    # Every angle stands there twice. Cosines may be in float32, so the result is rounded back.
     cos, sin = rotary.cos[..., ::2], rotary.sin[..., ::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

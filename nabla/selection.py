@@ -37,6 +37,7 @@ def top_p_mask(probability: Tensor, cut: Tensor) -> Tensor:
     sum stays below `cut`. A row's most probable block always stays.
     """
     ascending, order = probability.sort(dim=-1, stable=True)
+    # From the least probable up, as the published program sums; the sum from the other end rounds otherwise.
     return _unsort(ascending.cumsum(dim=-1) >= cut, order)
 
 
@@ -75,6 +76,7 @@ class Selection:
         layout = TileLayout.build(grid, config.tile, device)
         cut = count = window = None
         if config.threshold is not None:
+            # Subtracted in float64, and rounded once.
             cut = torch.tensor(1 - config.threshold, dtype=torch.float32, device=device)
         if config.keep is not None:
             count = torch.tensor(blocks_to_keep(config.keep, layout.blocks), device=device)
@@ -93,6 +95,7 @@ class Selection:
         if self.is_fixed:
             assert self.window is not None
             return self.window
+        # Autocast would round the map to half precision, and other blocks would be chosen.
         with torch.autocast(q.device.type, enabled=False):
             return self._chosen(q, k)
 

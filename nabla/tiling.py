@@ -71,11 +71,14 @@ class TileLayout:
         # Tokens are numbers in raster order, slots of padding -1.
         tokens = torch.arange(math.prod(grid)).view(grid)
         tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)
+        # (tiles, tokens of a tile), both in raster order of (frames, rows, columns).
         n_t, n_h, n_w = (n // m for n, m in zip(tokens.shape, tile))
         tiled = tokens.view(n_t, t, n_h, h, n_w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, t * h * w)
+        # Valid tokens first, in raster order: cuDNN and our own gather are given a count for each tile and no mask.
         valid_first = (tiled < 0).to(torch.int8).argsort(dim=1, stable=True)
         tiled = tiled.gather(1, valid_first)
         valid = tiled >= 0
+        # Padding has a source too, so that one gather fills all slots.
         source = torch.where(valid, tiled, tiled[:, :1]).flatten()
         slot = torch.empty(math.prod(grid), dtype=torch.int64)
         slot[tiled[valid]] = valid.flatten().nonzero().squeeze(1)
@@ -95,6 +98,7 @@ class TileLayout:
 
     def to_raster(self, x: Tensor) -> Tensor:
         """(B, heads, N * block, D) in tile order -> (B, S, heads, D) in raster order, padding dropped."""
+        # Padding names a token as its source, whose gradient it must not take.
         valid = self.valid.flatten() if self.has_partial_tiles else None
         return _move(x.transpose(1, 2), self.slot, self.source, valid)
 

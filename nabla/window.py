@@ -17,6 +17,7 @@ def window_mask(tiles: tuple[int, int, int], window: tuple[int, int, int], devic
         position = torch.arange(count, device=device)
         near.append((position[:, None] - position[None, :]).abs() <= min(extent, 2 * count) // 2)
     t, h, w = near
+    # (frames, rows, columns) of query blocks, then of key blocks.
     both = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
     blocks = len(t) * len(h) * len(w)
     return both.reshape(blocks, blocks)

@@ -11,7 +11,7 @@ from nabla import probe
 from nabla.block_lists import BlockLists, to_lists
 from nabla.kernels.gpu import can_run, tl, triton
 
-# The row of a mask has to fit into the registers of a program.
+# The row of a mask has to fit into the registers of a program; `append` relies on fewer than 2**16.
 MAX_BLOCKS = 8192
 ENTRIES_A_WARP = 512
 
@@ -36,12 +36,15 @@ def _lists_of_blocks(block_mask: Tensor, full: Optional[Tensor]) -> tuple[Tensor
 def _write_lists(block_mask: Tensor, full: Tensor | None, counts: Tensor, indices: Tensor) -> None:
     batch, heads, blocks, _ = block_mask.shape
     width = triton.next_power_of_2(blocks)
+    # Triton launches on the current device, wherever its tensors are.
     with torch.cuda.device(block_mask.device):
         _list_row[(blocks, heads, batch)](
             block_mask,
             full,
             counts,
             indices,
+            # A mask may be some heads of a larger one. Of lists parts and batches have strides: in some heads of them,
+            # too, rows lie one behind the other.
             *block_mask.stride()[:3],
             *counts.stride()[:2],
             *indices.stride()[:2],
@@ -62,6 +65,7 @@ def parts_of(lists: tuple[Tensor, Tensor]) -> list[BlockLists]:
 
 
 def empty_lists(like: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Memory for counts (parts, B, heads, N) and indices (parts, B, heads, N, N); like: (B, heads, N, anything)."""
     shape = 1 if full is None else 2, *like.shape[:3]
     return like.new_empty(shape, dtype=torch.int32), like.new_empty((*shape, shape[-1]), dtype=torch.int32)
 
@@ -86,6 +90,7 @@ if triton is not None:
     ):
         query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         column = tl.arange(0, WIDTH)
+        # In 64 bits: 40 heads of 3,660 blocks, as of 241 frames of 1280x720, have 5 * 10**8 entries a sample.
         start = batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head + query * mask_row
         kept = tl.load(block_mask + start + column, mask=column < blocks, other=0) != 0
         counts, indices = lists_at(counts, indices, counts_batch, indices_batch, blocks)
@@ -105,6 +110,7 @@ if triton is not None:
 
         One number counts the blocks of both lists, shorter than 2**16: whole tiles, and 65,536 for a partial one.
         """
+        # What is None is a constant to Triton, so that only one of the branches is compiled.
         if full is None:
             one = kept.to(tl.int32)
             rank = stored + tl.cumsum(one, axis=0)

@@ -57,7 +57,7 @@ if triton is not None:
         TILE: tl.constexpr,
         DEPTH: tl.constexpr,
     ):
-        """One square tile of the scores of one head of one batch."""
+        """One square tile of the scores of one head of one sample."""
         of = tl.program_id(2)
         batch, head = (of // heads).to(tl.int64), (of % heads).to(tl.int64)
         row = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -68,6 +68,7 @@ if triton is not None:
         total = tl.zeros((TILE, TILE), dtype=tl.float32)
         for start in range(0, DIM, DEPTH):
             at = start + depth
+            # (TILE, DEPTH) of q and (DEPTH, TILE) of k: k is read transposed. What is outside adds nothing.
             a = tl.load(q + row[:, None] * q_row + at, mask=(row[:, None] < blocks) & (at < DIM), other=0.0)
             b = tl.load(k + column * k_row + at[:, None], mask=(column < blocks) & (at[:, None] < DIM), other=0.0)
             total = tl.dot(a, b, total, input_precision="tf32x3")

@@ -18,7 +18,7 @@ from nabla.kernels.block_map import block_scores
 from nabla.kernels.gpu import can_run, tl, triton
 from nabla.selection import MAP_ENTRIES, Selection
 
-# Keeps eight rows at once on a multiprocessor, without spilling.
+# Of a thread. Of a multiprocessor's 65,536 that is eight rows of four warps at once, or sixteen of two.
 REGISTERS = 64
 
 
@@ -66,6 +66,7 @@ def _write_lists(
     indices: Tensor,
 ) -> None:
     batch, heads, blocks, _ = q.shape
+    # A map is 4 bytes an entry; all heads of a long video at once would be gigabytes.
     group = max(1, MAP_ENTRIES // (batch * blocks**2))
     with torch.cuda.device(q.device):
         for start in range(0, heads, group):
@@ -93,6 +94,7 @@ def lists_of_map(
     counts, indices: to write, as `nabla::select_lists` returns them, or a slice of their heads
     """
     batch, heads, blocks, _ = scores.shape
+    # The greatest power of two that is not above `blocks`; the tail takes what is beyond it.
     width = 1 << (blocks.bit_length() - 1)
     _select_row[(blocks, heads, batch)](
         scores,
@@ -116,6 +118,7 @@ if triton is not None:
     from nabla.kernels.block_lists import append, close, lists_at
 
     GREATEST = tl.constexpr(1065353216)  # the bits of 1.0, a row's greatest weight
+    # Beyond the bits of any weight, so that a column outside of the row is never below a guess.
     OUTSIDE = tl.constexpr(2147483647)
 
     @triton.jit
@@ -170,10 +173,12 @@ if triton is not None:
         score, greatest, least = _load_scores(row, column, blocks)
         tail_score, tail_greatest, tail_least = _load_scores(row, tail_column, blocks)
         greatest, least = tl.maximum(greatest, tail_greatest), tl.minimum(least, tail_least)
+        # Not divided by their sum; the bound is multiplied by it instead.
         weight, tail_weight = tl.exp(score - greatest), tl.exp(tail_score - greatest)
         bits = tl.where(column < blocks, weight.to(tl.int32, bitcast=True), OUTSIDE)
         tail_bits = tl.where(tail_column < blocks, tail_weight.to(tl.int32, bitcast=True), OUTSIDE)
         # Going up in weight, a block is kept from where the running measure, itself included, reaches the bound.
+        # By count the measure goes from 1 for the least to `blocks` for the greatest.
         if BY_COUNT:
             total = tl.full((), 0.0, tl.float32) + blocks
             bound = total - tl.load(limit).to(tl.float32) + 1.0
@@ -186,6 +191,7 @@ if triton is not None:
         low, high = tl.exp(least - greatest).to(tl.int32, bitcast=True), tl.full((), GREATEST, tl.int32)
         to_low, to_high = tl.full((), 0.0, tl.float32), total
         centred = tl.full((), 0, tl.int32)
+        # Every round brings one of them an entry nearer at least, so that the search ends.
         while low < high:
             share = (bound - to_low) / (to_high - to_low)
             guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
@@ -196,6 +202,8 @@ if triton is not None:
             tail_to_guess, tail_last, tail_first = _split_at(tail_bits, guess, BY_COUNT)
             to_guess += tail_to_guess
             last_below, first_above = tl.maximum(last_below, tail_last), tl.minimum(first_above, tail_first)
+            # Where the bound is reached, `high` falls to the last entry up to the guess, which is the one if without it
+            # the bound is not reached. Where it is not, `low` rises to the first entry above.
             reached = to_guess >= bound
             found = to_guess - _measure(last_below, BY_COUNT) < bound
             low = tl.where(reached, tl.where(found, last_below, low), first_above)
@@ -206,6 +214,7 @@ if triton is not None:
         tied, tail_tied = (bits == low).to(tl.int32), (tail_bits == low).to(tl.int32)
         ties_before_tail = tl.sum(tied, axis=0)
         ties = ties_before_tail + tl.sum(tail_tied, axis=0)
+        # Of equal weights those that come first are dropped first, as a stable sort has it.
         if ties > 1:
             to_low, _, _ = _split_at(bits, low - 1, BY_COUNT)
             tail_to_low, _, _ = _split_at(tail_bits, low - 1, BY_COUNT)
@@ -213,6 +222,7 @@ if triton is not None:
             rank, tail_rank = tl.cumsum(tied, axis=0), ties_before_tail + tl.cumsum(tail_tied, axis=0)
             kept = kept & _is_kept(tied, rank, ties, low, missing, BY_COUNT)
             tail_kept = tail_kept & _is_kept(tail_tied, tail_rank, ties, low, missing, BY_COUNT)
+        # Columns outside of the row have bits above any, and were kept until here.
         kept, tail_kept = kept & (column < blocks), tail_kept & (tail_column < blocks)
         if window is not None:
             window += query * blocks
@@ -226,5 +236,6 @@ if triton is not None:
     @triton.jit
     def _is_kept(tied, rank, ties, low, missing, BY_COUNT: tl.constexpr):
         """Which of the entries that tie at the least kept weight are kept, by their rank among them."""
+        # A row's most probable block stays whatever rounding does to the sum; of several the last.
         last = (low == GREATEST) & (rank == ties)
         return (tied == 0) | last | (rank * _measure(low, BY_COUNT) >= missing)

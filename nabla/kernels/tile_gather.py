@@ -23,6 +23,7 @@ PAIRS_A_WARP = 256
 
 def applies(x: Tensor, layout: TileLayout) -> bool:
     """Whether this path can gather x (B, S, heads, D); it has no backward."""
+    # Ranges of a Triton program are powers of two.
     fits = x.dtype in PAIR_TYPES and x.shape[-1] % 2 == 0 and layout.block & (layout.block - 1) == 0
     return can_run(x) and fits and not (torch.is_grad_enabled() and x.requires_grad)
 
@@ -32,6 +33,7 @@ def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None)
 
     Equal to `nabla.rotary.rotate`, `layout.to_tiles` and `nabla.selection.block_means`, up to the order of the sums.
     """
+    # Every angle stands there twice; the kernel reads one for a pair.
     angles = (None, None) if rotary is None else [angle[..., ::2].contiguous() for angle in rotary]
     tiles, means = _gather(x, layout.source, layout.sizes, *angles)
     return tiles.transpose(1, 2), means
@@ -66,6 +68,7 @@ def _gather(
             WIDTH=width,
             CHUNKS=pairs // width,
             HEADS=together,
+            # Offsets of 64 bits take two registers each, so they are for tensors that need them.
             OFFSET=tl.int32 if max(x_pairs.numel(), tile_pairs.numel()) < 2**31 else tl.int64,
             num_warps=min(16, max(1, block * width // PAIRS_A_WARP)),
         )
@@ -79,6 +82,7 @@ def _(x: Tensor, source: Tensor, sizes: Tensor, *_: Tensor | None) -> tuple[Tens
 
 def _empty(x: Tensor, source: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, heads, dim = x.shape
+    # Heads inside, as in x: programs side by side read one stretch of memory and write one.
     tiles = x.new_empty(batch, source.shape[0], heads, dim)
     return tiles, x.new_empty(batch, heads, sizes.shape[0], dim, dtype=torch.float32)
 
@@ -98,6 +102,7 @@ if triton is not None:
     @triton.jit
     def _pack(first, second, TYPE: tl.constexpr):
         """The inverse of `_unpack`."""
+        # By way of unsigned integers, or the sign of the first would fill the bits of the second.
         if TYPE.primitive_bitwidth == 32:
             low, high = first.to(tl.uint32, bitcast=True).to(tl.int64), second.to(tl.uint32, bitcast=True).to(tl.int64)
             pair = low | (high << 32)
@@ -137,7 +142,9 @@ if triton is not None:
         slot = block * BLOCK + row
         token = tl.load(source + slot).to(OFFSET)
         size = tl.load(sizes + block)
+        # Valid tokens of a tile come first. The slots behind them repeat one, which is stored but not averaged.
         counted = row[:, None] < size
+        # (BLOCK, WIDTH) pairs: tokens of the tile by a part of a head.
         here = token[:, None] * from_token + column[None, :]
         there = slot.to(OFFSET)[:, None] * to_slot + column[None, :]
         x += batch.to(tl.int64) * from_batch
@@ -150,6 +157,7 @@ if triton is not None:
             pair = tl.load(x + head * pairs + here)
             first, second = _unpack(pair, TYPE)
             if cos is not None:
+                # Unpacked again, so that means are of tokens as they are stored, rounded, as `block_means` has them.
                 pair = _pack(first * c - second * s, first * s + second * c, TYPE)
                 first, second = _unpack(pair, TYPE)
             tl.store(tiles + head * pairs + there, pair)
