@@ -26,6 +26,7 @@ def make_videos(pipe: WanT2V, prompts: Sequence[str], seed: int, batch: int) -> 
     for first in range(0, len(prompts), batch):
         some = list(prompts[first : first + batch])
         context = pipe.encode_text(*pipe.tokenize(some))
+        # Each video's own, so that it does not depend on the batch that it is in.
         noise = torch.cat([pipe.draw_noise(pipe.video, seed + first + n) for n in range(len(some))])
         for latents in pipe.sample(context, negative.expand_as(context), noise=noise):
             yield torch.from_numpy(np.ascontiguousarray(to_frames(pipe.decode(latents))))
@@ -42,6 +43,8 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 0:
         yield map
         return
+    # A fork could not use CUDA, and would share the locks of this process's threads. One thread each, since there is a
+    # process a core.
     start = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, start, torch.set_num_threads, (1,)) as pool:
 

@@ -85,6 +85,7 @@ def numbers(named: Mapping[str, str]) -> Tensor:
 
     Raises `KeyError` for an attribute, and `ValueError` for a class, that there is not.
     """
+    # What is not named stays `NOT_SAID`.
     target = torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
     for name, value in named.items():
         target[NUMBER_OF[name]] = ATTRIBUTES[name].index(value)

@@ -56,6 +56,7 @@ BRITISH = {"color": "colour", "center": "centre", "gray": "grey"}
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of the many sentences for a scene, the same for the same state of `rng`."""
     style = choose(rng, STYLES)
+    # Sentences of these styles need a verb for each shape.
     if style in (FINITE, BASE) and not all(_has_action(scene, shape) for shape in scene.shapes):
         style = PARTICIPLE
     if len(scene.shapes) == 1 and style == FINITE and chance(rng, 0.16):
@@ -85,6 +86,7 @@ def _body(rng: np.random.Generator, scene: Scene, style: str) -> str:
         alike = next((count for count in (3, 2) if count <= len(shapes) and do_the_same(shapes[:count])), 0)
         if alike and chance(rng, 0.7):
             told, rest = [together(rng, shapes[:alike], style)], shapes[alike:]
+    # Each shape with the one that was told before it, which decides on "another" and "a blue one".
     told += [clause(rng, shape, style, before) for before, shape in zip((None, *rest), rest)]
     before, last = (None, *rest)[-2:] if rest else (None, None)
     if style == PARTICIPLE and len(told) == 2 and last and last.said & DEEDS and chance(rng, 0.25):
@@ -157,6 +159,7 @@ def _two_sentences(rng: np.random.Generator, scene: Scene) -> str:
 
 def _punctuated(rng: np.random.Generator, text: str) -> str:
     """With capitals and a full stop, or without; in American spelling or in British."""
+    # Asides end in a comma, which is too many before another mark or at the end.
     text = re.sub(r",(?=[,.;:]|$)", "", text.replace(" ,", ","))
     if chance(rng, 0.3):
         text = re.sub("color|center|gray", lambda found: BRITISH[found[0]], text)

@@ -83,6 +83,7 @@ def goes_only(shape: Shape) -> bool:
 
 def _path_first(rng: np.random.Generator, shape: Shape, style: str) -> str:
     """ "From left to right goes a red circle", or "left to right: red circle"."""
+    # "Up goes a circle" is English, "right goes a circle" is not.
     while " " not in (path := path_phrase(rng, shape.motion)) and path not in ("up", "down"):
         pass
     if style == "terse":

@@ -51,6 +51,7 @@ def shape_tones(colour: str, is_patterned: bool) -> tuple[Colour, ...]:
 
 def background_tones(colour: str, is_textured: bool) -> tuple[Colour, ...]:
     """A background's tones and some of those that its gradients and clouds have in between."""
+    # Five tones, from the colour to `texture_tone`.
     return tuple(mix(COLOURS[colour], 255, TEXTURE * step / 4) for step in range(5 if is_textured else 1))
 
 

@@ -41,10 +41,12 @@ def draw_background(background: Background, size: tuple[int, int], device: torch
     if background.texture == "plain":
         return base.to(torch.uint8).expand(height, width, 3)
     short = min(size)
+    # Centres of pixels from the middle of the frame, in shorter sides.
     y = (torch.arange(height, device=device) + 0.5 - height / 2)[:, None] / short
     x = (torch.arange(width, device=device) + 0.5 - width / 2) / short
     along = x * math.cos(background.angle) + y * math.sin(background.angle)
     if background.texture == "gradient":
+        # How far the frame reaches along the gradient, which so goes from 0 to 1 within it.
         extent = (abs(math.cos(background.angle)) * width + abs(math.sin(background.angle)) * height) / short
         share = along / extent + 0.5
     elif background.texture == "striped":
@@ -58,11 +60,13 @@ def draw_background(background: Background, size: tuple[int, int], device: torch
 
 def _clouds(seed: int, size: tuple[int, int]) -> Tensor:
     """Smooth noise in [0, 1], (height, width)."""
+    # On the CPU and on grids of fixed size, so that clouds are the same on every device and at every size.
     generator = torch.Generator().manual_seed(seed)
     noise = sum(
         weight * F.interpolate(torch.rand(1, 1, grid, grid, generator=generator), size[::-1], mode="bicubic")
         for grid, weight in CLOUD_GRIDS
     )[0, 0]
+    # Stretched, since interpolated noise rarely comes near 0 and 1.
     return (noise / sum(weight for _, weight in CLOUD_GRIDS) * 2 - 0.5).clamp(0, 1)
 
 
@@ -74,16 +78,21 @@ def _draw_shape(clip: Tensor, shape: Shape) -> None:
     centre = torch.stack([_between(ends, time) for ends in zip(shape.start, shape.end)], 1)
     centre = centre * torch.tensor([width, height], device=device)
     radius, angle = (_between(ends, time)[:, None, None] for ends in (shape.radius, shape.angle))
+    # Outlines reach at most 1.2 radii from the centre (`random_scenes.REACH`), and the edge's pixel beyond.
     side = math.ceil(2.4 * max(shape.radius) * short) + 3
+    # (frames, side) each: the window follows the centre, and stays within the frame.
     columns, rows = (
         torch.arange(min(side, length), device=device)
         + (centre[:, axis, None] - side / 2).floor().clamp(0, max(length - side, 0)).long()
         for axis, length in ((0, width), (1, height))
     )
+    # In radii from the centre: x is (frames, 1, columns), y (frames, rows, 1).
     x = ((columns + 0.5 - centre[:, :1])[:, None, :] / short / radius).float()
     y = ((rows + 0.5 - centre[:, 1:])[:, :, None] / short / radius).float()
+    # The point in the shape's own axes, so turned back; with y down, a growing angle is clockwise.
     turned_x, turned_y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     pixels = radius * short  # a radius, in pixels
+    # How much of a pixel lies inside, from the signed distance of its centre: edges are one pixel wide.
     cover = (0.5 - OUTLINES[shape.kind](turned_x, turned_y) * pixels).clamp(0, 1)
     paint = _paint(shape, (x, y), (turned_x, turned_y), pixels)
     at = (torch.arange(frames, device=device)[:, None, None], rows[:, :, None], columns[:, None, :])
@@ -97,6 +106,7 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
         return base
     x, y = upright
     if shape.shading == "shaded":
+        # From where light falls, the upper left.
         depth = ((x + 0.4).square() + (y + 0.45).square()).sqrt() / 1.7
         glow, shade = (1 - 1.6 * depth).clamp(min=0).square(), depth.clamp(max=1).square()
         return _mix(_mix(base, base * (1 - SHADE), shade), torch.full_like(base, 255), GLOW * glow)
@@ -106,6 +116,7 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
         return _mix(base, tone, bands(x * math.sqrt(0.5) + y * math.sqrt(0.5), STRIPE_PERIOD, pixels))
     if shape.shading == "checkered":
         return _mix(base, tone, checks(x, y, CHECK_PERIOD, pixels))
+    # From the nearest of dots on a square grid.
     nearest_x, nearest_y = (a - (a / DOT_PERIOD).round() * DOT_PERIOD for a in turned)
     distance = (nearest_x.square() + nearest_y.square()).sqrt() - 0.3 * DOT_PERIOD
     return _mix(base, tone, (0.5 - distance * pixels).clamp(0, 1))
@@ -122,6 +133,7 @@ def bands(along: Tensor, period: float, pixels: float | Tensor) -> Tensor:
 
 def checks(x: Tensor, y: Tensor, period: float, pixels: float | Tensor) -> Tensor:
     """A checkerboard of 0 and 1 with smooth edges; a square is half a period wide."""
+    # 1 and -1 in turn; their product is a checkerboard of them.
     across, down = ((2 * bands(a, period, pixels) - 1) for a in (x, y))
     return (across * down + 1) / 2
 

@@ -68,15 +68,20 @@ def measured(video: Tensor) -> list[MeasuredShape]:
 
     Raises `InputError` for a tensor of another form.
     """
+    # Axes below: (frames, height, width) for masks and distances, with 3 colours last for pixels.
     frames = _at_working_size(video)
     distance = _distance_to_background(frames)
+    # Shares of what is highest nearby rather than in the whole frame, so that the edges of a dull shape are found as
+    # those of a bright one are.
     highest = F.max_pool2d(distance, 2 * PURE_RADIUS + 1, 1, PURE_RADIUS)
     foreground = (distance > FOREGROUND_DISTANCE) & (distance > EDGE_SHARE * highest)
     pure = foreground & (distance > PURE_SHARE * highest)
+    # Only pixels well within shapes have a colour of theirs; those at edges are mixed with the background's.
     colours = _colours_present(frames[pure])
     if not colours:
         return []
     nearest = _family_distances(frames[pure], colours).argmin(1)
+    # (colours, frames, height, width)
     owned = torch.zeros(len(colours), *pure.shape, device=pure.device)
     owned[:, pure] = F.one_hot(nearest, len(colours)).T.float()
     # Mixtures at edges may have any colour, so they go with the pure pixels around them.
@@ -111,6 +116,7 @@ def _is_shown(found: list[MeasuredShape], wanted: list[Mapping[str, str]], attri
 
     def is_doubled(chosen: tuple[MeasuredShape, ...]) -> bool:
         colours = {shape.colour for shape, said in zip(chosen, wanted) if "kind" in said}
+        # Of one colour and kind, which was meant cannot be told.
         seen, meant = (sum(shape.colour in colours for shape in shapes) for shapes in (found, chosen))
         return "kind" in attributes and seen > meant
 
@@ -122,6 +128,7 @@ def _is_shown(found: list[MeasuredShape], wanted: list[Mapping[str, str]], attri
 
 def background_colour(video: Tensor) -> str:
     """The name of the background's colour, plain or textured, of (frames, height, width, 3) uint8."""
+    # Distances (pixels, colours) to the line from each colour to its second tone, which a texture alternates with.
     border = _border(_at_working_size(video))
     base, tones = (border.new_tensor(list(map(tone, COLOURS))) for tone in (COLOURS.__getitem__, texture_tone))
     return tuple(COLOURS)[_to_segments(border, base, tones).mean(0).argmin()]
@@ -136,6 +143,7 @@ def _at_working_size(video: Tensor) -> Tensor:
     if scale != 1:
         size = [round(length * scale) for length in frames.shape[2:]]
         frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    # A binomial filter, applied to each colour by itself.
     kernel = torch.tensor([0.25, 0.5, 0.25], device=frames.device)
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
     return F.conv2d(F.pad(frames, (1, 1, 1, 1), "replicate"), kernel, groups=3).permute(0, 2, 3, 1)
@@ -152,9 +160,12 @@ def _distance_to_background(frames: Tensor) -> Tensor:
     """How far each pixel's colour is from the line between the background's tones, (frames, height, width)."""
     border = _border(frames)
     border = border[:: max(1, len(border) // MOST_SAMPLES)]
+    # A shape that touches the border is far from the median, unless it fills half of it.
     far = (border - border.median(0).values).norm(dim=1)
     near = border[far <= far.quantile(NEAR_SHARE)]
     middle = near.mean(0)
+    # The direction in which the tones differ most: eigenvalues ascend, so the last vector. Between the outer
+    # percentiles lies the segment of the background's own colours.
     axis = torch.linalg.eigh((near - middle).T @ (near - middle)).eigenvectors[:, -1]
     extent = ((near - middle) @ axis).quantile(torch.tensor([0.02, 0.98], device=near.device))
     low, high = middle + extent[:, None] * axis
@@ -165,6 +176,7 @@ def _to_segments(pixels: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """Distances (n, m) of pixels (n, 3) to segments between starts (m, 3) and ends (m, 3)."""
     way = ends - starts
     offset = pixels[:, None] - starts
+    # Where on the segment the nearest point is; a segment without length, a plain background, is that point.
     share = ((offset * way).sum(-1) / way.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)
     return (offset - share[..., None] * way).norm(dim=-1)
 
@@ -186,7 +198,9 @@ def _colours_present(pixels: Tensor) -> list[str]:
         return chosen
     distances = _family_distances(pixels[:: max(1, len(pixels) // MOST_SAMPLES)], tuple(COLOURS))
     left = torch.ones(len(distances), dtype=torch.bool, device=pixels.device)
+    # Greedily: the colour that explains the most of what is left, until little is.
     while left.float().mean() > LEAST_SHARE and len(chosen) < MOST_SHAPES:
+        # A pixel counts for a colour the more, the nearer it is.
         best = int((1 - distances[left] / EXPLAINED_DISTANCE).clamp(min=0).sum(0).argmax())
         explained = left & (distances[:, best] < EXPLAINED_DISTANCE)
         if explained.float().mean() < LEAST_SHARE:
@@ -200,6 +214,7 @@ def _describe(mask: Tensor, colour: str) -> MeasuredShape | None:
     """What the shape with the mask (frames, height, width) is and does; None if it is seen too little."""
     mask = _without_specks(mask)
     area = mask.sum((1, 2))
+    # Frames in which another shape hides most of it would bend its path.
     seen = area > max(LEAST_PIXELS, 0.3 * float(area.median()))
     if seen.sum() < max(2, len(mask) // 4):
         return None
@@ -208,6 +223,7 @@ def _describe(mask: Tensor, colour: str) -> MeasuredShape | None:
     centres = centroids(mask)
     kind, fits, angles = best_kind(mask, centres, area)
     best = fits.max()
+    # Radius, growth and rotation are read where the silhouette is whole.
     clear = fits >= best - (1 - CLEAR_SHARE) * best.abs()
     radii = (area / unit_area(kind)).sqrt()[clear] / min(mask.shape[1:])
     path = _line(times, centres / centres.new_tensor([mask.shape[2], mask.shape[1]]))
@@ -215,6 +231,7 @@ def _describe(mask: Tensor, colour: str) -> MeasuredShape | None:
     return MeasuredShape(
         kind=kind if best > LEAST_FIT else UNCLEAR,
         colour=colour,
+        # In logarithms, as sizes are ratios.
         size=min(SIZES, key=lambda size: abs(math.log(float(radii.median()) / SIZES[size]))),
         motion=_motion(travel),
         place=place_of(path[0].tolist()),
@@ -229,6 +246,7 @@ def _without_specks(mask: Tensor) -> Tensor:
     """The mask without what its 3x3 neighbourhood outvotes and what lies far from its middle."""
     mask = (F.avg_pool2d(mask, 3, 1, 1) > 0.5).float()
     offsets = torch.stack(pixel_grid(mask), -1) - centroids(mask)[:, None, None]
+    # Twice the radius of the disc of the same area.
     reach = 2 * (mask.sum((1, 2)) / math.pi).sqrt()
     return mask * (offsets.norm(dim=-1) < reach[:, None, None])
 
@@ -263,6 +281,8 @@ def _spin(times: Tensor, angles: Tensor, symmetry: int) -> str:
     if not symmetry:
         return "none"
     period = 2 * math.pi / symmetry
+    # The shorter way round from frame to frame, which is right as long as a shape turns less than half a period between
+    # two.
     steps = torch.remainder(angles.diff() + period / 2, period) - period / 2
     turned = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     first, last = _line(times, turned[:, None])[:, 0].tolist()

@@ -168,6 +168,7 @@ def _draw_angle(rng: np.random.Generator, spin: str) -> tuple[float, float]:
 def _draw_path(rng: np.random.Generator, motion: str, radius: float, shortest: float) -> tuple[Point, Point]:
     """Start and end inside the frame; a moving shape covers from `shortest` to 1 of the way that there is."""
     low = REACH * radius + MARGIN
+    # The outline stays within the frame, whatever its rotation.
     span = 1 - 2 * low
     path = []
     for step in STEPS[motion]:
@@ -193,11 +194,13 @@ def _draw_said(
     probability = {
         "kind": 0.97,
         "colour": 0.97,
+        # A shape that grows has several sizes.
         "size": 0.3 if growth == "none" else 0,
         "shading": 0.9 if shading in PATTERNS else 0.12,
         "motion": 0.92 if not is_still else 0.5 if is_busy else 0.8,
         "place": 0.35 if is_still else 0,
         "growth": float(growth != "none"),
+        # With the way round or without.
         "spin" if chance(rng, 0.75) else "spinning": float(spin != "none"),
     }
     said = {name for name, value in probability.items() if chance(rng, value)}
@@ -217,6 +220,7 @@ def _is_placed(shape: Shape, others: Sequence[Shape], must_cross: bool) -> bool:
     """Whether a shape keeps apart from the others or crosses the one that it must."""
     for other in others:
         reach = REACH * (max(shape.radius) + max(other.radius))
+        # Both move evenly, so one goes along a straight line as seen from the other: its place there at both ends.
         first, last = complex(*shape.start) - complex(*other.start), complex(*shape.end) - complex(*other.end)
         nearest = _distance_to_origin(first, last)
         if must_cross:
@@ -238,5 +242,6 @@ def _distance_to_origin(first: complex, last: complex) -> float:
     way = last - first
     if not way:
         return abs(first)
+    # The foot of the perpendicular from 0, within the way.
     time = -(first * way.conjugate()).real / abs(way) ** 2
     return abs(first + min(max(time, 0), 1) * way)

@@ -43,7 +43,9 @@ class AttributeHeads(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> list[Tensor]:
         """Scores of the classes of each attribute, (B, classes) each; mask (B, L) is 0 where there is no token."""
+        # (attributes, width) @ (B, width, L): a query's score of each token.
         scores = (self.queries @ states.mT).masked_fill(mask[:, None] == 0, -math.inf)
+        # (B, attributes, width)
         read = scores.softmax(-1) @ states
         return [classify(read[:, number]) for number, classify in enumerate(self.classifiers)]
 

@@ -74,6 +74,7 @@ def misspelt(word: str, rng: np.random.Generator) -> str:
         return word
     at = int(rng.integers(1, len(word) - 1))
     head, here, after, tail = word[:at], word[at], word[at + 1], word[at + 2 :]
+    # Letters that change places, then one left out, one doubled and, in longer words, one replaced.
     slips = [head + after + here + tail] * 2 + [head + after + tail, head + here + tail]
     slips.append(head + here + here + after + tail)
     if len(word) > SHORTEST_MISSPELT:

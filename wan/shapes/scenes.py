@@ -116,12 +116,14 @@ def is_held_out(scene: Scene) -> bool:
 
 def is_held_out_shape(shape: Shape) -> bool:
     """The same of one shape."""
+    # Not `hash`, which is another one in each process.
     return zlib.crc32(f"{shape.colour},{shape.kind},{shape.motion}".encode()) % HELD_OUT_PERIOD == 0
 
 
 def choose(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
     """A key of `weights`, with a probability in proportion to its value."""
     bounds = list(itertools.accumulate(weights.values()))
+    # `hi` for a product that is rounded up to the last bound.
     return list(weights)[bisect(bounds, rng.random() * bounds[-1], hi=len(bounds) - 1)]
 
 

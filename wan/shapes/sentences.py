@@ -55,6 +55,7 @@ class Sentences(Dataset):
         rng = np.random.default_rng((self.seed, index))
         if chance(rng, UNRELATED_SHARE):
             return unrelated(rng), torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
+        # The data set's own sentence is left: a variant needs another one.
         scene = variant(self.shapes.described(index)[0], rng)
         text = caption(scene, rng)
         return roughened(text, rng) if chance(rng, ROUGH_SHARE) else text, attributes(scene)

@@ -24,6 +24,7 @@ def separated(mask: Tensor, most: int) -> list[Tensor]:
     labels = _labels(mask)
     parts = [_parts(frame) for frame in labels]
     counts = [len(names) for names in parts if names]
+    # The number of parts that most frames show.
     count = max(counts, key=counts.count, default=0)
     if not 1 < count <= most or counts.count(count) < LEAST_LASTING * len(counts):
         return [mask]
@@ -55,6 +56,8 @@ def _labels(mask: Tensor) -> Tensor:
     """Numbers (frames, height, width), the same within what is connected in a frame, 0 where the mask is 0."""
     # At half the size, so that the number soon reaches all of a part, and a line of one pixel does not cut it.
     coarse = F.max_pool2d(mask[:, None], 2, ceil_mode=True)
+    # A number for each pixel, of which the highest spreads through all that is connected; 0 is left for what is not
+    # masked.
     labels = torch.arange(1.0, coarse[0].numel() + 1, device=mask.device).view_as(coarse[0]) * coarse
     while not torch.equal(labels, spread := F.max_pool2d(labels, 3, 1, 1) * coarse):
         labels = spread

@@ -37,10 +37,16 @@ def best_kind(mask: Tensor, centres: Tensor, area: Tensor) -> tuple[str, Tensor,
     Returns the kind, its correlation with each frame (frames,), at most 1, and its angle there (frames,) in radians.
     """
     height, width = mask.shape[1:]
+    # Every frame's mask is sampled about its centre, in radii of the disc of its area: views do not depend on place and
+    # size.
     grid = _template_grid(mask.device) * (area / math.pi).sqrt()[:, None, None, None]
+    # grid_sample counts from -1 to 1 between the outer edges.
     grid = (grid + centres[:, None, None]) * 2 / centres.new_tensor([width, height]) - 1
     views = _normalised(F.grid_sample(mask[:, None], grid, align_corners=False).flatten(1))
+    # Rows have mean 0 and norm 1, so products are correlations: (frames, kinds x rotations) -> the best rotation of
+    # each.
     fits, rotations = (views @ _templates(mask.device).T).unflatten(1, (len(KINDS), ROTATIONS)).max(2)
+    # Half of the frames, since another shape may hide it in the rest.
     best = int(fits.topk(max(1, len(fits) // 2), dim=0).values.mean(0).argmax())
     return KINDS[best], fits[:, best], rotations[:, best] * (2 * math.pi / ROTATIONS)
 
@@ -76,6 +82,7 @@ def _templates(device: torch.device) -> Tensor:
     for kind in KINDS:
         area, below = _unit_moments(kind)
         radius = math.sqrt(math.pi / area)
+        # `below` moves the centroid into the middle, where masks have theirs.
         distance = OUTLINES[kind](turned_x / radius, turned_y / radius + below) * radius
         drawn.append((0.5 - distance * pixels).clamp(0, 1).flatten(1))
     return _normalised(torch.cat(drawn))

@@ -15,6 +15,7 @@ END_TOKEN, UNKNOWN_TOKEN = "</s>", "<unk>"
 # UMT5's numbers for padding and the end are 0 and 1.
 SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN]
 WORD_BEGINS = "▁"
+# All that is printable, in lower case as sentences are: any of it can be spelled, whether captions have it or not.
 ALPHABET = [WORD_BEGINS, *sorted(set(map(str.lower, string.printable)) - set(string.whitespace))]
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 

@@ -133,6 +133,7 @@ class TextTrainer(TrainingLoop):
     def _build_optimizer(self) -> torch.optim.AdamW:
         biases = self.model.position_biases()
         others = [weight for weight in self.weights if not any(weight is bias for bias in biases)]
+        # The schedule scales both rates alike; the one that rows tell is the first group's.
         groups = [{"params": others}, {"params": biases, "lr": POSITION_RATE * self.settings.lr}]
         return torch.optim.AdamW(groups, self.settings.lr, BETAS, weight_decay=0.0)
 
@@ -147,6 +148,7 @@ class TextTrainer(TrainingLoop):
             self.lock = lock_folder(self.folder)
             if not (self.folder / TOKENIZER).is_dir():
                 shapes = Shapes(settings.seed, settings.tokenizer_captions)
+                # Of training scenes only, in which no held-out combination is named.
                 captions = (shapes.described(index)[1] for index in range(len(shapes)))
                 tokenizer = train_tokenizer(captions, settings.vocabulary, TEXT_LENGTH)
                 with state_write(self.folder), atomic_path(self.folder / TOKENIZER) as partial:
@@ -186,6 +188,7 @@ class TextTrainer(TrainingLoop):
         norm = nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         row = {"step": self.step + 1, "loss": loss.item(), "lr": self.schedule.get_last_lr()[0]}
         row["grad_norm"] = norm.item()
+        # Before the optimizer takes it, so the last state is from before too.
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise Diverged(
                 f"step {row['step']}: loss {row['loss']} and gradient norm {row['grad_norm']} are not finite"
@@ -235,8 +238,10 @@ class TextTrainer(TrainingLoop):
 
     def _export(self) -> None:
         """The encoder alone, in diffusers' layout beside the tokenizer."""
+        # A new one, so that rounding to `dtype` leaves the weights that training goes on with.
         encoder = UMT5EncoderModel(self.model.encoder.config)
         encoder.load_state_dict(self.model.encoder.state_dict())
         with atomic_path(self.folder / TEXT_ENCODER) as partial:
             encoder.to(getattr(torch, self.settings.dtype)).save_pretrained(partial)
+            # A folder cannot be moved over one that holds files.
             remove(self.folder / TEXT_ENCODER)

@@ -85,12 +85,14 @@ class VaeTrainer(TrainingLoop):
             else trained_vae(settings.start, settings.vae)
         )
         self.vae = vae.to(self.device)
+        # From here on only `posterior` and `reconstruction` give what this VAE makes of a clip.
         take_whole_clips(self.vae)
         if settings.decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
         self.weights = [weight for weight in self.vae.parameters() if weight.requires_grad]
         self.autoencoder = Autoencoder(self.vae)
+        # Before DDP wraps the module, so that its exchange of gradients stays out of the graph.
         if settings.compile:
             self.autoencoder.forward = torch.compile(self.autoencoder.forward, dynamic=False)
         self.model = self.accelerator.prepare_model(self.autoencoder)
@@ -115,6 +117,7 @@ class VaeTrainer(TrainingLoop):
                 self.metrics = Metrics(self.folder, self.step)
                 self.held_out = validation_videos(self.settings)
         with self.signal:
+            # Also before the first step: where time is up at once, none is taken, and all processes have to see it so.
             self.stops = self._agree(time.monotonic() >= self.deadline)
             self.first_step = self.step
             self._train(self._batches())
@@ -136,6 +139,7 @@ class VaeTrainer(TrainingLoop):
             yield pools.batch(step)
 
     def _evaluate(self) -> dict[str, float]:
+        # The first process alone; the others wait for it in the next step's exchange.
         if self.is_leader and self.step % self.settings.validation.every == 0:
             with self._deferred():
                 return self._validate()
@@ -163,11 +167,13 @@ class VaeTrainer(TrainingLoop):
         start, settings = time.perf_counter(), self.settings
         video = as_input(clips.videos, self.device)
         dtype = getattr(torch, settings.precision)
+        # The loss is outside: `posterior` and `reconstruction` give float32.
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             made, parameters = self.model(video, self.autoencoder.noise_for(video, clips.noise))
         latents = DiagonalGaussianDistribution(parameters)
         losses = vae_loss(made, video, latents, settings.loss)
         losses.mean().backward()
+        # DDP has averaged gradients over processes in the backward, so the norm is the same in all.
         norm = torch.nn.utils.clip_grad_norm_(self.weights, settings.optimizer.clip)
         lr = self.schedules[-1].get_last_lr()[0]
         for part in (*self.optimizers, *self.schedules):
@@ -199,8 +205,10 @@ class VaeTrainer(TrainingLoop):
         names = ("train_psnr", "kl", "noise", "grad_norm")
         values = psnr(made, video).mean(), latents.kl().sum() / latents.mean.numel(), latents.std.mean(), norm
         own = torch.cat((losses, torch.stack((*values, losses.new_full((), self._asks_to_stop)))))
+        # A row a process: the losses of its clips, then the means and whether it asks to stop.
         every = self.accelerator.gather(own[None])
         losses, means = every[:, : len(losses)].flatten(), every[:, len(losses) :].mean(0).tolist()
+        # A mean of 0 and 1: above 0 if any asks.
         self.stops = means.pop() > 0
         row = {"loss": losses.mean().item()} | dict(zip(names, means))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -230,6 +238,7 @@ class VaeTrainer(TrainingLoop):
         """Write the averaged weights with the latents' statistics, and say how good what was written is."""
         folder = self.folder / RESULT_FOLDER
         with ema_weights(self.weights, self.ema):
+            # Statistics of the averaged weights, which are those that are written.
             export_vae(self.vae, *self._statistics(), getattr(torch, self.settings.dtype), folder)
         result = reconstruction_quality(folder, self.held_out, self.device)
         log.info("%s: %s", folder, ", ".join(f"{key} {value:.2f}" for key, value in result.items()))

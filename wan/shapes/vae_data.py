@@ -46,6 +46,7 @@ class VideoPools:
                 raise InputError(
                     f"a batch of {cut.batch} cannot be shared by {processes} processes; make it a multiple"
                 )
+            # Cuts from videos of one size share them.
             counts[cut.drawn] = max(cut.clips, counts.get(cut.drawn, 0))
         self.pools = {size: self._drawn(size, count, device) for size, count in counts.items()}
 
@@ -58,6 +59,8 @@ class VideoPools:
         return pool
 
     def batch(self, step: int) -> VideoBatch:
+        # Every process draws the whole batch, and then takes every so-manieth clip: what a step sees is the same
+        # however many there are.
         rng = np.random.default_rng((self.settings.seed, step))
         cut = self.settings.cuts[rng.choice(len(self.shares), p=self.shares)]
         pool = self.pools[cut.drawn]
@@ -65,7 +68,9 @@ class VideoPools:
         places = [_place(pool[0], cut, rng) for _ in numbers]
         own = range(self.rank, cut.batch, self.processes)
         videos = torch.stack([pool[numbers[n]][places[n]] for n in own])
+        # The order in which losses are gathered: process by process.
         in_order = [numbers[n] for rank in range(self.processes) for n in range(rank, cut.batch, self.processes)]
+        # Noise differs from process to process, else clips of two would share theirs.
         return VideoBatch(_channels_second(videos), in_order, int(rng.integers(2**62)) + self.rank)
 
 

@@ -26,6 +26,8 @@ def latent_statistics(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[
     """Mean and std (C,) of the latents, which are the modes, of videos (B, 3, frames, height, width)."""
     count, total, squares = 0, 0.0, 0.0
     for video in videos:
+        # (B frames height width, C), added up in float64, in which the variance as a difference of squares is exact
+        # enough.
         values = posterior(vae, video).mode().movedim(1, -1).flatten(0, -2).double()
         count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
     mean = total / count
@@ -36,11 +38,13 @@ def export_vae(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, dtype: torch.dt
     """Write a VAE's weights and its latents' statistics as diffusers' from_pretrained reads them."""
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     sizes = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    # A new model, since statistics stand in its config, and since the trained one has forwards of its own.
     written = AutoencoderKLWan(**sizes | statistics)
     written.load_state_dict(vae.state_dict())
     with atomic_path(folder) as partial:
         # Diffusers' own `to` warns of parts to keep in float32, of which this model has none.
         nn.Module.to(written, dtype).save_pretrained(partial)
+        # A folder cannot be moved over one that holds files.
         remove(folder)
 
 
@@ -50,6 +54,7 @@ def reconstruction_quality(folder: Path, videos: dict[str, list[Tensor]], device
 
     Also the mean and std of the normalised latents, which are near 0 and 1.
     """
+    # Read back as others will, rounded weights and chunks of frames included.
     vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
     result = {"weights_mb": sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6}
     for size, clips in videos.items():
@@ -70,6 +75,7 @@ def draw_reconstructions(pairs: list[tuple[Tensor, Tensor]], path: Path) -> None
     """
     rows = []
     for original, made in pairs[:VIDEOS]:
+        # -1 is black.
         difference = (made.clamp(-1, 1) - original).abs() * DIFFERENCE - 1
         tiles = [to_frames(video) for video in (original, made, difference)]
         shown = np.linspace(0, original.shape[1] - 1, FRAMES).round().astype(int)

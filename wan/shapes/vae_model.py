@@ -46,12 +46,15 @@ def new_vae(sizes: Mapping[str, Any], seed: int) -> AutoencoderKLWan:
         raise InputError(f"vae {dict(sizes)}: its strides must be Wan2.1's, {GEOMETRY.vae_stride}")
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            # The root of 1 / fan-in keeps the std of normalised inputs.
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             nn.init.zeros_(module.bias)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, WanResidualBlock):
+                # The last convolution of a residual branch.
                 module.conv2.weight.mul_(FIRST_GAIN)
+        # Its second half of channels is the logarithm of the variance, as `DiagonalGaussianDistribution` splits them.
         vae.quant_conv.bias.chunk(2)[1].fill_(FIRST_LOG_VARIANCE)
     return vae
 
@@ -106,6 +109,7 @@ class Autoencoder(nn.Module):
         return reconstruction(self.vae, latents.mean + latents.std * noise), latents.parameters
 
     def noise_for(self, video: Tensor, seed: int) -> Tensor:
+        # 4n + 1 frames make n + 1; of rows and columns it is a plain division.
         frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], GEOMETRY.vae_stride))
         generator = torch.Generator(video.device).manual_seed(seed)
         shape = len(video), self.vae.config.z_dim, frames, height, width
@@ -116,6 +120,7 @@ def vae_loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribut
     """The loss of each clip, (B,): the mean absolute error and, weighted, what `LossSettings` names."""
     error = video - original
     size = error[0].numel()
+    # (B, 3, frames, height, width): the errors of the differences between neighbours along the last three.
     edges = sum(error.diff(dim=axis).abs().flatten(1).sum(1) / size for axis in (2, 3, 4))
     # Diffusers sums over the axes of a picture, which leaves one of a video's.
     divergence = latents.kl().flatten(1).sum(1) / latents.mean[0].numel()
@@ -125,4 +130,5 @@ def vae_loss(video: Tensor, original: Tensor, latents: DiagonalGaussianDistribut
 
 def psnr(video: Tensor, original: Tensor) -> Tensor:
     """Peak signal to noise of each clip, (B,), in dB; both videos in [-1, 1], what is outside clamped."""
+    # The peak is 2, its square 4.
     return -10 * torch.log10(F.mse_loss(video.clamp(-1, 1), original, reduction="none").flatten(1).mean(1) / 4)

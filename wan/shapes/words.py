@@ -5,6 +5,8 @@ from __future__ import annotations
 # Forms of a verb phrase: "it moves", "they move", "moving", "let it move".
 FINITE, PLURAL, PARTICIPLE, BASE = "finite", "plural", "participle", "base"
 
+# A phrase is drawn as often as it stands in its list, here and wherever phrases are listed: usual ones stand there more
+# than once.
 NOUNS = {
     "circle": ("circle", "circle", "circle", "circle", "disc", "disk", "ball", "ball", "round shape", "sphere"),
     "square": ("square", "square", "square", "square", "box", "block", "cube"),
