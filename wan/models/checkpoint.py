@@ -171,5 +171,6 @@ def check_transformer_file(file: str | Path) -> None:
             open_transformer(file, family.naming)
             return
         except CheckpointError as error:
+            # Python forgets `error` behind this clause. If no family takes the file, the last one says why.
             refused = error
     raise refused

@@ -47,6 +47,7 @@ TEXT_FOLLOWS = ("dense_act_fn", "is_gated_act")
 
 def check_transformer(config: Mapping[str, Any], shapes: Shapes) -> None:
     """Raise `ValueError` for a configuration of `WanTransformer3DModel` that is not of tensors of these shapes."""
+    # What a configuration leaves out has diffusers' default, here and below.
     for key in TRANSFORMER_SIZES:
         if key in config:
             positive(key, config[key])
@@ -80,6 +81,8 @@ def check_vae(config: Mapping[str, Any], shapes: Shapes) -> None:
     if not is_number(config.get("dropout", 0.0)) or not 0 <= config.get("dropout", 0.0) < 1:
         raise ValueError(f"dropout is {config['dropout']!r}, but must be a number of at least 0 and below 1")
     _boolean(config, "is_residual")
+    # Wan2.1's encoder lists its blocks one after the other, and only residual ones have a `conv1`; with `is_residual`
+    # they are nested in stages, and not counted.
     there = sum(1 for name in shapes if FIRST_RESIDUAL.fullmatch(name))
     said = len(stages) * config.get("num_res_blocks", 2)
     if said != there and not config.get("is_residual", False):
@@ -97,6 +100,7 @@ def text_config(config: Mapping[str, Any], shapes: Shapes) -> UMT5Config:
     kind = config.get("feed_forward_proj", "gated-gelu")
     if not isinstance(kind, str):
         raise ValueError(f"feed_forward_proj is {kind!r}, but must be a text")
+    # Of keys that are known alone: the class takes any, and acts on some.
     own = UMT5Config(**{key: config[key] for key in TEXT_KEYS if key in config})
     if config.get("is_decoder"):
         raise ValueError("is_decoder is set, and an encoder is needed")

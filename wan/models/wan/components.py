@@ -101,6 +101,7 @@ def load_transformer(
 def finish_transformer(model: WanTransformer3DModel, device: torch.device | str) -> None:
     """Give a transformer that was made on the meta device what is not saved with its weights."""
     own = model.config
+    # Its tables are not in the state dict, so that loading leaves them on the meta device.
     model.rope = WanRotaryPosEmbed(own.attention_head_dim, own.patch_size, own.rope_max_seq_len).to(device)
     model.condition_embedder.timesteps_proj = PublishedTimesteps(own.freq_dim)
 
@@ -177,6 +178,7 @@ def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
 
 def _component(model: nn.Module, weights: WeightFiles, is_published: bool, keeps_float32: bool = True) -> Component:
     rename = published.tensor_name(model) if is_published else str
+    # A file may hold the table of tokens once, and then it is tied after loading, or under both names.
     own = {rename(name): name for name in model.state_dict() if name != TIED or TIED in weights.shapes}
     return Component(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
@@ -233,6 +235,7 @@ class PublishedTimesteps(nn.Module):
         self.half = channels // 2
 
     def forward(self, timestep: Tensor) -> Tensor:
+        # Frequencies 10000^(-n / half), and cosines before sines, as the weights behind them were trained with.
         exponent = torch.arange(self.half, dtype=torch.float64, device=timestep.device) / self.half
         angle = timestep.double()[:, None] * torch.pow(10000, -exponent)
         return torch.cat((angle.cos(), angle.sin()), dim=-1).float()

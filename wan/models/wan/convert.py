@@ -78,8 +78,10 @@ def convert(
     models = Models(
         components.transformer_component(checkpoint),
         components.vae_component(checkpoint),
+        # The type tells what is kept in float32 while it loads; here tensors pass as they are stored.
         components.text_encoder_component(checkpoint, torch.float32),
     )
+    # Loaded to be checked, copied file by file.
     tokenizer = components.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
     constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
     not_carried = _left_behind(checkpoint, models)
@@ -123,6 +125,7 @@ def _write_published(
     save_json(config, folder / "config.json")
     transformer = cast(models.transformer.tensors(), dtype)
     save_shards(_renamed(models.transformer.model, transformer), folder, DIFFUSERS_STEM)
+    # A pickle is written in one call, so that the text encoder is held as a whole, as is the VAE.
     text_encoder = dict(models.text_encoder.tensors())
     if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
         raise CheckpointError(
@@ -131,6 +134,7 @@ def _write_published(
         )
     text_encoder = cast(text_encoder.items(), dtype)
     save_pickle(dict(_renamed(models.text_encoder.model, text_encoder)), folder / TEXT_ENCODER_FILE)
+    # Folded as stored, and cast after that: what is folded is float32 at least, see `fold_statistics`.
     vae, own = dict(models.vae.tensors()), models.vae.model.config
     if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
         vae |= fold_statistics(vae, own, constants)
@@ -166,6 +170,7 @@ def _check_published(checkpoint: Checkpoint, models: Models[Component]) -> Model
     except (LookupError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise CheckpointError(f"{checkpoint.name} has no place in the published layout: {reason}") from None
+    # What the published layout cannot state has to be what its program assumes.
     for component, model in zip(models, read):
         understood = _computes(model)
         for key, value in _computes(component.model).items():

@@ -23,6 +23,7 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COMPONENTS = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
+    # The class that takes `tokenizer.json` as it is, see `load_tokenizer`.
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],

@@ -33,8 +33,10 @@ class FusedGELU(GELU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer = self.proj
+        # No derived classes: those of GGUF, of torchao and of LoRA compute something else.
         is_plain = type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and layer.bias is not None
         hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+        # The operator casts nothing, and has no backward.
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and layer.weight.dtype == hidden_states.dtype
         if is_plain and not hooked and half and hidden_states.is_cuda and not torch.is_grad_enabled():
             return linear_gelu(hidden_states, layer.weight, layer.bias)
@@ -48,13 +50,18 @@ def gelu_by_sigmoid(x: Tensor) -> Tensor:
 
     A conversion to float8 behind it computes it twice, and by the compiler's tanh takes longer than the memory.
     """
+    # x / 2 (1 + tanh u) = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
     wide = x.float()
     return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * wide * (1 + 0.044715 * wide * wide))).to(x.dtype)
 
 
 @torch.library.custom_op("wan::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x @ weight.T + bias), approximated by tanh. An operator, since the compiler would take it apart again."""
+    """gelu(x @ weight.T + bias), approximated by tanh. An operator, since the compiler would take it apart again.
+
+    x: (..., in); weight: (out, in); bias: (out,); result (..., out)
+    """
+    # One product of matrices, with bias and GELU in its epilogue: (rows, in) @ (in, out).
     rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return rows.view(*x.shape[:-1], weight.shape[0])
 

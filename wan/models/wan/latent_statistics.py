@@ -25,6 +25,9 @@ def fold_statistics(
     (mean, deviation), (constant_mean, constant_deviation) = (
         [torch.tensor(config[name], dtype=torch.float64) for name in STATISTICS] for config in (own, constants)
     )
+    # The encoder's last layer gives the means of all channels and then their log-variances: its rows are scaled. The
+    # decoder's first layer takes latents: its columns are scaled, since
+    # W ((x - M) / r + m) + b = (W / r) x + b + W (m - M / r).
     ratio = constant_deviation / deviation
     names = [f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")]
     encoder, encoder_bias, decoder, decoder_bias = (vae[name].double() for name in names)

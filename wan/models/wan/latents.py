@@ -34,6 +34,7 @@ def encode(
         )
     video = video.to(vae.encoder.conv_in.weight.dtype)
     distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
+    # The mean, not a sample, as in the published program.
     moments = distribution.mode().float()
     mean, deviation = _statistics(vae, moments)
     return (moments - mean) / deviation
@@ -52,6 +53,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     video = vae.decode(latents).sample.float()
     if latents.dtype == torch.float16 and not video.isfinite().all():
         log.warning("warning: decoding overflowed in float16, so the decoder goes on in float32, weights rounded")
+        # Before decoding in float32, which takes twice the memory; hence also other tiles.
         del video
         speed_up_decoder(vae, torch.float32)
         latents = latents.float()
@@ -70,6 +72,7 @@ def glimpse(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     mean, deviation = _statistics(vae, latents)
     latents = (latents * deviation + mean).to(decoder_dtype(vae))
     set_tiles(vae, latents)
+    # What overflows in float16 is left grey, black or white: decoding again would change the decoder.
     return vae.decode(latents).sample[:, :, 0].float().nan_to_num()
 
 

@@ -60,6 +60,7 @@ def _recognise_diffusers(folder: Path) -> Layout | None:
     index = read_json_object(folder / INDEX)
     if index.get("_class_name") != PIPELINE_CLASS:
         return None
+    # diffusers writes a component that a pipeline does not have as [null, null].
     if index.get("expand_timesteps") or index.get("transformer_2") not in (None, [None, None]):
         raise CheckpointError(f"{folder} is a Wan2.2 pipeline; only {NAME} checkpoints are supported")
     file = folder / "transformer" / CONFIG

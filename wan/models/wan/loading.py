@@ -75,6 +75,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     vae = _load_vae(vae_component, plan.vae, vae_dtype) if options.is_leader else None
     transformer = _load_transformer(transformer_component, plan.transformer, dtype, adapters, packed)
     text_encoder = None
+    # Of a sharded one every process holds its part, whoever encodes.
     if options.is_leader or plan.text_encoder.mesh is not None:
         text_encoder = _load_text_encoder(text_component, plan.text_encoder, dtype)
     tokenizer = components.load_tokenizer(checkpoint, text_component.model.config.vocab_size)
@@ -82,6 +83,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
 
 
 def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.dtype) -> AutoencoderKLWan:
+    # The encoder stays in float32; the decoder alone has a type of its own.
     vae = component.load(torch.float32, placement.reads_to)
     speed_up_decoder(vae, decoder_dtype)
     return vae

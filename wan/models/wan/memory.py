@@ -52,6 +52,7 @@ def plan_run(
         weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         vae.bytes(torch.float32),
+        # One plan serves all of them, so it is of the largest; weights are loaded once.
         max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size))),
         budget,
         quantization,
@@ -93,6 +94,7 @@ def workload_of(
 def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
     """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
     config = transformer.config
+    # latents (B, C, T, h, w): places of one channel, in patches, for two branches.
     tokens = 2 * latents[:, 0].numel() // math.prod(config.patch_size)
     width = config.num_attention_heads * config.attention_head_dim
     return has_room_for(tokens, width, config.ffn_dim, transformer.dtype.itemsize, latents.device)

@@ -14,12 +14,16 @@ from wan.models.wan.geometry import GEOMETRY
 
 Rule = tuple[str, str]
 
+# Rules are applied in turn, each to what those before have made of a name, so that their order matters.
 TRANSFORMER: tuple[Rule, ...] = (
+    # The published modules are Sequentials, in which activations have numbers too: linear, activation, linear.
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
     (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    # Activation, linear.
     (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    # That of the output, before those of the blocks, whose names end likewise.
     (r"^scale_shift_table$", "head.modulation"),
     (r"^proj_out\.", "head.head."),
     (r"\.scale_shift_table$", ".modulation"),
@@ -27,6 +31,7 @@ TRANSFORMER: tuple[Rule, ...] = (
     (r"\.attn2\.", ".cross_attn."),
     (r"\.to_([qkv])\.", r".\1."),
     (r"\.to_out\.0\.", ".o."),
+    # The one before cross-attention, which alone has weights; the published program counts it last.
     (r"\.norm2\.", ".norm3."),
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
@@ -49,12 +54,14 @@ VAE: tuple[Rule, ...] = (
     (r"^quant_conv\.", "conv1."),
     (r"^post_quant_conv\.", "conv2."),
     (r"\.conv_in\.", ".conv1."),
+    # Norm, SiLU, convolution.
     (r"\.conv_out\.", ".head.2."),
     (r"\.norm_out\.", ".head.0."),
     (r"\.mid_block\.resnets\.0\.", ".middle.0."),
     (r"\.mid_block\.attentions\.0\.", ".middle.1."),
     (r"\.mid_block\.resnets\.1\.", ".middle.2."),
     (r"\.down_blocks\.", ".downsamples."),
+    # A residual is a Sequential: norm, SiLU, convolution, norm, SiLU, dropout, convolution.
     (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm1\.", r".\1.residual.0."),
     (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.conv1\.", r".\1.residual.2."),
     (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm2\.", r".\1.residual.3."),

@@ -112,7 +112,11 @@ def from_settings(cls: type[Pipeline], checkpoint: Checkpoint, settings: Setting
 
 
 def _put_on(pipe: Any, settings: Settings, compiled: bool) -> None:
-    """What changes how the transformer runs, each over what was put on before."""
+    """What changes how the transformer runs, each over what was put on before.
+
+    Compiling comes first, so that what a cache puts around a block's forward stays outside of its graph. Attention
+    comes last, since it asks what splits the sequence.
+    """
     if compiled:
         compile_blocks(pipe.transformer.blocks)
     if settings.cache is not None:

@@ -19,6 +19,7 @@ class SparseWanProcessor(WanAttnProcessor):
     def __init__(self, original: WanAttnProcessor, state: LayerState):
         super().__init__()
         self.state = state
+        # Where this one leaves the attention to diffusers, what users have set on its processor goes on to hold.
         self._attention_backend = original._attention_backend
         self._parallel_config = original._parallel_config
 
@@ -41,6 +42,7 @@ class SparseWanProcessor(WanAttnProcessor):
             x = (attn.to_q, attn.to_k, attn.to_v)[n](hidden_states) if fused is None else fused[n]
             # Autocast normalises in float32.
             x = x if norms[n] is None else norms[n](x).type_as(x)
+            # (B, own tokens, C) to (B, own tokens, heads, D), in raster order.
             qkv[n] = state.send(x.unflatten(2, (attn.heads, -1)), n, rotary)
         out = state.attend(qkv, len(hidden_states), rotary).flatten(2)
         for layer in attn.to_out:

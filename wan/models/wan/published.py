@@ -30,6 +30,7 @@ CONFIG_KEYS = {*SAME_SIZE, "model_type", "dim", "text_len", "eps", "sparse_algo"
 def tensor_name(model: nn.Module) -> Callable[[str], str]:
     """From the name of a tensor in a model of diffusers or transformers to its published one."""
     if isinstance(model, AutoencoderKLWan):
+        # A stage of the decoder has one more residual block than one of the encoder, which the number is of.
         return functools.partial(names.published_vae, residuals=model.config.num_res_blocks + 1)
     rules = names.TRANSFORMER if isinstance(model, WanTransformer3DModel) else names.TEXT_ENCODER
     return functools.partial(names.published, rules=rules)
@@ -45,6 +46,7 @@ def transformer(config: Mapping[str, Any], shapes: Shapes) -> WanTransformer3DMo
     check_layers(sizes["num_layers"], numbers(shapes, "blocks."))
     with torch.device("meta"):
         return WanTransformer3DModel(
+            # A convolution (dim, channels, *patch), as the JSON has no word for the patch.
             patch_size=tuple(shapes["patch_embedding.weight"][2:]),
             attention_head_dim=width // sizes["num_attention_heads"],
             text_dim=shapes["text_embedding.0.weight"][1],
@@ -77,8 +79,10 @@ def vae(shapes: Shapes) -> AutoencoderKLWan:
     base = shapes["encoder.conv1.weight"][0]
     count = numbers(shapes, "encoder.downsamples.")
     resamples = [n for n in range(count) if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
+    # As many residual blocks in each stage as before the first `resample`, which all stages but the last have.
     if not resamples or count != (len(resamples) + 1) * (resamples[0] + 1) - 1:
         raise ValueError(f"its encoder has {count} blocks, of which {resamples} change the size; stages differ")
+    # The width of a stage is that of its last residual block, whose last convolution is `residual.6`.
     last_of_stage = [*(n - 1 for n in resamples), count - 1]
     with torch.device("meta"):
         return AutoencoderKLWan(

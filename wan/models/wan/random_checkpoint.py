@@ -79,6 +79,7 @@ def random_transformer(
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, tensor in transformer.state_dict().items():
+        # As `Component.load` does, so that memory and speed are those of a real checkpoint.
         kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
         drawn = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
         state[name] = placed(name, drawn)
@@ -134,6 +135,7 @@ def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, se
     draw = functools.partial(random_tensor, dtype=dtype, generator=torch.Generator(device).manual_seed(seed))
     named = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items() if name != TIED}
     state = {name: draw(names.published(name, names.TEXT_ENCODER), shape).cpu() for name, shape in named.items()}
+    # The tied table is missing by intent.
     encoder.load_state_dict(state, strict=False, assign=True)
     encoder.tie_weights()
     return encoder.requires_grad_(False).eval()
@@ -200,6 +202,8 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
         return torch.zeros(shape, dtype=dtype, device=device)
     if name.endswith("gamma") or (len(shape) == 1 and "norm" in name):
         return torch.ones(shape, dtype=dtype, device=device)
+    # Products of fan-in f scale by f^(-1/2), which keeps the size of what goes in; rows of the table of tokens are of
+    # unit size, and modulations as small as the published program draws them.
     is_table = name == "token_embedding.weight" or "modulation" in name
     scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
     return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)

@@ -47,11 +47,13 @@ def pad_rows(text: Tensor, length: int) -> Tensor:
     """Text states (B, L, C) with zero rows added up to (B, length, C); raises `InputError` if there are more."""
     if text.shape[1] > length:
         raise InputError(f"text states of {text.shape[1]} rows are too long; the transformer takes up to {length}")
+    # F.pad counts axes from the last: none of the channels, at the end of the rows.
     return F.pad(text, (0, 0, 0, length - text.shape[1]))
 
 
 def pad_text(_: nn.Module, args: tuple, kwargs: dict[str, Any], length: int) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook for a transformer that applies `pad_rows` to its text states."""
+    # diffusers' order: latents, timestep, text states; or all by name.
     if len(args) > 2:
         return (*args[:2], pad_rows(args[2], length), *args[3:]), kwargs
     return args, kwargs | {"encoder_hidden_states": pad_rows(kwargs["encoder_hidden_states"], length)}

@@ -48,6 +48,7 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
         for module in part.modules():
             if isinstance(module, WanCausalConv3d):
                 module.forward = functools.partial(causal_conv, module)
+            # All of Wan's are so; F.rms_norm has no bias.
             elif isinstance(module, WanRMS_norm) and module.channel_first and not torch.is_tensor(module.bias):
                 module.forward = functools.partial(_rms_norm, module)
             elif isinstance(module, WanUpsample):
@@ -69,7 +70,12 @@ def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
 
 
 def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """Padding of rows and columns left to the convolution, and of frames only where there are no earlier ones."""
+    """Padding of rows and columns left to the convolution, and of frames only where there are no earlier ones.
+
+    x: (B, C, T, h, w); cache_x: the frames before it, (B, C, up to 2, h, w), if there are any
+    """
+    # As F.pad takes it; diffusers empties `conv.padding` itself, and pads by this alone. The pad of frames is all in
+    # front, so that a frame sees no later one.
     left, _, top, _, frames, _ = conv._padding
     if cache_x is not None and frames > 0:
         x = torch.cat([cache_x.to(x.device), x], dim=2)
@@ -84,6 +90,8 @@ def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None)
 
 
 def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    # x / |x| * sqrt(C), as diffusers writes it, is x over the root of its mean square. Its bound of |x| is 1e-12, and
+    # eps about the square of that: both matter for zeros alone.
     channels = x.shape[1]
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)
 
@@ -96,6 +104,7 @@ def decoding_of(size: tuple[int, int], frames: int, dtype: torch.dtype, width: i
 
 def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+    # Larger latents may have switched it on before.
     vae.use_tiling = False
     if latents.device.type != "cuda":
         return
@@ -111,5 +120,6 @@ def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
 
 def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
     """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+    # As high as the picture, so that tiles are columns; then how far apart they begin.
     width, height = tile_width(size[0], tiles), size[1]
     vae.enable_tiling(height, width, height, width - TILE_OVERLAP)

@@ -50,6 +50,7 @@ def reconstruction(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def _halve_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
     """Half the rows and columns, and of frames 0, 1, 2, ... the first as it is and one for every two after it."""
     x = _each_frame(resample.resample, x)
+    # Three frames wide, in steps of two, without padding: 2 n + 1 frames give n, and the first goes before them.
     return torch.cat([x[:, :, :1], resample.time_conv(x)], dim=2) if x.shape[2] > 1 else x
 
 
@@ -57,17 +58,20 @@ def _double_frames(resample: WanResample, x: Tensor, feat_cache: None = None, fe
     """Twice the rows and columns, and for each frame but the first two, which the first has no part in."""
     if x.shape[2] > 1:
         batch, channels, frames, height, width = x.shape
+        # Two frames lie side by side in the channels, (B, 2 C, T - 1, h, w); they become neighbours in time.
         pairs = resample.time_conv(x[:, :, 1:]).view(batch, 2, channels, frames - 1, height, width)
         x = torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
     return _each_frame(resample.resample, x)
 
 
 def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    # (B, C, T, h, w) as pictures (B * T, C, h, w), and back.
     batch = len(x)
     return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     """In fewer passes than diffusers', and with results of the input's dtype, which autocast else makes float32."""
+    # The bound is that of F.normalize.
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
     return x * (norm.scale / length).to(x.dtype) * norm.gamma.to(x.dtype)
