@@ -69,6 +69,7 @@ class ForgivingStream:
         try:
             yield
         except (OSError, ValueError) as error:
+            # A ValueError is of a stream that has been closed.
             self.lost = error
 
     def __getattr__(self, name: str) -> Any:
@@ -84,6 +85,7 @@ class StderrHandler(logging.Handler):
 
 def positive(text: str) -> int:
     """The type of a flag that counts something there must be one of."""
+    # int() alone would take signs, underscores, spaces and digits of any script.
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a positive whole number")
     return int(text)
@@ -91,6 +93,7 @@ def positive(text: str) -> int:
 
 def log_to_stderr() -> None:
     """Have the program's own log, and warnings of libraries, written to stderr."""
+    # force: handlers that libraries put on the root logger go, which would say things twice.
     logging.basicConfig(format="%(message)s", handlers=[StderrHandler()], force=True)
     logging.getLogger("wan").setLevel(logging.INFO)
 
@@ -107,6 +110,7 @@ def run_program(
     _fill_closed()
     before = {number: signal.signal(number, _end) for number in ENDING_SIGNALS if _is_ours(number)}
     streams = sys.stdout, sys.stderr
+    # Python has None for a stream that was closed when it started, which libraries would fail to write to.
     sys.stdout, sys.stderr = (ForgivingStream(one or open(os.devnull, "w")) for one in streams)
     try:
         return main(*args) or _unwritten_result()
@@ -145,6 +149,7 @@ def _fill_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
+            # The lowest free number is taken, which is this one: those below it are open by now.
             os.open(os.devnull, os.O_RDWR)
 
 

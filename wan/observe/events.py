@@ -43,6 +43,7 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
     """The first event: what runs."""
     transformer, spec, applied = pipe.transformer, pipe.transformer_spec, applied_attention(pipe.transformer)
     own = applied.config if applied else NablaConfig()
+    # Asked for the grid alone, so any timesteps do.
     inputs = spec.inputs(transformer, (latents, latents.new_zeros(len(latents))), {})
     return {
         "kind": "run",
@@ -109,8 +110,10 @@ def stages_event(seconds: dict[str, float], events: Iterable[Event]) -> Event:
 
 def head_densities(trace: StepTrace) -> np.ndarray:
     """Densities (layers, heads) in the mean over the forwards of a step; nan for a layer that ran in none of them."""
+    # (forwards, layers, heads), or 1 for heads where all layers are dense; forwards of other processes among them.
     by_forward = torch.stack(trace.densities) if trace.host_densities is None else trace.host_densities
     densities = by_forward.double().numpy()
+    # No head keeps nothing, so a zero says that the layer did not run in that forward.
     ran = (densities > 0).sum(axis=0)
     return np.where(ran, densities.sum(axis=0) / np.maximum(ran, 1), np.nan)
 
@@ -121,6 +124,7 @@ def mask_examples(trace: StepTrace) -> list[MaskExample]:
     for sample in trace.mask_samples:
         for index, density, blocks in zip(sample.heads.tolist(), sample.densities.tolist(), sample.blocks.numpy()):
             head = sample.before + index
+            # Where processes share the heads, from this one's numbering to that of the layer.
             number = None if sample.alike else head if sample.own is None else int(sample.own[head])
             found.setdefault(sample.layer, []).append(
                 MaskExample(trace.step, sample.layer, number, round(density, DIGITS), blocks)

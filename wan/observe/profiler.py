@@ -65,6 +65,8 @@ class Profiler(probe.Probe):
             if self.applied:
                 self.applied.watch(True)
                 stack.callback(self.applied.watch, False)
+            # Hooks run in the order in which they were put on. Those of `apply_attention` are there already, so the
+            # layers' plans are those of the forward that begins.
             hooks = [
                 self.transformer.register_forward_pre_hook(self._before_forward),
                 self.transformer.register_forward_hook(self._after_forward),
@@ -77,6 +79,7 @@ class Profiler(probe.Probe):
                 stack.callback(hook.remove)
             if looks_inside:
                 stack.enter_context(probe.listening(self))
+            # All is on; had anything above raised, leaving this block would have taken off what was.
             self.stack = stack.pop_all()
         return self
 
@@ -93,15 +96,19 @@ class Profiler(probe.Probe):
             densities = torch.stack(trace.densities)
             if self.layout.processes_per_video > 1:
                 densities = self._of_all(densities)
+            # Into pinned memory, as torch chooses for such copies, so that nothing waits. Read only once the device is
+            # at `end`.
             trace.host_densities = densities.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
             used, peak = torch.cuda.memory_allocated(self.device), peak_gpu_bytes(self.device)
             trace.memory = {"gpu_gib": used / GIB, "gpu_peak_gib": peak / GIB}
         trace.memory["host_peak_gib"] = peak_host_bytes() / GIB
+        # After the copies, so that whoever has waited for it has them too.
         trace.end = Timestamp.now(self.device)
         return trace
 
     def run(self, part: str, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        # A part within a part is counted with the outer one, and what is outside the blocks not at all.
         if self.layer is None or self.part is not None or not self.times:
             return function(*args, **kwargs)
         self.part, start = part, Timestamp.now(self.device)
@@ -114,9 +121,11 @@ class Profiler(probe.Probe):
     def see(self, counts: Callable[[], Tensor], blocks: Callable[[Tensor], Tensor]) -> None:
         """Keep the heads that keep least and most, of those that are attended to together."""
         layer = self.layer
+        # Densities are added after a forward: while there are none, it is the first of the step.
         wanted = layer in self.example_layers and self.trace.step in self.examples and not self.trace.densities
         if layer is None or not wanted:
             return
+        # (heads, N) of the first of the batch; (1, N) if all heads are alike.
         count = counts()[0].float()
         by_head = count.mean(dim=1)
         heads = torch.stack((by_head.argmin(), by_head.argmax()))
@@ -131,6 +140,7 @@ class Profiler(probe.Probe):
             alike=plan is not None and plan.fixed is not None,
         )
         self.trace.mask_samples.append(sample)
+        # Of many tokens, heads are attended to in groups; the next group's begin here.
         self.head += len(by_head)
 
     def _before_block(self, layer: int, *_: Any) -> None:
@@ -155,10 +165,13 @@ class Profiler(probe.Probe):
         plans = self._plans()
         self.trace.kernels = [plan.backend if plan else DENSE for plan in plans]
         cache = step_cache_of(self.transformer)
+        # How many layers ran, from the first: a cache that reuses the rest still computes its leading ones.
         ran = len(plans) if cache is None or ran_in_full(self.transformer, self.blocks[0]) else cache.leading
         if not (self.applied and self.applied.sparse):
+            # Without sparse layers, (layers, 1): 1 for each that ran.
             self.trace.densities.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
+        # In one forward either all sparse layers choose blocks or all take them over.
         first = self.applied.sparse[0]
         if any(plans[:ran]):
             self.trace.reused_masks.append(first.block_mask is not None and first.block_mask.reuse)
@@ -169,6 +182,7 @@ class Profiler(probe.Probe):
             written = layer.density if plan else None
             unwritten = dense if number < ran else torch.zeros_like(dense)
             rows.append(unwritten if written is None else written)
+        # Copied here, since the next forward writes over the layers' own memory.
         own = torch.stack(rows)
         self.trace.densities.append(own if sequence is None else self._in_order(own, sequence))
 
@@ -181,6 +195,7 @@ class Profiler(probe.Probe):
 
     def _in_order(self, own: Tensor, sequence: SequenceParallel) -> Tensor:
         """Densities (layers, own heads) at the places of these among all heads, as this forward has them."""
+        # Assigned anew they are another tensor, so that they are copied to the device only then.
         if self.order is not sequence.head_order:
             self.order, self.places = sequence.head_order, sequence.own_head_order.to(self.device)
         return own.new_zeros(len(own), sequence.heads).scatter(1, self.places, own)
@@ -188,6 +203,7 @@ class Profiler(probe.Probe):
     def _of_all(self, densities: Tensor) -> Tensor:
         """Forwards (forwards, layers, heads) of all heads, and of both guidance branches where these run apart."""
         assert self.distributed is not None, "one process has all heads and branches"
+        # Each process fills in its own branch and heads and leaves zeros elsewhere, so that the sum has all of them.
         whole = densities.new_zeros(self.layout.cfg, *densities.shape)
         whole[self.distributed.cfg_mesh.get_local_rank()] = densities
         dist.all_reduce(whole, group=self.distributed.video_mesh.get_group())

@@ -115,10 +115,13 @@ class Recorder(Observer):
             trace.wait()
             self._add(events.step_events(trace, self.times))
             found = events.mask_examples(trace)
+            # A step of which a cache left out layers shows fewer, and does not take the place of a whole one.
             if {one.layer for one in found} >= {one.layer for one in self.examples}:
                 self.examples = found
             if self.progress:
                 step = self.records[-1]
+                # Of a step that a cache cut short the share would be that of some layers; the line keeps the last of
+                # all layers.
                 kept = step["kept"] if step["layers_run"] == len(trace.kernels) else None
                 self.progress.step(step["ms"] / 1000, kept)
 

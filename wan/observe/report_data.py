@@ -73,11 +73,13 @@ def report_data(events: Sequence[Event], examples: Sequence[MaskExample] = ()) -
 
 
 def _over_layers(choose: np.ufunc, values: np.ndarray) -> np.ndarray:
+    # `fmin` and `fmax` pass over nan, and give it, without a warning, where there is nothing else.
     return choose.reduce(values, axis=0)
 
 
 def _parts(seconds: dict[str, float], steps: float) -> dict[str, float]:
     """What blocks and steps take beside what was measured within them; nothing if blocks were not timed."""
+    # Whole blocks are no part of their own: their rest is.
     blocks = seconds.pop("block", 0.0)
     if not blocks:
         return {}

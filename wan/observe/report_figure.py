@@ -35,6 +35,7 @@ STYLE = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
+# In inches: the width, and the heights of the row of densities and times and of that of masks.
 WIDTH, TOP, MASKS = 12.0, 5.4, 2.75
 # The heat map's colours span at least so much of the densities, so that noise does not look like a difference.
 LEAST_SPAN = 0.02
@@ -46,7 +47,9 @@ def figure_of(run: Event, data: ReportData) -> Figure:
     """A figure of the data of a run, whose first event is given."""
     with rc_context(STYLE):
         rows = [TOP, MASKS] if data.examples else [TOP]
+        # Not by pyplot, which keeps every figure, and sets a backend, for the whole process.
         figure = Figure(figsize=(WIDTH, sum(rows)), layout="constrained")
+        # Of a single row matplotlib gives the part itself, not an array.
         parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=rows))
         _title(parts[0], run)
         grid = parts[0].add_gridspec(2, 3, width_ratios=(30, 0.6, 11), height_ratios=(3, 1))
@@ -100,6 +103,7 @@ def _title(part: SubFigure, run: Event) -> None:
 
 
 def _draw_densities(axes: Axes, bar: Axes, data: ReportData) -> None:
+    # Layers that are dense or did not run are no part of the colours' span.
     densities = np.ma.masked_where(data.dense | np.isnan(data.densities), data.densities)
     axes.set_title("Blocks kept, mean over heads")
     axes.set(ylabel="layer")
@@ -152,6 +156,7 @@ def _draw_seconds(axes: Axes, title: str, seconds: Mapping[str, float], colours:
     axes.set_title(title)
     names, total = list(seconds), sum(seconds.values())
     axes.barh(names, list(seconds.values()), color=[colours.get(name, FAINT) for name in names], height=0.62)
+    # Room for the text beside the longest bar; more than nothing, lest the axis have no length.
     axes.set(xlim=(0, max([*seconds.values(), 1e-9]) * 1.6), xticks=[])
     # So many places at least, lest a single bar fills the panel.
     axes.set_ylim(max(len(names), 4) - 0.4, -0.6)

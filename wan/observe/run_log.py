@@ -34,6 +34,7 @@ class RunLog:
             return
         size = self.path.stat().st_size if mode == "a" and self.path.exists() else 0
         try:
+            # Opened anew each time: lines that were written are the file's, even if the program is killed.
             with self.path.open(mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:

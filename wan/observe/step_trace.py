@@ -25,6 +25,7 @@ class Timestamp(NamedTuple):
         if device.type != "cuda":
             return cls(None, time.perf_counter())
         event = torch.cuda.Event(enable_timing=True)
+        # Not the time of this call: that at which the stream comes to it, behind the work that was asked for before.
         event.record(torch.cuda.current_stream(device))
         return cls(event, 0.0)
 

@@ -27,6 +27,7 @@ def say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request)
         raise InputError(f"negative_prompt {asked!r} {NO_GUIDANCE}")
     if request.about_default is not None and checkpoint.name == request.default_checkpoint:
         log.info(request.about_default)
+    # Videos of a list mostly have the same lines to say: each is said once.
     for line in dict.fromkeys(line for settings in every for line in unexpected(checkpoint, settings)):
         log.warning("warning: %s", line)
 
@@ -36,6 +37,7 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     chosen, lines = settings.attention, []
     try:
         own = checkpoint.own_attention()
+    # Here another algorithm was asked for: else the settings, which are resolved before, would have failed for this.
     except CheckpointError as error:
         lines.append(f"{error}; running {chosen.algorithm} as asked")
         own = None

@@ -29,6 +29,7 @@ TASKS = {
 SHARED: dict[str, dict[str, Any]] = {
     "--device": {"help": "cuda, cuda:1, cpu (default: cuda if there is one)"},
     "--dtype": {
+        # Spelled out: the module that has them as `DTYPES` imports torch.
         "choices": ("bfloat16", "float16", "float32"),
         "help": "default: bfloat16 on a GPU, float32 on the CPU",
     },
@@ -208,6 +209,7 @@ def options_of(args: argparse.Namespace) -> Options:
     # Imported once there is something to do, since it imports torch.
     from wan.memory.budget import parse_memory
 
+    # Flags that are named otherwise than their options; all others are named alike.
     own = {"offload_model": "offload", "log_file": "log"}
     flags = {own.get(name, name): value for name, value in vars(args).items()}
     given = {item.name: flags[item.name] for item in fields(Options) if item.name in flags}

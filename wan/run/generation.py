@@ -55,6 +55,7 @@ def generate_all(
     every = [one for one, _ in videos]
     pipe = load_pipeline(checkpoint, every, device, options, processes)
     loading = time.perf_counter() - start
+    # A replica takes the next video whenever it is done with one, since videos may differ in size and length.
     for number in range(len(videos)) if processes is None else processes.claim_jobs(len(videos)):
         settings, path = videos[number]
         own = options.of_one(path) if options.named_apart else options
@@ -69,6 +70,7 @@ def load_pipeline(
     processes: DistributedContext | None = None,
 ) -> WanT2V:
     """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `generate_all` does."""
+    # The first stands for all in what is loaded: videos of a list differ in no setting of models, see `wan.run.jobs`.
     settings, plan = every[0], None
     checkpoint.family.require(**_features(settings, options, processes))
     if options.memory is not None:
@@ -94,6 +96,7 @@ def load_pipeline(
     if settings.transformer is not None:
         log.info("transformer: %s", settings.transformer)
     if pipe.is_leader:
+        # Until here only the first process of all speaks; now the leader of each replica does, of its own videos.
         log.setLevel(logging.INFO)
     return pipe
 
@@ -129,10 +132,12 @@ def generate_video(
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
     with _clear_about_memory(settings, options):
         frames = _frames(pipe, settings, recorder if observer is None else Observers(recorder, observer))
+    # Only the leader of those that share a video has its frames.
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds
     made_with = _made_with(pipe, options, seconds)
+    # Whether the path is free was asked when the run began, which may be hours ago.
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free
@@ -172,10 +177,12 @@ def _draw(recorder: Recorder, report: Path) -> None:
 def _clear_about_memory(settings: Settings, options: Options) -> Iterator[None]:
     try:
         yield
+    # A subclass of RuntimeError, so that it has to come first.
     except torch.OutOfMemoryError as error:
         offload = bool(options.offload or options.memory)
         raise InputError(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
     except RuntimeError as error:
+        # The host's memory has no error of its own in torch; its message names the allocator.
         if "DefaultCPUAllocator" not in str(error):
             raise
         raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error

@@ -30,6 +30,7 @@ def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
     "name", which has no ending; empty lines are skipped. Raises `InputError` with the line's number for anything else.
     """
     try:
+        # Not splitlines, which cuts also at characters that a prompt may hold, such as U+2028.
         lines = read_text(path).split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -58,6 +59,7 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     for key, value in given.items():
         (layer.setdefault(SECTION[key], {}) if key in SECTION else layer)[key] = value
     try:
+        # By themselves, so that the error can name the line; what they mean beside other settings is seen later.
         check_prompt(given.get("prompt"), "in this line")
         resolve_sampling(layer)
         resolve_video(layer)
@@ -67,6 +69,7 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
         return layer, None
     if not isinstance(name, str) or not _is_file_name(name):
         raise InputError(f"{path}, line {number}: name {name!r} is not a plain file name without a folder")
+    # The ending follows from the number of frames, whatever the line says.
     return layer, re.sub(r"\.(mp4|png)$", "", name)
 
 

@@ -72,6 +72,7 @@ def choose_videos(videos: list[Video], request: Request, options: Options) -> li
         folder = request.save_dir or Path()
         make_folder(folder)
         if not options.overwrite:
+            # The names that settings get by themselves; any other stem is one that a line gave.
             own = names_of(settings for settings, _ in videos)
             named = [path.stem != name for (_, path), name in zip(videos, own)]
             left = still_to_make(videos, folder, named)
@@ -88,4 +89,5 @@ def choose_videos(videos: list[Video], request: Request, options: Options) -> li
     for settings, path in videos:
         check_output(path, settings, flag)
         check_free(path, settings, flag, options.overwrite)
+    # Of a list, seeds are drawn only now: what is made already was to be recognised whatever seed it drew.
     return [(settings.with_seed(), path) for settings, path in videos]

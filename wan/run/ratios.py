@@ -27,6 +27,7 @@ def conditions(settings: Settings) -> dict[str, Any]:
 def measured_otherwise(settings: Settings) -> str | None:
     """A line if the ratios of a run's cache were measured under other conditions, as far as they say."""
     measured_on = (settings.cache and settings.cache.measured_on) or {}
+    # A condition that the file does not name counts as the same.
     others = {name: value for name, value in conditions(settings).items() if measured_on.get(name, value) != value}
     if not others:
         return None

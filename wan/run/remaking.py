@@ -20,6 +20,7 @@ def quantizations_of(plan: object, fp8: bool) -> dict[str, str | None]:
     """How a plan quantises each model, as a sidecar has it, or a run without one; not what its file has done."""
     own = {"packing": "fp8" if fp8 else None, "text_packing": None}
     own |= plan if isinstance(plan, dict) else {}
+    # GGUF is how the file of weights came, which is a setting, and no choice of the plan.
     return {name: None if own[key] == GGUF.key else own[key] for name, key in MODELS.items()}
 
 

@@ -29,6 +29,7 @@ def run(request: Request, options: Options) -> None:
     """Make the video or videos of a request. Under torchrun all its processes come here, and work together."""
     if started_by_torchrun():
         with DistributedContext.join(options.device) as processes:
+            # Warnings only, of the others, until each replica's leader speaks for itself.
             log.setLevel(logging.INFO if processes.rank == 0 else logging.WARNING)
             _run(request, options, processes.device, processes)
         return
@@ -46,6 +47,7 @@ def run(request: Request, options: Options) -> None:
 
 def _run(request: Request, options: Options, device: torch.device, processes: DistributedContext | None) -> None:
     check_memory(options.memory, device, processes, options.offload)
+    # What needs no checkpoint comes first: loading may take minutes, and a download hours.
     if device.type == "cuda" if options.compile is None else options.compile:
         check_compiler(device)
     if processes is None or processes.rank == 0:
@@ -57,6 +59,8 @@ def _run(request: Request, options: Options, device: torch.device, processes: Di
         say_what_runs(checkpoint, videos, request)
         videos = choose_videos(videos, request, options)
     if processes is not None:
+        # One process decides for all what is left to make, and draws the seeds. All or none go on: work is shared
+        # below.
         videos = processes.broadcast_object(videos)
     if not videos:
         return
@@ -70,6 +74,7 @@ def _lay_out(processes: DistributedContext, checkpoint: Checkpoint, every: list[
     """Choose how the processes share the work of videos, and have them know their places."""
     layout = choose_layout(
         processes.world_size,
+        # A process needs a head and a token of its own, of every video.
         min(checkpoint.heads, *(math.prod(one.video.token_grid) for one in every)),
         # Branches that share masks have to take turns.
         guided=all(one.sampling.guide_scale != 1 and one.attention.mask_refresh == 1 for one in every),

@@ -36,17 +36,20 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     jobs: list[tuple[dict[str, Any], str | None]] = [({}, None)]
     if request.prompt_file is not None:
         jobs = read_prompts(request.prompt_file)
+    # A first look, without the layers that the checkpoint itself will add: its name, and what is wrong in those above.
     settings = resolve(jobs[0][0], flags, from_file, {"checkpoint": request.default_checkpoint})
     if request.save_file is not None:
         check_output(request.save_file)
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
     _check_weights(settings.model, device, getattr(torch, settings.dtype or own_dtype))
+    # A default that is a hub id is downloaded; the small one is a folder beside the source.
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
     checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
     checkpoint.require_tokenizer()
     every = []
     for layer, _ in jobs:
+        # A line of a file of prompts ranks above the flags, which are for all lines.
         settings = checkpoint.resolve(layer, flags, from_file)
         if settings.dtype is None:
             settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
@@ -87,5 +90,6 @@ def _check_small(folder: Path) -> None:
 def _check_task(task: str | None, config: str | None, named: object) -> None:
     """Raise `InputError` if a task asks for a model of another size than the hub id that a config names."""
     size = (task or "").rpartition("-")[2]
+    # Without a task the size is empty, which every name has; the name of a folder says nothing.
     if isinstance(named, str) and size not in named and not os.path.isdir(named):
         raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")

@@ -44,11 +44,13 @@ class Sidecar:
         """The video or picture that it is of, or None if that is not there."""
         named = self.file.get("name")
         names = [named] if isinstance(named, str) else [self.path.with_suffix(end).name for end in ENDINGS]
+        # A sidecar may come from anyone: it names no file of another folder.
         found = [self.path.with_name(name) for name in names if Path(name).name == name]
         return next((path for path in found if path.is_file()), None)
 
     def is_of(self, wanted: dict[str, Any]) -> bool:
         """Whether it is of a video of these `comparable` settings, whatever seed they draw."""
+        # A sidecar has the seed that was drawn, which fits where none in particular is asked for.
         any_seed = {"sampling": self.made["sampling"] | {"seed": None}} if wanted["sampling"]["seed"] is None else {}
         return self.made | any_seed == wanted
 
@@ -72,10 +74,12 @@ def still_to_make(videos: Sequence[Video], folder: Path, named: Sequence[bool]) 
     for (settings, path), is_named in zip(videos, named, strict=True):
         wanted = comparable(settings)
         fits = [one for one in sidecars if one.is_of(wanted) and (one.video == path or not is_named)]
+        # The one at the video's own path first, and only as many hashed as it takes to find one that is whole.
         found = next((one for one in sorted(fits, key=lambda one: one.video != path) if one.is_whole()), None)
         if found is None:
             left.append((settings, path))
         else:
+            # Each stands for one video of the list: what is asked for twice is made twice.
             sidecars.remove(found)
     return left
 
