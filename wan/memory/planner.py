@@ -178,6 +178,7 @@ class _Case:
         """All plans of a precision, those in which the models stay on the GPU first, in ever more columns."""
         transformer = self.transformer
         usable = self.budget.gpu / (1 + FRAGMENTS)
+        # Quantised weights are unpacked as they are used, no more than one layer's at a time.
         forward = forward_bytes(self.workload) + _using_bytes(quantization) * transformer.largest
         encoding = text_bytes(self.workload) + _using_bytes(text_quantization) * self.text.largest
         waiting = pinned_bytes(transformer.block(quantization), transformer.blocks)
@@ -218,6 +219,7 @@ class _Case:
             "sampling": forward,
             "decoding": decode_bytes(self.workload.decoding, plan.tiles),
         }
+        # Either all models are there in every stage, or each in its own.
         resident = 0 if plan.in_turns else sum(sizes.values())
         stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
         making = self.making_bytes(plan.quantization, plan.text_quantization)

@@ -175,7 +175,7 @@ class BlockStream:
             return
         if number not in self.holds:
             # Not asked for before: the first one since it was opened, or blocks before it were left out or came in
-            # another order. Both buffers' last uses are waited for, so either will do.
+            # another order. A transfer waits for its buffer's last use, so that either will do.
             self._fetch(number, 0)
         slot = self.holds.index(number)
         if self.copying is not None:

@@ -46,6 +46,7 @@ class Quantizer:
             return tensor
         weight = tensor.to(self.device)
         if not self.quantization.takes(weight):
+            # As it was read and where; the copy on the device was made to be looked at.
             self.left += 1
             return tensor
         quantized = nn.Parameter(self.quantization.quantize(weight), requires_grad=False)
@@ -104,6 +105,7 @@ def sample(weight: Tensor) -> Tensor:
 def move_inner(tensor: Any, device: torch.device) -> None:
     """Move what a quantised tensor is made of, in place; it goes on naming the device that it runs on."""
     for name in tensor.__tensor_flatten__()[0]:
+        # Inner tensors may be of this kind in turn, where scales are quantised too.
         inner = getattr(tensor, name)
         if is_traceable_wrapper_subclass(inner):
             move_inner(inner, device)

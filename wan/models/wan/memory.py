@@ -51,6 +51,7 @@ def plan_run(
     plan = choose(
         weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
+        # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         # One plan serves all of them, so it is of the largest; weights are loaded once.
         max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size))),
@@ -85,6 +86,7 @@ def workload_of(
         text_dim=text.config.d_model,
         decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, vae.config.base_dim),
         itemsize=dtype.itemsize,
+        # Plans are for GPUs, on which None compiles.
         compiled=compiled is not False,
         mask_layers=own.num_layers if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],

@@ -181,6 +181,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
+    # Drawn as they are written, so that no more than a file of them is in memory.
     drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
     save_shards(drawn, folder, DIFFUSERS_STEM)
     for file, shapes, kept in (
@@ -218,6 +219,7 @@ def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    # In T5's order, which gives them its ids 0, 1 and 2.
     special = [PAD_TOKEN, "</s>", "<unk>"]
     size = min(vocabulary, 400)
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
