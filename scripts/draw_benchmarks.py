@@ -42,6 +42,7 @@ def main() -> int:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
+    # A table for people comes before it.
     return json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["rows"]
 
 
@@ -71,6 +72,7 @@ def group(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows by size of video and precision, in the order in which these come first."""
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:
+        # "1280x720x81: dense, cudnn"
         name, what = row["what"].split(": ")
         groups.setdefault((name, what.endswith("fp8")), []).append(row)
     return [(name, members) for (name, _), members in groups.items()]

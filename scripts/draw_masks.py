@@ -36,11 +36,15 @@ def main() -> int:
     attend = nabla.attend
 
     def attend_and_keep(q, k, v, plan, rotary, *kept):
+        # Chosen once more, of queries and keys as attention has them; of the batch the prompt alone.
         masks.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config)[0])
         return attend(q, k, v, plan, rotary, *kept)
 
+    # Layers look it up in the module at each call.
     nabla.attend = attend_and_keep
     video = pipe.generate(args.prompt, size=(256, 256), frame_num=33, steps=args.steps)
+    # On a CPU a step is two forwards, the prompt's and then the negative one's: these are of the last one of the
+    # prompt.
     draw(masks[-2 * layers : -layers], video[len(video) // 2], args)
     print(f"wrote {args.out}")
     return 0

@@ -47,6 +47,7 @@ def draw(shapes, columns: int):
 
     width, height = shapes.size
     font = ImageFont.load_default(13)
+    # A letter of this font is about 7 pixels wide.
     cell_width, cell_height = FRAMES * (width + 2) + TEXT_WIDTH * 7 + 2 * MARGIN, height + MARGIN
     rows = -(-len(shapes) // columns)
     sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "#dddddd")

@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see docs/training.md")
     parser.add_argument("overrides", nargs="*", help="settings that go before those of the file: out=data/train")
+    # Flags are read before torch is imported, so that --help and a wrong flag take no seconds.
     args = parser.parse_args(argv)
     log_to_stderr()
     return run_program(make, args, interrupted="interrupted; start again to make what is missing")
@@ -39,6 +40,7 @@ def make(args: argparse.Namespace) -> int:
     stop_with_launcher()
     settings = PrepareSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
     source = open_dataset(settings.dataset, settings.options)
+    # Joins the processes that a launcher started, on CPUs by gloo.
     processes = PartialState(cpu=not torch.cuda.is_available())
     vae_dtype = getattr(torch, settings.vae_dtype)
     encoder = Encoder(open_components(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)

@@ -33,6 +33,7 @@ def train(args: argparse.Namespace) -> int:
     from wan.training.shutdown import Diverged, Stopped, report_end, stop_with_launcher
     from wan.training.trainer import Trainer
 
+    # Before anything is loaded, so that a launcher that is stopped early takes this process along.
     stop_with_launcher()
     try:
         settings = TrainingSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
@@ -40,6 +41,7 @@ def train(args: argparse.Namespace) -> int:
             trainer.run()
     except (Diverged, Stopped) as end:
         return report_end(end)
+    # After `close`, which frees the models: the group of processes ends here.
     trainer.accelerator.end_training()
     return 0
 

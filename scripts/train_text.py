@@ -33,6 +33,7 @@ def train(args: argparse.Namespace) -> int:
 
     try:
         settings = TextSettings.from_dict(with_overrides(read_settings(args.config), args.overrides))
+        # By one process alone: the encoder is small.
         is_done = TextTrainer(settings).run(args.minutes)
     except (Diverged, Stopped) as end:
         return report_end(end)

@@ -43,8 +43,7 @@ def worker_map(workers: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 0:
         yield map
         return
-    # A fork could not use CUDA, and would share the locks of this process's threads. One thread each, since there is a
-    # process a core.
+    # A fork of a process with threads may wait for their locks. One thread each, as processes share the cores.
     start = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, start, torch.set_num_threads, (1,)) as pool:
 

@@ -59,8 +59,8 @@ class VideoPools:
         return pool
 
     def batch(self, step: int) -> VideoBatch:
-        # Every process draws the whole batch, and then takes every so-manieth clip: what a step sees is the same
-        # however many there are.
+        # Every process draws the whole batch, and then takes its part: which clips a step sees does not depend on how
+        # many processes there are.
         rng = np.random.default_rng((self.settings.seed, step))
         cut = self.settings.cuts[rng.choice(len(self.shares), p=self.shares)]
         pool = self.pools[cut.drawn]

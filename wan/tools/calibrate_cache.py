@@ -69,6 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(args.device)
     options = options_of(args)
     check_memory(options.memory, device, None, options.offload)
+    # A cache would leave out the forwards that are to be measured.
     flags = flag_settings(args) | {"cache": "none"}
     request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
     checkpoint, videos = settle(request, device)
@@ -91,6 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:
     """Sample a video, without decoding it."""
     walk = settings.sampling
+    # Without guidance there is no negative branch.
     texts = [settings.prompt] if walk.guide_scale == 1 else [settings.prompt, walk.negative_prompt]
     contexts = pipe.encode_text(*pipe.tokenize(texts)).split(1)
     noise = pipe.draw_noise(settings.video, seed)

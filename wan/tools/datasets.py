@@ -41,6 +41,7 @@ def open_dataset(name: str, options: dict[str, Any]) -> Any:
     if name not in DATASETS:
         raise InputError(f"dataset {name!r} is not known; use one of {', '.join(DATASETS)}")
     try:
+        # Tried first, so that a TypeError from within a data set is not taken for a wrong option.
         inspect.signature(DATASETS[name]).bind(**options)
     except TypeError as error:
         takes = ", ".join(inspect.signature(DATASETS[name]).parameters)

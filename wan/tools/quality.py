@@ -47,6 +47,7 @@ def ssim(video: Tensor, other: Tensor) -> float:
 
     x, y = (one.permute(0, 3, 1, 2).flatten(0, 1)[:, None].double() / 255 for one in (video, other))
     mean_x, mean_y = mean(x), mean(y)
+    # By E[x^2] - E[x]^2 within the window: in float64, since it is a small difference of large numbers.
     variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
     means = (2 * mean_x * mean_y + STABLE_MEAN) / (mean_x**2 + mean_y**2 + STABLE_MEAN)
@@ -64,13 +65,17 @@ def density_and_mass(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: N
     layout = TileLayout.build(grid, config.tile, q.device)
     q, k = (layout.to_tiles(x).float() for x in (q, k))
     blocks, valid = layout.blocks, layout.valid.flatten()
+    # Rows of blocks, so that their scores (B, heads, rows x block, N x block) are about PAIRS numbers.
     rows = max(1, PAIRS // (q.shape[0] * q.shape[1] * layout.block * k.shape[2]))
     mass = q.new_zeros(q.shape[1])
     for first in range(0, blocks, rows):
         tokens = slice(first * layout.block, (first + rows) * layout.block)
         scores = q[:, :, tokens] @ k.mT / math.sqrt(q.shape[-1])
+        # Each query's attention by blocks of keys: (B, heads, tokens, N).
         shares = scores.masked_fill(~valid, -math.inf).softmax(-1).unflatten(-1, (blocks, -1)).sum(-1)
+        # A row of the mask holds for all tokens of its block.
         held = kept[:, :, first : first + rows].repeat_interleave(layout.block, dim=2)
+        # Queries that are padding do not count.
         mass += ((shares * held).sum(-1) * valid[tokens]).sum((0, 2))
     return kept.float().mean((0, 2, 3)), mass / (len(q) * math.prod(grid))
 
@@ -85,10 +90,12 @@ def measure_mass(transformer: WanTransformer3DModel, config: NablaConfig) -> Ite
     patch, grid = transformer.config.patch_size, []
 
     def see_grid(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # (B, C, T, h, w): the grid of tokens is that of latents over the patch.
         latents = args[0] if args else kwargs["hidden_states"]
         grid[:] = (n // p for n, p in zip(latents.shape[2:], patch))
 
     def measure(layer: int, attention: nn.Module, args: tuple) -> None:
+        # As diffusers' block calls its self-attention: hidden states, no encoder states, no mask, rotary embedding.
         hidden, _, _, rotary = args
         q, k = (
             rotate(norm(linear(hidden)).unflatten(2, (attention.heads, -1)), Rotary(*rotary))

@@ -136,6 +136,7 @@ def open_pipeline(args: argparse.Namespace, folder: str) -> WanT2V:
     """A checkpoint, with what the flags say of its videos."""
     device = pick_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    # Not compiled, as `measure_mass` needs it; the attention of each row is put in afterwards.
     pipe = WanT2V.from_pretrained(folder, NablaConfig(), device, dtype, compile=False)
     pipe.video = changed(pipe.video, size=args.size, frame_num=args.frame_num)
     pipe.sampling = changed(pipe.sampling, steps=args.steps, shift=args.shift, guide_scale=args.guide_scale)

@@ -58,6 +58,7 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
     for video in videos:
         grid, name = video.token_grid, label(video)
         q, k, v = random_qkv(args, grid)
+        # Two products, of queries with keys and of probabilities with values, of 2 S^2 D operations a head each.
         flops = 4 * q.shape[1] ** 2 * q.shape[2] * q.shape[3]
         for kernel, context in {} if args.no_dense else dense_kernels(device).items():
             with context():
@@ -65,6 +66,7 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
             yield row | {"tflops": round(flops / row["ms"] / 1e9, 1)}
         for keep in args.keep:
             for backend, module in BACKENDS.items():
+                # The reference is exact and slow; of the others one is taken if it is named.
                 if backend == "reference" or backend != args.backend != "auto":
                     continue
                 if inputs_unsupported_reason(module, q.dtype, q.shape[-1]):
@@ -84,8 +86,11 @@ def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: 
     v_tiles = layout.to_tiles(v)
     prepared = BACKENDS[backend].choose(q_means, k_means, plan.selection)
     kept = choose_block_mask(q_means, k_means, plan.selection, backend)
+    # For each kept block its rows times its columns, without padding: (B, heads, N, N) by the tokens in each of N
+    # blocks.
     pairs = (kept.double() @ layout.sizes.double() @ layout.sizes.double()).sum().item()
     row = timed(what, lambda: BACKENDS[backend].attend(q_tiles, k_tiles, v_tiles, prepared), args)
+    # In TFLOP/s, of one pair of a query and a key.
     rate = 4 * q.shape[3] / row["ms"] / 1e9
     blocks = kept.sum().item()
     per_block = round(1e6 * row["ms"] / blocks, 3)
@@ -102,6 +107,7 @@ def fa4_row(
         from flash_attn.cute.interface import _flash_attn_fwd
     except ImportError:
         return None
+    # Its blocks are of 128 tokens. Without partial tiles every list is one of full blocks, which need no mask.
     plan = nabla.plan(grid, NablaConfig(keep=keep, tile=(1, 8, 16), backend="flex"), q.device)
     layout = plan.selection.layout
     if layout.has_partial_tiles:
@@ -110,8 +116,10 @@ def fa4_row(
     v = layout.to_tiles(v)
     prepared = BACKENDS["flex"].choose(q_means, k_means, plan.selection)
     lists = prepared.full
+    # Lists of partial blocks come first, and are empty.
     none = torch.zeros_like(lists.counts), torch.zeros_like(lists.indices)
     blocks = BlockSparseTensorsTorch(*none, *lists, block_size=(layout.block, layout.block))
+    # (B, heads, S, D) -> (B, S, heads, D), as this kernel takes them.
     tokens_first = [x.transpose(1, 2) for x in (q, k, v)]
     out = _flash_attn_fwd(*tokens_first, block_sparse_tensors=blocks)[0].transpose(1, 2)
     exact = BACKENDS["flex"].attend(q, k, v, prepared)

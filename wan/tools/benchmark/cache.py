@@ -65,6 +65,7 @@ def extremes(kind: str) -> dict[str, CacheSettings]:
     """A cache that keeps but never reuses, and one that reuses from the second step on, of TaylorSeer but the third."""
     if kind == "taylorseer":
         return {"nothing reused": CacheSettings(kind, warmup=1), "reused": CacheSettings(kind, warmup=0, interval=1000)}
+    # No change is below a threshold of 0.
     never = CacheSettings(kind, 0, warmup=0, ratios=(2.0,) if kind == "mag" else None)
     # Ratios of 1 predict no error.
     always = replace(never, threshold=1e9, max_skips=1000, ratios=never.ratios and (1.0,))

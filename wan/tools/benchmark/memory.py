@@ -64,6 +64,7 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
                     print(f"{name}: {error}")
                     continue
                 print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
+                # Each makes a model of its own, measures it and drops it.
                 stages = {"text": _text_row, "sampling": partial(_forward_row, config=config), "decoding": _decode_row}
                 for stage, measure in stages.items():
                     row = _stage_row(args, device, f"{name}, {stage}", partial(measure, args, video, device, plan))
@@ -92,6 +93,7 @@ def _limited(args: argparse.Namespace, device: torch.device, given: float | None
     try:
         yield budget
     finally:
+        # The budget that comes next is taken of all that is free.
         torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
@@ -114,6 +116,7 @@ def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measur
     _clean(device)
     try:
         return measure(name)
+    # Not OutOfMemoryError alone: pinned host memory that cannot be had is an error of CUDA's.
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
@@ -124,11 +127,13 @@ def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measur
 def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str) -> Row:
     """Two prompts, the weights' way to the GPU included."""
     encoder = random_text_encoder(args.model, getattr(torch, args.dtype), device)
+    # Packed on the GPU and kept on the host, from where blocks are streamed.
     quantizer = make_quantizer(encoder, encoder.encoder.block, plan.text_quantization, device, torch.device("cpu"))
     if quantizer is not None:
         state = {name: quantizer(name, tensor) for name, tensor in encoder.state_dict().items()}
         encoder.load_state_dict(state, assign=True)
     if plan.text == "stream" or quantizer is not None:
+        # A quantised encoder that stays whole is a stream that keeps all of its blocks.
         kept = 0 if plan.text == "stream" else len(encoder.encoder.block)
         stream_blocks(encoder, encoder.encoder.block, device, kept, plan.pinned)
     elif not plan.in_turns:
@@ -173,6 +178,7 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
         quantizer = make_quantizer(model, model.blocks, plan.quantization, device, home)
 
         def placed_one(name: str, tensor: Tensor) -> Tensor:
+            # What is not packed comes back as it is.
             packed = tensor if quantizer is None else quantizer(name, tensor)
             return tensor.to(home) if packed is tensor else packed
 
@@ -219,6 +225,7 @@ def _link_row(args: argparse.Namespace, device: torch.device) -> Row:
 
 def _clean(device: torch.device) -> None:
     torch._dynamo.reset()
+    # A model and its hooks hold each other until they are collected.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

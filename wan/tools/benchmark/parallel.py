@@ -92,6 +92,7 @@ def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: 
     alone = {}
     for config in every:
         apply_attention(transformer, config)
+        # Every process by itself, all at once: the model has no hooks yet by which they would wait for each other.
         alone[config] = compare(args, f"{label(video)}: forward, {config.algorithm}, one GPU", forward)
         yield alone[config]
     apply_sequence_parallel(transformer, init_ulysses_mesh(distributed), TRANSFORMER)
@@ -119,11 +120,13 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
     heads = transformer.sequence_parallel.heads
     rebalance = transformer.sequence_parallel.rebalance
     in_turn = interleaved(heads, mesh.size())
+    # None leaves the order to `rebalance`, which measures in the two forwards before a row is timed.
     orders = {"as they come": torch.arange(heads), "in turn": in_turn, "by what they kept": None}
     for name, order in orders.items():
         transformer.sequence_parallel.rebalance = rebalance if order is None else lambda densities: None
         if order is not None:
             transformer.sequence_parallel.head_order = order.repeat(len(transformer.blocks), 1)
+            # Taken from `head_order` anew by the next forward.
             transformer.sequence_parallel.device_order = None
         apply_attention(transformer, config)
         row = compare(args, f"{label(video)}: forward, uneven heads, dealt {name}", forward, alone)
@@ -145,8 +148,10 @@ def calibrate_densities(transformer: WanTransformer3DModel, forward: Callable[[]
         middle = (low + high) / 2
         for module, factors in zip(modules, middle.exp()):
             weight = module.norm_q.weight
+            # Longer queries make sharper maps, of which fewer blocks reach the threshold: one factor a head.
             weight.copy_(factors.repeat_interleave(len(weight) // heads))
         forward()
+        # Too dense: sharper, so the range above the middle; else the range below.
         is_dense = torch.stack([layer.density for layer in applied.layers]) > wanted
         low, high = torch.where(is_dense, middle, low), torch.where(is_dense, high, middle)
 
@@ -157,6 +162,7 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
         return
     transformer = build_model(args, distributed)
     inputs = random_inputs(transformer, video, 1)
+    # Pairs of processes share a step, one branch each.
     distributed.init_meshes(ParallelLayout(cfg=2, replicas=distributed.world_size // 2))
     branches = distributed.cfg_mesh
 
@@ -188,6 +194,7 @@ def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, v
     shared = sample()
     vae = random_vae(args.model, distributed.device)
     error = (decode(vae, alone) - decode(vae, shared)).square().mean().item()
+    # Videos in [-1, 1] have a peak of 2, whose square is 4.
     psnr = round(10 * math.log10(4 / max(error, 1e-12)), 1)
     change = round(((alone - shared).norm() / alone.norm()).item(), 5)
     what = f"{label(video)}: {args.steps} guided steps, {sparse_configs(args)[0].algorithm}, one GPU and ulysses"
@@ -204,6 +211,7 @@ def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, vide
     what = f"{label(video)}: forward, {config.algorithm}, ulysses {distributed.world_size}"
     whole = compare(args, f"{what}, whole weights", forward)
     yield whole
+    # After the row of whole weights, since nothing undoes it.
     apply_fsdp(transformer, transformer.blocks, mesh)
     yield compare(args, f"{what}, sharded weights", forward, whole)
 

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         check_quantization("fp8", torch.device(args.device), getattr(torch, args.dtype))
     rows = []
     with many_compiles():
+        # Under torchrun all processes walk through the rows, in which they exchange tensors; the first prints them.
         for row in MODES[args.mode](args, videos, torch.device(args.device)):
             if is_first:
                 print(format_row(row), flush=True)

@@ -25,6 +25,7 @@ def timed(what: str, function: Callable[[], object], args: argparse.Namespace, w
     if warm:
         function()
     synchronize(args)
+    # By the clock after all work is done, so that the host's time to start kernels counts, as it does in a run.
     times = []
     for _ in range(args.repeats):
         start = time.perf_counter()

@@ -88,6 +88,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
     for config in [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]:
         torch._dynamo.reset()
         for block in transformer.blocks:
+            # The class's own forward again, for the next configuration to be compiled from.
             block.__dict__.pop("forward", None)
         apply_attention(transformer, config)
         compile_blocks(transformer.blocks, trains=True)

@@ -54,10 +54,12 @@ def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tup
     transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
+            # In place, so after all rows of the exact weights.
             print(quantize_layers(transformer, transformer.blocks, "fp8", device))
         for is_dense in [False] if args.no_dense else [True, False]:
             torch._dynamo.reset()
             for block in transformer.blocks:
+                # The class's own forward again, before the other activation is compiled.
                 block.__dict__.pop("forward", None)
             (unfuse_gelu if is_dense else fuse_gelu)(transformer)
             compile_blocks(transformer.blocks)
@@ -96,8 +98,10 @@ def forward_row(
         return transformer(*inputs, return_dict=False)[0]
 
     start = time.perf_counter()
+    # This one compiles. On the host, since outputs of all rows are kept to compare float8 with.
     out = forward().cpu()
     first = round(time.perf_counter() - start, 1)
+    # Compiled from here on would be recompiled, which no row should be.
     graphs = compiled_graphs()
     reset_peak(args)
     row = timed(what, forward, args, warm=False, first_s=first)
@@ -135,6 +139,7 @@ def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
             for config in [NablaConfig()] if is_dense else [*sparse_configs(args), *refreshed]:
                 apply_attention(transformer, config)
                 row, latents = step_row(args, f"{label(video)}: a step, {config.algorithm}{kind}", transformer, video)
+                # The last row of decoding is the decoder as the pipeline runs it.
                 row["video_s"] = round((PUBLISHED_STEPS * row["ms"] + decoding[-1]["ms"]) / 1000)
                 if config.mask_refresh > 1:
                     plain = last[config.algorithm]
@@ -157,10 +162,13 @@ def step_row(
         starts.append(time.perf_counter())
         steps.set_step(step)
 
+    # Text of the other sign stands for the negative prompt's.
     predict, conditions = partial(velocity_of, transformer), Conditions(context, -context)
     latents = denoise(predict, latents.float(), conditions, solver, 5.0, before_step=before_step, **loop)
+    # The end of the last step, as the start of one more.
     before_step(args.steps)
     seconds = [after - before for before, after in itertools.pairwise(starts)]
+    # The first compiles, unless it is the only one.
     later = [1000 * taken for taken in seconds[1:] or seconds]
     return row_of(what, later) | {"first_s": round(seconds[0], 1)}, latents
 

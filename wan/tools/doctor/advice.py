@@ -49,6 +49,7 @@ def advise(
 
 
 def _choose(fits: tuple[MemoryFit, ...]) -> MemoryFit | None:
+    # The preferred one that is not slowed down much; if all are, the preferred one.
     possible = [fit for key in PREFERENCE for fit in fits if (fit.model, fit.size) == key and fit.plan is not None]
     return next((fit for fit in possible if fit.plan.slowdown <= SLOW), possible[0] if possible else None)
 
@@ -94,6 +95,7 @@ def _faster(
     if machine.card.capability >= HOPPER and cudnn.usable is False:
         package = next(one for one in packages if one.name == "nvidia-cudnn-frontend")
         found.append(f"the cudnn kernel ({cudnn.note}): {package.install}")
+    # `usable` is None where nothing was checked, of which nothing is said.
     if next(kernel for kernel in kernels if kernel.name == "flex").usable is False:
         found.append(
             "the flex kernel, without which attention is as slow as its plain reference; see above for its fault"

@@ -59,6 +59,7 @@ def inspect_machine(device: torch.device) -> Machine:
         cards=cards,
         driver=driver,
         unseen=_unseen(driver) if not cards else "",
+        # Those that this process may use, which may be fewer than the machine has.
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_gib=host / GIB,
         free_host_gib=free / GIB,
@@ -78,11 +79,13 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
+            # With a time limit, since nvidia-smi may hang where a card is at fault.
             said = subprocess.run(command, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             said = None
         if said is not None and said.returncode == 0 and said.stdout.strip():
             return said.stdout.split()[0]
+    # Containers may have the driver without its programs.
     if DRIVER_FILE.is_file() and (match := re.search(r"\d+\.\d+(\.\d+)?", DRIVER_FILE.read_text())):
         return match.group()
     return None

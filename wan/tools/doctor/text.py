@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.tools.doctor.packages import PackageStatus
 
+# For annotations alone: these modules need packages whose lack this one reports.
 if TYPE_CHECKING:
     from wan.tools.doctor.advice import Advice
     from wan.tools.doctor.checkpoints import LocalCheckpoint
