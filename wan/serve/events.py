@@ -36,6 +36,7 @@ from wan.serve.studio import Job, JobProgress, JobResult, Studio
 
 # New values or looks of controls, by control.
 Updates = dict[Any, Any]
+# Private: gradio's public API would offer the events to programs, with documentation.
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -58,6 +59,8 @@ class Events:
         c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"]], shown, **QUIET)
         c.load_sidecar.upload(told(self.load), [c.load_sidecar, c.base], shown, **QUIET)
         c.add_lora.upload(told(self.add), [c.add_lora, c.base, c.form["lora"]], [c.form["lora"], c.said], **QUIET)
+        # On `input`, which people cause, not `change`, which updates cause too: `read` sets the controls of attention,
+        # and `spell` would answer it.
         for control in attention:
             control.input(told(self.spell), attention, [algorithm, c.amount, c.window, c.said], **QUIET)
         gr.on([algorithm.submit, algorithm.blur], told(self.read), algorithm, [*attention, c.said], **QUIET)
@@ -67,10 +70,12 @@ class Events:
             self.generate,
             [c.base, *c.values],
             results,
+            # Gradio runs one call of an event at a time by default; here the studio's line says whose turn it is.
             concurrency_limit=None,
             trigger_mode="once",
             **QUIET,
         )
+        # Past gradio's queue, lest it wait there for what it is to end.
         c.cancel.click(self.cancel, queue=False, **QUIET)
         page.load(self.refresh, [c.base], [c.form["lora"], c.said], **QUIET)
         page.unload(self.leave)
@@ -198,11 +203,13 @@ class Events:
             c.save_sidecar: gr.update(visible=False),
         }
         shown = None
+        # `leave` is of pages that are closed. Who asks by raw requests, and does not listen, has none.
         hearing = Hearing(self.presence, job.visitor.session)
         for progress in job.changes():
             if not hearing.goes_on():
                 job.cancel()
             updates: Updates = {c.said: progress_html(progress)}
+            # The same array would be encoded and sent again at every look.
             if progress.preview is not shown:
                 shown = progress.preview
                 updates |= {c.picture: gr.update(value=shown, visible=True), c.video: gr.update(visible=False)}
@@ -210,6 +217,7 @@ class Events:
 
     def _show_made(self, made: JobResult, progress: JobProgress) -> Updates:
         c, is_video = self.controls, made.path.suffix == ".mp4"
+        # Nothing is served from the studio's folder: visitors get a copy, in a folder that its content names.
         path = save_file_to_cache(made.path, c.video.GRADIO_CACHE)
         return {
             c.said: made_html(made, progress.notes),

@@ -105,6 +105,7 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
         "video": {"size": form.size, "frame_num": _whole(form.frame_num)},
     }
     layer = values | {section: values[section] | change for section, change in changed.items()}
+    # A cache of the settings may have ratios and limits for which there is no control.
     cache = (values["cache"] if base.cache else USUAL_CACHE) if form.cache else "none"
     return layer | {"prompt": form.prompt, "lora": _loras(form, lora_files), "fp8": form.fp8, "cache": cache}
 
@@ -123,8 +124,10 @@ def parse_scales(text: str, count: int) -> list[float]:
         scales = [float(word) for word in words] or [1.0]
     except ValueError:
         raise InputError(f"lora scales {text!r} are not numbers; write 0.8, or 0.8, 1.0 for two files") from None
+    # float() also takes nan and inf.
     if not all(map(is_number, scales)):
         raise InputError(f"lora scales {text!r} are not numbers; write 0.8, or 0.8, 1.0 for two files")
+    # Without a file there is nothing to scale, and what the control still holds does no harm.
     if len(scales) not in (1, count) and count:
         raise InputError(f"lora scales {text!r} are {len(scales)}, for {count} files; give one for all, or one each")
     return scales * count if len(scales) == 1 else scales[:count]
@@ -134,6 +137,7 @@ def _seed(text: str) -> int | None:
     text = (text or "").strip()
     if not text:
         return None
+    # Short, and in plain digits: int() takes more than that, and raises an error of its own for very long texts.
     if not re.fullmatch(r"-?[0-9]{1,20}", text):
         raise InputError(f"seed {text[:40]!r} is not a whole number; leave it empty to draw one")
     return int(text)

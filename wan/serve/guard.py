@@ -49,6 +49,7 @@ class Presence:
     """Which sessions of browsers have a connection open on which news of their videos come."""
 
     def __init__(self) -> None:
+        # Told on the event loop, asked by the threads that follow jobs.
         self._open: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -95,12 +96,14 @@ class Guard:
         presence: Presence,
     ):
         self.app = app
+        # 0.0.0.0 and :: mean every address, and are no name that a page is opened by.
         self.own = {*LOOPBACK, host.strip("[]").lower()} - {"0.0.0.0", "::", ""}
         self.names: set[tuple[str, int | None]] = set()
         self.offered, self.held = offered, held
         self.max_upload, self.max_held = max_upload, max_held
         self.presence = presence
         self._token = secrets.token_urlsafe(32)
+        # Read and changed on the event loop alone, so it needs no lock.
         self._arriving = 0
         for name in names:
             self.allow(name)
@@ -138,11 +141,13 @@ class Guard:
         headers: dict[str, str] = {}
         for raw, value in scope["headers"]:
             name = raw.decode("latin-1").lower()
+            # Of two, this and what is behind it might each go by another.
             if name in ("host", "origin", "content-length") and name in headers:
                 raise Refused(403, f"two headers {name}")
             text = value.decode("latin-1")
             headers[name] = f"{headers[name]}; {text}" if name in headers else text
         host, origin = headers.get("host", ""), headers.get("origin")
+        # Else a foreign page could have its own name lead here (DNS rebinding), and be of this page's origin.
         if not self._is_own(host, "http", scope):
             raise Refused(403, f"this page is not served as {host[:100]!r}; see --allowed_host")
         if origin is not None and not self._is_own_origin(origin, scope):
@@ -165,6 +170,7 @@ class Guard:
         if (name, None) in self.names or (name, port) in self.names:
             return True
         here, here_port = scope.get("server") or ("", None)
+        # This server speaks no TLS: an https origin can only be a proxy's, which is among the allowed names.
         return scheme == "http" and name in self.own | {here} and (port or 80) == here_port
 
     def _is_own_origin(self, origin: str, scope: dict) -> bool:
@@ -176,16 +182,19 @@ class Guard:
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return 0
         length = headers.get("content-length", "")
+        # Bodies in chunks say no length, and would be read before they are found too large.
         if not re.fullmatch(r"[0-9]{1,15}", length) or "transfer-encoding" in headers:
             raise Refused(411, "a request has to say how long it is")
         if scope["path"].rstrip("/") != f"{API}upload":
             if int(length) > MAX_BODY:
                 raise Refused(413, f"the request is larger than {MAX_BODY} bytes")
             return 0
+        # In bytes, since for text beyond ASCII compare_digest raises.
         if not secrets.compare_digest(_cookie(headers, _cookie_name(scope)).encode(), self._token.encode()):
             raise Refused(403, "files are taken from the page alone; open it, and with cookies allowed")
         if int(length) > self.max_upload + MULTIPART_EXTRA:
             raise Refused(413, f"the file is larger than {self.max_upload} bytes")
+        # Files on their way are not all on the disk, so they count by the length that they say.
         if self.held() + self._arriving + int(length) > self.max_held:
             raise Refused(413, "the page holds as many uploaded files as it may; try again tomorrow")
         return int(length)

@@ -114,6 +114,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             1,
             limits.frames,
             form.frame_num,
+            # From 1 on, which gives 4n+1: the counts of frames that there can be.
             step=first.video.geometry.vae_stride[0],
             label="Frames",
             min_width=150,

@@ -70,6 +70,7 @@ class Visitor(NamedTuple):
             address = ipaddress.ip_address(host or "")
         except ValueError:
             return cls(host or "", session)
+        # A server on :: sees IPv4 visitors as ::ffff:a.b.c.d, which one network of 64 bits would make a single visitor.
         if address.version == 6 and address.ipv4_mapped is None:
             return cls(str(ipaddress.ip_network((address, 64), strict=False)), session)
         return cls(str(getattr(address, "ipv4_mapped", None) or address), session)
@@ -80,6 +81,7 @@ NOBODY = Visitor()
 
 def check_waiting(visitors: Sequence[Visitor], visitor: Visitor) -> None:
     """Raise `InputError` if a visitor may not have one more job beside those of `visitors`, of which one runs."""
+    # Beyond the limit only at one more, since one of those counted may be the one that runs.
     if visitors.count(visitor) > MAX_OF_SESSION:
         raise InputError(f"{MAX_OF_SESSION} of your videos are waiting already; try again when one is made")
     if sum(one.address == visitor.address for one in visitors) > MAX_OF_ADDRESS:
@@ -102,6 +104,7 @@ class Line:
 
     def join(self, job: Any) -> None:
         for key in _keys(job):
+            # Who has jobs here keeps his turn; who comes anew is as if served just now, behind all that wait.
             self._since.setdefault(key, self._turn)
         self._jobs.append(job)
 
@@ -126,6 +129,7 @@ class Line:
         """The jobs in the order in which they would be served if nobody else came."""
         left, since, order = list(self._jobs), dict(self._since), []
         for turn in range(self._turn + 1, self._turn + 1 + len(left)):
+            # First the address that was served longest ago, then its session; of equals the first to have come.
             job = min(left, key=lambda one: [since[key] for key in _keys(one)])
             since |= dict.fromkeys(_keys(job), turn)
             left.remove(job)

@@ -38,6 +38,7 @@ class Preview:
         start = time.perf_counter()
         try:
             with on_device(pipe.vae, pipe.device, pipe.offload) as vae:
+                # glimpse: (B, 3, height, width); of the first of the batch a video of one frame, (3, 1, height, width).
                 picture = to_frames(glimpse(vae, clean.to(pipe.device))[0, :, None])[0]
         except torch.OutOfMemoryError:
             log.warning("warning: there is no memory for a preview beside the transformer, so this video has none")

@@ -96,6 +96,7 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
         address.host,
         address.allowed_hosts,
         page.offered,
+        # Looked at anew for each upload: gradio removes old ones by itself.
         lambda: size_of(uploads) + library.added_bytes(),
         MAX_UPLOAD,
         MAX_HELD,
@@ -107,11 +108,13 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
             server_name=address.host,
             server_port=address.port,
             share=address.share,
+            # It is waited for below, once the guard knows the public link's name.
             prevent_thread_lock=True,
             inbrowser=False,
             quiet=True,
             blocked_paths=[str(library.folder.resolve())],
             max_file_size=MAX_UPLOAD,
+            # Names of fonts that visitors have: none is fetched.
             theme=gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css_paths=CSS,
             footer_links=[],

@@ -11,6 +11,7 @@ from wan.files.json_files import to_json
 
 # An absolute path of more than a name, on either kind of system.
 FOLDERS = re.compile(
+    # The lookbehinds leave alone what goes on from a relative path or a scheme, as the // of https:// does.
     r"(?<![\w./\\:])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\",;:()<>]+)+[/\\](?=[^/\\\s'\",;:()<>])|(?<![\w./:])/(?=\w)"
 )
 

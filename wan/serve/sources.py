@@ -50,6 +50,7 @@ class Presets:
     def __post_init__(self) -> None:
         files = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
         if self.config is not None:
+            # For its errors alone: a wrong file is said at the start.
             read_settings(self.config)
             files = {Path(self.config).stem: Path(self.config)} | files
         object.__setattr__(self, "files", files)
@@ -99,6 +100,7 @@ class Presets:
             return {}
         if name not in self.files:
             raise InputError(f"preset {name!r} is not known; use one of {', '.join(self.names)}")
+        # Its file may have a prompt, as a sidecar does; the page's is a control that presets leave alone.
         return {key: value for key, value in read_settings(self.files[name]).items() if key != "prompt"}
 
 
@@ -174,6 +176,7 @@ def from_sidecar(
     made = resolve(sidecar)
     notes = []
     names = {name_of(own.checkpoint): own.checkpoint}
+    # By full name, or by that which a shared sidecar has; of several of one name the page's own comes first.
     names = {name_of(one): one for one in checkpoints} | names | {one: one for one in checkpoints}
     checkpoint = names.get(made.checkpoint, own.checkpoint)
     if made.checkpoint not in (checkpoint, name_of(checkpoint)):

@@ -53,6 +53,7 @@ def made_html(made: JobResult, notes: Sequence[str]) -> str:
 def said_html(text: str, kind: str = "") -> str:
     """A message; `kind` is "", "done" or "wrong"."""
     role = "alert" if kind == "wrong" else "status"
+    # Folders go first: once they are escaped, quotes and brackets would not end a path.
     return f'<div class="status {kind}" role="{role}">{escape(without_folders(text))}</div>'
 
 

@@ -43,14 +43,8 @@ log = logging.getLogger("wan")
 # How often a job that waits is looked at, for its place in the line may change.
 LOOK_SECONDS = 0.5
 
-WAITING, LOADING, READING, SAMPLING, DECODING, WRITING = (
-    "Waiting",
-    "Loading the model",
-    "Reading the prompt",
-    "Sampling",
-    "Decoding",
-    "Writing",
-)
+WAITING, LOADING, READING = "Waiting", "Loading the model", "Reading the prompt"
+SAMPLING, DECODING, WRITING = "Sampling", "Decoding", "Writing"
 
 
 @dataclass(frozen=True)
@@ -158,6 +152,7 @@ class Studio:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A copy, since each job that is cancelled leaves the list.
         for job in list(self._jobs):
             job.cancel()
         self._worker.shutdown()
@@ -174,6 +169,7 @@ class Studio:
             self._jobs.append(job)
             self._line.join(job)
             self._tell_places()
+        # Outside the lock: of a job that was cancelled already it calls `_forget` at once, which takes the lock.
         job.future.add_done_callback(lambda _: self._forget(job))
         self._worker.submit(self._make_next)
         return job
@@ -202,6 +198,7 @@ class Studio:
         """Make the video whose turn it is, if one waits: those that were cancelled left a call too many."""
         with self._lock:
             job = self._line.next()
+        # From here on cancelling the future does nothing: a job that runs sees `check`.
         if job is None or not job.future.set_running_or_notify_cancel():
             return
         try:
@@ -218,6 +215,7 @@ class Studio:
         checkpoint, [(settings, name)] = settle(request, self.device)
         self.limits.check(settings)
         settings = settings.with_seed()
+        # The same settings may be asked for again, and no video takes another's place.
         path = self.folder / f"{name.stem}-{secrets.token_hex(3)}{name.suffix}"
         check_output(path, settings)
         notes = tuple(unexpected(checkpoint, settings))
@@ -242,6 +240,7 @@ class Studio:
         LoRA is merged into the weights while they are read, so that another one needs them read again; and a plan of
         memory is for videos up to the one that it was made for.
         """
+        # All that takes a new load to change; attention can be exchanged in place.
         weights = tuple(value for name, value in vars(settings.model).items() if name != "attention")
         needs = _needs(settings)
         outgrown = self.options.memory is not None and any(now > then for now, then in zip(needs, self._planned))
@@ -252,6 +251,7 @@ class Studio:
                 for file in settings.lora:
                     read_lora(file, model, checkpoint.family.naming)
             self._pipe = None
+            # Before the next one is loaded, so that two need not fit at once.
             gc.collect()
             torch.cuda.empty_cache()
             self._pipe = load_pipeline(checkpoint, [settings], self.device, self.options)
