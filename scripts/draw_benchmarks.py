@@ -72,7 +72,7 @@ def group(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows by size of video and precision, in the order in which these come first."""
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:
-        # "1280x720x81: dense, cudnn"
+        # Rows are named as "1280x720x81: dense, cudnn" is.
         name, what = row["what"].split(": ")
         groups.setdefault((name, what.endswith("fp8")), []).append(row)
     return [(name, members) for (name, _), members in groups.items()]

@@ -72,6 +72,7 @@ class Shapes:
         """The scene and the caption of an item, without its video."""
         if not 0 <= index < self.count:
             raise IndexError(f"index {index} is outside the {self.count} items")
+        # By its number in the whole set, so that parts that are made apart, by `offset`, are parts of it.
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.offset + index))
         scene = sample_scene(rng, self.split, self.alike)
         # Nothing more is drawn where a share is 0, so that items stay what they are without them.

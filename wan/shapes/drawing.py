@@ -123,6 +123,7 @@ def _paint(shape: Shape, upright: tuple[Tensor, Tensor], turned: tuple[Tensor, T
 
 
 def _levels(colour: Colour, device: torch.device) -> Tensor:
+    """(3,) float32."""
     return torch.tensor(colour, dtype=torch.float32, device=device)
 
 
@@ -144,6 +145,7 @@ def _to_edge(along: Tensor, period: float) -> Tensor:
 
 
 def _between(ends: tuple[float, float], time: Tensor) -> Tensor:
+    """Values on the way from the first to the last, at times (frames,) from 0 to 1."""
     return ends[0] + (ends[1] - ends[0]) * time
 
 

@@ -54,6 +54,7 @@ def together(rng: np.random.Generator, shapes: Sequence[Shape], style: str) -> s
 def named(rng: np.random.Generator, shapes: Sequence[Shape], style: str = FINITE) -> str:
     """Such as "a red circle and a blue square", "two red circles" or "two circles, a red one and a blue one,"."""
     number = one_of(rng, NUMBERS[len(shapes)])
+    # "Two red circles", without a word on which is which.
     if all(looks(shape) == looks(shapes[0]) for shape in shapes):
         return f"{number} {plural_phrase(rng, shapes[0])}"
     heading, noun, end = "", "", ""

@@ -243,7 +243,7 @@ def _describe(mask: Tensor, colour: str) -> MeasuredShape | None:
 
 
 def _without_specks(mask: Tensor) -> Tensor:
-    """The mask without what its 3x3 neighbourhood outvotes and what lies far from its middle."""
+    """The mask (frames, height, width) without what 3x3 neighbourhoods outvote and what lies far from its middle."""
     mask = (F.avg_pool2d(mask, 3, 1, 1) > 0.5).float()
     offsets = torch.stack(pixel_grid(mask), -1) - centroids(mask)[:, None, None]
     # Twice the radius of the disc of the same area.
@@ -272,12 +272,13 @@ def _motion(travel: tuple[float, float]) -> str:
 
 
 def _growth(log_radius: Tensor) -> str:
+    """log_radius: (2, 1), at the first and at the last frame"""
     ratio = math.exp(float(log_radius[1] - log_radius[0]))
     return "grows" if ratio > GROWTH_LEAST else "shrinks" if ratio < 1 / GROWTH_LEAST else "none"
 
 
 def _spin(times: Tensor, angles: Tensor, symmetry: int) -> str:
-    """Which way the angles turn, each known but for multiples of a full turn over `symmetry`."""
+    """Which way angles (n,) at times (n,) turn, each known but for multiples of a full turn over `symmetry`."""
     if not symmetry:
         return "none"
     period = 2 * math.pi / symmetry

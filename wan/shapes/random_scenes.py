@@ -102,6 +102,7 @@ def _draw_scene(rng: np.random.Generator, count: int, crossing: bool, split: str
                 shapes.append(shape)
                 break
         else:
+            # The scene is begun anew rather than searched on: what stands there may leave no room at all.
             return None
     return Scene(tuple(shapes), background, relation, relation_said=crossing and chance(rng, 0.9))
 

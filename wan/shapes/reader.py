@@ -87,6 +87,7 @@ class Reader(nn.Module):
     def loss(self, batch: CaptionBatch) -> Tensor:
         """Cross-entropy, the mean over the attributes."""
         scores = self(batch)
+        # In float32, whatever autocast made of the scores.
         losses = [F.cross_entropy(each.float(), batch.targets[:, number]) for number, each in enumerate(scores)]
         return torch.stack(losses).mean()
 

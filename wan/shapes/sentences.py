@@ -53,6 +53,7 @@ class Sentences(Dataset):
     def described(self, index: int) -> tuple[str, Tensor]:
         """A caption, often rougher than the data set has it, and its classes; now and then a text without any."""
         rng = np.random.default_rng((self.seed, index))
+        # All classes are 0, "not said".
         if chance(rng, UNRELATED_SHARE):
             return unrelated(rng), torch.zeros(len(ATTRIBUTES), dtype=torch.int64)
         # The data set's own sentence is left: a variant needs another one.

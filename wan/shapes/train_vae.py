@@ -225,6 +225,7 @@ class VaeTrainer(TrainingLoop):
         row, pairs = {}, {}
         with ema_weights(self.weights, self.ema):
             for size, videos in self.held_out.items():
+                # Latents without noise, as the VAE is used.
                 originals = [as_input(video, self.device) for video in videos]
                 made = [reconstruction(self.vae, posterior(self.vae, video).mode()) for video in originals]
                 row[f"psnr_{size}"] = torch.cat([psnr(*both) for both in zip(made, originals)]).mean().item()

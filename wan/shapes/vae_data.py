@@ -53,12 +53,14 @@ class VideoPools:
     def _drawn(self, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
         """(count, frames, height, width, 3) uint8."""
         shapes = Shapes(self.settings.seed, count, size, self.settings.video_frames)
+        # Filled video by video: to stack them would need twice the memory.
         pool = torch.empty(count, shapes.frames, *size[::-1], 3, dtype=torch.uint8, device=device)
         for place, video in zip(pool, load_items(Videos(shapes), range(count), self.settings.workers)):
             place.copy_(video[0].movedim(0, -1), non_blocking=True)
         return pool
 
     def batch(self, step: int) -> VideoBatch:
+        """What this process takes of a step's clips, all of one cut."""
         # Every process draws the whole batch, and then takes its part: which clips a step sees does not depend on how
         # many processes there are.
         rng = np.random.default_rng((self.settings.seed, step))

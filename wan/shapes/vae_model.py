@@ -109,6 +109,7 @@ class Autoencoder(nn.Module):
         return reconstruction(self.vae, latents.mean + latents.std * noise), latents.parameters
 
     def noise_for(self, video: Tensor, seed: int) -> Tensor:
+        """Noise (B, C, T, h, w) for the latents of a video (B, 3, frames, height, width), on its device."""
         # 4n + 1 frames make n + 1; of rows and columns it is a plain division.
         frames, height, width = ((n - 1) // stride + 1 for n, stride in zip(video.shape[2:], GEOMETRY.vae_stride))
         generator = torch.Generator(video.device).manual_seed(seed)

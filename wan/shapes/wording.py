@@ -110,6 +110,7 @@ def noun_phrase(
 
 def plural_phrase(rng: np.random.Generator, shape: Shape) -> str:
     """Such as "large red circles"."""
+    # `COLOUR_TAILS` and `COLOUR_ASIDES` are written for one shape.
     words = noun_phrase(rng, shape, determined=False, noun=plural(noun_of(rng, shape)))
     return words.replace(" is ", " are ")
 
@@ -202,6 +203,7 @@ def background_statement(rng: np.random.Generator, background: Background) -> st
             return f"{one_of(rng, ('make', 'keep', 'set'))} the {place} {colour}"
         return f"{subject} {one_of(rng, ('is', 'is', 'is', 'should be', 'stays', 'has to be'))} {colour}"
     texture = one_of(rng, TEXTURE_WORDS[background.texture])
+    # Nouns, of which a background is one; the others are adjectives.
     if texture == "gradient" or texture.endswith("board"):
         return f"the {place} is {article(f'{colour} {texture}'.strip())}"
     return f"the {place} is {f'{colour} and ' if colour else ''}{texture}"

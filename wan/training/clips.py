@@ -96,6 +96,7 @@ class Clips:
         return latents.float(), self.padded(text)
 
     def padded(self, text: Tensor) -> Tensor:
+        """Text states (L, C) as float32 (text length, C), zeros past their end."""
         return pad_rows(text.float()[None], self.text_length)[0]
 
     def check_fit(self, config: Mapping[str, Any]) -> None:

@@ -53,6 +53,7 @@ def validation_losses(
     # A row a variant, a column a clip. Each process fills its own columns, each column is one process's, and the sum
     # over processes has them all.
     losses = torch.zeros(len(variants), count, device=accelerator.device)
+    # Of the first `count` clips, those of one size: a batch is one tensor.
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
         for own, counted in rank_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
@@ -71,6 +72,7 @@ def validation_losses(
 
 
 def _check_finite(losses: dict[str, Tensor], clips: Clips, objective: ObjectiveSettings, step: int) -> None:
+    """Raise `Diverged` unless the losses of each variant, (clips,), are finite."""
     bad = []
     for name, own in losses.items():
         for number in (~own.isfinite()).nonzero().flatten().tolist():
@@ -124,6 +126,7 @@ class Sampler:
                     self._write(name, latents, accelerator.device)
 
     def _write(self, name: Path, latents: Tensor, device: torch.device) -> None:
+        """Decode latents (1, C, T, h, w) into a file of that name and an ending of its own."""
         make_folder(name.parent)
         # The VAE is float32, and this is called within the transformer's autocast.
         with torch.autocast(device.type, enabled=False):
@@ -134,7 +137,7 @@ class Sampler:
             write_video(name.with_suffix(".mp4"), frames, self.settings.video.fps)
 
     def _noise(self, transformer: WanTransformer3DModel, seed: int, device: torch.device) -> Tensor:
-        """What generate.py draws from the seed on this device."""
+        """What generate.py draws from the seed on this device, (1, C, T, h, w)."""
         shape = 1, transformer.config.in_channels, *self.settings.video.latents_size
         return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
@@ -171,6 +174,7 @@ def ema_weights(weights: list[Tensor], ema: EMAModel | None) -> Iterator[None]:
 
 @torch.no_grad()
 def _swap(weights: list[Tensor], others: list[Tensor]) -> None:
+    """Exchange the values of tensors in place: optimizers, hooks and compiled graphs go on holding the same ones."""
     for weight, other in zip(weights, others):
         kept = weight.detach().clone()
         weight.copy_(other)

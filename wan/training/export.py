@@ -36,6 +36,7 @@ def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
     for name in PARTS:
         if anew:
             remove(folder / name)
+        # A link that leads nowhere does not exist, and is made anew.
         elif (folder / name).exists():
             continue
         with atomic_path(folder / name) as partial:

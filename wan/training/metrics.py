@@ -74,6 +74,7 @@ def draw_metrics(rows: list[dict[str, Any]], path: Path) -> None:
         "peak memory, GiB": ("memory_gib",),
     }
     shown = {title: keys for title, keys in panels.items() if any(key in row for row in rows for key in keys)}
+    # Without pyplot, which may look for a display.
     figure = Figure(figsize=(12, 3 * -(-len(shown) // 2)), layout="constrained")
     for place, (title, keys) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, place)

@@ -55,6 +55,7 @@ def open_components(name: str | Path, transformer: Mapping[str, Any] | None = No
     """
     folder = Path(name).expanduser()
     if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
+        # Such a folder is told by its VAE, since a checkpoint is recognised by its transformer.
         checkpoint = Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={}, family=WAN)
     else:
         checkpoint = Checkpoint.open(name)
@@ -91,6 +92,7 @@ def build_student(
         dtype = getattr(torch, settings.precision) if frozen else torch.float32
         # Adapters have to be there before their blocks are sharded.
         shard = _sharding(mesh) if settings.lora is None else None
+        # Sharded while it is still without weights, so that each process reads its own rows alone.
         transformer = components.load_transformer(components.transformer_component(base), dtype, device, shard)
     transformer.train().requires_grad_(settings.lora is None)
     _embed_time_in_float32(transformer)

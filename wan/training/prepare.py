@@ -64,6 +64,7 @@ def prepare(
     out, size = Path(settings.out).expanduser(), settings.clips_per_shard
     is_counted = hasattr(source, "__len__")
     manifest = settings.what_decides() | {"samples": len(source) if is_counted else None}
+    # What the shards are made of, beside the settings; without fingerprints a change of it goes unnoticed.
     manifest |= source.fingerprints() if hasattr(source, "fingerprints") else {}
     manifest |= encoder.fingerprints
     _begin(out, manifest, settings, encoder, is_leader=rank == 0)
@@ -131,6 +132,7 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     """Encode samples as they come, those of one shape together, so that others are read meanwhile."""
     tensors: dict[str, Tensor] = {}
     clips, skipped = [], []
+    # Samples by the shape of their video, until there are enough for a batch.
     waiting = defaultdict(list)
     dtype = getattr(torch, settings.dtype)
 

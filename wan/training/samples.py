@@ -58,6 +58,7 @@ class CheckedDataset(Dataset):
         self.source = source
 
     def __getitem__(self, index: int) -> Sample | None:
+        # The last shard asks for as many as fit in it.
         if hasattr(self.source, "__len__") and index >= len(self.source):
             return None
         try:

@@ -202,7 +202,7 @@ class Trainer(TrainingLoop):
         return row | {"waited": waited, "memory_gib": peak_bytes(self.device) / GIB}
 
     def _losses(self, batch: LatentBatch) -> Tensor:
-        """The loss of each clip of a micro-batch."""
+        """The loss of each clip of a micro-batch, (B,)."""
         inputs = add_noise(batch.latents, batch.noise, batch.sigmas), batch.sigmas, batch.text
         with self._autocast():
             if self.teacher is None:
@@ -215,6 +215,7 @@ class Trainer(TrainingLoop):
     def _gather(self, losses: Tensor, norm: Tensor) -> dict[str, float]:
         """The mean loss of the whole batch, the gradient's norm, and unless dense the share of blocks kept.
 
+        losses: (micro-batches x B,) of this process's clips; norm: 0-d, the same in all processes
         Raises `Diverged`. A wish to stop is told to all processes on the way.
         """
         shares = [layer.density for layer in self.transformer.nabla.sparse]
@@ -238,6 +239,7 @@ class Trainer(TrainingLoop):
         return row | {"kept": gathered[:, -2].mean().item()} if shares else row
 
     def _where(self, losses: Tensor) -> str:
+        """A line that names what is not finite among the losses of a batch, (batch_size,)."""
         step = self.step
         numbers = self.batches.numbers(step)
         bad = [

@@ -69,6 +69,7 @@ class VideoFolder:
         """What tells its captions from others, and its files, by their names, sizes and times of change."""
         states = []
         for index in range(len(self)):
+            # What cannot be read is skipped here, as it is when it is prepared.
             with contextlib.suppress(BadSample, OSError, ValueError):
                 state = (self.folder / self._entry(index)[0]).stat()
                 states.append((index, state.st_size, int(state.st_mtime)))

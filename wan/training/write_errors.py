@@ -26,6 +26,7 @@ def state_write(path: Path) -> Iterator[None]:
     with written(path, REMEDY):
         try:
             yield
+        # Raised by torch's distributed checkpoints in all processes, with what failed in each of them.
         except CheckpointException as error:
             if (cause := next(filter(None, map(_cannot_be_written, error.failures.values())), None)) is None:
                 raise

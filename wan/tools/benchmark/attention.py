@@ -19,6 +19,7 @@ from wan.tools.benchmark.timing import Row, dense_kernels, label, sparse_configs
 
 
 def random_qkv(args: argparse.Namespace, grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """q, k and v, (1, S, heads, D) each, the same for all rows of a size."""
     sizes = MODELS[args.model]
     shape = 1, math.prod(grid), sizes.heads, sizes.dim // sizes.heads
     torch.manual_seed(0)
@@ -81,6 +82,7 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
 
 
 def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Row:
+    """The kernel alone, on q, k and v (B, S, heads, D) in tiles already and with its lists made."""
     layout = plan.selection.layout
     (q_tiles, q_means), (k_tiles, k_means) = (tiles_and_means(x, layout) for x in (q, k))
     v_tiles = layout.to_tiles(v)

@@ -101,6 +101,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     list(parse_caches(args.cache, [1.0]))
     pipe = open_pipeline(args, device)
     prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
+    # Other sentences and noise than those that are compared, so that ratios are not fitted to them.
     with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
         sample_videos(pipe, others, SEED - 2)

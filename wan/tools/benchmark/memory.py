@@ -208,6 +208,7 @@ def _measured(args: argparse.Namespace, name: str, function: Callable[[], Tensor
     function()
     synchronize(args)
     first = round(time.perf_counter() - start, 1)
+    # The peak since `_clean` holds the first run too, in which kernels are compiled and tried.
     row = timed(name, function, args, warm=False, first_s=first)
     if device.type != "cuda":
         return row

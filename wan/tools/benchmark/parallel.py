@@ -148,7 +148,7 @@ def calibrate_densities(transformer: WanTransformer3DModel, forward: Callable[[]
         middle = (low + high) / 2
         for module, factors in zip(modules, middle.exp()):
             weight = module.norm_q.weight
-            # Longer queries make sharper maps, of which fewer blocks reach the threshold: one factor a head.
+            # Longer queries make sharper maps, of which fewer blocks hold what the threshold asks for. One a head.
             weight.copy_(factors.repeat_interleave(len(weight) // heads))
         forward()
         # Too dense: sharper, so the range above the middle; else the range below.

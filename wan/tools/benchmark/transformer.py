@@ -119,7 +119,7 @@ def compiled_graphs() -> int:
 def random_inputs(
     transformer: WanTransformer3DModel, video: VideoSettings, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timestep and text states."""
+    """Latents (B, C, T, h, w), timesteps (B,) and text states (B, L, C)."""
     own, generator = transformer.config, torch.Generator(transformer.device).manual_seed(0)
     shapes = (batch, own.in_channels, *video.latents_size), (batch, TEXT_ROWS, own.text_dim)
     latents, text = (torch.randn(s, generator=generator, device=transformer.device) for s in shapes)

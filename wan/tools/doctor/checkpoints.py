@@ -42,6 +42,7 @@ def hub_names() -> list[str]:
 
 def _cached(name: str) -> LocalCheckpoint | None:
     try:
+        # The small files alone, which are enough to find the folder that the large ones are in.
         patterns = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:

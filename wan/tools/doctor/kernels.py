@@ -31,6 +31,7 @@ def check_kernels(device: torch.device, check: bool = True) -> tuple[KernelStatu
     found = []
     for name, backend in BACKENDS.items():
         fault = backend.unsupported_reason(device, block) or inputs_unsupported_reason(backend, dtype, CHECK_HEAD_SIZE)
+        # Three answers: False with its fault, None where nothing was checked, True once it agrees with the reference.
         usable: bool | None = False
         if not fault and not check:
             usable, fault = None, "installed; not checked"

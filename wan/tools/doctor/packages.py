@@ -66,6 +66,7 @@ def _requirements() -> tuple[list[str], dict[str, str]]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         optional = [line for lines in project["optional-dependencies"].values() for line in lines]
         return project["dependencies"], dict(map(_split, optional))
+    # Metadata has all in one list, the optional ones marked as "name>=1; extra == ...".
     lines = [line.partition(";") for line in requires(PROJECT) or []]
     return (
         [line.strip() for line, _, condition in lines if "extra" not in condition],
