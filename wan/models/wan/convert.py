@@ -42,7 +42,7 @@ TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_
 T = TypeVar("T")
 
 
-class Models(NamedTuple, Generic[T]):
+class ConvertedModels(NamedTuple, Generic[T]):
     """A checkpoint's three models: the files of each as a `Component`, or each on the meta device."""
 
     transformer: T
@@ -75,7 +75,7 @@ def convert(
         checkpoint = replace(checkpoint, config=checkpoint.config | {"sparse_algo": sparse_algorithm})
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
-    models = Models(
+    models = ConvertedModels(
         components.transformer_component(checkpoint),
         components.vae_component(checkpoint),
         # The type tells what is kept in float32 while it loads; here tensors pass as they are stored.
@@ -114,7 +114,7 @@ def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | Non
 
 def _write_published(
     checkpoint: Checkpoint,
-    models: Models[Component],
+    models: ConvertedModels[Component],
     constants: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype | None,
@@ -147,7 +147,7 @@ def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
 
 
 def _write_diffusers(
-    checkpoint: Checkpoint, models: Models[Component], folder: Path, dtype: torch.dtype | None
+    checkpoint: Checkpoint, models: ConvertedModels[Component], folder: Path, dtype: torch.dtype | None
 ) -> None:
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
@@ -158,11 +158,11 @@ def _write_diffusers(
     write_index(folder, checkpoint.settings_layers[0])
 
 
-def _check_published(checkpoint: Checkpoint, models: Models[Component]) -> Models[nn.Module]:
+def _check_published(checkpoint: Checkpoint, models: ConvertedModels[Component]) -> ConvertedModels[nn.Module]:
     """The models that the published layout is read as; raises `CheckpointError` unless they compute the same."""
     config = published.transformer_config(models.transformer.model, checkpoint.text_length)
     try:
-        read = Models(
+        read = ConvertedModels(
             published.transformer(config, _published_shapes(models.transformer)),
             published.vae(_published_shapes(models.vae)),
             published.text_encoder(_published_shapes(models.text_encoder)),
@@ -203,7 +203,7 @@ def _computes(model: nn.Module) -> dict[str, Any]:
     return settings | {f"the shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _left_behind(checkpoint: Checkpoint, models: Models[Component]) -> list[str]:
+def _left_behind(checkpoint: Checkpoint, models: ConvertedModels[Component]) -> list[str]:
     """A line for each thing of a checkpoint that a conversion does not carry."""
     lines = []
     carried = {"config.json", INDEX, DEFAULTS_FILE}

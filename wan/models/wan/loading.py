@@ -33,7 +33,7 @@ from wan.quantize.quantizer import Quantizer, check_quantization, make_quantizer
 log = logging.getLogger("wan")
 
 
-class Models(NamedTuple):
+class LoadedModels(NamedTuple):
     """The models that a process needs; of those that share a video, one has the VAE and a text encoder not sharded.
 
     text_device: that the text encoder runs on
@@ -48,7 +48,7 @@ class Models(NamedTuple):
     offload: bool
 
 
-def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOptions) -> Models:
+def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOptions) -> LoadedModels:
     """Load the models of a checkpoint as settings say that `Checkpoint.resolve` gave.
 
     Raises `CheckpointError`, before any weight is read, for a checkpoint that is incomplete or damaged, and
@@ -79,7 +79,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     if options.is_leader or plan.text_encoder.mesh is not None:
         text_encoder = _load_text_encoder(text_component, plan.text_encoder, dtype)
     tokenizer = components.load_tokenizer(checkpoint, text_component.model.config.vocab_size)
-    return Models(transformer, vae, text_encoder, tokenizer, plan.text_encoder.runs, plan.offload)
+    return LoadedModels(transformer, vae, text_encoder, tokenizer, plan.text_encoder.runs, plan.offload)
 
 
 def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.dtype) -> AutoencoderKLWan:
