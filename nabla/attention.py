@@ -73,6 +73,7 @@ class ReusableBlockMask(NamedTuple):
     reuse: bool
 
 
+# Plans are kept, and tensors made in inference mode could not be saved for a backward by a later forward.
 @torch.inference_mode(False)
 def plan(
     grid: tuple[int, int, int],
@@ -91,6 +92,7 @@ def plan(
     """
     grid = TileLayout.check_grid(grid)
     device = torch.device(device)
+    # "cuda" and "cuda:0" do not compare equal, and a backend's check holds for one GPU.
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if config.is_dense:
@@ -98,6 +100,7 @@ def plan(
     selection = Selection.build(grid, config, device)
     backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains)
     fixed = None
+    # The same blocks in every forward, so they are listed once.
     if selection.is_fixed and selection.window is not None:
         fixed = BACKENDS[backend].prepare(selection.window, selection.layout)
     return Plan(config, grid, selection, trains, backend, reason, fixed)
@@ -137,10 +140,12 @@ def attend(
     # A function, not a loop's body, so that the lists of some heads are freed before those of the next are made.
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of = slice(start, start + q.shape[1])
+        # Of one head that stands for all, so there is nothing to cut.
         prepared = plan.fixed
         if means is not None:
             prepared = probe.run(probe.MASK, _prepare, plan.backend, selection, means, block_mask, of)
         if density is not None:
+            # In place, into memory that the layer holds, so that one compiled graph serves all layers.
             density[of].copy_(backend.block_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
         return probe.run(probe.ATTENTION, backend.attend, q, k, layout.to_tiles(v), prepared)
@@ -174,7 +179,7 @@ def _prepare(
     block_mask: ReusableBlockMask | None,
     heads: slice,
 ) -> Prepared:
-    """The blocks that some heads attend to, of block means of q and k (B, heads, N, D), prepared for a backend."""
+    """The blocks that some heads attend to, of block means of q and k (B, all heads, N, D), prepared for a backend."""
     q, k = means[0][:, heads], means[1][:, heads]
     if block_mask is None:
         # Straight to what the kernel reads, without a mask in between.
@@ -187,6 +192,7 @@ def _prepare(
 
 def choose_block_mask(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
     """The blocks that a backend chooses for block means q and k (B, heads, N, D): (B, heads, N, N) bool."""
+    # As the backend's own `choose` has it, so that a mask that is kept names the blocks that are chosen without it.
     if backend != "reference" and block_selection.applies(q, selection):
         return from_lists(*block_selection.choose_lists(q, k, selection))
     return selection.block_mask(q, k)
@@ -209,6 +215,7 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
     selection = Selection.build(grid, config, q.device)
     q_means, k_means = (tiles_and_means(x, selection.layout)[1] for x in (q, k))
+    # A window alone is one mask for all.
     return choose_block_mask(q_means, k_means, selection, config.backend).expand(batch, heads, -1, -1)
 
 

@@ -22,6 +22,7 @@ CHECK_HEAD_SIZE = 128
 # Of a result, relative to its norm: above the rounding of its dtype, and far below what wrong blocks cause.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
+# What is wrong by name, device, tokens of a block, dtype and whether gradients were checked; "" where nothing is.
 _verified: dict[tuple[str, torch.device, int, torch.dtype, bool], str] = {}
 
 
@@ -99,6 +100,7 @@ def _check_against_reference(
     backend: Backend, device: torch.device, block: int, dtype: torch.dtype, trains: bool
 ) -> str:
     """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles, or ""."""
+    # Drawn on the CPU, so that every device is asked the same, and the caller's random numbers stay what they are.
     generator = torch.Generator().manual_seed(0)
     for columns in (3 * block, 3 * block - block // 4):
         # Every row keeps 4 of 9 blocks, so that dense attention is off by far.
@@ -106,9 +108,11 @@ def _check_against_reference(
         shape = 1, 2, selection.layout.blocks * block, CHECK_HEAD_SIZE
         tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
         q_means, k_means = (block_means(x, selection.layout) for x in tensors[:2])
+        # A first use may be under the caller's autocast, which would round what is compared.
         with torch.autocast(device.type, enabled=False):
             try:
                 results = _results(backend, tensors, backend.choose(q_means, k_means, selection), trains)
+            # Says nothing of the kernel, and is not to be remembered as a verdict on it.
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever an optional kernel raises is a reason not to use it, and is reported

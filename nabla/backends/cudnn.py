@@ -41,6 +41,7 @@ def unsupported_reason(device: torch.device, block: int) -> str:
 
 def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
     """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+    # Asked only where `unsupported_reason` has nothing to say, so the device is a GPU.
     if torch.cuda.get_device_capability(device) >= CONSUMER_BLACKWELL:
         return "has no backward on compute capability 12.0 or more"
     return "" if dtype in (None, torch.bfloat16) else f"has no backward in {dtype}"
@@ -121,6 +122,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tupl
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    # `attend` drops the logarithms, so nothing comes back for them.
     return *block_sparse_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
@@ -129,6 +131,7 @@ block_sparse.register_autograd(_backward, setup_context=_keep_for_backward)
 
 def _sparsity(q: Tensor, counts: Tensor, indices: Tensor, sizes: Tensor | None) -> dict[str, Any]:
     """The kept blocks as the library's arguments."""
+    # A window's lists are of one head for all. Views, without a copy.
     rows = *q.shape[:2], counts.shape[-1]
     return {
         "q2k_block_index": indices.expand(*rows, -1),
@@ -139,4 +142,5 @@ def _sparsity(q: Tensor, counts: Tensor, indices: Tensor, sizes: Tensor | None) 
 
 
 def _sizes(layout: TileLayout) -> Tensor | None:
+    # Read as: the first so many tokens of a tile count, which is how tiles are laid out.
     return layout.sizes if layout.has_partial_tiles else None

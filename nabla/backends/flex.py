@@ -28,6 +28,7 @@ DTYPES: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.f
 HEAD_SIZES: tuple[int, ...] | None = None
 # One compile a shape. The default limit of 8 counts every grid, dtype and head size of a process together.
 RECOMPILE_LIMIT = 4096
+# Of a trial, in which every query block keeps each eighth key block.
 TRIAL_HEADS, TRIAL_BLOCKS, TRIAL_STRIDE = 16, 256, 8
 
 
@@ -150,6 +151,7 @@ def block_sparse_backward(gradient: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 # Not a `custom_op`: those run where autograd is switched off, so that nothing can be differentiated in them.
+# A fragment: `custom_op` adds to this namespace too. Kept in a variable, since what it registers ends with it.
 _library = torch.library.Library("nabla", "FRAGMENT")
 _library.define(
     "flex_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
@@ -177,6 +179,7 @@ block_sparse.register_autograd(_backward, setup_context=_keep_for_backward)
 def _differentiate(gradient: Tensor, inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, given that of the result."""
     blocks = inputs.blocks
+    # The gradients of k and v are summed by key block, over the query blocks that keep it.
     partial = (None, None) if blocks.partial is None else _transpose(*blocks.partial)
     transposed = *_transpose(*blocks.full), *partial
     with torch.enable_grad():
@@ -215,6 +218,8 @@ def _trial_inputs(device: torch.device, dtype: torch.dtype, head_size: int, bloc
     return Inputs(q, k, v, torch.full_like(indices[..., 0], len(kept)), indices, None, None, None)
 
 
+# In one graph, since after a break FlexAttention would run uncompiled, which is dense. With dynamic shapes a `mask_mod`
+# does not compile on a CPU.
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_flex, fullgraph=True, dynamic=False)
@@ -252,12 +257,14 @@ def _flex(
         transposed, block = _partial_first(*transposed), math.lcm(block, flex_options.LARGEST_TILE)
     mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = noop_mask
     if valid is not None:
-
+        # `valid` is an input of the graph: on a CPU a mask that is computed in it is misread. It has a boolean a token,
+        # because looking a block up in a mask would take registers, and two fifths of the speed.
         def is_valid(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return valid[key]
 
         mask_mod = is_valid
     shape = q.shape[2], k.shape[2]
+    # Not by `from_kv_blocks`, which in torch 2.8 always makes transposed lists.
     mask = BlockMask(shape, *lists, *transposed, BLOCK_SIZE=(block, block), mask_mod=mask_mod)
     return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
 

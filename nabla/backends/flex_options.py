@@ -44,6 +44,7 @@ def for_forward(device: torch.device, dtype: torch.dtype, head_size: int, block:
     tile = {"BLOCK_M": min(block, TILE), "BLOCK_N": min(block, TILE)}
     # What a program can have if it asks for it; torch's types leave it out.
     room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # A stage is a tile of k and one of v; beside them lies a tile of q, half as much.
     stage = 2 * tile["BLOCK_N"] * head_size * dtype.itemsize
     stages = max(1, min(3, (room - stage // 2) // stage))
     known = MEASURED.get(torch.cuda.get_device_capability(device))
@@ -81,12 +82,15 @@ def backward_candidates(dtype: torch.dtype, block: int) -> list[Options]:
     """
     wide, narrow, least = min(block, TILE), min(block, TILE // 2), min(block, TILE // 4)
     if dtype.itemsize > 2:
+        # Small, large, warps, stages. Tiles of float32 take twice the shared memory.
         shapes = [(narrow, narrow, 4, 1), (least, narrow, 4, 1), (least, least, 4, 1)]
     else:
         shapes = [(wide, wide, 8, 3), (wide, wide, 4, 3), (narrow, wide, 4, 2)]
         shapes += [(narrow, narrow, 4, 1), (least, least, 4, 1)]
     return [
         {
+            # M counts queries and N keys. Tiles 1 are of the programs for gradients of k and v, which go over queries;
+            # tiles 2 of those for q, which go over keys. torch asserts that the large one is a multiple of the small.
             "bwd_BLOCK_M1": small,
             "bwd_BLOCK_N1": large,
             "bwd_BLOCK_M2": large,
@@ -106,6 +110,7 @@ def _key(device: torch.device, dtype: torch.dtype, head_size: int, block: int) -
 def seconds(run: Callable[[], object], device: torch.device, options: Options) -> float:
     """The time of a run with some options, infinity if they do not compile."""
     try:
+        # Compiles; what is timed comes after it.
         run()
     except InductorError as error:
         log.info("%s do not compile: %s", options, str(error).strip().splitlines()[0])
@@ -157,6 +162,7 @@ def _write(path: Path, known: dict[str, Options]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
             json.dump(known, file, indent=1)
+        # Whole or not at all, since other processes may read and write it meanwhile.
         os.replace(file.name, path)
     except OSError as error:
         log.warning("warning: cannot keep the options found in %s (%s); the next run looks again", path, error)

@@ -80,13 +80,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Tensor |
     counts = block_mask.sum(dim=-1)
     threads, most = torch.get_num_threads(), KEY_NUMBERS // k_blocks[0].numel()
     # Memory that is asked for anew each time comes page by page, which takes as long as to fill it.
+    # What the largest round below copies, in blocks.
     copied = min(int(counts.sum()), max(threads * int(counts.max()), most))
     held = [x.new_empty(copied, *x.shape[1:]) for x in (k_blocks, v_blocks)]
+    # None is 0: a row keeps its most probable block or, by a window, its own.
     for count in counts.unique().tolist():
         # One query block a thread, or more if they are small, of those that keep equally many, so that none is padded.
         at_once = max(threads, most // count)
         for rows in (counts == count).nonzero().squeeze(1).split(at_once):
             keys = block_mask.index_select(0, rows).nonzero()[:, 1].view(-1, count)
+            # (1, rows, 1, count * block): query blocks stand in the place of heads.
             mask = None if valid is None else valid[keys].flatten(1)[None, :, None]
             # Keys are numbered within a head, blocks of k and v through all heads.
             numbers = (keys + (rows - rows % blocks)[:, None]).flatten()

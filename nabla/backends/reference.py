@@ -57,6 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     batch, heads, length, _ = q.shape
     block_mask = blocks.mask.expand(batch, heads, -1, -1)
     block = length // block_mask.shape[-1]
+    # Heads are taken together while all their rows fit, else one head's rows in groups.
     head_group = max(1, TOKEN_PAIRS // (batch * length**2))
     row_group = max(1, TOKEN_PAIRS // (batch * head_group * block * length))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -74,6 +75,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Tensor) -> Tensor:
+    """q (B, heads, rows * block, D), k and v (B, heads, N * block, D), block_mask (B, heads, rows, N) -> q's shape."""
     block = k.shape[2] // block_mask.shape[-1]
+    # No row is masked whole, which would be NaN: each keeps a block, and each block has a valid token.
     mask = block_mask.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1) & valid
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
