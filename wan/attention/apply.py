@@ -33,6 +33,7 @@ def apply_attention(transformers: Sequence[ModelMixin], config: NablaConfig, spe
     Ulysses, each attends to its own heads. Raises `InputError` for another kind of model, for layers that it does not
     have, and under diffusers' ring.
     """
+    # All are checked before any is changed.
     for one in transformers:
         _check(one, config, spec)
     steps = StepCounter()
@@ -101,6 +102,7 @@ class AppliedAttention:
     def watch(self, watched: bool) -> None:
         """Have sparse layers write their heads' densities from now on, or not."""
         self.watched = watched
+        # Where processes share the video densities are measured in any case, to balance heads by.
         for layer in () if watched or self.sequence_parallel else self.patched:
             layer.density = None
 
@@ -108,6 +110,7 @@ class AppliedAttention:
         """Have layers write their own heads' densities to memory of this device."""
         for layer in layers:
             own = layer.all_to_all.own_heads(layer.heads) if layer.all_to_all else layer.heads
+            # A tensor of inference mode could not be written in place by a forward outside of it. Ones stand for dense.
             with torch.inference_mode(False):
                 layer.density = torch.ones(own, device=device)
 
@@ -121,6 +124,7 @@ class AppliedAttention:
             with setting:
                 self.forwards += 1
                 self.own[threading.get_ident()] = self.forwards
+                # Parameters too: where a LoRA is trained alone, no input requires gradients.
                 given = chain(args, kwargs.values(), transformer.parameters())
                 trains = torch.is_grad_enabled() and any(x.requires_grad for x in given if isinstance(x, Tensor))
                 self._set_layers(self.spec.inputs(transformer, args, kwargs), trains, transformer.training)
@@ -130,16 +134,20 @@ class AppliedAttention:
         # Training draws timesteps at random, so they say nothing of steps.
         refreshes = config.mask_refresh > 1 and not training
         counts = refreshes or (config.dense_steps > 0 and not training)
+        # Asked only where it matters: unless the loop says the step, its timestep is read off the GPU, which is a wait.
         step = self.steps.step_of(inputs.timestep) if counts else config.dense_steps
+        # Of q, k and v, which autocast makes in a dtype of its own.
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else inputs.dtype
         is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
         plan = self.plans.of(inputs.grid, device, dtype, trains=trains) if is_sparse else None
+        # Before masks and densities, whose size is that of a process's own heads.
         self._set_all_to_alls(inputs, dtype)
         if self.sequence_parallel:
             dense = self.plans.of(inputs.grid, device, dtype, dense=True)
             for layer in self.patched:
                 layer.plan = dense
+        # Of one process, a layer without a plan runs diffusers' own attention.
         for layer in self.sparse if is_sparse or not self.sequence_parallel else ():
             layer.plan = plan
         takes_over = False
@@ -147,6 +155,7 @@ class AppliedAttention:
             takes_over = self.masks.prepare(self.sparse, Choice(self.steps.video, step, plan, inputs.batch))
         else:
             self.forget_blocks()
+        # Masks that are taken over are of the heads that a process had, so these stay where they are meanwhile.
         if is_sparse and self.sequence_parallel and not takes_over:
             self._balance(device)
         elif is_sparse and self.watched and self._densities_on(device) is None:
@@ -160,6 +169,7 @@ class AppliedAttention:
                 layer.all_to_all = None
             all_to_alls = self.sequence_parallel.all_to_alls(inputs.batch, inputs.grid, dtype, inputs.device)
         else:
+            # Read in each forward, since diffusers may set it, for all alike, after this attention was put in.
             config = self.processors[0]._parallel_config
             all_to_alls = [None if config is None else all_to_all_of_diffusers(config)] * len(self.patched)
         for layer, all_to_all in zip(self.patched, all_to_alls):
@@ -179,6 +189,7 @@ class AppliedAttention:
         densities = [layer.density for layer in self.patched if layer.density is not None]
         return densities if len(densities) == len(self.patched) and densities[0].device == device else None
 
+    # Of a forward that raises this is not called: the next one sets everything anew, and takes no masks of it.
     @torch.compiler.disable
     def _after_forward(self, transformer: nn.Module, *_: Any) -> None:
         if self.patched and self.own.pop(threading.get_ident()) != self.forwards:
@@ -189,6 +200,7 @@ class AppliedAttention:
         if ran_in_full(transformer, self.spec.blocks_of(transformer)[0]):
             self.masks.complete()
             return
+        # A step cache left blocks out, whose masks and densities are of an earlier forward or of none.
         self.masks.abandon()
         if self.sequence_parallel:
             self.sequence_parallel.is_outdated = True
@@ -216,5 +228,6 @@ def _check(transformer: nn.Module, config: NablaConfig, spec: TransformerSpec) -
             raise InputError(
                 f"{type(processor).__name__} is not diffusers' {spec.processor.__name__}; put that back first"
             )
+        # Called for the error that it raises for a ring.
         if processor._parallel_config is not None and not config.is_dense:
             all_to_all_of_diffusers(processor._parallel_config)

@@ -34,6 +34,7 @@ def compile_blocks(blocks: Iterable[nn.Module], trains: bool = False) -> None:
     trains: whether backwards are compiled as well, whose tuning takes minutes; then nothing is tuned
     """
     options = COMPILE_OPTIONS | ({"coordinate_descent_tuning": False} if trains else {})
+    # The method, not the module, whose parameters would have other names, and whose class hooks would not know.
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=options)
 
@@ -63,6 +64,7 @@ def _missing_for_cpu() -> str | None:
 def _missing_for_gpu() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton, which is not installed: pip install triton"
+    # In the order in which Triton looks for one.
     named = os.environ.get("CC")
     if not any(map(shutil.which, [named] if named else ["gcc", "clang"])):
         named = f" (CC is {named!r})" if named else ""

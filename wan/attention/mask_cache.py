@@ -22,6 +22,7 @@ class Choice(NamedTuple):
 
     def serves(self, now: Choice, refresh: int) -> bool:
         """Whether its blocks are good for the forward `now`."""
+        # Plans compare by identity, and `Plans` makes one for a size, device and dtype.
         return self == now._replace(step=self.step) and self.step <= now.step < self.step + refresh
 
 
@@ -45,6 +46,7 @@ class MaskCache:
                 assert layer.block_mask is not None
                 layer.block_mask = layer.block_mask._replace(reuse=True)
             return True
+        # Until all layers have chosen, nobody may take what is there: a forward that raises leaves a mixture.
         self.chosen, self.choosing = None, now
         for layer in layers:
             layer.block_mask = _empty_mask(layer, now)

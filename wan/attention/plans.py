@@ -13,6 +13,7 @@ class Plans:
 
     def __init__(self, config: NablaConfig, head_size: int):
         self.config, self.head_size = config, head_size
+        # Never forgotten: a plan is small beside a forward, and masks are kept for one by its identity.
         self.by_size: dict[tuple, Plan] = {}
 
     def of(

@@ -18,6 +18,7 @@ class StepCounter:
         self.given: int | None = None
         self.video = 0
         self.step = 0
+        # So that whatever comes first is a rise, and begins a video.
         self.timestep = float("-inf")
 
     def set_step(self, step: int | None) -> None:
@@ -30,7 +31,9 @@ class StepCounter:
         """The step that a forward with this timestep belongs to."""
         if self.given is not None:
             return self.given
+        # Tokens of a frame that is given may have timestep 0, all others have the step's. Waits for the GPU.
         value = timestep.max().item()
+        # Guidance branches, and whatever else is run in a step, come with its timestep again.
         if value != self.timestep:
             begins = value > self.timestep
             self.video += begins

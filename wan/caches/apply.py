@@ -28,7 +28,7 @@ def apply_cache(transformer: ModelMixin, settings: CacheSettings, spec: Transfor
 def remove_cache(transformer: ModelMixin) -> None:
     """Take off what `apply_cache` put on, and free what it keeps; nothing happens to others."""
     if step_cache_of(transformer) is not None:
-        # Hooks that are taken off live on, in reference cycles, until Python looks for those.
+        # Emptied first: hooks that are taken off live on, in reference cycles, until Python looks for those.
         transformer._reset_stateful_cache()
         transformer.disable_cache()
         del transformer.step_cache

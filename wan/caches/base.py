@@ -57,6 +57,7 @@ class StepCache:
         """Forget the last video, however it ended, and prepare for one of so many steps."""
         self.transformer._reset_stateful_cache()
         self.forwards = self.reused = 0
+        # Steps that are dense, to be exact, are not left to a cache.
         self._prepare(steps, min(steps, max(round(self.settings.warmup * steps), dense_steps)))
 
     def _prepare(self, steps: int, first: int) -> None:
@@ -68,6 +69,7 @@ class StepCache:
         """Around the forward of a guidance branch."""
         with self.transformer.cache_context(name, step_index=step):
             yield
+            # Only of a forward that came to its end, and within the context, without which diffusers has no state.
             self.forwards += 1
             self.reused += not self.computes(self.blocks[0])
 

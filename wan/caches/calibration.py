@@ -22,13 +22,14 @@ class Calibration(StepCache):
     config_class, hook = MagCacheConfig, MagCache.hook
 
     def __init__(self, transformer: ModelMixin, spec: TransformerSpec):
+        # Settings need ratios, which are not looked at here.
         super().__init__(transformer, CacheSettings("mag", ratios=(1.0,)), spec)
         self.config = MagCacheConfig(calibrate=True)
         transformer.enable_cache(self.config)
         self.measured: list[list[float]] = []
 
     def _prepare(self, steps: int, first: int) -> None:
-        # After its last step diffusers prints and forgets.
+        # After its last step diffusers prints the ratios and forgets them, so it is told of one more than there are.
         self.config.num_inference_steps = steps + 1
 
     def end(self) -> None:
@@ -38,6 +39,7 @@ class Calibration(StepCache):
 
     def ratios(self) -> list[float]:
         """The mean over all branches of all videos, a ratio a step. Raises `InputError` for any not finite."""
+        # (branches of all videos, steps). The first ratio of each is 1, for there is no step before it.
         means = torch.tensor(self.measured, dtype=torch.float64).mean(0)
         if not means.isfinite().all() or not (means > 0).all():
             raise InputError("the ratios are not positive finite numbers; the checkpoint's blocks add nothing")

@@ -19,6 +19,7 @@ class MagCache(StepCache):
         super().__init__(transformer, settings, spec)
         # As its settings were checked.
         assert settings.ratios is not None
+        # As many steps as ratios, so that none are interpolated before a video's steps are known.
         self.config = MagCacheConfig(mag_ratios=list(settings.ratios), num_inference_steps=len(settings.ratios))
         transformer.enable_cache(self.config)
 
@@ -29,6 +30,7 @@ class MagCache(StepCache):
             threshold=own.threshold,
             # A ratio of just 1 predicts no error at all.
             max_skip_steps=own.max_skips if own.threshold > 0 else 0,
+            # diffusers multiplies by the steps again, and rounds.
             retention_ratio=first / steps,
             num_inference_steps=steps,
             mag_ratios=list(own.ratios),
