@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensors of all processes of a group, stacked."""
+    """The tensors of all processes of a group, stacked: (...) -> (processes, ...). All have to be of one shape."""
     gathered = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(gathered), x.contiguous(), group)
     return gathered

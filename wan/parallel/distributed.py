@@ -55,17 +55,20 @@ class DistributedContext:
             if device.type == "cuda":
                 # torchrun leaves each process one thread, too few for a text encoder on the CPU.
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+            # Not left to `init_process_group`, which has one time-out for the start and for all later waits.
             store, rank, count = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-            # The store outlives a restart by torchrun.
+            # The store outlives a restart by torchrun, and what was counted in it before is not of this attempt.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             store.set_timeout(TIMEOUT)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
             context = watchdog.context = cls(dist.PrefixStore("wan", store), device)
             yield context
+            # Not where an error is raised: then others may never come to this.
             context._wait_for_all()
             dist.destroy_process_group()
         except BaseException as error:
+            # Before there is a context there is no store to ask in.
             is_first = context is None or context.claim_first_failure()
             _leave(_report(error) if is_first else 1)
 
@@ -80,12 +83,14 @@ class DistributedContext:
         self.layout = layout
         # Neighbours in rank share a sequence, which sends most, so that as little as can be goes between machines.
         ranks = torch.arange(self.world_size).view(layout.replicas, layout.cfg, layout.ulysses)
+        # A row for each group: (replicas, rest), (replicas * ulysses, cfg), (replicas * cfg, ulysses).
         self.video_mesh = self._mesh(ranks.flatten(1))
         self.cfg_mesh = self._mesh(ranks.movedim(1, -1).flatten(0, 1))
         self.ulysses_mesh = self._mesh(ranks.flatten(0, 1))
 
     def _mesh(self, groups: Tensor) -> DeviceMesh:
         """The mesh of this process's row. Not by init_device_mesh, whose groups have a time-out of their own."""
+        # Every process makes all groups, in one order, also those that it is not in.
         own, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=TIMEOUT)
         return DeviceMesh.from_group(own, self.device.type)
 
@@ -110,6 +115,7 @@ class DistributedContext:
         while True:
             number = torch.zeros(1, dtype=torch.int64, device=self.device)
             if self.is_leader:
+                # A replica's leader counts for all of it, or its processes would each take another prompt.
                 number += self.store.add("jobs", 1) - 1
             job = int(self.broadcast_from_leader(number).item())
             if job >= count:
@@ -145,6 +151,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(chosen if own is None else own)
+        # Only use shows that a device works; the number shows that it holds data, unlike meta.
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, OverflowError) as error:  # unknown, meta, or not in this torch
         reason = str(error).strip().splitlines()[0][:300]
@@ -186,17 +193,20 @@ class _SignalWatchdog:
     def __init__(self) -> None:
         self.context: DistributedContext | None = None
         self.receiving, sending = socket.socketpair()
+        # As `set_wakeup_fd` wants it.
         sending.setblocking(False)
         self.sending = sending
+        # Python raises KeyboardInterrupt in the main thread for each, when that comes back from a library.
         for number in INTERRUPTS:
             signal.signal(number, signal.default_int_handler)
-        # Written to whichever thread a signal meets.
+        # Written to by C code at once, whichever thread a signal meets and wherever the main one waits.
         signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         while self.receiving.recv(1)[0] not in INTERRUPTS:
             pass
+        # A main thread that is not stuck ends the process meanwhile, and this thread with it.
         time.sleep(GRACE_SECONDS)
         if self.context is None or self.context.claim_first_failure():
             say("interrupted")

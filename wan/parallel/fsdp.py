@@ -12,6 +12,7 @@ def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> Non
 
     The model may be on the meta device still. Its parameters must not require gradients where their dtypes differ.
     """
+    # Blocks before the root, which takes what is left.
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # A root keeps what it has gathered for a backward, which there is none of.

@@ -21,6 +21,7 @@ def assign_heads(load: Tensor, counts: list[int]) -> Tensor:
 
     The heaviest first, each to the part that has least so far. Returns (layers, H), those of the first part first.
     """
+    # All layers at once: in each round every layer assigns one of its heads. `left` and `sums` are (layers, parts).
     layers, left = torch.arange(len(load)), torch.tensor(counts).repeat(len(load), 1)
     sums, parts = torch.zeros(len(load), len(counts)), torch.empty_like(load, dtype=torch.int64)
     # Stable, since every process assigns them by itself.
@@ -29,4 +30,5 @@ def assign_heads(load: Tensor, counts: list[int]) -> Tensor:
         parts[layers, heads] = part
         sums[layers, part] += load[layers, heads]
         left[layers, part] -= 1
+    # parts: (layers, H), the part of each head; sorted by it, heads of one part stay in ascending order.
     return parts.argsort(dim=1, stable=True)

@@ -61,7 +61,8 @@ def choose_layout(
         )
 
     def cost(layout: ParallelLayout) -> tuple[int, int, int]:
-        # Rounds of videos, by the time that each takes.
+        # Rounds of videos, by the time that each takes, which grows as fewer processes share one. Where times are
+        # equal, more replicas, then more branches, send less.
         time = -(-prompts // layout.replicas) * layout.replicas
         return layout.replicas if sharded else time, -layout.replicas, -layout.cfg
 

@@ -34,9 +34,11 @@ def are_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
     places: list[Any] = [None] * group.size()
     dist.all_gather_object(places, (socket.gethostname(), device.index), group)
     hosts, gpus = zip(*places)
+    # Numbers are a process's own: where each sees one GPU alone, all are 0, and none of them can be told apart.
     others = [index for index in gpus if index != device.index]
     own = len(set(hosts)) == 1 and len(set(gpus)) == len(gpus) and len(others) < torch.cuda.device_count()
     own = own and all(torch.cuda.can_device_access_peer(device, index) for index in others)
+    # All or none, since the others would wait for a process that goes by collectives.
     answers = [None] * group.size()
     dist.all_gather_object(answers, own, group)
     return all(answers)
@@ -85,6 +87,7 @@ def make_peer_buffers(
     tokens, heads: how many each process has; width: D; like: a tensor of the dtype and device
     """
     rank, firsts = group.rank(), [sum(tokens[:n]) for n in range(group.size())]
+    # (3, B, tokens, heads of the process, D) and (B, tokens of the process, H, D).
     arriving = _allocate(group, [(3, batch, sum(tokens), count, width) for count in heads], like)
     leaving = _allocate(group, [(batch, count, sum(heads), width) for count in tokens], like)
     own = slice(firsts[rank], firsts[rank] + tokens[rank])
@@ -161,6 +164,7 @@ def _check_rows(x: Tensor, shape: torch.Size, written: Tensor) -> None:
 def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
     """Begin to copy a part to each process, where it is the number-th tensor of these tokens."""
     target, beside = _target_of(written), _copy_stream(written)
+    # Parts are still being made, by what the GPU was given before.
     beside.wait_stream(torch.cuda.current_stream(written.device))
     with torch.cuda.stream(beside):
         for process, place in target.places:
@@ -173,9 +177,11 @@ def _send_parts(parts: list[Tensor], number: int, written: Tensor) -> None:
 @torch.library.custom_op("wan::await_parts", mutates_args=("written",))
 def _await_parts(sent: list[Tensor], written: Tensor) -> None:
     """Wait until all processes have filled `written`; what this one has sent has to stand until now."""
+    # `sent` is an argument so that compiled code holds it until now: the stream beside is unknown to it.
     target, beside = _target_of(written), _copy_stream(written)
     with torch.cuda.device(written.device):
         torch.cuda.current_stream().wait_stream(beside)
+        # Of the GPUs, in this stream; the host goes on.
         target.handle.barrier(channel=0)
 
 
@@ -187,7 +193,8 @@ def _write_rows(x: Tensor, written: Tensor, table: Tensor, order: Tensor) -> Non
     _check_rows(x, torch.Size((len(written), tokens, len(order), written.shape[3])), written)
     x = x if x.stride(3) == 1 else x.contiguous()
     with torch.cuda.device(written.device):
-        # Of the processes those with most tokens have `tokens / processes`, rounded up.
+        # Of the processes those with most tokens have `tokens / processes`, rounded up. Processes run fastest, so that
+        # programs side by side write to different GPUs.
         programs = len(table) * triton.cdiv(triton.cdiv(tokens, len(table)), TOKENS), heads, batch
         _copy_rows[programs](
             x,
@@ -226,6 +233,7 @@ if triton is not None:
         token = (tl.program_id(0) // processes * TOKENS + tl.arange(0, TOKENS))[:, None]
         column = tl.arange(0, WIDTH)[None, :]
         inside = (token < count) & (column < width)
+        # x is (B, tokens, own heads, D), and what is written (B, count, heads_there, D).
         source = x + sample * of_batch + (first + token) * of_token + head * of_head + column
         to = (sample * count + token) * heads_there + tl.load(order + head)
         # Nothing is known of an address from memory, and what is not aligned is written two bytes at a time.

@@ -73,6 +73,7 @@ class SequenceParallel:
     ) -> list[UlyssesAllToAll]:
         """The all-to-all of each layer for the tokens of a grid; all processes have to ask at once."""
         self.is_attended, tokens = True, math.prod(grid)
+        # What is kept for other forwards could not be written in place outside of inference mode if it were made in it.
         with torch.inference_mode(False):
             if self.device_order is None or self.device_order.device != device:
                 self.device_order = self.head_order.to(device)
@@ -80,6 +81,7 @@ class SequenceParallel:
                     self.by_peers = are_peers(self.group, device)
             if self.by_peers and self.buffers_for != (batch, tokens, dtype, device):
                 counts = split_sizes(tokens, self.size), split_sizes(self.heads, self.size)
+                # Freed before the next is asked for.
                 self.peer_buffers = None
                 like = torch.empty(0, dtype=dtype, device=device)
                 self.peer_buffers = make_peer_buffers(self.group, *counts, batch, self.head_size, like)
@@ -95,15 +97,17 @@ class SequenceParallel:
         return self.head_order.split(split_sizes(self.heads, self.size), dim=1)[self.rank]
 
     def rebalance(self, densities: Tensor) -> None:
-        """Assign the heads anew by the densities of each layer's own heads: (layers, own heads)."""
+        """Assign the heads anew by the densities of each layer's own heads, (layers, own heads); on all processes."""
         if self.is_outdated:
             self.is_outdated = False
             return
         own = split_sizes(self.heads, self.size)
         by_rank = all_gather(F.pad(densities, (0, own[0] - densities.shape[1])), self.group).cpu()
+        # (processes, layers), of (processes, layers, own heads). Each layer waits for the greatest load.
         loads = by_rank.sum(2)
         if loads.amax(0).sum() <= EVEN_ENOUGH * loads.mean(0).sum():
             return
+        # (layers, H), in the order that heads have so far. All processes compute the same, of the same.
         by_place = torch.cat([by_rank[rank, :, : own[rank]] for rank in range(self.size)], dim=1)
         self.head_order = assign_heads(torch.empty_like(by_place).scatter(1, self.head_order, by_place), own)
         # In place: this forward's all-to-alls have been given out already.
@@ -118,6 +122,8 @@ class SequenceParallel:
             )
 
     def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The first block's tokens (B, tokens, C), of which it gets this process's own, (B, own tokens, C)."""
+        # The hook of `apply_attention` on the transformer has run by now, and has asked for all-to-alls.
         if not self.is_attended:
             raise InputError(
                 "after apply_sequence_parallel, blocks attend to a process's own tokens alone; use apply_attention"
@@ -130,9 +136,11 @@ class SequenceParallel:
         return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        """The output layer's (B, own tokens, C) -> (B, tokens, C), the same on all processes."""
         self.is_attended = False
         counts = split_sizes(self.tokens, self.size)
-        # All gather pieces of one size, that of the first, which has most.
+        # All gather pieces of one size, that of the first, which has most. Tokens lead, so that pieces are whole
+        # stretches of memory.
         padded = F.pad(out, (0, 0, 0, counts[0] - out.shape[1])).transpose(0, 1).contiguous()
         parts = all_gather(padded, self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)]).transpose(0, 1)

@@ -50,6 +50,7 @@ class UlyssesAllToAll(NamedTuple):
         """q, k and v, begun to be swapped by all processes: (B, tokens, own heads, D)."""
         if self.peer_buffers is not None:
             return self.peer_buffers.receive_heads(sum(sent, []))
+        # What came from all processes, one behind the other, is one tensor since tokens lead in each.
         shape = tokens, batch, self.own_heads(heads), -1
         return [collectives.wait_tensor(x).view(shape).transpose(0, 1) for (x,) in sent]
 
@@ -60,8 +61,10 @@ class UlyssesAllToAll(NamedTuple):
         (batch, tokens, own, width), counts = out.shape, split_sizes(heads, self.size)
         of_tokens = split_sizes(tokens, self.size)
         sent = self._send(out.transpose(0, 1).flatten(), batch * width, own, of_tokens, of_tokens[self.rank], counts)
+        # Each process sends its own heads of these tokens: pieces of unequal width, put beside each other.
         parts = collectives.wait_tensor(sent).split([of_tokens[self.rank] * batch * n * width for n in counts])
         x = torch.cat([part.view(of_tokens[self.rank], batch, -1, width) for part in parts], dim=2)
+        # From the order of processes to that of heads, the reverse of `index_select` in `_send_heads`.
         x = x if self.order is None else torch.empty_like(x).index_copy(2, self.order, x)
         return x.transpose(0, 1)
 
@@ -75,6 +78,7 @@ class UlyssesAllToAll(NamedTuple):
         x, counts = x.transpose(0, 1), split_sizes(heads, self.size)
         if self.order is not None:
             x = x.index_select(2, self.order)
+        # For each process a piece (own tokens, B, its heads, D); a collective takes them as one line of numbers.
         sent = torch.cat([part.flatten() for part in x.split(counts, dim=2)])
         of_tokens = split_sizes(tokens, self.size)
         return self._send(sent, batch * width, of_tokens[self.rank], counts, counts[self.rank], of_tokens)
@@ -82,7 +86,7 @@ class UlyssesAllToAll(NamedTuple):
     def _send(self, x: Tensor, unit: int, kept: int, sent: list[int], own: int, got: list[int]) -> Tensor:
         """All-to-all of pieces of kept * sent[n] units, in return for own * got[n] units; to be waited for."""
         there, back = ([unit * one * other for other in each] for one, each in ((kept, sent), (own, got)))
-        # The public function waits at once in compiled code.
+        # The public function waits at once in compiled code, where nothing would be hidden behind the next product.
         return torch.ops._c10d_functional.all_to_all_single(x, back, there, self.name)
 
 
