@@ -114,6 +114,7 @@ def _joined(rng: np.random.Generator, scene: Scene, style: str, told: list[str])
 def _with_background(rng: np.random.Generator, scene: Scene, style: str, body: str) -> str:
     """Openers and the background, before or after the shapes."""
     background = scene.background
+    # "A circle move right" is a sentence only after "make" and the like.
     opener = one_of(rng, OPENERS[style]) if style == BASE or chance(rng, 0.35) else ""
     if not opener and style == PARTICIPLE and chance(rng, 0.12):
         opener = "there is" if len(scene.shapes) == 1 else "there are"

@@ -114,6 +114,7 @@ def deed(rng: np.random.Generator, actions: Sequence[str], style: str) -> str:
     """One or more actions in the form that a style asks for."""
     form = PARTICIPLE if style == "terse" else style
     first, *others = actions
+    # "Is moving" for "moves"; "be still" and "not move" have no such form.
     is_progressive = form == FINITE and chance(rng, 0.12) and first.split()[0] not in ("be", "not")
     text = f"is {conjugate(first, PARTICIPLE)}" if is_progressive else conjugate(first, form)
     for other in others:
@@ -131,6 +132,7 @@ def crossing(rng: np.random.Generator, scene: Scene, style: str) -> str:
     """The first two shapes, one of which passes in front of or behind the other."""
     first, second = scene.shapes[:2]
     form = PARTICIPLE if style == "terse" else style
+    # A shape that stays where it is passes by none: the other one does.
     if first.motion == "still" or (second.motion != "still" and chance(rng, 0.3)):
         return _crossed(rng, scene, style)
     other = clause(rng, second, style if style == "terse" else PARTICIPLE, before=first)

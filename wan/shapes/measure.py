@@ -116,7 +116,7 @@ def _is_shown(found: list[MeasuredShape], wanted: list[Mapping[str, str]], attri
 
     def is_doubled(chosen: tuple[MeasuredShape, ...]) -> bool:
         colours = {shape.colour for shape, said in zip(chosen, wanted) if "kind" in said}
-        # Of one colour and kind, which was meant cannot be told.
+        # Of several of one colour it cannot be told which was meant.
         seen, meant = (sum(shape.colour in colours for shape in shapes) for shapes in (found, chosen))
         return "kind" in attributes and seen > meant
 

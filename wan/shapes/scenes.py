@@ -23,6 +23,7 @@ SIZES = {"small": 0.1, "medium": 0.15, "large": 0.21}
 SMALLEST, BIGGEST = 0.09, 0.21  # radii between which shapes grow and shrink
 PATTERNS = ("striped", "dotted", "checkered")
 SHADINGS = ("flat", "shaded", *PATTERNS)
+# To the right and down, as positions count.
 STEPS: dict[str, Point] = {
     "left": (-1, 0),
     "right": (1, 0),

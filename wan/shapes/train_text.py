@@ -132,6 +132,7 @@ class TextTrainer(TrainingLoop):
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         biases = self.model.position_biases()
+        # `is`, since `in` would compare tensors number by number.
         others = [weight for weight in self.weights if not any(weight is bias for bias in biases)]
         # The schedule scales both rates alike; the one that rows tell is the first group's.
         groups = [{"params": others}, {"params": biases, "lr": POSITION_RATE * self.settings.lr}]

@@ -26,8 +26,7 @@ def latent_statistics(vae: AutoencoderKLWan, videos: Iterable[Tensor]) -> tuple[
     """Mean and std (C,) of the latents, which are the modes, of videos (B, 3, frames, height, width)."""
     count, total, squares = 0, 0.0, 0.0
     for video in videos:
-        # (B frames height width, C), added up in float64, in which the variance as a difference of squares is exact
-        # enough.
+        # (positions, C), added up in float64, in which the variance as a difference of squares is exact enough.
         values = posterior(vae, video).mode().movedim(1, -1).flatten(0, -2).double()
         count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
     mean = total / count
@@ -75,7 +74,7 @@ def draw_reconstructions(pairs: list[tuple[Tensor, Tensor]], path: Path) -> None
     """
     rows = []
     for original, made in pairs[:VIDEOS]:
-        # -1 is black.
+        # In a video's range, of which -1 is black.
         difference = (made.clamp(-1, 1) - original).abs() * DIFFERENCE - 1
         tiles = [to_frames(video) for video in (original, made, difference)]
         shown = np.linspace(0, original.shape[1] - 1, FRAMES).round().astype(int)

@@ -81,6 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with calibrated(pipe.transformer, TRANSFORMER) as calibration:
         for number, settings in enumerate(every):
             given = settings.sampling.seed
+            # A seed of its own for each video, which the file names, so that it can be measured again.
             seed = args.seed + number if given in (None, -1) else given
             sample(pipe, settings, seed)
             video = {"size": list(settings.video.size), "frame_num": settings.video.frame_num, "seed": seed}

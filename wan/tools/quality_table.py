@@ -82,6 +82,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dict]:
     """A row for each attention."""
+    # "nabla-0.7@DIR" is an attention and a folder, which is "" for --ckpt_dir.
     split = [(name, *name.partition("@")[::2]) for name in args.sparse_algo]
     attentions = [(name, NablaConfig.parse(algorithm), folder) for name, algorithm, folder in split]
     if args.save_dir:
@@ -157,6 +158,7 @@ def attention_held(
     with measure_mass(pipe.transformer, config) as found:
         for _ in make_videos(pipe, prompts[: args.mass], args.seed, 1):
             pass
+    # A list for each layer of a pair for each forward, of a number a head.
     kept, mass = (torch.stack([pair[n] for layer in found.values() for pair in layer]) for n in (0, 1))
     return {"kept": round(kept.mean().item(), 4), "mass": round(mass.mean().item(), 4)}
 

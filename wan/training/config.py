@@ -33,6 +33,7 @@ MODES = ("pretrain", "finetune", "distill")
 TIMESTEPS = ("logit_normal", "uniform")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
+# All linear layers of a block as diffusers names them, those of self- and cross-attention alike.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -58,6 +58,7 @@ def check_manifest(folder: Path, settings: TrainingSettings, inputs: dict[str, d
     before = read_json_object(path, "choose another out") if path.is_file() else {}
     # Inputs are the same if their fingerprints are, wherever they lie.
     same = {name for name in before if inputs.get(name, {}).get("is") == before[name]["is"]}
+    # Another `checkpoint` will do where its weights are the same.
     check_continues(settings, earlier, (*CHANGEABLE, *(same & {"checkpoint"})))
     for name in sorted(before.keys() - same):
         then, now = before[name]["lies"], inputs[name]["lies"]

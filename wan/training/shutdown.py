@@ -15,6 +15,7 @@ from wan.observe.console import ENDING_SIGNALS, say
 
 # Set for the programs that `accelerate launch` starts.
 LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"
+# Of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
@@ -27,6 +28,7 @@ class Diverged(RuntimeError):
 class Stopped(Exception):
     """The run was asked to end by SIGTERM or SIGHUP, and did so after a step and a checkpoint."""
 
+    # As shells report a process that SIGTERM has ended.
     exit_code = 128 + signal.SIGTERM
 
 

@@ -28,6 +28,7 @@ def load_state(path: Path, device: torch.device, take: Callable[[dict[str, Any]]
     """Give a state to what takes its parts over. Raises `InputError` for a damaged one, or of another model."""
     try:
         take(torch.load(path, map_location=device, weights_only=True))
+    # The latter is a RuntimeError, which else would be taken for damage.
     except (InputError, torch.OutOfMemoryError):
         raise
     except OSError as error:

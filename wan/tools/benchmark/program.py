@@ -43,6 +43,7 @@ MODES = {
 # On a CPU, and on a GPU.
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)
 STEPS = 3
+# Threshold 0 reuses nothing, and shows what a cache costs and changes by itself.
 CACHES = ["first_block:0", *(f"{kind}:{threshold}" for kind in THRESHOLDS for threshold in (0.02, 0.05, 0.1, 0.2))]
 CACHES += ["taylorseer:2", "taylorseer:3"]
 PACKAGES = ("diffusers", "nvidia-cudnn-frontend", "torchao", "flash-attn-4")

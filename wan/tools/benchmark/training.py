@@ -51,6 +51,7 @@ def attention_rows(args: argparse.Namespace, video: VideoSettings, device: torch
         plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1], trains=True)
         attend = torch.compile(partial(nabla.attend, plan=plan), fullgraph=True, dynamic=False)
         row = timed_backward(args, what, lambda: attend(q, k, v), [q, k, v], gradient)
+        # Of all the pairs of tokens, those that are computed.
         kept = 1 if config.is_dense else config.keep
         return row | {"tflops": round(kept * flops / row["ms"] / 1e9, 1)}
 
@@ -70,6 +71,7 @@ def training_backends(args: argparse.Namespace, q: Tensor) -> list[str]:
     block, found = NablaConfig().block, []
     for name, backend in BACKENDS.items():
         fits = args.backend in ("auto", name) and not inputs_unsupported_reason(backend, q.dtype, q.shape[-1])
+        # The reference is the last in `BACKENDS`.
         if fits and (name != "reference" or not found) and not verify(name, q.device, block, q.dtype, trains=True):
             found.append(name)
     return found

@@ -123,6 +123,7 @@ def random_inputs(
     own, generator = transformer.config, torch.Generator(transformer.device).manual_seed(0)
     shapes = (batch, own.in_channels, *video.latents_size), (batch, TEXT_ROWS, own.text_dim)
     latents, text = (torch.randn(s, generator=generator, device=transformer.device) for s in shapes)
+    # Any will do: times do not depend on it.
     timestep = torch.full((batch,), 500, device=transformer.device)
     return latents.to(transformer.dtype), timestep, text.to(transformer.dtype)
 
@@ -179,6 +180,7 @@ def decode_rows(args: argparse.Namespace, video: VideoSettings, device: torch.de
     latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
     exact = decode(vae, latents)
     for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
+        # On a GPU float32 is the baseline and float16 what the pipeline runs, on a CPU float32 is.
         name = "as diffusers has it" if dtype == torch.float32 and device.type == "cuda" else "fast"
         if name == "fast":
             speed_up_decoder(vae, dtype)

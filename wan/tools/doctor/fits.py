@@ -42,6 +42,7 @@ class MemoryFit:
         """Whether it needs no plan: all models stay on the GPU, as they are."""
         if self.plan is None or self.crowded:
             return False
+        # Neither in turns nor quantised: what a run without --memory does.
         return not self.plan.in_turns and self.plan.quantization is self.plan.text_quantization is None
 
 
