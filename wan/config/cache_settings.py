@@ -46,6 +46,7 @@ class CacheSettings:
     max_skips: int = 3
     interval: int | None = None
     ratios: tuple[float, ...] | None = None
+    # Left out of the hash, which a mapping does not have.
     measured_on: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:

@@ -162,6 +162,7 @@ def lock_folder(folder: Path) -> TextIO:
     file = (folder / LOCK).open("a")
     try:
         # Not flock, whose lock a process that was forked would hold on after this one was killed.
+        # Its price: this process would give it up by closing any other descriptor of the file.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # POSIX lets either error say that another process holds the lock.
     except (BlockingIOError, PermissionError):

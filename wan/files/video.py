@@ -98,6 +98,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[str, Any]) -> None:
     """Write a video, or with a path ending in .png its first frame, and its sidecar beside it as JSON.
 
+    frames: (frames, height, width, 3) uint8
     The sidecar says which file it is of, by name and digest. Both are whole and on the disk before either takes its
     place, the sidecar first: a video without one could be anybody's, a sidecar without its video is only not made yet.
     """
@@ -129,7 +130,7 @@ class EncoderError(Exception):
 
 
 def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
-    """Have ffmpeg write frames as H.264, and look at how it ended and what is in the file.
+    """Have ffmpeg write (frames, height, width, 3) uint8 as H.264, and look at how it ended and what is in the file.
 
     Not by imageio, which looks at neither. Raises `EncoderError` and `OSError`.
     """
@@ -158,6 +159,7 @@ def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
             # It has ended, and its exit code says why.
             pass
         except BaseException:
+            # Ctrl-C and signals among them: no encoder goes on without its program.
             process.kill()
             raise
         finally:

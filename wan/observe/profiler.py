@@ -145,6 +145,7 @@ class Profiler(probe.Probe):
 
     def _before_block(self, layer: int, *_: Any) -> None:
         self.layer, self.head = layer, 0
+        # Blocks run one after another and never within each other, so one start is enough.
         self.block_start = Timestamp.now(self.device)
 
     def _after_block(self, *_: Any) -> None:
@@ -201,7 +202,9 @@ class Profiler(probe.Probe):
         return own.new_zeros(len(own), sequence.heads).scatter(1, self.places, own)
 
     def _of_all(self, densities: Tensor) -> Tensor:
-        """Forwards (forwards, layers, heads) of all heads, and of both guidance branches where these run apart."""
+        """Densities (forwards, layers, heads) of all heads; of both guidance branches, one after the other, where these
+        run apart.
+        """
         assert self.distributed is not None, "one process has all heads and branches"
         # Each process fills in its own branch and heads and leaves zeros elsewhere, so that the sum has all of them.
         whole = densities.new_zeros(self.layout.cfg, *densities.shape)

@@ -46,6 +46,7 @@ class ProgressLine:
         if self.bar.n == 1:
             # The first compiled.
             self.pace = Pace()
+        # This step is counted only below.
         left = tqdm.format_interval(self.pace.seconds_left(seconds, self.bar.total - self.bar.n - 1))
         said = f"{seconds:.2f} s a step", f"{left} left", self.kept
         self.bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)

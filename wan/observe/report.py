@@ -42,6 +42,7 @@ def draw_report(events: Sequence[Event], path: str | Path, examples: Sequence[Ma
     from wan.observe.report_figure import figure_of
 
     figure = figure_of(events[0], data)
+    # The partial file's name has no ending that would say the format.
     with atomic_path(path, "choose another --report") as partial:
         about = {"Description": events[0].get("prompt") or ""}
         figure.savefig(partial, dpi=DPI, format="png", metadata=about)

@@ -73,6 +73,7 @@ def report_data(events: Sequence[Event], examples: Sequence[MaskExample] = ()) -
 
 
 def _over_layers(choose: np.ufunc, values: np.ndarray) -> np.ndarray:
+    """(layers, steps) -> (steps,)."""
     # `fmin` and `fmax` pass over nan, and give it, without a warning, where there is nothing else.
     return choose.reduce(values, axis=0)
 
@@ -90,6 +91,7 @@ def _parts(seconds: dict[str, float], steps: float) -> dict[str, float]:
 
 
 def _window(run: Event) -> np.ndarray | None:
+    """The blocks of a run's window, bool (N, N) in the order of tiles, as examples have theirs; None without one."""
     if run["window"] is None:
         return None
     tiles = TileLayout.build(tuple(run["grid"]), tuple(run["tile"]), "cpu").tiles

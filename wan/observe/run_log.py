@@ -32,6 +32,7 @@ class RunLog:
     def _put(self, mode: str, text: str) -> None:
         if self.ended:
             return
+        # Where the whole lines end, to go back to.
         size = self.path.stat().st_size if mode == "a" and self.path.exists() else 0
         try:
             # Opened anew each time: lines that were written are the file's, even if the program is killed.

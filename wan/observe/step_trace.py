@@ -82,7 +82,8 @@ class MaskSample(NamedTuple):
 
 @dataclass
 class StepTrace:
-    """What was seen of one step on the device, while it may still be at work.
+    """What was seen of one step on the device, while it may still be at work; tensors and times are to be
+    read after `wait` alone.
 
     densities: of each forward (layers, heads), zero where others have the head or the layer did not run; (layers, 1) if
         all are dense

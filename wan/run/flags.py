@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from wan.observe.console import printable
 from wan.run.request import Options, Request
 
+# As `nabla.config` has it, from where it would import torch.
 MAX_MESSAGE = 2000
 # What runs if nothing names a checkpoint, and what is said then.
 SMALL_CHECKPOINT = str(Path(__file__).resolve().parents[2] / "checkpoints" / "wan-shapes")
@@ -20,6 +21,7 @@ ABOUT_SMALL = (
     "checkpoint: checkpoints/wan-shapes, a small model that knows moving shapes and comes with the program; "
     "for Wan2.1 14B add --config nabla_0.7.yaml (69 GB are downloaded once) or --ckpt_dir"
 )
+# As the published program names them. A picture is a video of one frame, by the same checkpoint.
 TASKS = {
     "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
     "t2v-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",

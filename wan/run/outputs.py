@@ -29,6 +29,7 @@ def check_output(path: Path, settings: Settings | None = None, flag: str = "--sa
 
     flag: what names the path, or what to choose another of
     """
+    # Without settings, as before the checkpoint is read, it is not known how many frames there will be.
     count = 0 if settings is None else settings.video.frame_num
     many = count > 1
     if path.suffix not in (".mp4", ".png") or (path.suffix == ".png" and many):
@@ -38,6 +39,7 @@ def check_output(path: Path, settings: Settings | None = None, flag: str = "--sa
         check_encoder(path.parent)
     check_writable(path, flag)
     check_writable(sidecar_of(path), flag)
+    # Any .json beside it would be replaced, which may be nothing of this program's.
     if sidecar_of(path).exists():
         try:
             read_settings(sidecar_of(path))

@@ -180,6 +180,7 @@ class Events:
             yield idle | hidden | {c.said: said_html("Cancelled")}
         except InputError as error:
             yield idle | hidden | {c.said: said_html(str(error), "wrong")}
+        # A bug: the visitor gets a line, and gradio writes the traceback to the server's output.
         except Exception:
             yield idle | hidden | {c.said: said_html("Something broke; the program's output says what", "wrong")}
             raise

@@ -201,6 +201,8 @@ class Guard:
 
     def _with_headers(self, scope: dict, send: Callable) -> Callable:
         """`send` that adds the page's own headers to an answer: who loads the page gets its token."""
+        # A page that frames this one could have its visitors click here unseen; an upload is not to be taken for a
+        # script.
         added = [(b"x-frame-options", b"DENY"), (b"x-content-type-options", b"nosniff")]
         if scope["path"] == "/" and scope["method"] == "GET":
             cookie = f"{_cookie_name(scope)}={self._token}; Path=/; HttpOnly; SameSite=Strict"

@@ -77,6 +77,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> 
             with gr.Accordion("Attention", open=False, elem_id="attention"):
                 attention, helpers = _attention(form)
     return Controls(
+        # States stay on the server: what names its files is never a browser's to send.
         base=gr.State(first),
         chosen=gr.State(presets.first),
         form=parts.pop("form") | sampling | lora | attention,

@@ -45,5 +45,6 @@ class Preview:
             self.next_at = float("inf")
             return None
         end = time.perf_counter()
+        # After one that took t seconds the next comes t / share later, so that all take at most that share.
         self.next_at = end + (end - start) / SHARE_OF_TIME
         return picture

@@ -133,9 +133,11 @@ class LoraLibrary:
         try:
             WeightFiles([path])
         except CheckpointError as error:
+            # Visitors see the file's name, not the server's temporary folder.
             raise InputError(str(error).replace(str(path), path.name)) from None
         digest = file_hash(path)[:8]
         stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:60] or "lora"
+        # A file that comes twice is one by its digest, which one that was taken from this folder has already.
         name = f"{stem.removesuffix('-' + digest)}-{digest}{SAFETENSORS}"
         try:
             with atomic_path(self.folder / name) as partial:
@@ -193,6 +195,7 @@ def from_sidecar(
             notes.append(f"LoRA {name} is not here; add the file")
     values = made.to_dict()
     taken = {key: values[key] for key in FROM_SIDECAR}
+    # In rank: this page's LoRA files, what its operator fixed, the sidecar's values, and the page's for all else.
     settings = resolve({"lora": lora}, flags, taken, {"checkpoint": checkpoint}, own.to_dict())
     for key in flags.keys() & {"dtype"}:
         if values[key] not in (None, flags[key]):
