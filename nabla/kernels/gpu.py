@@ -14,4 +14,5 @@ except ImportError:
 
 def can_run(x: Tensor) -> bool:
     """Whether Triton kernels written for NVIDIA GPUs can take a tensor."""
+    # Not for AMD's: the kernel that chooses blocks asks for `maxnreg`, which is of PTX.
     return triton is not None and x.is_cuda and torch.version.hip is None

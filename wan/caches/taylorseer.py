@@ -28,6 +28,7 @@ class TaylorSeer(StepCache):
 
     @classmethod
     def computes(cls, first_block: nn.Module) -> bool:
+        # The hook has no flag for it: it counts a step before it runs the block, and notes the step after it has.
         state = cls.leader(first_block).state_manager.get_state()
         return state.last_update_step == state.current_step
 

@@ -30,6 +30,7 @@ START_TIMEOUT = timedelta(minutes=10)
 INTERRUPTS = (signal.SIGINT, *ENDING_SIGNALS)
 # What a process may take to clean up after a signal, if it is not stuck in a library.
 GRACE_SECONDS = 3.0
+# How gloo, nccl and the store word it that the other end has gone.
 LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited", re.IGNORECASE)
 
 
@@ -64,7 +65,6 @@ class DistributedContext:
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
             context = watchdog.context = cls(dist.PrefixStore("wan", store), device)
             yield context
-            # Not where an error is raised: then others may never come to this.
             context._wait_for_all()
             dist.destroy_process_group()
         except BaseException as error:

@@ -137,6 +137,7 @@ _TARGETS: dict[int, CopyTarget] = {}
 def _register(memory: SymmetricBuffer, target: CopyTarget) -> None:
     address = memory.own.data_ptr()
     _TARGETS[address] = target
+    # Forgotten with its memory: another may get the address.
     weakref.finalize(memory.own, _TARGETS.pop, address, None)
 
 
