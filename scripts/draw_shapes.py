@@ -47,7 +47,7 @@ def draw(shapes, columns: int):
 
     width, height = shapes.size
     font = ImageFont.load_default(13)
-    # A letter of this font is about 7 pixels wide.
+    # 7 pixels a letter are enough: this font takes fewer on average.
     cell_width, cell_height = FRAMES * (width + 2) + TEXT_WIDTH * 7 + 2 * MARGIN, height + MARGIN
     rows = -(-len(shapes) // columns)
     sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "#dddddd")
