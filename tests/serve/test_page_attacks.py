@@ -257,6 +257,8 @@ def test_values_beyond_the_limits_are_refused_in_raw_calls(page, change, said):
         ("video", {"size": "16384*16384", "frame_num": 5}, "size 16384x16384 is larger than this page makes"),
         ("video", {"size": "32*32", "frame_num": 4093}, "4093 frames are more than this page makes; use up to 241"),
         ("sampling", {"steps": 901}, "901 steps are more than this page takes; use up to 900"),
+        ("cache", "mag:0.06:/etc/hostname", "cache names a file of ratios"),
+        ("cache", {"kind": "mag", "ratios": "/no/such/file"}, "cache names a file of ratios"),
     ),
 )
 def test_values_beyond_the_limits_are_refused_in_records(page, section, values, said):

@@ -63,7 +63,7 @@ def check_encoder(folder: Path | None = None) -> None:
 # Once for each folder: every video of a list is checked.
 @functools.cache
 def _try_encoder(ffmpeg: str, folder: Path) -> None:
-    with _blamed_on_file(folder / "a video", "choose another folder"), scratch(folder) as own:
+    with _drafts_of(folder / "a video", "choose another folder") as own:
         _encode(ffmpeg, own / "trial.mp4", np.zeros((2, 16, 16, 3), np.uint8), 16)
 
 
@@ -79,7 +79,7 @@ def encoder() -> str:
 
 def write_video(path: Path, video: np.ndarray, fps: int, flag: str = "--save_file") -> None:
     """Write (frames, height, width, 3) uint8 as H.264 mp4. Raises `InputError` if that fails; flag: names the path."""
-    with _blamed_on_file(path, f"free some space, or choose another {flag}"), scratch(path.parent) as folder:
+    with _drafts_of(path, f"free some space, or choose another {flag}") as folder:
         draft = folder / path.name
         _encode(encoder(), draft, video, fps)
         settle(draft)
@@ -88,7 +88,7 @@ def write_video(path: Path, video: np.ndarray, fps: int, flag: str = "--save_fil
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write (height, width, 3) uint8 in the format of the path's ending."""
-    with _blamed_on_file(path, "free some space, or choose another --save_file"), scratch(path.parent) as folder:
+    with _drafts_of(path, "free some space, or choose another --save_file") as folder:
         draft = folder / path.name
         imageio.imwrite(draft, image)
         settle(draft)
@@ -102,7 +102,7 @@ def write_with_sidecar(path: Path, frames: np.ndarray, fps: int, sidecar: dict[s
     The sidecar says which file it is of, by name and digest. Both are whole and on the disk before either takes its
     place, the sidecar first: a video without one could be anybody's, a sidecar without its video is only not made yet.
     """
-    with _blamed_on_file(path, "free some space, or choose another place"), scratch(path.parent) as folder:
+    with _drafts_of(path, "free some space, or choose another place") as folder:
         draft, notes = folder / path.name, folder / sidecar_of(path).name
         if path.suffix == ".png":
             imageio.imwrite(draft, frames[0])
@@ -181,6 +181,14 @@ def count_frames(path: Path) -> int:
         return count_frames_and_secs(path)[0]
     except RuntimeError:
         return 0
+
+
+@contextmanager
+def _drafts_of(path: Path, remedy: str) -> Iterator[Path]:
+    """A folder for what is to become a file; raises `InputError` if that cannot be written."""
+    # Around the folder for what it raises itself, and within it since a draft, while it is there, may fill the disk.
+    with _blamed_on_file(path, remedy), scratch(path.parent) as folder, _blamed_on_file(path, remedy):
+        yield folder
 
 
 @contextmanager

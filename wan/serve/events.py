@@ -30,7 +30,14 @@ from wan.serve.layout import (
 )
 from wan.serve.limits import Visitor
 from wan.serve.shown import sidecar_to_share
-from wan.serve.sources import LoraLibrary, Presets, from_sidecar, quantization_notes, read_sidecar
+from wan.serve.sources import (
+    LoraLibrary,
+    Presets,
+    check_names_no_file,
+    from_sidecar,
+    quantization_notes,
+    read_sidecar,
+)
 from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.studio import Job, JobProgress, JobResult, Studio
 
@@ -105,6 +112,7 @@ class Events:
     def load(self, upload: str, base: Settings) -> Updates:
         """The settings of a video's sidecar into the controls."""
         sidecar = read_sidecar(Path(upload))
+        check_names_no_file(sidecar)
         self.studio.limits.check(resolve(sidecar, {"checkpoint": base.checkpoint}, needs_prompt=False))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_sidecar(sidecar, base, self.presets.flags, self.presets.checkpoints(), files)

@@ -59,9 +59,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> 
     """Build the controls, as the first preset sets them, into the `gr.Blocks` that is open."""
     first = presets.settings(presets.first)
     form, _ = within(to_form(first), limits, first.video.geometry)
-    gr.Markdown(
-        "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters.", elem_classes="title"
-    )
+    gr.Markdown(TITLE, elem_classes="title")
     with gr.Row(elem_classes="board"):
         with gr.Column(elem_classes="what", min_width=0):
             parts = _what(presets, first, form, limits)

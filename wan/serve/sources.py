@@ -173,8 +173,7 @@ def from_sidecar(
     own: the page's settings, which give what a sidecar may not
     checkpoints, lora_files: those that the page has; a sidecar may name no others, for it may come from anyone
     """
-    if _names_file(sidecar.get("cache")):
-        raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
+    check_names_no_file(sidecar)
     made = resolve(sidecar)
     notes = []
     names = {name_of(own.checkpoint): own.checkpoint}
@@ -213,8 +212,12 @@ def quantization_notes(made_with: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _names_file(cache: object) -> bool:
-    """Whether a `cache` of settings would be read from a file."""
-    if isinstance(cache, Mapping):
-        return isinstance(cache.get("ratios"), str)
-    return isinstance(cache, str) and cache.count(":") > 1
+def check_names_no_file(sidecar: Layer) -> None:
+    """Raise `InputError` for a sidecar of which settings would be read from a file, whose path anyone may have chosen.
+
+    Before it is resolved, which opens the file, and whose errors would tell what is there.
+    """
+    cache = sidecar.get("cache")
+    ratios = cache.get("ratios") if isinstance(cache, Mapping) else None
+    if isinstance(ratios, str) or (isinstance(cache, str) and cache.count(":") > 1):
+        raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
