@@ -115,6 +115,8 @@ class SequenceParallel:
             self.device_order.copy_(self.head_order)
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # A forward that failed on its way has left what was asked for it.
+        self.is_attended = False
         timestep = self.spec.inputs(transformer, args, kwargs).timestep
         if timestep.ndim > 1 or torch.is_grad_enabled():
             raise InputError(
@@ -137,7 +139,6 @@ class SequenceParallel:
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
         """The output layer's (B, own tokens, C) -> (B, tokens, C), the same on all processes."""
-        self.is_attended = False
         counts = split_sizes(self.tokens, self.size)
         # All gather pieces of one size, that of the first, which has most. Tokens lead, so that pieces are whole
         # stretches of memory.

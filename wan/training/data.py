@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
+from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings
 from wan.training.data_workers import load_items
@@ -90,6 +91,11 @@ class MicroBatches(Dataset):
         quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         sigma = sigmas_from_quantiles(quantile, self.objective)
         return Draw(sigma, chance.item() < self.objective.text_dropout, generator)
+
+    def describe(self, step: int, place: int) -> str:
+        """The clip at a place of a step's batch and its noise level, in words."""
+        timestep = TRAIN_TIMESTEPS * self.draw(step, place).sigma
+        return f"at timestep {timestep:.1f} of {self.clips.describe(self.numbers(step)[place])}"
 
     def __getitem__(self, number: int) -> LatentBatch:
         # The places of a batch go by micro-batch, and within it by process; `Trainer._gather` puts losses so.

@@ -7,13 +7,10 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +22,7 @@ from wan.files.video import check_encoder
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes
 from wan.models.wan.geometry import GEOMETRY
-from wan.sampling.solvers import TRAIN_TIMESTEPS
+from wan.training.accelerator import build_accelerator
 from wan.training.checkpoints import CheckpointManager, TrainState
 from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
@@ -56,23 +53,6 @@ from wan.training.shutdown import Diverged, release_accelerator
 from wan.training.write_errors import collective_write
 
 log = logging.getLogger("wan")
-
-# Others wait while the first process converts or writes whole checkpoints.
-PATIENCE = timedelta(hours=2)
-
-
-def build_accelerator() -> Accelerator:
-    """What ties the processes of a run together."""
-    return Accelerator(
-        # Mixed precision is autocast around forwards alone, so that weights, and what FSDP sends, stay float32.
-        mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            # DDP sends gradients from where they are, rather than from a copy.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
 
 
 class Trainer(TrainingLoop):
@@ -240,14 +220,9 @@ class Trainer(TrainingLoop):
 
     def _where(self, losses: Tensor) -> str:
         """A line that names what is not finite among the losses of a batch, (batch_size,)."""
-        step = self.step
-        numbers = self.batches.numbers(step)
-        bad = [
-            f"{losses[place]} at timestep {TRAIN_TIMESTEPS * self.batches.draw(step, place).sigma:.1f} of "
-            f"{self.clips.describe(numbers[place])}"
-            for place in (~losses.isfinite()).nonzero().flatten().tolist()
-        ]
-        return f"step {step + 1}: the loss is not finite: {'; '.join(bad)}"
+        places = (~losses.isfinite()).nonzero().flatten().tolist()
+        bad = [f"{losses[place]} {self.batches.describe(self.step, place)}" for place in places]
+        return f"step {self.step + 1}: the loss is not finite: {'; '.join(bad)}"
 
     def _evaluate(self) -> dict[str, float]:
         is_due = self.step == self.steps or self.step % self.settings.every.validation == 0
