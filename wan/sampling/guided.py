@@ -87,7 +87,7 @@ def sample_latents(
         conditions, gather = _own_branches(pipe, conditions)
     with (
         video_steps(pipe.transformer, sampling.steps) as set_step,
-        on_device(pipe.transformer, pipe.device, pipe.offload) as transformer,
+        on_device(pipe.transformer, pipe.device, pipe.offload),
         many_compiles(),
         observer.sampling(pipe, sampling, latents),
     ):
@@ -99,7 +99,7 @@ def sample_latents(
         def after_step(step: int, clean: Tensor) -> None:
             # What overflows mostly does at once, and the other steps may take hours.
             if step == 0:
-                check_latents(clean, sampling, transformer.dtype, pipe.lora)
+                check_latents(clean, sampling, pipe.transformer.dtype, pipe.lora)
             observer.step_ends(step, clean)
 
         if guided and _may_batch(pipe):
