@@ -371,6 +371,11 @@ def test_another_model_and_layers_that_do_not_exist_are_refused(vae):
         wan.apply_attention(tiny_transformer(0), NablaConfig(threshold=0.5, dense_layers=(0, 2)))
 
 
+def test_nothing_happens_to_no_transformers():
+    wan.apply_attention([], CONFIG)
+    wan.remove_attention([])
+
+
 def test_a_processor_of_somebody_else_is_not_replaced():
     transformer = tiny_transformer(0)
     transformer.blocks[0].attn1.set_processor(torch.nn.Identity())

@@ -21,7 +21,8 @@ def apply_attention(transformer: nn.Module | Iterable[nn.Module], config: NablaC
     transformers = _each(transformer)
     specs = [spec_of(one) for one in transformers]
     # Several are the experts of one pipeline, and so of one family.
-    apply.apply_attention(transformers, config, specs[0])
+    if transformers:
+        apply.apply_attention(transformers, config, specs[0])
 
 
 def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:

@@ -44,8 +44,8 @@ class WanT2V:
     vae: diffusers' `AutoencoderKLWan`, its encoder in float32
     text_encoder: transformers' `UMT5EncoderModel`
     sampling, video: the settings that `generate` uses where it is given none
-    processes: those that share the work, or None for this one alone. Of those that share a video one leads: only it
-        has a VAE, a text encoder unless that is sharded, and the result
+    processes: those that share the work, kept as `distributed`, or None for this one alone. Of those that share a
+        video one leads: only it has a VAE, a text encoder unless that is sharded, and the result
     seconds: how long each stage of the last `generate` took
     plan: of memory, by which the models were loaded, or None
     lora: what was merged into the transformer
