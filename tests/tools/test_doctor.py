@@ -279,3 +279,10 @@ def test_on_a_gpu_every_kernel_that_is_installed_passes():
     assert [one.name for one in check_kernels(GPU) if one.chosen] == [
         next(k.name for k in facts["kernels"] if k.usable)
     ]
+
+
+def test_plans_have_the_keys_of_sidecars_in_json():
+    fits = memory_fits(MemoryBudget(int(20 * GIB), int(100 * GIB), int(128 * GIB)), 24.0, can_quantize=True)
+    for plain in doctor._plain(fits):
+        assert plain["plan"] is None or {"packing", "text_packing", "in_turns"} <= plain["plan"].keys()
+    assert any(plain["plan"] for plain in doctor._plain(fits)) and json.dumps(doctor._plain(fits))

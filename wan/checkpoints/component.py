@@ -86,7 +86,6 @@ class Component:
             state[own] = tensor if quantize is None else quantize(own, tensor)
         # Assigned, since parameters on the meta device have no memory to copy to. All names were checked when this was
         # made, so that what is missing is the second name of a tied tensor and nothing else.
-        # Tied tensors stand once in the files.
         missing, _ = self.model.load_state_dict(state, strict=False, assign=True)
         if missing:
             tie_weights: Any = self.model.tie_weights

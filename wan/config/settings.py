@@ -182,9 +182,10 @@ def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, n
     sampling = SamplingSettings(**merged.pop("sampling"))
     video = VideoSettings(**merged.pop("video"), geometry=geometry)
     prompt = merged.pop("prompt")
-    model = ModelSettings(**merged, attention=attention)
     if needs_prompt:
+        # Before what opens files.
         check_prompt(prompt)
+    model = ModelSettings(**merged, attention=attention)
     return Settings(model, prompt if needs_prompt else None, sampling, video)
 
 

@@ -117,6 +117,7 @@ class TextTrainer(TrainingLoop):
         self.tests = {"held_out": with_classes(of_shapes(settings.held_out, settings.seed))}
         if settings.sentences is not None:
             self.tests["sentences"] = with_classes(read_sentences(Path(settings.sentences)))
+        self.was_signalled = False
         self._begin()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / TOKENIZER)
         torch.manual_seed(settings.seed)
@@ -171,7 +172,7 @@ class TextTrainer(TrainingLoop):
         if self.step < self.steps:
             with self.signal, contextlib.closing(self._batches()) as batches:
                 self._train(batches)
-            if self.stops and self.signal.asked:
+            if self.was_signalled:
                 raise self._stopped()
         self._export()
         return self.step == self.steps
@@ -181,6 +182,9 @@ class TextTrainer(TrainingLoop):
         return load_items(data, range(self.step, self.settings.steps), self.settings.workers, context="spawn")
 
     def _step(self, batches: Iterator[CaptionBatch]) -> dict[str, Any]:
+        if self.unwritten is not None:
+            # One process trains, so there are no others to tell first.
+            raise self.unwritten
         batch = next(batches).to(self.device)
         start = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
@@ -198,6 +202,8 @@ class TextTrainer(TrainingLoop):
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
+        # A signal after this look, while a run whose time is up measures and saves, does not end it otherwise.
+        self.was_signalled = self.signal.asked
         self.stops = self._asks_to_stop
         return row | {"seconds": time.perf_counter() - start}
 
@@ -205,7 +211,7 @@ class TextTrainer(TrainingLoop):
         """Shares of sentences whose attributes are read rightly: by test and attribute, and the worst of each test."""
         is_due = self._ends or self.step % self.settings.validate_every == 0
         # Whoever sent a signal is not kept waiting.
-        if not is_due or (self.stops and self.signal.asked):
+        if not is_due or self.was_signalled:
             return {}
         shares = {name: self.accuracies(*test) for name, test in self.tests.items()}
         return {f"worst_{name}": min(share.values()) for name, share in shares.items()} | {"accuracy": shares}

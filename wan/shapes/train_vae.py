@@ -72,7 +72,7 @@ class VaeTrainer(TrainingLoop):
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
-        del self.model
+        self.model = None
         if self.lock is not None:
             self.lock.close()
         release_accelerator(self.accelerator)

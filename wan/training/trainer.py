@@ -111,7 +111,7 @@ class Trainer(TrainingLoop):
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
         # DDP's wrapper has to be gone before the group of processes ends, see `release_accelerator`.
-        del self.model
+        self.model = None
         self.checkpoints.close()
         release_accelerator(self.accelerator)
 

@@ -47,7 +47,11 @@ def report(args: argparse.Namespace) -> int:
 
 
 def _plain(part: Any) -> Any:
-    return [asdict(one) for one in part] if isinstance(part, tuple) else asdict(part)
+    """As JSON has it; what says by itself how a file has it, as a plan of memory does, goes by that."""
+    if isinstance(part, tuple):
+        return [_plain(one) for one in part]
+    own = asdict(part)
+    return own | {name: one.to_sidecar() for name in own if hasattr(one := getattr(part, name), "to_sidecar")}
 
 
 def _text(facts: dict[str, Any], found: tuple[PackageStatus, ...], broken: list[str]) -> list[str]:
