@@ -6,6 +6,7 @@ guidance branch has a state of its own, and none outlives a video.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from wan.attention.spec import TransformerSpec
 from wan.config.cache_settings import CacheSettings
 
 
-class StepCache:
+class StepCache(ABC):
     """What `apply_cache` leaves on a transformer. A cache is a subclass in a file of its own, listed in `KINDS`.
 
     config_class: diffusers' configuration of it; hook: the name of its hook on the first block, which decides
@@ -60,9 +61,9 @@ class StepCache:
         # Steps that are dense, to be exact, are not left to a cache.
         self._prepare(steps, min(steps, max(round(self.settings.warmup * steps), dense_steps)))
 
+    @abstractmethod
     def _prepare(self, steps: int, first: int) -> None:
         """Take note of a video's steps, of which the first so many are computed in any case."""
-        raise NotImplementedError
 
     @contextmanager
     def branch(self, name: str, step: int) -> Iterator[None]:

@@ -125,3 +125,26 @@ def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
     transformer.fuse_lora()
     transformer.unload_lora()
     return transformer.state_dict()
+
+
+def write_weights(
+    folder: Path,
+    transformer: WanTransformer3DModel,
+    state: dict[str, Tensor],
+    base: Checkpoint,
+    settings: TrainingSettings,
+    provided: Path,
+    is_last: bool,
+) -> None:
+    """Write a run's weights as generate.py takes them: a checkpoint, and of LoRA the adapter too.
+
+    state: of all of the transformer, or of the adapter alone; provided: where the run's other components are
+    is_last: of LoRA, merged weights are written at the end alone
+    """
+    if settings.lora is not None:
+        write_lora(folder / "lora", transformer, state)
+        if not is_last:
+            return
+        # In a folder that generate.py takes without the checkpoint beneath.
+        state = merged_lora_state_dict(base, folder / "lora")
+    write_checkpoint(folder, transformer.config, base, state, provided, checkpoint_defaults(settings, base))

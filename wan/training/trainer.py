@@ -28,14 +28,7 @@ from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
 from wan.training.data import LatentBatch, MicroBatches
 from wan.training.evaluation import build_sampler, ema_weights, validation_losses
-from wan.training.export import (
-    checkpoint_defaults,
-    full_state_dict,
-    merged_lora_state_dict,
-    provide_components,
-    write_checkpoint,
-    write_lora,
-)
+from wan.training.export import full_state_dict, provide_components, write_weights
 from wan.training.loop import TrainingLoop
 from wan.training.metrics import Metrics, speed
 from wan.training.models import (
@@ -277,17 +270,8 @@ class Trainer(TrainingLoop):
         state = full_state_dict(self.transformer, trained_only=is_lora)
         with collective_write(self.accelerator, self.checkpoints.folder):
             if self.accelerator.is_main_process:
-                self._write_weights(folder, state)
-
-    def _write_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
-        if self.settings.lora is not None:
-            write_lora(folder / "lora", self.transformer, state)
-            if self.step < self.steps:
-                return
-            state = merged_lora_state_dict(self.base, folder / "lora")
-        # Of LoRA these are merged ones, in a folder that generate.py takes without the checkpoint beneath.
-        defaults = checkpoint_defaults(self.settings, self.base)
-        write_checkpoint(folder, self.transformer.config, self.base, state, self.folder / "parts", defaults)
+                provided, is_last = self.folder / "parts", self.step == self.steps
+                write_weights(folder, self.transformer, state, self.base, self.settings, provided, is_last)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
