@@ -10,7 +10,6 @@ from conftest import relative_error
 from nabla import NablaConfig
 from wan import WanT2V
 from wan.config.settings import VideoSettings
-from wan.models.wan.latents import glimpse
 from wan.observe.observer import Observer
 from wan.sampling.loop import Cancelled
 
@@ -48,7 +47,7 @@ def test_each_step_is_told_with_the_clean_latents_that_it_predicts(pipe, solver)
 
 
 def test_looking_on_changes_nothing(pipe):
-    look = Each(lambda step, clean: glimpse(pipe.vae, clean))
+    look = Each(lambda step, clean: pipe.glimpse(clean))
     assert (make(pipe, observer=look) == make(pipe)).all()
 
 
@@ -67,6 +66,6 @@ def test_a_cancelled_video_leaves_nothing_to_the_next(pipe, last):
 
 def test_a_glimpse_is_the_first_frame(pipe):
     latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    picture = glimpse(pipe.vae, latents)
+    picture = pipe.glimpse(latents)
     assert picture.shape == (1, 3, 32, 48)
     assert torch.equal(picture, pipe.decode(latents)[:, :, 0])

@@ -42,6 +42,11 @@ def test_the_words_that_are_lost_are_those_after_the_last_token_taken(pipe):
     assert cut_note(pipe.tokenizer, " ".join(words[:101]), length) is None
 
 
+def test_a_pipeline_notes_the_prompts_that_it_cuts_before_it_encodes_any(pipe, caplog):
+    (note,) = pipe.prompt_notes("a red circle", "one two " * 300)
+    assert note.startswith("the text 'one two one two") and not caplog.records
+
+
 def test_values_that_are_not_finite_are_said_with_what_can_make_them_so(pipe):
     text, noise = torch.zeros(1, 5, 64), torch.full((1, 16, 1, 4, 4), torch.nan)
     walk = dict(noise=noise, steps=2, shift=7.0, guide_scale=3.0)

@@ -30,6 +30,8 @@ from wan.sampling.solvers import make_solver
 class GuidedPipeline(ObservedPipeline, Protocol):
     """What a pipeline is asked for: `encode`, `predict` and `decode`, and what these work on.
 
+    `glimpse` and `prompt_notes` are for who watches a video being made.
+
     offload: whether its models wait in host memory; lora: what is merged into the transformer
     seconds: where the time of each stage is written
     """
@@ -47,6 +49,12 @@ class GuidedPipeline(ObservedPipeline, Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The video (B, 3, frames, height, width) in [-1, 1] of latents."""
+
+    def glimpse(self, latents: Tensor) -> Tensor:
+        """The first frame (B, 3, height, width) in [-1, 1] of latents on any device: cheap beside `decode`."""
+
+    def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
+        """A line for each prompt of which a text encoder takes only a part."""
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""

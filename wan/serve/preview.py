@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from wan.files.video import to_frames
-from wan.memory.placement import on_device
-from wan.models.wan.latents import glimpse
-from wan.models.wan.pipeline import WanT2V
+from wan.sampling.guided import GuidedPipeline
 
 log = logging.getLogger("wan")
 
@@ -23,7 +21,7 @@ SHARE_OF_TIME = 0.05
 class Preview:
     """The first frame of what each step predicts, as often as it costs little beside the steps."""
 
-    def __init__(self, pipe: WanT2V):
+    def __init__(self, pipe: GuidedPipeline):
         self.pipe = pipe
         self.next_at = 0.0
 
@@ -37,9 +35,8 @@ class Preview:
             torch.cuda.synchronize(pipe.device)
         start = time.perf_counter()
         try:
-            with on_device(pipe.vae, pipe.device, pipe.offload) as vae:
-                # glimpse: (B, 3, height, width); of the first of the batch a video of one frame, (3, 1, height, width).
-                picture = to_frames(glimpse(vae, clean.to(pipe.device))[0, :, None])[0]
+            # glimpse: (B, 3, height, width); of the first of the batch a video of one frame, (3, 1, height, width).
+            picture = to_frames(pipe.glimpse(clean)[0, :, None])[0]
         except torch.OutOfMemoryError:
             log.warning("warning: there is no memory for a preview beside the transformer, so this video has none")
             self.next_at = float("inf")

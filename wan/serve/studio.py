@@ -23,9 +23,6 @@ from wan.config.settings import Settings, resolve
 from wan.files.video import make_folder
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components
-from wan.models.wan.pipeline import WanT2V
-from wan.models.wan.text import cut_note
 from wan.observe.observer import Observer
 from wan.observe.progress import Pace
 from wan.parallel.distributed import pick_device
@@ -34,6 +31,7 @@ from wan.run.generation import generate_video, load_pipeline
 from wan.run.outputs import check_output
 from wan.run.request import Options, Request
 from wan.run.settle import settle
+from wan.sampling.guided import GuidedPipeline
 from wan.sampling.loop import Cancelled
 from wan.serve.limits import NOBODY, USUAL_LIMITS, Limits, Line, Visitor, check_waiting
 from wan.serve.preview import Preview
@@ -138,7 +136,7 @@ class Studio:
         self.folder = folder
         self.default_checkpoint = default_checkpoint
         self.limits = limits
-        self._pipe: WanT2V | None = None
+        self._pipe: GuidedPipeline | None = None
         self._weights: tuple = ()
         # What the pipeline's plan of memory was made for, see `_needs`.
         self._planned = 0, 0, False
@@ -226,7 +224,7 @@ class Studio:
         before = time.perf_counter()
         pipe = self._ready(checkpoint, settings)
         loading = time.perf_counter() - before
-        job.tell(notes=notes + _cut_notes(pipe, settings))
+        job.tell(notes=notes + pipe.prompt_notes(settings.prompt, settings.sampling.negative_prompt))
         job.check()
         job.tell(steps=settings.sampling.steps)
         generate_video(
@@ -234,7 +232,7 @@ class Studio:
         )
         return JobResult(path, settings, time.perf_counter() - start)
 
-    def _ready(self, checkpoint: Checkpoint, settings: Settings) -> WanT2V:
+    def _ready(self, checkpoint: Checkpoint, settings: Settings) -> GuidedPipeline:
         """The pipeline for settings: as it is, with another attention, or loaded anew, as little as will do.
 
         LoRA is merged into the weights while they are read, so that another one needs them read again; and a plan of
@@ -247,7 +245,8 @@ class Studio:
         if self._pipe is None or weights != self._weights or outgrown:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
-                model = components.transformer_component(checkpoint, settings.transformer).model
+                kind = checkpoint.family.load_pipeline()
+                model = kind.transformer_component(checkpoint, settings.transformer).model
                 for file in settings.lora:
                     read_lora(file, model, checkpoint.family.naming)
             self._pipe = None
@@ -259,13 +258,6 @@ class Studio:
         elif settings.attention != self._pipe.transformer.nabla.config:
             apply_attention(self._pipe.transformer, settings.attention)
         return self._pipe
-
-
-def _cut_notes(pipe: WanT2V, settings: Settings) -> tuple[str, ...]:
-    """A line for each text of which the text encoder takes a part."""
-    texts = settings.prompt, settings.sampling.negative_prompt
-    notes = (cut_note(pipe.tokenizer, text, pipe.text_length) for text in texts)
-    return tuple(note for note in notes if note is not None)
 
 
 def _needs(settings: Settings) -> tuple[int, int, bool]:

@@ -19,8 +19,8 @@ from wan.config.prompts import check_prompt
 from wan.config.settings import SamplingSettings, VideoSettings, changed
 from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
-from wan.models.wan import memory, pretrained
-from wan.models.wan.latents import decode, encode
+from wan.models.wan import components, memory, pretrained
+from wan.models.wan.latents import decode, encode, glimpse
 from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
@@ -52,6 +52,7 @@ class WanT2V:
     """
 
     transformer_spec = TRANSFORMER
+    transformer_component = staticmethod(components.transformer_component)
     from_pretrained = classmethod(pretrained.from_pretrained)
     from_settings = classmethod(pretrained.from_settings)
 
@@ -100,6 +101,11 @@ class WanT2V:
                 self._cut.add(prompt)
                 log.warning("warning: %s", note)
         return tokenize(self.tokenizer, prompts, self.text_length)
+
+    def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
+        """A line for each prompt that is longer than the text encoder takes."""
+        notes = (cut_note(self.tokenizer, prompt, self.text_length) for prompt in prompts)
+        return tuple(note for note in notes if note is not None)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -178,6 +184,12 @@ class WanT2V:
             video = decode(vae, _batched(latents, 5).to(self.device))
         check_decoded(video, latents)
         return video if latents.ndim == 5 else video[0]
+
+    @torch.no_grad()
+    def glimpse(self, latents: Tensor) -> Tensor:
+        """Float32 picture (B, 3, height, width) in [-1, 1] of the first frame of latents (B, C, T, h, w)."""
+        with on_device(self.vae, self.device, self.offload) as vae:
+            return glimpse(vae, latents.to(self.device))
 
     def generate(
         self,
