@@ -11,6 +11,7 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import (
+    absolute_path,
     check_keys,
     check_sampling,
     check_text,
@@ -114,12 +115,14 @@ class Settings:
 
     Each of these was checked when it was made, so nothing is here: settings with another seed cost no second look.
     prompt: None where none is said yet, as in a preset
+    image: absolute path of the picture that the video begins with
     """
 
     model: ModelSettings
     prompt: str | None = None
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     video: VideoSettings = field(default_factory=VideoSettings)
+    image: str | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -161,6 +164,8 @@ class Settings:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
         model = asdict(self.model)
         values = {"checkpoint": model.pop("checkpoint"), "prompt": self.prompt} | model
+        # Left out of settings without one, whose names and records stay what they were before there were pictures.
+        values |= {} if self.image is None else {"image": self.image}
         # Where there is no cache, a layer below would say which.
         values |= {"cache": model["cache"] or "none", "attention": attention_to_dict(self.attention)}
         return values | {"sampling": asdict(self.sampling), "video": asdict(self.video)}
@@ -174,19 +179,20 @@ def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, n
     """Settings from layers in the schema of the YAML files, the first layer first in rank.
 
     geometry: of the family that makes the video
-    needs_prompt: else theirs is left out, and there need be none
+    needs_prompt: else theirs is left out, and there need be none; so is the picture that goes with it
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
     merged = _merged(layers)
     attention = attention_config(merged.pop("attention"))
     sampling = SamplingSettings(**merged.pop("sampling"))
     video = VideoSettings(**merged.pop("video"), geometry=geometry)
-    prompt = merged.pop("prompt")
+    prompt, image = merged.pop("prompt"), merged.pop("image")
     if needs_prompt:
         # Before what opens files.
         check_prompt(prompt)
+    image = None if image is None else absolute_path("image", image)
     model = ModelSettings(**merged, attention=attention)
-    return Settings(model, prompt if needs_prompt else None, sampling, video)
+    return Settings(model, prompt, sampling, video, image) if needs_prompt else Settings(model, None, sampling, video)
 
 
 def resolve_sampling(*layers: Mapping[str, Any]) -> SamplingSettings:
@@ -201,7 +207,7 @@ def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOME
 
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One layer of several, with a mapping for each section, whose keys are known."""
-    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
+    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, "image": None, **{name: {} for name in SECTIONS}}
     # From the lowest in rank upwards, so that each writes over those below. None is a flag that was not given.
     for layer in reversed(layers):
         check_keys("the settings", layer, KEYS)

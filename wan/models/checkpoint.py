@@ -102,12 +102,12 @@ class Checkpoint:
     def settings_layers(self) -> tuple[dict[str, Any], ...]:
         """The settings that a checkpoint brings, highest in rank first: its defaults file, and its own algorithm.
 
-        Raises `InputError` if the file is not a mapping of settings, or names a checkpoint or a prompt.
+        Raises `InputError` if the file is not a mapping of settings, or names a checkpoint, a prompt or a picture.
         """
         path = self.folder / DEFAULTS_FILE
         defaults = read_settings(path) if exists(path) else {}
-        if unfit := {"checkpoint", "prompt"} & defaults.keys():
-            raise CheckpointError(f"{path} may not name a {sorted(unfit)[0]}; remove it")
+        if unfit := [name for name in ("checkpoint", "prompt", "image") if name in defaults]:
+            raise CheckpointError(f"{path} may not name {'an' if unfit[0] == 'image' else 'a'} {unfit[0]}; remove it")
         return defaults, self.own_algorithm
 
     def resolve(self, *above: Mapping[str, Any], needs_prompt: bool = True) -> Settings:

@@ -76,6 +76,8 @@ class Family:
         pipeline opens checkpoints itself and so stands above the list of families
     defaults: a layer of settings, below those that a checkpoint brings
     features: those of `FEATURES` that it supports
+    fit_picture: the size of a video that begins with a picture, from the picture's size and the one asked for, each
+        (width, height); of its own result, asked for again, it gives the same. None: it makes videos of text alone
     """
 
     name: str
@@ -91,6 +93,7 @@ class Family:
     geometry: Geometry = DEFAULT_GEOMETRY
     defaults: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = FEATURES
+    fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None
 
     def load_pipeline(self) -> type[Any]:
         """The class of `pipeline`."""

@@ -75,6 +75,7 @@ def _add_what_is_made(parser: Parser) -> None:
     """Flags of prompts, weights, sizes and files."""
     add = parser.add_argument
     add("--prompt", help="what the video shows")
+    add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
     add(
         "--config",
         help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again",
@@ -187,6 +188,7 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given(
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
+        image=args.image,
         transformer=args.transformer,
         lora=args.lora,
         dtype=args.dtype,

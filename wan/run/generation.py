@@ -30,6 +30,7 @@ from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
+from wan.run.pictures import open_picture
 from wan.run.remaking import quantized_otherwise
 from wan.run.request import Options
 from wan.run.sidecars import Video, free_path
@@ -130,13 +131,14 @@ def generate_video(
     """
     detailed = options.log is not None or options.report is not None
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
+    picture, record = open_picture(settings)
     with _clear_about_memory(settings, options):
-        frames = _frames(pipe, settings, recorder if observer is None else Observers(recorder, observer))
+        frames = _frames(pipe, settings, picture, recorder if observer is None else Observers(recorder, observer))
     # Only the leader of those that share a video has its frames.
     if frames is None:
         return
     seconds = {"loading": loading} | pipe.seconds
-    made_with = _made_with(pipe, options, seconds)
+    made_with = _made_with(pipe, options, seconds) | record
     # Whether the path is free was asked when the run began, which may be hours ago.
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
@@ -152,16 +154,17 @@ def generate_video(
         _draw(recorder, options.report)
 
 
-def _frames(pipe: WanT2V, settings: Settings, observer: Observer) -> np.ndarray | None:
+def _frames(pipe: WanT2V, settings: Settings, picture: np.ndarray | None, observer: Observer) -> np.ndarray | None:
     """The video that settings describe, as `WanT2V.generate` gives it, after lines of what it will be."""
     video, sampling = settings.video, settings.sampling
     log.info("attention: %s", pipe.describe_attention(video))
     size = "x".join(map(str, video.size))
     walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
     log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
-    return pipe.generate(
-        settings.prompt or "", size=video.size, frame_num=video.frame_num, observer=observer, **asdict(sampling)
-    )
+    given: dict[str, Any] = {"size": video.size, "frame_num": video.frame_num, **asdict(sampling)}
+    if picture is not None:
+        given["image"] = picture
+    return pipe.generate(settings.prompt or "", observer=observer, **given)
 
 
 def _draw(recorder: Recorder, report: Path) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.config.checks import absolute_path
 from wan.config.prompts import check_prompt
 from wan.config.settings import Settings, resolve_sampling, resolve_video
 from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable
 
-KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "name")
+KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "image", "name")
 # Where each stands in the schema of the YAML files.
 SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "frame_num": "video"}
 
@@ -26,8 +27,9 @@ Layer = dict[str, Any]
 def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
     """Settings that each line of a file of prompts makes, and the name that it gives its video's file, or None.
 
-    A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num" and
-    "name", which has no ending; empty lines are skipped. Raises `InputError` with the line's number for anything else.
+    A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num",
+    "image", a path as in all settings, and "name", which has no ending; empty lines are skipped. Raises `InputError`
+    with the line's number for anything else.
     """
     try:
         # Not splitlines, which cuts also at characters that a prompt may hold, such as U+2028.
@@ -61,6 +63,8 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     try:
         # By themselves, so that the error can name the line; what they mean beside other settings is seen later.
         check_prompt(given.get("prompt"), "in this line")
+        if given.get("image") is not None:
+            absolute_path("image", given["image"])
         resolve_sampling(layer)
         resolve_video(layer)
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -20,8 +21,11 @@ from wan.models.checkpoint import Checkpoint, check_transformer_file
 from wan.quantize.quantizer import check_quantization
 from wan.run.jobs import names_of, read_prompts
 from wan.run.outputs import check_output, ending
+from wan.run.pictures import check_pictures, fit_to_picture, other_picture
 from wan.run.request import Request
 from wan.run.sidecars import Video
+
+log = logging.getLogger("wan")
 
 
 def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Video]]:
@@ -40,6 +44,9 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     settings = resolve(jobs[0][0], flags, from_file, {"checkpoint": request.default_checkpoint})
     if request.save_file is not None:
         check_output(request.save_file)
+    check_pictures(settings, [layer for layer, _ in jobs])
+    if config is not None and (line := other_picture(config, settings)):
+        log.warning("warning: %s", line)
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
     _check_weights(settings.model, device, getattr(torch, settings.dtype or own_dtype))
     # A default that is a hub id is downloaded; the small one is a folder beside the source.
@@ -50,7 +57,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     every = []
     for layer, _ in jobs:
         # A line of a file of prompts ranks above the flags, which are for all lines.
-        settings = checkpoint.resolve(layer, flags, from_file)
+        settings = fit_to_picture(checkpoint.family, checkpoint.resolve(layer, flags, from_file))
         if settings.dtype is None:
             settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
         settings.video.check_positions(checkpoint.positions)

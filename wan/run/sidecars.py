@@ -12,6 +12,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.settings import Settings, resolve
 from wan.files.hashes import file_hash
+from wan.files.picture import picture_hash
 from wan.files.plain_data import read_json
 from wan.files.video import count_frames, sidecar_of
 
@@ -33,7 +34,10 @@ class Sidecar:
         """None for a file that is no sidecar, or none that can be read."""
         try:
             content = read_json(path)
-            made = comparable(resolve(content["settings"]))
+            made = _plain(resolve(content["settings"]))
+            if "image" in made:
+                # The file itself may have gone since, and its path may be anyone's.
+                made["image"] = content["made_with"]["image"]["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         file = content.get("file")
@@ -118,7 +122,15 @@ def free_path(path: Path) -> Path:
 
 
 def comparable(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON has them, with one word for a seed that is drawn."""
+    """Settings as JSON has them, with one word for a seed that is drawn, and a picture by its digest.
+
+    So a video is the same wherever its picture lies, and another one if the file has changed. Raises `InputError` if
+    it cannot be read.
+    """
+    return _plain(settings) | ({} if settings.image is None else {"image": picture_hash(settings.image)})
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
     plain = json.loads(json.dumps(settings.to_dict()))
     if plain["sampling"]["seed"] == -1:
         plain["sampling"]["seed"] = None

@@ -204,16 +204,19 @@ class WanT2V:
         solver: str | None = None,
         progress: bool = False,
         observer: Observer | None = None,
+        image: object = None,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
         device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
-        first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
-        outside what is allowed.
+        first process; observer: is told what happens, see `wan.observe.observer`; image: is refused. Raises
+        `InputError` for settings outside what is allowed.
         """
         check_prompt(prompt)
+        if image is not None:
+            raise InputError("image is not taken: Wan2.1 starts from text alone here; leave it out")
         video = changed(self.video, size=size, frame_num=frame_num)
         sampling = changed(
             self.sampling,
