@@ -60,17 +60,17 @@ def dense_error(q, k, v):
     )
 
 
-def needs_cudnn():
-    if reason := cudnn.unsupported_reason(torch.device("cuda", 0), 64):
+def needs_cudnn(head_size=128):
+    if reason := cudnn.unsupported_reason(torch.device("cuda", 0), 64, torch.bfloat16, head_size):
         pytest.skip(f"backend cudnn: {reason}")
 
 
-@pytest.mark.parametrize("backend, dim", (("flex", 64), ("flex", 128), ("cudnn", 128)))
+@pytest.mark.parametrize("backend, dim", (("flex", 64), ("flex", 128), ("cudnn", 64), ("cudnn", 96), ("cudnn", 128)))
 @pytest.mark.parametrize("grid", (FULL, PARTIAL, (21, 45, 80)))
 @pytest.mark.parametrize("algorithm", ("nabla-0.4", "keep-0.1", "sta-3-3-3", "nabla-0.2_sta-3-1-3"))
 def test_fast_kernels_are_as_exact_as_dense_attention(grid, algorithm, backend, dim):
     if backend == "cudnn":
-        needs_cudnn()
+        needs_cudnn(dim)
     config = replace(NablaConfig.parse(algorithm), backend=backend)
     q, k, v = random_qkv(grid, heads=1 if grid[0] == 21 else 4, dim=dim)
     kept = nabla.attention(q, k, v, grid, config)
@@ -88,7 +88,7 @@ def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
         assert plan.backend == "flex" and f"cudnn: {reason}" in plan.describe()
         return
     assert plan.backend == "cudnn" and "the fastest that passed its check" in plan.describe()
-    assert nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 64).backend == "flex"
+    assert nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 40).backend == "flex"
     monkeypatch.setattr(backends, "_verified", {})
     monkeypatch.setattr(cudnn, "attend", lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v))
     with pytest.warns(UserWarning, match="cudnn does not work on cuda:0 .its result is off by"):
@@ -108,7 +108,7 @@ def test_flex_options_found_by_trial_are_right(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
-@pytest.mark.parametrize("grid, heads, dim", ((PARTIAL, 12, 128), (FULL, 3, 40)))
+@pytest.mark.parametrize("grid, heads, dim", ((PARTIAL, 12, 128), (PARTIAL, 14, 64), (FULL, 5, 96), (FULL, 3, 40)))
 def test_gather_rotates_and_averages_as_the_slow_way(grid, heads, dim, dtype):
     x, angles, _ = random_qkv(grid, heads, dim, dtype)
     angles = angles[:, :, :1, : dim // 2].float().repeat_interleave(2, -1)
@@ -272,10 +272,10 @@ def test_published_size_needs_little_memory_beside_its_tensors():
 
 
 def test_few_heads_at_a_time_give_the_same(monkeypatch):
-    q, k, v = random_qkv(PARTIAL, heads=5)
-    for backend in ("flex", "cudnn"):
+    for backend, dim in (("flex", 128), ("flex", 64), ("cudnn", 128), ("cudnn", 64), ("cudnn", 96)):
+        q, k, v = random_qkv(PARTIAL, heads=5, dim=dim)
         if backend == "cudnn":
-            needs_cudnn()
+            needs_cudnn(dim)
         config = replace(AUTO, backend=backend)
         whole = nabla.attention(q, k, v, PARTIAL, config)
         monkeypatch.setattr(sys.modules["nabla.attention"], "LIST_ENTRIES", 2 * 84**2)

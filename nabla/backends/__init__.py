@@ -7,6 +7,7 @@ fail, and so must its gradients before it is used for training.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,32 @@ from nabla.selection import Selection, block_means
 
 # The fastest first, as measured on Hopper; on a CPU its compile puts flex aside.
 BACKENDS: dict[str, Backend] = {"cudnn": cudnn, "flex": flex, "gather": gather, "reference": reference}
+# Where the head size is not known.
 CHECK_HEAD_SIZE = 128
 # Of a result, relative to its norm: above the rounding of its dtype, and far below what wrong blocks cause.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
-# What is wrong by name, device, tokens of a block, dtype and whether gradients were checked; "" where nothing is.
-_verified: dict[tuple[str, torch.device, int, torch.dtype, bool], str] = {}
+
+class Check(NamedTuple):
+    """Of a backend, done once: on a device, for blocks of so many tokens, with its gradients or without."""
+
+    name: str
+    device: torch.device
+    block: int
+    dtype: torch.dtype
+    head_size: int
+    trains: bool
+
+    @classmethod
+    def of(
+        cls, name: str, device: torch.device, block: int, dtype: torch.dtype | None, head_size: int | None, trains: bool
+    ) -> Check:
+        """The check that speaks for a dtype and a head size (None: not known)."""
+        return cls(name, device, block, check_dtype(device, dtype), head_size or CHECK_HEAD_SIZE, trains)
+
+
+# What is wrong, "" where nothing is.
+_verified: dict[Check, str] = {}
 
 
 def choose(
@@ -44,18 +65,17 @@ def choose(
     if name != "auto":
         if reason := inputs_unsupported_reason(BACKENDS[name], dtype, head_size):
             raise InputError(f"backend {name} {reason}; use backend: auto or reference")
-        if reason := verify(name, device, block, dtype, trains):
+        if reason := verify(name, device, block, dtype, head_size, trains):
             raise InputError(f"backend {name} does not work on {device}: {reason}; use backend: auto or reference")
         return name, "as asked for"
     refused: list[str] = []
     for candidate, backend in BACKENDS.items():
-        reason = backend.unsupported_reason(device, block) or inputs_unsupported_reason(backend, dtype, head_size)
-        if not reason and trains:
-            reason = backend.backward_unsupported_reason(device, dtype)
+        reason = _unsupported_reason(backend, device, block, dtype, head_size, trains)
+        reason = reason or inputs_unsupported_reason(backend, dtype, head_size)
         if not reason and candidate == "flex" and device.type != "cuda":
-            key = candidate, device, block, check_dtype(device, dtype), trains
-            reason = _verified.get(key, "compiles for long on a CPU")
-        elif not reason and (reason := verify(candidate, device, block, dtype, trains)):
+            check = Check.of(candidate, device, block, dtype, head_size, trains)
+            reason = _verified.get(check, "compiles for long on a CPU")
+        elif not reason and (reason := verify(candidate, device, block, dtype, head_size, trains)):
             warnings.warn(f"{candidate} does not work on {device} ({reason}); using a slower backend", stacklevel=3)
         if not reason:
             return candidate, "; ".join(["the fastest that passed its check", *refused])
@@ -72,21 +92,40 @@ def inputs_unsupported_reason(backend: Backend, dtype: torch.dtype | None, head_
     return ""
 
 
-def verify(name: str, device: torch.device, block: int, dtype: torch.dtype | None = None, trains: bool = False) -> str:
+def verify(
+    name: str,
+    device: torch.device,
+    block: int,
+    dtype: torch.dtype | None = None,
+    head_size: int | None = None,
+    trains: bool = False,
+) -> str:
     """Check a backend against `reference` on a device, once; "" if it agrees, else what is wrong in one line.
 
+    head_size: of q, k and v; None for `CHECK_HEAD_SIZE`
     trains: whether to check its gradients too
     """
     backend = BACKENDS[name]
-    reason = backend.unsupported_reason(device, block)
-    if not reason and trains:
-        reason = backend.backward_unsupported_reason(device, dtype)
-    if reason:
+    if reason := _unsupported_reason(backend, device, block, dtype, head_size, trains):
         return reason
-    key = name, device, block, check_dtype(device, dtype), trains
-    if key not in _verified:
-        _verified[key] = "" if backend is reference else _check_against_reference(backend, *key[1:])
-    return _verified[key]
+    check = Check.of(name, device, block, dtype, head_size, trains)
+    if check not in _verified:
+        _verified[check] = "" if backend is reference else _check_against_reference(backend, check)
+    return _verified[check]
+
+
+def _unsupported_reason(
+    backend: Backend,
+    device: torch.device,
+    block: int,
+    dtype: torch.dtype | None,
+    head_size: int | None,
+    trains: bool,
+) -> str:
+    reason = backend.unsupported_reason(device, block, dtype, head_size)
+    if reason or not trains:
+        return reason
+    return backend.backward_unsupported_reason(device, dtype, head_size)
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
@@ -96,16 +135,15 @@ def check_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
-def _check_against_reference(
-    backend: Backend, device: torch.device, block: int, dtype: torch.dtype, trains: bool
-) -> str:
+def _check_against_reference(backend: Backend, check: Check) -> str:
     """What is wrong with a backend's answers, on a layout of full tiles and on one with partial tiles, or ""."""
+    _, device, block, dtype, head_size, trains = check
     # Drawn on the CPU, so that every device is asked the same, and the caller's random numbers stay what they are.
     generator = torch.Generator().manual_seed(0)
     for columns in (3 * block, 3 * block - block // 4):
         # Every row keeps 4 of 9 blocks, so that dense attention is off by far.
         selection = Selection.build((3, 1, columns), NablaConfig(keep=0.4, tile=(1, 1, block)), device)
-        shape = 1, 2, selection.layout.blocks * block, CHECK_HEAD_SIZE
+        shape = 1, 2, selection.layout.blocks * block, head_size
         tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
         q_means, k_means = (block_means(x, selection.layout) for x in tensors[:2])
         # A first use may be under the caller's autocast, which would round what is compared.

@@ -16,9 +16,11 @@ from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
 DTYPES: tuple[torch.dtype, ...] | None = (torch.bfloat16, torch.float16)
-HEAD_SIZES: tuple[int, ...] | None = (128,)
+HEAD_SIZES: tuple[int, ...] | None = (64, 96, 128)
+# Of blocks of 64 tokens, all that is taken beyond Hopper, and all that has gradients.
+EVERYWHERE = 128
 BLOCK = 64
-HOPPER, CONSUMER_BLACKWELL = (9, 0), (12, 0)
+HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (9, 0), (10, 0), (12, 0)
 
 
 class Blocks(NamedTuple):
@@ -28,23 +30,34 @@ class Blocks(NamedTuple):
     sizes: Tensor | None
 
 
-def unsupported_reason(device: torch.device, block: int) -> str:
+def unsupported_reason(
+    device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < HOPPER:
         return "needs an NVIDIA GPU of compute capability 9.0 or more"
     if block != BLOCK:
         return f"takes blocks of {BLOCK} tokens, not {block}"
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    if capability >= BLACKWELL and head_size not in (None, EVERYWHERE):
+        return f"takes heads of {EVERYWHERE}, not {head_size}, on compute capability {major}.{minor}"
+    if BLACKWELL <= capability < CONSUMER_BLACKWELL and dtype not in (None, torch.bfloat16):
+        return f"takes torch.bfloat16, not {dtype}, on compute capability {major}.{minor}"
     if importlib.util.find_spec("cudnn") is None:
         return "not installed, see requirements-cudnn.txt"
     return ""
 
 
-def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
-    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+def backward_unsupported_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
+    """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
     # Asked only where `unsupported_reason` has nothing to say, so the device is a GPU.
     if torch.cuda.get_device_capability(device) >= CONSUMER_BLACKWELL:
         return "has no backward on compute capability 12.0 or more"
-    return "" if dtype in (None, torch.bfloat16) else f"has no backward in {dtype}"
+    if dtype not in (None, torch.bfloat16):
+        return f"has no backward in {dtype}"
+    return "" if head_size in (None, EVERYWHERE) else f"has no backward for heads of {head_size}"
 
 
 def prepare(block_mask: Tensor, layout: TileLayout) -> Blocks:

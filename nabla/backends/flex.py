@@ -72,13 +72,17 @@ class Inputs(NamedTuple):
 Lists = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def unsupported_reason(device: torch.device, block: int) -> str:
+def unsupported_reason(
+    device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return ""
 
 
-def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
-    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+def backward_unsupported_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
+    """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
     return "" if device.type == "cuda" else f"has no backward on {device.type}"
 
 

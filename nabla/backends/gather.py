@@ -28,13 +28,17 @@ class Blocks(NamedTuple):
     valid: Tensor | None
 
 
-def unsupported_reason(device: torch.device, block: int) -> str:
+def unsupported_reason(
+    device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return "" if device.type == "cpu" else "is for CPUs alone"
 
 
-def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
-    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+def backward_unsupported_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
+    """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
     # They would hold every copy, whose memory grows with the square of the length; `reference` makes its masks anew.
     return "has no backward"
 

@@ -20,15 +20,23 @@ class Backend(Protocol):
     B: batch, N: blocks, D: head size. What is the same for all of a batch or all heads may have size one there.
     """
 
-    # What q, k and v may be, None for all.
+    # What q, k and v may be on some device, None for all.
     DTYPES: tuple[torch.dtype, ...] | None
     HEAD_SIZES: tuple[int, ...] | None
 
-    def unsupported_reason(self, device: torch.device, block: int) -> str:
-        """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
+    def unsupported_reason(
+        self, device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+    ) -> str:
+        """Why this backend cannot run blocks of `block` tokens on a device, or "".
 
-    def backward_unsupported_reason(self, device: torch.device, dtype: torch.dtype | None) -> str:
-        """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+        dtype, head_size: of q, k and v (None: not known), of which a device may take less than `DTYPES` and
+        `HEAD_SIZES` say
+        """
+
+    def backward_unsupported_reason(
+        self, device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+    ) -> str:
+        """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
 
     def prepare(self, block_mask: Tensor, layout: TileLayout) -> Prepared:
         """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""

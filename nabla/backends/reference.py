@@ -26,13 +26,17 @@ class Blocks(NamedTuple):
     valid: Tensor
 
 
-def unsupported_reason(device: torch.device, block: int) -> str:
+def unsupported_reason(
+    device: torch.device, block: int, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
     """Why this backend cannot run blocks of `block` tokens on a device, or ""."""
     return ""
 
 
-def backward_unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str:
-    """Why this backend has no gradients on a device, of tensors of a dtype (None: not known), or ""."""
+def backward_unsupported_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
+    """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
     return ""
 
 

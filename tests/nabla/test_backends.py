@@ -48,7 +48,7 @@ def test_a_backend_that_is_named_and_cannot_run_is_one_line():
 def test_the_first_that_can_do_it_and_passes_is_taken(install):
     install(fast=kernel(), slow=kernel())
     assert backends.choose("auto", CPU, 64) == ("fast", "the fastest that passed its check")
-    install(fast=kernel(unsupported_reason=lambda device, block: "not installed"), slow=kernel())
+    install(fast=kernel(unsupported_reason=lambda *kind: "not installed"), slow=kernel())
     assert backends.choose("auto", CPU, 64) == ("slow", "the fastest that passed its check; fast: not installed")
     install(fast=kernel(DTYPES=(torch.bfloat16,)), small=kernel(HEAD_SIZES=(64,)), slow=kernel())
     name, why = backends.choose("auto", CPU, 64, torch.float32, 128)
@@ -89,11 +89,24 @@ def test_a_kernel_with_wrong_gradients_infers_but_does_not_train(install):
 
 
 def test_a_kernel_without_gradients_infers_but_does_not_train(install):
-    install(fast=kernel(backward_unsupported_reason=lambda device, dtype: f"has no backward in {dtype}"), slow=kernel())
+    def reason(device, dtype, head_size):
+        return f"has no backward in {dtype}"
+
+    install(fast=kernel(backward_unsupported_reason=reason), slow=kernel())
     assert backends.choose("auto", CPU, 64, torch.float32)[0] == "fast"
     name, why = backends.choose("auto", CPU, 64, torch.float32, trains=True)
     assert name == "slow" and "fast: has no backward in torch.float32" in why
     assert nabla.plan(GRID, CONFIG, "cpu", trains=True).describe().startswith("nabla-0.5, backend slow with gradients")
+
+
+def test_each_head_size_has_a_check_of_its_own(install):
+    def wrong_if_narrow(q, k, v, blocks):
+        return reference.attend(q, k, v, blocks) * (1 if q.shape[-1] == 128 else 2)
+
+    install(trap=kernel(attend=wrong_if_narrow))
+    assert backends.choose("auto", CPU, 64, head_size=128)[0] == backends.choose("auto", CPU, 64)[0] == "trap"
+    with pytest.warns(UserWarning, match="trap does not work on cpu .its result is off by 100"):
+        assert backends.choose("auto", CPU, 64, head_size=64)[0] == "reference"
 
 
 def test_autocast_does_not_spoil_a_check(install):
@@ -122,5 +135,13 @@ def test_what_cudnn_asks_for(monkeypatch):
     assert cudnn.unsupported_reason(GPU, 64) == ""
     assert cudnn.backward_unsupported_reason(GPU, torch.bfloat16) == cudnn.backward_unsupported_reason(GPU, None) == ""
     assert cudnn.backward_unsupported_reason(GPU, torch.float16) == "has no backward in torch.float16"
+    assert cudnn.unsupported_reason(GPU, 64, torch.float16, 64) == cudnn.unsupported_reason(GPU, 64, None, 96) == ""
+    assert cudnn.backward_unsupported_reason(GPU, torch.bfloat16, 64) == "has no backward for heads of 64"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    assert cudnn.unsupported_reason(GPU, 64, torch.bfloat16, 128) == cudnn.unsupported_reason(GPU, 64) == ""
+    narrow, half = (cudnn.unsupported_reason(GPU, 64, *kind) for kind in ((torch.bfloat16, 64), (torch.float16, 128)))
+    assert narrow == "takes heads of 128, not 64, on compute capability 10.3"
+    assert half == "takes torch.bfloat16, not torch.float16, on compute capability 10.3"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert cudnn.unsupported_reason(GPU, 64, torch.float16, 128) == ""
     assert cudnn.backward_unsupported_reason(GPU, None) == "has no backward on compute capability 12.0 or more"

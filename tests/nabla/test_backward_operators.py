@@ -65,8 +65,8 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(flex_options, "for_backward", lambda *kind: {})
     monkeypatch.setattr(backends, "_verified", {})
     for module in (cudnn, flex):
-        monkeypatch.setattr(module, "unsupported_reason", lambda device, block: "")
-        monkeypatch.setattr(module, "backward_unsupported_reason", lambda device, dtype: "")
+        monkeypatch.setattr(module, "unsupported_reason", lambda *kind: "")
+        monkeypatch.setattr(module, "backward_unsupported_reason", lambda *kind: "")
         monkeypatch.setattr(module, "DTYPES", None)
         monkeypatch.setattr(module, "HEAD_SIZES", None)
     return request.param

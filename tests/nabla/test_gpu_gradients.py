@@ -151,6 +151,12 @@ def test_autocast_trains_on_the_fast_kernel(backend):
     assert_as_exact_as_dense(found, [x.bfloat16() for x in qkv], weight, PARTIAL, config)
 
 
+def test_auto_trains_on_flex_where_cudnn_has_no_gradients():
+    needs("cudnn")
+    plan = nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 64, trains=True)
+    assert plan.backend == "flex" and "cudnn: has no backward for heads of 64" in plan.describe()
+
+
 def test_auto_trains_on_cudnn_where_its_gradients_are_right_and_says_why_not_where_they_are_wrong(monkeypatch):
     needs("cudnn")
     assert nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 128, trains=True).backend == "cudnn"

@@ -72,9 +72,10 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
                     continue
                 if inputs_unsupported_reason(module, q.dtype, q.shape[-1]):
                     continue
-                if verify(backend, q.device, NablaConfig().block):
+                if verify(backend, q.device, NablaConfig().block, q.dtype, q.shape[-1]):
                     continue
-                plan = nabla.plan(grid, NablaConfig(keep=keep, backend=backend), device)
+                config = NablaConfig(keep=keep, backend=backend)
+                plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1])
                 yield kernel_row(args, f"{name}: {backend}, keep {keep}", backend, q, k, v, plan)
                 yield timed(f"{name}: attend by {backend}, keep {keep}", lambda: nabla.attend(q, k, v, plan), args)
             if row := fa4_row(args, f"{name}: FlashAttention-4, 128-token blocks, keep {keep}", grid, q, k, v, keep):

@@ -72,7 +72,8 @@ def training_backends(args: argparse.Namespace, q: Tensor) -> list[str]:
     for name, backend in BACKENDS.items():
         fits = args.backend in ("auto", name) and not inputs_unsupported_reason(backend, q.dtype, q.shape[-1])
         # The reference is the last in `BACKENDS`.
-        if fits and (name != "reference" or not found) and not verify(name, q.device, block, q.dtype, trains=True):
+        wanted = fits and (name != "reference" or not found)
+        if wanted and not verify(name, q.device, block, q.dtype, q.shape[-1], trains=True):
             found.append(name)
     return found
 
