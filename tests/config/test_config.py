@@ -109,7 +109,7 @@ def test_attention_mappings_that_do_not_fit(settings, message):
         ({"sampling": {"steps": 2.5}}, "steps 2.5"),
         ({"sampling": {"shift": 0}}, "shift 0"),
         ({"sampling": {"guide_scale": 0.5}}, "guide_scale 0.5"),
-        ({"sampling": {"solver": "euler"}}, "solver 'euler' is not known; use one of unipc, dpm"),
+        ({"sampling": {"solver": "heun"}}, "solver 'heun' is not known; use one of unipc, dpm"),
         ({"sampling": {"seed": -3}}, "seed -3"),
         ({"sampling": {"negative_prompt": 3}}, "negative_prompt 3"),
         ({"sampling": {"cfg": 3}}, "sampling has an unknown key 'cfg'"),

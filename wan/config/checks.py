@@ -9,7 +9,7 @@ from typing import Any
 from nabla import InputError
 from nabla.config import is_count, is_number
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = ("unipc", "dpm++", "euler")
 MAX_STEPS = 1000
 # Ten times what anyone uses; far beyond, numbers overflow on the way.
 MAX_SHIFT = MAX_GUIDE_SCALE = 100

@@ -109,7 +109,7 @@ def _add_what_is_made(parser: Parser) -> None:
 def _add_sampling(parser: Parser) -> None:
     """Flags of the steps from noise to latents."""
     add = parser.add_argument
-    add("--sample_solver", help="unipc or dpm++")
+    add("--sample_solver", help="unipc, dpm++ or euler")
     add("--sample_steps", type=int)
     add("--sample_shift", type=float)
     add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
