@@ -39,6 +39,7 @@ class TransformerSpec:
     heads, head_size: of a model's attention
     blocks, self_attention, output: names of the list of blocks, of the self-attention in one, and of the layer that
         makes latents of the last block's tokens
+    output_needs_grid: whether the output layer is given tokens by their place in the grid, and so has to see all
     """
 
     kind: type[nn.Module]
@@ -51,6 +52,7 @@ class TransformerSpec:
     blocks: str = "blocks"
     self_attention: str = "attn1"
     output: str = "proj_out"
+    output_needs_grid: bool = False
 
     def blocks_of(self, transformer: nn.Module) -> nn.ModuleList:
         return getattr(transformer, self.blocks)

@@ -62,11 +62,12 @@ class SequenceParallel:
         self.is_attended = False
         # Whether the densities last measured are of an order before this one, since a cache left blocks out since.
         self.is_outdated = False
-        # Hooks stay outside the compiled graphs of blocks. The output layer, too, treats each token by itself, and what
-        # it makes of one is less to gather.
+        # Hooks stay outside the compiled graphs of blocks. Most output layers, too, treat each token by itself, and
+        # what they make of one is less to gather.
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
-        spec.output_of(transformer).register_forward_hook(self._gather)
+        last = blocks[-1] if spec.output_needs_grid else spec.output_of(transformer)
+        last.register_forward_hook(self._gather)
 
     def all_to_alls(
         self, batch: int, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device
@@ -138,7 +139,7 @@ class SequenceParallel:
         return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        """The output layer's (B, own tokens, C) -> (B, tokens, C), the same on all processes."""
+        """(B, own tokens, C) of the output layer or the last block -> (B, tokens, C), the same on all processes."""
         counts = split_sizes(self.tokens, self.size)
         # All gather pieces of one size, that of the first, which has most. Tokens lead, so that pieces are whole
         # stretches of memory.

@@ -1,0 +1,1 @@
+"""Kandinsky-5: text and picture to video."""
