@@ -14,11 +14,12 @@ from wan.checkpoints import locate
 from wan.config.config_files import CONFIG_FOLDER, read_settings
 from wan.config.settings import SamplingSettings, VideoSettings
 from wan.models.checkpoint import Checkpoint
+from wan.models.wan.new_transformer import new_transformer
 from wan.shapes.train_text import TextSettings
 from wan.shapes.vae_settings import VaeSettings
 from wan.training.config import CHANGEABLE, LoraSettings, TrainingSettings
 from wan.training.export import checkpoint_defaults
-from wan.training.models import add_lora, new_transformer, open_components
+from wan.training.models import add_lora, open_components
 from wan.training.objective import sigmas_from_quantiles
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.schema import with_overrides

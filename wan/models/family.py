@@ -78,6 +78,7 @@ class Family:
     features: those of `FEATURES` that it supports
     fit_picture: the size of a video that begins with a picture, from the picture's size and the one asked for, each
         (width, height); of its own result, asked for again, it gives the same. None: it makes videos of text alone
+    training: the `TrainingSpec`, as "module:name", by name for the same reasons; empty for what cannot be trained
     """
 
     name: str
@@ -94,6 +95,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = FEATURES
     fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None
+    training: str = ""
 
     def load_pipeline(self) -> type[Any]:
         """The class of `pipeline`."""
@@ -102,6 +104,12 @@ class Family:
     def load_transformer_spec(self) -> TransformerSpec:
         """What `transformer` names."""
         return _imported(self.transformer)
+
+    def load_training(self) -> Any:
+        """What `training` names; raises `InputError` if it names nothing."""
+        if not self.training:
+            raise InputError(f"{self.name} cannot be trained here; use a checkpoint of another family")
+        return _imported(self.training)
 
     def require(self, **asked: object) -> None:
         """Raise `InputError` for the first of `FEATURES` that is asked for, by a true value, and is not supported."""

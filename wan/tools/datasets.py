@@ -8,7 +8,7 @@ from typing import Any
 
 from nabla import InputError
 from wan.config.checks import parse_size
-from wan.models.wan.geometry import GEOMETRY
+from wan.config.geometry import DEFAULT_GEOMETRY
 from wan.shapes.dataset import Shapes
 from wan.training.video_folder import VideoFolder
 
@@ -28,7 +28,7 @@ def shapes(
 ) -> Shapes:
     """`count` clips of `Shapes`, beginning with number `offset`."""
     width, height = parse_size(size)
-    GEOMETRY.check_video((width, height), frame_num)
+    DEFAULT_GEOMETRY.check_video((width, height), frame_num)
     return Shapes(seed, count, (width, height), frame_num, split, offset, rough, turning, several, alike, brief)
 
 

@@ -1,1 +1,1 @@
-"""Training of Wan2.1 models, and the data set and measurements of the small one that ships."""
+"""Training of any family's transformer, and the data set and measurements of the small one that ships."""

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -126,7 +125,7 @@ class TrainState:
 
     def __init__(
         self,
-        transformer: WanTransformer3DModel,
+        transformer: nn.Module,
         optimizers: list[Optimizer],
         schedules: list[LRScheduler],
         ema: EMAModel | None,

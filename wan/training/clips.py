@@ -13,9 +13,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nabla import InputError
-from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.text import pad_rows
-from wan.training.shards import NULL_CAPTION_FILE, Clip, check_shards, list_clips, read_null_caption
+from wan.models.family import Family
+from wan.models.registry import FAMILIES
+from wan.models.training import Texts
+from wan.training.shards import (
+    FAMILY_KEY,
+    MANIFEST_FILE,
+    NULL_CAPTION_FILE,
+    Clip,
+    check_shards,
+    list_clips,
+    read_null_caption,
+)
 
 # To open a shard takes as long as to read many small clips; an open one is a mapping of the file and no file handle.
 OPEN_SHARDS = 1024
@@ -24,15 +33,25 @@ MADE_BY = ("vae", "text_encoder")
 
 
 class PreparedFolder(NamedTuple):
-    """A folder, its manifest, and the text states of the null caption, that of a clip without its own."""
+    """A folder, its manifest, and the states of the null caption, that of a clip without its own."""
 
     folder: str
     manifest: dict[str, Any]
-    null_caption: Tensor
+    null_states: dict[str, Tensor]
+
+    @property
+    def family(self) -> Family:
+        """That of the models which the clips were prepared with."""
+        name = self.manifest.get(FAMILY_KEY, FAMILIES[0].name)
+        if (own := next((family for family in FAMILIES if family.name == name), None)) is None:
+            known = ", ".join(family.name for family in FAMILIES)
+            raise InputError(f"{self.folder}/{MANIFEST_FILE} names the family {name!r}; known are {known}")
+        return own
 
     def check_like(self, other: PreparedFolder) -> None:
         """Raise `InputError` unless both were made by the same models, as far as they say."""
-        if not torch.equal(self.null_caption, other.null_caption):
+        mine, theirs = self.null_states, other.null_states
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
             raise InputError(
                 f"{self.folder} and {other.folder} differ in text encoder or dropped_text; prepare one anew"
             )
@@ -44,8 +63,9 @@ class PreparedFolder(NamedTuple):
 
 
 class Clips:
-    """The prepared clips of folders, and the text states of their null caption; `files` hold both.
+    """The prepared clips of folders, and their null caption as `load` gives captions; `files` hold both.
 
+    family: that of the models which prepared them
     beside: clips that these must have been prepared like, those of training for a validation's
     Raises `InputError` for a folder that does not hold all that was to be prepared, whole, or not as the first does,
     and for more rows of text than `text_length`.
@@ -61,7 +81,7 @@ class Clips:
             if not (path / NULL_CAPTION_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
             own = PreparedFolder(folder, check_shards(path), read_null_caption(path / NULL_CAPTION_FILE))
-            found = list_clips(path)
+            found = list_clips(path, also=own.null_states.keys() - {"text"})
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
             self.clips += found
@@ -69,8 +89,10 @@ class Clips:
             first = first or own
             own.check_like(first)
         self.first = first
-        self.null_caption = first.null_caption
+        self.family = first.family
+        self.training = self.family.load_training()
         self._check_lengths()
+        self.null_caption = self.ready(first.null_states)
         # Clips by size, sizes in the order in which they come first: what a seed draws goes by that order.
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
@@ -78,7 +100,7 @@ class Clips:
 
     def _check_lengths(self) -> None:
         texts = [(f"{clip.file}, sample {clip.index}", clip.rows) for clip in self.clips]
-        texts.append((f"{self.clips[0].file.parent / NULL_CAPTION_FILE}", len(self.null_caption)))
+        texts.append((f"{self.clips[0].file.parent / NULL_CAPTION_FILE}", len(self.first.null_states["text"])))
         if long := [text for text in texts if text[1] > self.text_length]:
             raise InputError(
                 f"{long[0][0]}: its text has {long[0][1]} tokens, and the transformer takes {self.text_length} "
@@ -89,35 +111,42 @@ class Clips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def load(self, number: int) -> tuple[Tensor, Tensor]:
-        """Float32 latents (C, T, h, w) and text states (text length, C) of a clip."""
+    def load(self, number: int) -> tuple[Tensor, Texts]:
+        """Float32 latents (C, T, h, w) and caption of a clip, as the family's transformer takes it."""
         clip = self.clips[number]
         file = _opened(clip.file)
-        latents, text = (file.get_tensor(f"{clip.index}.{name}") for name in ("latents", "text"))
-        return latents.float(), self.padded(text)
+        states = {name: file.get_tensor(f"{clip.index}.{name}") for name in self.first.null_states}
+        return file.get_tensor(f"{clip.index}.latents").float(), self.ready(states)
 
-    def padded(self, text: Tensor) -> Tensor:
-        """Text states (L, C) as float32 (text length, C), zeros past their end."""
-        return pad_rows(text.float()[None], self.text_length)[0]
+    def ready(self, states: Mapping[str, Tensor]) -> Texts:
+        """A caption as the family's transformer takes it, of its states as they are stored."""
+        return self.training.ready(states, self.text_length)
+
+    def check_made_for(self, family: Family) -> None:
+        """Raise `InputError` unless the models of this family prepared the clips."""
+        if self.family is not family:
+            raise InputError(
+                f"{self.first.folder} was prepared for {self.family.name}, and the checkpoint is of {family.name}; "
+                "prepare the data with the run's checkpoint"
+            )
 
     def check_fit(self, config: Mapping[str, Any]) -> None:
-        """Raise `InputError` unless a transformer of this configuration takes the clips."""
-        latents, text = self.load(0)
-        for name, own, wanted in (
-            ("channels of latents", len(latents), config["in_channels"]),
-            ("columns of text states", text.shape[-1], config["text_dim"]),
-        ):
+        """Raise `InputError` unless a transformer of the family, of this configuration, takes the clips."""
+        takes = self.training.takes(config)
+        states = self.first.null_states
+        columns = ((f"columns of {name} states", states[name].shape[-1], own) for name, own in takes.columns.items())
+        for name, own, wanted in (("channels of latents", len(self.load(0)[0]), takes.channels), *columns):
             if own != wanted:
                 raise InputError(
                     f"{self.clips[0].file.parent} was prepared with {own} {name}, but the transformer takes {wanted}; "
                     "prepare the data with the run's checkpoint"
                 )
-        most = config["rope_max_seq_len"]
+        most = takes.positions
         for size, numbers in self.buckets.items():
-            if max(GEOMETRY.grid_of(size)) > most:
+            if max(self.family.geometry.grid_of(size)) > most:
                 raise InputError(
                     f"{self.clips[numbers[0]].file}, sample {self.clips[numbers[0]].index}: its latents of {size} are "
-                    f"too large for rope_max_seq_len {most}; 1024 is Wan's"
+                    f"too large for rope_max_seq_len {most}, the positions of the transformer's rotary table"
                 )
 
     def describe(self, number: int) -> str:

@@ -33,8 +33,6 @@ MODES = ("pretrain", "finetune", "distill")
 TIMESTEPS = ("logit_normal", "uniform")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
-# All linear layers of a block as diffusers names them, those of self- and cross-attention alike.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "pretrain": {},
@@ -127,15 +125,20 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters, scaled by alpha / rank, on the linear layers whose names end in one of `targets`."""
+    """Low-rank adapters, scaled by alpha / rank, on the linear layers whose names end in one of `targets`.
+
+    targets: None for what is usual for the checkpoint's family, all linear layers of the blocks
+    """
 
     rank: int = 16
     alpha: float = 16.0
-    targets: tuple[str, ...] = LORA_TARGETS
+    targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "rank")
         check_numbers(self, "alpha", above=0)
+        if self.targets is None:
+            return
         object.__setattr__(self, "targets", text_tuple("lora targets", self.targets))
         if not self.targets:
             raise InputError("lora targets [] name no layer; leave them out for all linear layers of the blocks")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla import InputError
+from wan.models.training import Texts, join_texts
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings
@@ -23,15 +24,20 @@ ORDER, BUCKET, DRAW, VALIDATION = range(4)
 
 
 class LatentBatch(NamedTuple):
-    """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32; text: (B, text length, C) float32."""
+    """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32; text: as the model takes captions."""
 
     latents: Tensor
     noise: Tensor
     sigmas: Tensor
-    text: Tensor
+    text: Texts
+
+    @classmethod
+    def joined(cls, join: Callable[[list[Tensor]], Tensor], rows: Sequence[tuple[Any, ...]]) -> LatentBatch:
+        """A batch of clips by `torch.stack`, or of batches by `torch.cat`."""
+        return cls(*(join_texts(join, column) for column in zip(*rows)))
 
     def to(self, device: torch.device) -> LatentBatch:
-        return LatentBatch(*(x.to(device, non_blocking=True) for x in self))
+        return LatentBatch.joined(lambda own: own[0].to(device, non_blocking=True), [self])
 
 
 class Draw(NamedTuple):
@@ -108,8 +114,8 @@ class MicroBatches(Dataset):
             sigma, drops_caption, generator = self.draw(step, place)
             # On the CPU, whose numbers are the same for every device and number of workers.
             noise = torch.randn(latents.shape, generator=generator)
-            rows.append((latents, noise, sigma, self.clips.padded(self.clips.null_caption) if drops_caption else text))
-        return LatentBatch(*(torch.stack(column) for column in zip(*rows)))
+            rows.append((latents, noise, sigma, self.clips.null_caption if drops_caption else text))
+        return LatentBatch.joined(torch.stack, rows)
 
     def load(self, first_step: int, last_step: int, workers: int) -> Generator[LatentBatch, None, None]:
         """The micro-batches of steps `first_step` to before `last_step`, in order."""
@@ -133,7 +139,7 @@ def validation_batch(clips: Clips, objective: ObjectiveSettings, number: int, co
     generator = torch.Generator().manual_seed(seed_of(VALIDATION, number))
     noise = torch.randn(latents.shape, generator=generator)
     quantile = torch.tensor((number + 0.5) / count, dtype=torch.float64)
-    return LatentBatch(latents[None], noise[None], sigmas_from_quantiles(quantile, objective)[None], text[None])
+    return LatentBatch.joined(torch.stack, [(latents, noise, sigmas_from_quantiles(quantile, objective), text)])
 
 
 def seed_of(*numbers: int) -> int:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan.files.video import make_folder, to_frames, write_image, write_video
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan.latents import decode
-from wan.models.wan.processor import velocity_of
+from wan.models.training import Texts, TrainingSpec, join_texts
 from wan.run.jobs import words_of
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import TRAIN_TIMESTEPS, make_solver
@@ -33,7 +31,7 @@ log = logging.getLogger("wan")
 
 
 def validation_losses(
-    transformer: WanTransformer3DModel,
+    transformer: nn.Module,
     clips: Clips,
     count: int,
     micro_batch: int,
@@ -57,8 +55,8 @@ def validation_losses(
     alike = [[number for number in bucket if number < count] for bucket in clips.buckets.values()]
     for numbers in filter(None, alike):
         for own, counted in rank_batches(numbers, micro_batch, accelerator.process_index, accelerator.num_processes):
-            singles = (validation_batch(clips, objective, number, count) for number in own)
-            batch = LatentBatch(*map(torch.cat, zip(*singles))).to(accelerator.device)
+            singles = [validation_batch(clips, objective, number, count) for number in own]
+            batch = LatentBatch.joined(torch.cat, singles).to(accelerator.device)
             latents = add_noise(batch.latents, batch.noise, batch.sigmas)
             for n, switched_off in enumerate(variants.values()):
                 # The same noise by dense attention and by sparse, so that their losses differ by the attention alone.
@@ -99,22 +97,25 @@ def rank_batches(numbers: list[int], most: int, rank: int, processes: int) -> li
 class Sampler:
     """Makes the sample videos of a run: the same sentences every time, each with a noise of its own.
 
-    texts: states (2, L, C) of each prompt and of the negative one
+    texts: each prompt, as the transformer takes it; negative: the negative one
     """
 
-    def __init__(self, settings: ResolvedSamples, vae: AutoencoderKLWan, texts: list[Tensor]):
-        self.settings, self.vae, self.texts = settings, vae, texts
+    def __init__(
+        self, settings: ResolvedSamples, training: TrainingSpec, vae: nn.Module, texts: list[Texts], negative: Texts
+    ):
+        self.settings, self.training, self.vae = settings, training, vae
+        self.texts, self.negative = texts, negative
 
     @torch.no_grad()
-    def write(self, transformer: WanTransformer3DModel, folder: Path, accelerator: Accelerator) -> None:
+    def write(self, transformer: nn.Module, folder: Path, accelerator: Accelerator) -> None:
         """Write a video a prompt into a folder. All processes walk, as sharded weights need; the first one decodes."""
-        sampling = self.settings.sampling
-        for number, (prompt, texts) in enumerate(zip(self.settings.prompts, self.texts)):
+        sampling, device = self.settings.sampling, accelerator.device
+        for number, (prompt, text) in enumerate(zip(self.settings.prompts, self.texts)):
             latents = denoise(
-                partial(velocity_of, transformer),
-                self._noise(transformer, sampling.seed + number, accelerator.device),
-                Conditions(*texts.to(accelerator.device).split(1)),
-                make_solver(sampling.solver, sampling.steps, sampling.shift, accelerator.device),
+                partial(self.training.velocity, transformer),
+                self.training.draw_noise(transformer, self.settings.video, sampling.seed + number, device),
+                Conditions(_alone(text, device), _alone(self.negative, device)),
+                make_solver(sampling.solver, sampling.steps, sampling.shift, device),
                 sampling.guide_scale,
                 before_step=transformer.nabla.steps.set_step,
             )
@@ -123,41 +124,43 @@ class Sampler:
             name = folder / f"{number:02d}-{words_of(prompt)}"
             with collective_write(accelerator, name):
                 if accelerator.is_main_process:
-                    self._write(name, latents, accelerator.device)
+                    self._write(name, latents, device)
 
     def _write(self, name: Path, latents: Tensor, device: torch.device) -> None:
         """Decode latents (1, C, T, h, w) into a file of that name and an ending of its own."""
         make_folder(name.parent)
         # The VAE is float32, and this is called within the transformer's autocast.
         with torch.autocast(device.type, enabled=False):
-            frames = to_frames(decode(self.vae, latents)[0])
+            frames = to_frames(self.training.decode(self.vae, latents)[0])
         if self.settings.video.frame_num == 1:
             write_image(name.with_suffix(".png"), frames[0])
         else:
             write_video(name.with_suffix(".mp4"), frames, self.settings.video.fps)
 
-    def _noise(self, transformer: WanTransformer3DModel, seed: int, device: torch.device) -> Tensor:
-        """What generate.py draws from the seed on this device, (1, C, T, h, w)."""
-        shape = 1, transformer.config.in_channels, *self.settings.video.latents_size
-        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+def _alone(text: Texts, device: torch.device) -> Texts:
+    """A batch of one prompt, on a device."""
+    return join_texts(lambda own: own[0][None].to(device), [text])
 
 
 def build_sampler(
     samples: ResolvedSamples,
     base: Checkpoint,
-    transformer: WanTransformer3DModel,
+    transformer: nn.Module,
     clips: Clips,
     device: torch.device,
 ) -> Sampler:
     """The sampler of prompts, which are encoded as the clips were; raises `InputError` for too large a video."""
-    samples.video.check_positions(transformer.config.rope_max_seq_len)
+    training = clips.training
+    samples.video.check_positions(training.takes(transformer.config).positions)
     encoder = Encoder(base, device)
     for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
         log.info("warning: samples: %s", note)
     # The text encoder goes when `encoder` does: the sampler keeps states and the VAE.
-    (negative,) = map(clips.padded, encoder.text([samples.sampling.negative_prompt]))
-    texts = [torch.stack((clips.padded(encoder.text([one])[0]), negative)).cpu() for one in samples.prompts]
-    return Sampler(samples, encoder.vae, texts)
+    negative, *texts = [
+        clips.ready(encoder.text([one])[0]) for one in (samples.sampling.negative_prompt, *samples.prompts)
+    ]
+    return Sampler(samples, training, encoder.vae, texts, negative)
 
 
 @contextmanager

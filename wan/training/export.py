@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.config.settings import attention_to_dict
 from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.models.wan import components
-from wan.models.wan.diffusers_layout import write_component, write_index
+from wan.models.training import training_of
 from wan.training.config import TrainingSettings
 from wan.training.schema import merge_settings, to_plain
 
-PARTS = ("vae", "text_encoder", "tokenizer")
-
 
 def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
-    """The VAE, text encoder and tokenizer of a checkpoint in diffusers' layout: links to such, else copies.
+    """The VAE, text encoders and tokenizers of a checkpoint in diffusers' layout: links to such, else copies.
 
     anew: in place of those that are there, which may be another checkpoint's
     """
-    for name in PARTS:
+    training = base.family.load_training()
+    for name in training.parts:
         if anew:
             remove(folder / name)
         # A link that leads nowhere does not exist, and is made anew.
@@ -43,15 +39,11 @@ def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
             if not base.published:
                 # Not to links in the checkpoint of another run, which that run removes when it has later ones.
                 partial.symlink_to((base.folder / name).resolve())
-            elif name == "vae":
-                write_component(components.vae_component(base), partial, DIFFUSERS_STEM)
-            elif name == "text_encoder":
-                write_component(components.text_encoder_component(base, torch.float32), partial, TRANSFORMERS_STEM)
             else:
-                shutil.copytree(base.tokenizer_folder, partial)
+                training.write_part(base, name, partial)
 
 
-def full_state_dict(transformer: WanTransformer3DModel, trained_only: bool = False) -> dict[str, Tensor]:
+def full_state_dict(transformer: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """The weights, gathered from all processes to the memory of the first; the others get none where sharded."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(transformer, options=options)
@@ -70,25 +62,19 @@ def write_checkpoint(
     config: the transformer's; base: the checkpoint that it was trained beside
     defaults: the settings of sampling and attention that generate.py takes from it
     """
-    own = folder / "transformer"
+    training, own = base.family.load_training(), folder / "transformer"
     own.mkdir(parents=True)
     # As safetensors wants them.
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, own / f"{DIFFUSERS_STEM}.safetensors", {"format": "pt"})
-    # Such keys are diffusers' own notes on how the model was loaded.
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    config = {"_class_name": WanTransformer3DModel.__name__} | config
-    if "text_len" in base.config:
-        config["text_len"] = base.config["text_len"]
-    if "attention" in defaults:
-        config["sparse_algo"] = defaults["attention"]["algorithm"]
+    config = training.own_config(config, base, defaults.get("attention", {}).get("algorithm"))
     (own / "config.json").write_text(json.dumps(config, indent=2))
-    for name in PARTS:
+    for name in training.parts:
         # Relative, so that a run's folder can be moved.
         (folder / name).symlink_to(os.path.relpath(parts_folder / name, folder))
     (folder / DEFAULTS_FILE).write_text(yaml.safe_dump(dict(defaults), allow_unicode=True, sort_keys=False))
     # It tells the layout, so a folder without it is no checkpoint.
-    write_index(folder, defaults)
+    training.write_index(folder, defaults)
 
 
 def checkpoint_defaults(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
@@ -106,21 +92,19 @@ def checkpoint_defaults(settings: TrainingSettings, base: Checkpoint) -> dict[st
     return to_plain(defaults)
 
 
-def write_lora(folder: Path, transformer: WanTransformer3DModel, state: dict[str, Tensor]) -> None:
+def write_lora(folder: Path, transformer: nn.Module, state: dict[str, Tensor]) -> None:
     """A LoRA file in diffusers' format, its rank and alpha included; state: the adapters' weights."""
     from peft import get_peft_model_state_dict
 
-    WanPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=state),
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
+    layers = get_peft_model_state_dict(transformer, state_dict=state)
+    training_of(transformer).write_lora(folder, layers, transformer.peft_config["default"].to_dict())
 
 
 def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
     # A bfloat16 model would get its factors rounded to bfloat16 before they are added.
-    transformer = components.load_transformer(components.transformer_component(base), torch.float32, "cpu")
+    training = base.family.load_training()
+    transformer = training.load(training.component(base), torch.float32, "cpu", None)
     transformer.load_lora_adapter(lora, use_safetensors=True)
     transformer.fuse_lora()
     transformer.unload_lora()
@@ -129,7 +113,7 @@ def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
 
 def write_weights(
     folder: Path,
-    transformer: WanTransformer3DModel,
+    transformer: nn.Module,
     state: dict[str, Tensor],
     base: Checkpoint,
     settings: TrainingSettings,

@@ -1,4 +1,4 @@
-"""Flow matching as Wan2.1 trains: velocity from noisy latents, at noise levels drawn and shifted.
+"""Flow matching: velocity from noisy latents, at noise levels drawn and shifted.
 
 The conventions are those of `wan.sampling.loop`: latents at sigma are (1 - sigma) clean + sigma noise, the model
 predicts noise - clean, and is told 1000 sigma.
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.models.training import Texts, training_of
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.config import ObjectiveSettings
 
@@ -29,9 +30,9 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def predict_velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
-    """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) and text states (B, L, C)."""
-    return transformer(latents, TRAIN_TIMESTEPS * sigmas, text, return_dict=False)[0].float()
+def predict_velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Texts) -> Tensor:
+    """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) at sigmas (B,) and texts."""
+    return training_of(transformer).velocity(transformer, latents, TRAIN_TIMESTEPS * sigmas, text)
 
 
 def mse_per_clip(prediction: Tensor, target: Tensor) -> Tensor:

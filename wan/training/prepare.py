@@ -20,11 +20,13 @@ from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
 from wan.files.atomic import atomic_path
 from wan.files.json_files import write_json
+from wan.models.registry import FAMILIES
 from wan.training.data_workers import load_items
 from wan.training.encoder import Encoder
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.samples import CheckedDataset, Sample, SequentialDataset
 from wan.training.shards import (
+    FAMILY_KEY,
     MANIFEST_FILE,
     NULL_CAPTION_FILE,
     SHARD_METADATA_KEY,
@@ -67,6 +69,8 @@ def prepare(
     # What the shards are made of, beside the settings; without fingerprints a change of it goes unnoticed.
     manifest |= source.fingerprints() if hasattr(source, "fingerprints") else {}
     manifest |= encoder.fingerprints
+    if encoder.family is not FAMILIES[0]:
+        manifest[FAMILY_KEY] = encoder.family.name
     _begin(out, manifest, settings, encoder, is_leader=rank == 0)
     if not hasattr(source, "__getitem__"):
         source = SequentialDataset(source)
@@ -78,7 +82,8 @@ def prepare(
     least = 0 if is_counted else size
     missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
-    with contextlib.closing(load_items(CheckedDataset(source), indices, settings.workers)) as read_samples:
+    checked = CheckedDataset(source, encoder.family.geometry)
+    with contextlib.closing(load_items(checked, indices, settings.workers)) as read_samples:
         # What has no length ends with the first None; workers may have read a few more beyond.
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)
         # A group ends, and its shard is written, when a sample of another shard comes.
@@ -108,8 +113,9 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
         with atomic_path(out / NULL_CAPTION_FILE) as partial:
             for note in encoder.cut_notes([settings.dropped_text]):
                 log.warning("warning: dropped_text: %s", note)
-            (text,) = encoder.text([settings.dropped_text])
-            save_file({"text": text.to(getattr(torch, settings.dtype)).contiguous()}, partial)
+            (states,) = encoder.text([settings.dropped_text])
+            dtype = getattr(torch, settings.dtype)
+            save_file({name: state.to(dtype).contiguous() for name, state in states.items()}, partial)
 
 
 def _check_same(out: Path, earlier: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -139,9 +145,10 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     def encode_all(group: list[Sample]) -> None:
         latents = encoder.latents(torch.stack([sample.video for sample in group])).to(dtype).cpu()
         texts = encoder.text([sample.caption for sample in group])
-        for sample, clip, text in zip(group, latents, texts):
+        for sample, clip, states in zip(group, latents, texts):
             tensors[f"{sample.index}.latents"] = clip.contiguous()
-            tensors[f"{sample.index}.text"] = text.to(dtype).contiguous()
+            for name, state in states.items():
+                tensors[f"{sample.index}.{name}"] = state.to(dtype).contiguous()
 
     for sample in samples:
         if sample.reason:

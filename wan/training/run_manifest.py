@@ -9,14 +9,13 @@ import yaml
 
 from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
+from wan.checkpoints.fingerprints import fingerprint_files
 from wan.config.config_files import read_settings
 from wan.files.atomic import atomic_path
 from wan.files.json_files import write_json
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components
 from wan.training.clips import Clips
 from wan.training.config import CHANGEABLE, TrainingSettings
-from wan.training.fingerprints import fingerprint_files
 from wan.training.schema import check_continues
 
 log = logging.getLogger("wan")
@@ -35,7 +34,7 @@ def run_inputs(
     if validation is not None:
         inputs["data.validation"] = {"lies": settings.data.validation, "is": fingerprint_files(validation.files)}
     if settings.lora is not None or settings.mode == "distill":
-        weights = components.transformer_component(base).weights
+        weights = base.family.load_training().component(base).weights
         inputs["checkpoint"] = {"lies": str(base.folder), "is": fingerprint_files(weights.files)}
     return inputs
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from nabla import InputError
 from wan.config.checks import check_text
+from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.prompts import clean_prompt
-from wan.models.wan.geometry import GEOMETRY
 
 
 class BadSample(InputError):
@@ -52,10 +52,13 @@ class Sample(NamedTuple):
 
 
 class CheckedDataset(Dataset):
-    """A dataset whose bad samples are values that say why, rather than errors; None past its end."""
+    """A dataset whose bad samples are values that say why, rather than errors; None past its end.
 
-    def __init__(self, source: Any):
-        self.source = source
+    geometry: of the models that are to see the samples
+    """
+
+    def __init__(self, source: Any, geometry: Geometry = DEFAULT_GEOMETRY):
+        self.source, self.geometry = source, geometry
 
     def __getitem__(self, index: int) -> Sample | None:
         # The last shard asks for as many as fit in it.
@@ -66,7 +69,7 @@ class CheckedDataset(Dataset):
             if not isinstance(item, (list, tuple)) or len(item) != 2:
                 raise BadSample(f"a {type(item).__name__} is not a pair of a video and its caption")
             video, caption = np.asarray(item[0]), item[1]
-            check_sample(video, caption)
+            check_sample(video, caption, self.geometry)
         except (OSError, ValueError) as error:
             # Of an error that is not ours the type says the most.
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -79,7 +82,7 @@ class CheckedDataset(Dataset):
         return Sample(index, torch.from_numpy(np.require(video, requirements="W")), caption)
 
 
-def check_sample(video: np.ndarray, caption: Any) -> None:
+def check_sample(video: np.ndarray, caption: Any, geometry: Geometry = DEFAULT_GEOMETRY) -> None:
     """Raise `InputError` unless training can use a video and its caption."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
         raise BadSample(f"the video is {video.dtype} {video.shape}, not uint8 (frames, height, width, 3)")
@@ -87,4 +90,4 @@ def check_sample(video: np.ndarray, caption: Any) -> None:
     if not clean_prompt(caption):
         raise BadSample("the caption is empty")
     frames, height, width, _ = video.shape
-    GEOMETRY.check_video((width, height), frames)
+    geometry.check_video((width, height), frames)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.files.plain_data import parse_json
 
 MANIFEST_FILE = "prepared.json"
+# Of the manifest: whose models made the clips. Without it, those of the first family of the registry, which had none
+# beside it once.
+FAMILY_KEY = "family"
 NULL_CAPTION_FILE = "dropped.safetensors"
 SHARD_NAME = "shard-{:06d}.safetensors"
 # Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
@@ -62,16 +65,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is damaged ({error}); remove it and prepare the data again") from None
 
 
-def list_clips(folder: Path) -> list[Clip]:
-    """The clips of all shards of a folder, in order, without reading tensors."""
+def list_clips(folder: Path, also: Iterable[str] = ()) -> list[Clip]:
+    """The clips of all shards of a folder, in order, without reading tensors.
+
+    also: names of tensors that each has beside its latents and text
+    """
     clips: list[Clip] = []
+    names = "latents", "text", *also
     for _, path in list_shards(folder):
         written, _ = read_shard_metadata(path)
         with _reading(path), safe_open(path, "pt") as file:
             for clip in written:
                 # Slices tell their shapes from the file's header, and (C, T, h, w) and (L, C) are the only ones
                 # allowed.
-                latents, text = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in ("latents", "text"))
+                latents, text, *_ = (file.get_slice(f"{clip['index']}.{name}").get_shape() for name in names)
                 if (len(latents), len(text)) != (4, 2):
                     raise ValueError(f"sample {clip['index']} has latents of {latents} and text of {text}")
                 clips.append(Clip(path, clip["index"], clip["caption"], tuple(latents[1:]), text[0]))
@@ -94,9 +101,12 @@ def check_shards(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_null_caption(path: Path) -> Tensor:
+def read_null_caption(path: Path) -> dict[str, Tensor]:
+    """The tensors of a caption by name, among them its text states, (L, C)."""
     try:
-        return load_file(path)["text"]
+        states = load_file(path)
+        # Asked for here, where what is missing is said.
+        return {"text": states["text"]} | states
     except (SafetensorError, KeyError) as error:
         raise InputError(
             f"{path} is damaged ({error}); remove it and start scripts/prepare_data.py again in the same way"

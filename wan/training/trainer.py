@@ -21,7 +21,6 @@ from wan.attention.compile import check_compiler, many_compiles
 from wan.files.video import check_encoder
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_bytes
-from wan.models.wan.geometry import GEOMETRY
 from wan.training.accelerator import build_accelerator
 from wan.training.checkpoints import CheckpointManager, TrainState
 from wan.training.clips import Clips
@@ -38,7 +37,9 @@ from wan.training.models import (
     matrix_parameters,
     no_gradient_sync,
     open_components,
+    sampled_as,
     warn_of_another_attention,
+    with_usual_targets,
 )
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.run_manifest import check_manifest, run_inputs, write_manifest
@@ -57,7 +58,7 @@ class Trainer(TrainingLoop):
     def __init__(self, settings: TrainingSettings):
         super().__init__(settings.steps, settings.every.checkpoint)
         self.accelerator = build_accelerator()
-        self.device, self.settings = self.accelerator.device, settings
+        self.device = self.accelerator.device
         # Lines of progress are the same in every process, so the first alone tells them.
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
         if settings.shard and self.accelerator.num_processes == 1:
@@ -66,7 +67,8 @@ class Trainer(TrainingLoop):
         if settings.compile:
             check_compiler(self.device)
         self.base = open_components(settings.checkpoint, settings.transformer)
-        samples = None if settings.samples is None else settings.samples.over(self.base.settings_layers[0])
+        self.settings = settings = with_usual_targets(settings, self.base)
+        samples = None if settings.samples is None else settings.samples.over(sampled_as(self.base))
         # What the videos on the way will need is looked for now, rather than after an hour.
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
             check_encoder()
@@ -75,6 +77,7 @@ class Trainer(TrainingLoop):
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
         self.validation = None if held_out is None else Clips([held_out], self.base.text_length, self.clips)
+        self.clips.check_made_for(self.base.family)
         self.batches = MicroBatches(
             self.clips,
             settings.objective,
@@ -170,7 +173,7 @@ class Trainer(TrainingLoop):
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
         row = {"step": self.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
         self.step = self.state.step = self.step + 1
-        tokens = math.prod(GEOMETRY.grid_of(batch.latents.shape[2:]))
+        tokens = math.prod(self.base.family.geometry.grid_of(batch.latents.shape[2:]))
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
         return row | {"waited": waited, "memory_gib": peak_bytes(self.device) / GIB}
 

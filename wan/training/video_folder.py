@@ -15,10 +15,10 @@ import numpy as np
 from nabla import InputError
 from nabla.config import is_number
 from wan.config.checks import parse_size
+from wan.config.geometry import DEFAULT_GEOMETRY
 from wan.config.settings import VideoSettings
 from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json
-from wan.models.wan.geometry import GEOMETRY
 from wan.training.samples import BadSample, check_sample
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -47,10 +47,10 @@ class VideoFolder:
         self.folder, self.fps = Path(folder).expanduser(), fps
         self.sizes = [parse_size(size) for size in sizes]
         for size in self.sizes:
-            GEOMETRY.check_video(size, frame_num=1)
+            DEFAULT_GEOMETRY.check_video(size, frame_num=1)
         for frame_num in frame_nums:
             # Any size that is allowed, to have the number of frames checked.
-            GEOMETRY.check_video(VideoSettings().size, frame_num)
+            DEFAULT_GEOMETRY.check_video(VideoSettings().size, frame_num)
         self.frame_nums = sorted(frame_nums, reverse=True)
         captions = self.folder / CAPTIONS_FILE
         try:

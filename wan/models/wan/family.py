@@ -20,4 +20,5 @@ WAN = Family(
     transformer="wan.models.wan.processor:TRANSFORMER",
     pipeline="wan.models.wan.pipeline:WanT2V",
     geometry=GEOMETRY,
+    training="wan.models.wan.training:TRAINING",
 )
