@@ -1,4 +1,4 @@
-"""Write a checkpoint with random weights in the published layout, to try full-size runs without the real ones."""
+"""Write a checkpoint with random weights, to try full-size runs without the real ones."""
 
 from __future__ import annotations
 
@@ -10,25 +10,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wan.observe.console import exit_with, run_program, say
 
+WAN = ("nano", "t2v-1.3B", "t2v-14B")
+KANDINSKY = ("kandinsky5-nano", "kandinsky5-lite", "kandinsky5-pro")
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, choices=("nano", "t2v-1.3B", "t2v-14B"))
-    parser.add_argument("--out", required=True, type=Path, help="directory to write; made if it does not exist")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the transformer")
-    parser.add_argument("--sparse_algo", help="attention that the checkpoint names as its own, such as nabla-0.7")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
 
+def write_wan(args: argparse.Namespace) -> None:
     import torch
 
     from nabla import InputError, NablaConfig
     from wan.models.wan import random_checkpoint
 
+    if args.layout != "published" or args.file_name is not None:
+        raise InputError(f"--layout diffusers and --file_name are not for {args.model}; leave them out")
+    if args.sparse_algo is not None:
+        NablaConfig.parse(args.sparse_algo)
+    random_checkpoint.write(args.model, args.out, getattr(torch, args.dtype), args.sparse_algo, args.seed)
+
+
+def write_kandinsky(args: argparse.Namespace) -> None:
+    import torch
+
+    from wan.models.kandinsky import random_checkpoint
+
+    dtype = getattr(torch, args.dtype)
+    random_checkpoint.write(args.model, args.out, dtype, args.layout, args.file_name, args.sparse_algo, args.seed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, choices=(*WAN, *KANDINSKY))
+    parser.add_argument("--out", required=True, type=Path, help="directory to write; made if it does not exist")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the transformer")
+    parser.add_argument("--layout", choices=("published", "diffusers"), default="published", help="Wan's: published")
+    parser.add_argument("--file_name", help="of Kandinsky's transformer, without .safetensors, as it was published")
+    parser.add_argument("--sparse_algo", help="attention that the checkpoint names as its own, such as nabla-0.7")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    from nabla import InputError
+
     try:
-        if args.sparse_algo is not None:
-            NablaConfig.parse(args.sparse_algo)
-        random_checkpoint.write(args.model, args.out, getattr(torch, args.dtype), args.sparse_algo, args.seed)
+        (write_wan if args.model in WAN else write_kandinsky)(args)
     except (InputError, OSError) as error:
         say(f"error: {error}")
         return 2

@@ -9,17 +9,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry
-from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import nn
 
 from nabla import InputError
 from wan.attention.spec import TransformerSpec
 from wan.config.cache_settings import CacheSettings
+
+
+@dataclass
+class BlockArguments(TransformerBlockMetadata):
+    """Finds the hidden states among a block's arguments whatever it calls them, where hooks go by the usual name."""
+
+    def _get_parameter_from_args_kwargs(self, identifier: str, args: Any = (), kwargs: Any = None) -> Any:
+        own = self.hidden_states_argument_name if identifier == "hidden_states" else identifier
+        return super()._get_parameter_from_args_kwargs(own, args, kwargs)
 
 
 class StepCache(ABC):
@@ -39,10 +48,9 @@ class StepCache(ABC):
         if len(self.blocks) < 2:
             raise InputError("a cache needs a transformer of 2 blocks or more; leave it out")
         self.forwards = self.reused = 0
-        block = type(self.blocks[0])
-        if block is not spec.block:
-            # FSDP makes a class of its own, which diffusers does not know.
-            TransformerBlockRegistry.register(block, replace(TransformerBlockRegistry.get(spec.block)))
+        # As FSDP makes a class of its own, which diffusers does not know.
+        known = TransformerBlockRegistry.get(spec.block)
+        TransformerBlockRegistry.register(type(self.blocks[0]), BlockArguments(**vars(known)))
 
     @classmethod
     def leader(cls, first_block: nn.Module) -> Any:

@@ -10,10 +10,12 @@ from wan.caches.applied import step_cache_of
 def ran_in_full(transformer: nn.Module, first_block: nn.Module) -> bool:
     """Whether all blocks run in a forward, its first one done or all of it, rather than a cache in their place.
 
-    Asks the hooks of diffusers, so that it knows of caches that others have put on. Raises `InputError` for one that
-    does not say.
+    Knows of caches of diffusers that others have put on, by their hooks. Raises `InputError` for one that does
+    not say.
     """
-    config = getattr(transformer, "_cache_config", None)
+    cache, config = step_cache_of(transformer), getattr(transformer, "_cache_config", None)
+    if cache is not None:
+        return cache.computes(first_block)
     if config is None:
         return True
     # Only here, since the caches know private names of diffusers that most runs have no need of.

@@ -20,8 +20,14 @@ class TaylorSeer(StepCache):
 
     def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
         super().__init__(transformer, settings, spec)
-        # By default diffusers rounds what it keeps to bfloat16, whatever the model's dtype.
-        config = TaylorSeerCacheConfig(settings.interval, taylor_factors_dtype=torch.float32, use_lite_mode=True)
+        config = TaylorSeerCacheConfig(
+            settings.interval,
+            # By default diffusers rounds what it keeps to bfloat16, whatever the model's dtype.
+            taylor_factors_dtype=torch.float32,
+            # What its light form chooses by names that not all families have.
+            skip_predict_identifiers=[rf"{spec.blocks}\.\d+"],
+            cache_identifiers=[spec.output],
+        )
         transformer.enable_cache(config)
         # Blocks give zeros between computed steps; what the output layer gives is what goes on.
         self.hooked = *self.blocks, spec.output_of(transformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from wan.files.atomic import settle
 
 # Of the tensors that are held at once as well, since a file is written in one call.
 SHARD_BYTES = 5 * 2**30
+# As safetensors' header names them.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def save_json(content: Mapping[str, Any], file: Path) -> None:
@@ -54,6 +57,28 @@ def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) 
         weight_map |= dict.fromkeys(shard_names, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     save_json(index, folder / f"{stem}.safetensors.index.json")
+
+
+def save_whole(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file: Path
+) -> None:
+    """Write one safetensors file of any size, of which one tensor is held at a time.
+
+    shapes: of all tensors, which are of one dtype and come in this order
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    # Data begins at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    with _writing(file), open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), (known, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tuple(tensor.shape), tensor.dtype) == (known, shape, dtype)
+            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

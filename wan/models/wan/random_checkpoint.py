@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from nabla import InputError
+from wan.checkpoints import random_weights
 from wan.checkpoints.component_files import DIFFUSERS_STEM
+from wan.checkpoints.random_weights import captions, make_empty
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.config.settings import VideoSettings
 from wan.memory.estimates import Weights, Workload
@@ -178,9 +179,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
     sizes = MODELS[model]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; choose a new directory, so that nothing is written over")
+    make_empty(folder)
     # Drawn as they are written, so that no more than a file of them is in memory.
     drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
     save_shards(drawn, folder, DIFFUSERS_STEM)
@@ -198,24 +197,17 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Values for a published name, on the generator's device, that keep activations near unit size at any depth."""
-    device = generator.device
-    if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if name.endswith("gamma") or (len(shape) == 1 and "norm" in name):
-        return torch.ones(shape, dtype=dtype, device=device)
-    # Products of fan-in f scale by f^(-1/2), which keeps the size of what goes in; rows of the table of tokens are of
-    # unit size, and modulations as small as the published program draws them.
-    is_table = name == "token_embedding.weight" or "modulation" in name
-    scale = shape[-1] ** -0.5 if "modulation" in name else 1.0 if is_table else math.prod(shape[1:]) ** -0.5
-    return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+    scale = None
+    # Rows of the table of tokens are of unit size, and modulations as small as the published program draws them.
+    if "modulation" in name:
+        scale = shape[-1] ** -0.5
+    elif name == "token_embedding.weight":
+        scale = 1.0
+    return random_weights.random_tensor(name, shape, dtype, generator, scale)
 
 
 def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer with T5's special tokens, trained on captions of simple scenes."""
-    colours, things = ("red", "green", "blue", "yellow"), ("circle", "square", "cat", "boat", "tree", "river")
-    places = ("on a white background", "under a cloudy sky", "at night in the city", "in front of a mountain")
-    moves = ("moves from left to right", "jumps high", "turns slowly", "waits quietly")
-    captions = (f"A {c} {t} {m} {p}." for c in colours for t in things for m in moves for p in places)
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -223,7 +215,7 @@ def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     special = [PAD_TOKEN, "</s>", "<unk>"]
     size = min(vocabulary, 400)
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(captions(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD_TOKEN, eos_token="</s>", unk_token="<unk>", model_max_length=512

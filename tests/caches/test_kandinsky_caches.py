@@ -1,0 +1,159 @@
+"""Step caches on Kandinsky-5's transformer, whose blocks and last layer have names of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from wan.caches.apply import KINDS, apply_cache, remove_cache
+from wan.caches.calibration import calibrated
+from wan.config.cache_settings import CacheSettings
+from wan.models.kandinsky.processor import TRANSFORMER, install_processors, velocity_of
+from wan.models.kandinsky.random_checkpoint import random_transformer
+
+STEPS = 6
+BRANCHES = ("cond", "uncond")
+RATIOS = (1.0, 1.1, 0.95, 1.05, 0.98, 1.02)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    made = random_transformer("kandinsky5-nano", torch.float32, torch.device("cpu"))
+    install_processors(made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def as_made(transformer):
+    yield
+    remove_cache(transformer)
+
+
+def exact(kind: str) -> CacheSettings:
+    if kind == "taylorseer":
+        return CacheSettings(kind, warmup=1)
+    return CacheSettings(kind, 0, warmup=0, ratios=RATIOS if kind == "mag" else None)
+
+
+def loose(kind: str) -> CacheSettings:
+    """In steps 1, 2, 4 and 5 of 6 it reuses; `taylorseer` in 1, 3 and 4."""
+    if kind == "taylorseer":
+        return CacheSettings(kind, interval=3, warmup=0)
+    return CacheSettings(kind, 1e6, max_skips=2, ratios=RATIOS if kind == "mag" else None)
+
+
+@torch.no_grad()
+def sample(transformer, cache=None) -> torch.Tensor:
+    """A guided walk of `STEPS` steps; the branches' texts differ in length."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    latents = draw(1, 16, 2, 16, 16)
+    texts = {name: (draw(1, rows, 64), draw(1, 32)) for name, rows in zip(BRANCHES, (7, 4))}
+    if cache is not None:
+        cache.begin(STEPS, dense_steps=0)
+    for step in range(STEPS):
+        timestep = torch.tensor([1000.0 * (1 - step / STEPS)])
+        velocity = {}
+        for name, (text, pooled) in texts.items():
+            arguments = (transformer, latents, timestep, text, pooled, (1.0, 2.0, 2.0))
+            if cache is None:
+                velocity[name] = velocity_of(*arguments)
+            else:
+                with cache.branch(name, step):
+                    velocity[name] = velocity_of(*arguments)
+        latents = latents - (velocity["uncond"] + 5 * (velocity["cond"] - velocity["uncond"])) / STEPS
+    if cache is not None:
+        cache.end()
+    return latents
+
+
+class Twin(torch.nn.Module):
+    """All blocks as one, which in the steps that are given adds what those after the first few added last."""
+
+    def __init__(self, blocks: torch.nn.ModuleList, first: int, reuses: set[int]):
+        super().__init__()
+        self.blocks, self.first, self.reuses, self.calls, self.kept = blocks, first, reuses, 0, {}
+
+    def forward(self, hidden: torch.Tensor, *others) -> torch.Tensor:
+        step, branch = divmod(self.calls, 2)
+        self.calls += 1
+        for block in self.blocks[: self.first]:
+            hidden = block(hidden, *others)
+        if step in self.reuses:
+            return hidden + self.kept[branch]
+        before = hidden
+        for block in self.blocks[self.first :]:
+            hidden = block(hidden, *others)
+        self.kept[branch] = hidden - before
+        return hidden
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_reuses_nothing_changes_nothing(transformer, kind):
+    plain = sample(transformer)
+    cache = apply_cache(transformer, exact(kind), TRANSFORMER)
+    assert torch.equal(sample(transformer, cache), plain) and (cache.forwards, cache.reused) == (2 * STEPS, 0)
+    remove_cache(transformer)
+    assert torch.equal(sample(transformer), plain)
+
+
+@pytest.mark.parametrize("kind", ("first_block", "mag"))
+def test_what_is_reused_is_what_the_branch_computed_last(transformer, kind, monkeypatch):
+    twin = Twin(transformer.visual_transformer_blocks, KINDS[kind].leading, {1, 2, 4, 5})
+    with monkeypatch.context() as patch:
+        patch.setitem(transformer._modules, "visual_transformer_blocks", torch.nn.ModuleList([twin]))
+        wanted = sample(transformer)
+    cache = apply_cache(transformer, loose(kind), TRANSFORMER)
+    assert torch.equal(sample(transformer, cache), wanted) and cache.reused == 8
+    assert not torch.equal(wanted, sample_without(transformer))
+
+
+def test_taylorseer_carries_on_what_the_last_layer_gave(transformer, monkeypatch):
+    plain, calls, known = transformer.forward, iter(range(2 * STEPS)), {0: [], 1: []}
+
+    def forward(*args, **others):
+        step, branch = divmod(next(calls), 2)
+        points = known[branch]
+        if step in (0, 2, 5):
+            points.append((step, plain(*args, **others)))
+            return points[-1][1]
+        (last, value), (before, earlier) = points[-1], points[-2] if len(points) > 1 else (-1, points[-1][1])
+        return value + (value - earlier) / (last - before) * (step - last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "forward", forward)
+        wanted = sample(transformer)
+    cache = apply_cache(transformer, loose("taylorseer"), TRANSFORMER)
+    ran = []
+    hook = transformer.visual_transformer_blocks[0].self_attention.register_forward_pre_hook(lambda *_: ran.append(1))
+    torch.testing.assert_close(sample(transformer, cache), wanted, rtol=0, atol=1e-4)
+    hook.remove()
+    assert (cache.forwards, cache.reused, len(ran)) == (2 * STEPS, 6, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_blocks_stay_one_graph(kind):
+    transformer = random_transformer("kandinsky5-nano", torch.float32, torch.device("cpu"))
+    install_processors(transformer)
+    counter = CompileCounter()
+    for block in transformer.visual_transformer_blocks:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+    cache = apply_cache(transformer, loose(kind), TRANSFORMER)
+    sample(transformer, cache)
+    once = counter.frame_count
+    sample(transformer, cache)
+    # Texts of two lengths; more blocks and forwards make no more graphs.
+    assert once == counter.frame_count <= 2 and cache.reused > 0
+
+
+def test_ratios_can_be_measured(transformer):
+    with calibrated(transformer, TRANSFORMER) as calibration:
+        sample(transformer, calibration)
+    ratios = calibration.ratios()
+    assert len(ratios) == STEPS and ratios[0] == 1 and all(0.1 < ratio < 10 for ratio in ratios)
+
+
+def sample_without(transformer) -> torch.Tensor:
+    remove_cache(transformer)
+    return sample(transformer)
