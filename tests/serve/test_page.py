@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import weight_files
+from PIL import Image
 
 import app
 from nabla import InputError, NablaConfig
@@ -17,6 +18,9 @@ from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import CONFIG_FOLDER
 from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.settings import Settings, VideoSettings, resolve
+from wan.files.picture import picture_hash
+from wan.models import checkpoint as checkpoints
+from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.sampling.loop import Cancelled
@@ -30,8 +34,11 @@ from wan.serve.sources import (
     LoraLibrary,
     Presets,
     from_sidecar,
+    picture_notes,
     quantization_notes,
     read_sidecar,
+    takes_picture,
+    thumbnail_of,
 )
 from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
@@ -184,6 +191,28 @@ def test_a_record_of_packed_weights_says_so():
     ]
     for made_with in ({}, {"plan": "whole"}, {"plan": {"packing": "fp8"}}):
         assert quantization_notes(made_with) == []
+
+
+def test_the_picture_of_a_record_is_never_opened_and_that_of_the_page_stays(tmp_path):
+    Image.new("RGB", (1000, 500)).save(tmp_path / "own.png")
+    own = Settings(ModelSettings("here"), image=str(tmp_path / "own.png"))
+    record = resolve({"checkpoint": "here", "prompt": "x", "image": "/secret/cat.png"}).to_dict()
+    settings, notes = from_sidecar(record, own, {}, {"here"}, {})
+    assert settings.image == own.image and not notes
+    made_with = {"image": {"name": "cat.png", "sha256": picture_hash(own.image)}}
+    assert picture_notes(record, made_with, settings) == []
+    line = "the video began with the picture cat.png, which is not here; add it"
+    assert picture_notes(record, {}, settings) == picture_notes(record, made_with, replace(own, image=None)) == [line]
+    text = resolve({"checkpoint": "here", "prompt": "x"}).to_dict()
+    assert from_sidecar(text, own, {}, {"here"}, {})[0].image is None and picture_notes(text, {}, own) == []
+    assert thumbnail_of(tmp_path / "own.png").shape == (256, 512, 3)
+
+
+def test_pictures_are_for_families_that_take_them(random_nano, monkeypatch):
+    settings = Settings(ModelSettings(str(random_nano)))
+    assert not takes_picture(settings)
+    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=lambda picture, size: size),))
+    assert takes_picture(settings)
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():

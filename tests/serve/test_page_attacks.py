@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from PIL import Image
 
 from nabla import InputError
+from wan import WanT2V
 from wan.config.settings import resolve
+from wan.models import checkpoint as checkpoints
+from wan.models.wan.family import WAN
 from wan.run.request import Options
+from wan.serve import sources
 from wan.serve.limits import Limits, Line, Visitor, check_waiting
 from wan.serve.shown import sidecar_to_share, without_folders
 from wan.serve.studio import Studio
@@ -69,6 +75,18 @@ class Served:
             "session_hash": session,
         }
         return self.ask("POST", "/gradio_api/queue/join", json.dumps(body).encode(), **JSON)[0]
+
+    def upload(self, content: bytes, name: str) -> str:
+        """The path at which the server keeps a file that a visitor of the page sends."""
+        cookie = self.ask("GET", "/")[1]["Set-Cookie"].split(";")[0]
+        return json.loads(self.ask("POST", "/gradio_api/upload", form(content, name), **MULTIPART, Cookie=cookie)[2])[0]
+
+    def give(self, target: str, path: str, session: str) -> str:
+        """All that a session is told of an event that is given a file and the page's settings."""
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, None]
+        body = json.dumps({"data": data, "fn_index": self.event(target), "session_hash": session}).encode()
+        assert self.ask("POST", "/gradio_api/queue/join", body, **JSON)[0] == 200
+        return self.hear(session)
 
     def hear(self, session: str) -> str:
         """All that a session is told until its video has ended."""
@@ -262,14 +280,62 @@ def test_values_beyond_the_limits_are_refused_in_raw_calls(page, change, said):
     ),
 )
 def test_values_beyond_the_limits_are_refused_in_records(page, section, values, said):
-    cookie = page.ask("GET", "/")[1]["Set-Cookie"].split(";")[0]
     record = json.dumps({"settings": {"prompt": "x", section: values}}).encode()
-    [path] = json.loads(page.ask("POST", "/gradio_api/upload", form(record), **MULTIPART, Cookie=cookie)[2])
-    session = f"record-{section}-{len(str(values))}"
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, None]
-    body = json.dumps({"data": data, "fn_index": page.event("load"), "session_hash": session}).encode()
-    assert page.ask("POST", "/gradio_api/queue/join", body, **JSON)[0] == 200
-    assert said in page.hear(session)
+    assert said in page.give("load", page.upload(record, "x.json"), f"record-{section}-{len(str(values))}")
+
+
+def picture(colour: str = "red") -> bytes:
+    written = io.BytesIO()
+    Image.new("RGB", (64, 32), colour).save(written, "PNG")
+    return written.getvalue()
+
+
+def test_a_picture_is_shown_used_and_named_but_not_served(page, monkeypatch):
+    seen = []
+    make = WanT2V.generate
+
+    def remembered(self, prompt, image=None, **values):
+        seen.append(image)
+        return make(self, prompt, **values)
+
+    monkeypatch.setattr(WanT2V, "generate", remembered)
+    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=lambda picture, size: (64, 32)),))
+    path = page.upload(picture(), "cat.png")
+    told = page.give("begin", path, "pictured")
+    assert "Begins with cat.png" in told and page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 403
+    shown = [one for one in re.findall(r'"path":"([^"]+)"', told) if one != path]
+    assert shown and all(page.ask("GET", f"/gradio_api/file={quote(one)}")[0] == 200 for one in shown)
+    assert page.generate("pictured") == 200
+    told = page.hear("pictured")
+    assert "Made in " in told and "64x32" in told and seen[0].shape == (32, 64, 3)
+    record = next(one for one in re.findall(r'"path":"([^"]+)"', told) if one.endswith(".json"))
+    shared = json.loads(page.ask("GET", f"/gradio_api/file={quote(record)}")[2])
+    assert shared["settings"]["image"] == "cat.png" == shared["made_with"]["image"]["name"]
+
+
+def test_a_picture_is_a_visitor_s_upload_and_nothing_else(page, tmp_path, monkeypatch):
+    (tmp_path / "private.png").write_bytes(picture())
+    (page.studio.folder / "private.png").write_bytes(picture())
+    for number, path in enumerate((tmp_path / "private.png", page.studio.folder / "private.png", "/etc/hostname")):
+        told = page.give("begin", str(path), f"path-{number}")
+        assert "Begins with" not in told and "process_completed" in told and "pixels" not in told
+    for name, content, said in (
+        ("text.png", b"<svg onload=alert(1)>", "image text.png is no picture that can be read"),
+        ("cut.png", picture()[:60], "image cut.png is damaged"),
+        ("x.json", b"{}", ""),
+    ):
+        told = page.give("begin", page.upload(content, name), f"file-{name}")
+        assert said in told and "Begins with" not in told
+    monkeypatch.setattr(sources, "MAX_PICTURE_BYTES", 20)
+    told = page.give("begin", page.upload(picture("blue"), "cat.png"), "large")
+    assert "cat.png is larger than 0 MB; save it smaller" in told
+
+
+def test_a_picture_for_what_takes_none_is_refused_when_a_video_is_asked_for(page):
+    assert "Begins with" in page.give("begin", page.upload(picture("green"), "cat.png"), "none")
+    assert page.generate("none") == 200
+    told = page.hear("none")
+    assert "image cat.png is not taken by Wan2.1 text-to-video" in told and "Made in" not in told
 
 
 def test_a_preset_beyond_the_limits_is_shown_within_them_and_says_so():

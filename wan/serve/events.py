@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ from wan.serve.sources import (
     Presets,
     check_names_no_file,
     from_sidecar,
+    picture_notes,
     quantization_notes,
     read_sidecar,
+    takes_picture,
+    thumbnail_of,
 )
 from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.studio import Job, JobProgress, JobResult, Studio
@@ -60,11 +63,14 @@ class Events:
     def wire(self, page: gr.Blocks) -> None:
         """Put the events on the controls of an open page."""
         c, told = self.controls, self._told
-        shown = [c.base, c.chosen, c.preset, c.about, *c.values, c.kind, c.amount, c.window, c.said]
+        picture = [c.add_picture, c.drop_picture, c.start]
+        shown = [c.base, c.chosen, c.preset, c.about, *c.values, *picture, c.kind, c.amount, c.window, c.said]
         attention = [c.kind, c.amount, c.window]
         algorithm = c.form["algorithm"]
-        c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"]], shown, **QUIET)
+        c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"], c.base], shown, **QUIET)
         c.load_sidecar.upload(told(self.load), [c.load_sidecar, c.base], shown, **QUIET)
+        c.add_picture.upload(told(self.begin), [c.add_picture, c.base], [c.base, *picture, c.said], **QUIET)
+        c.drop_picture.click(told(self.begin_without), c.base, [c.base, *picture], **QUIET)
         c.add_lora.upload(told(self.add), [c.add_lora, c.base, c.form["lora"]], [c.form["lora"], c.said], **QUIET)
         # On `input`, which people cause, not `change`, which updates cause too: `read` sets the controls of attention,
         # and `spell` would answer it.
@@ -99,13 +105,15 @@ class Events:
 
         return run
 
-    def choose(self, name: str | None, chosen: str | None, prompt: str) -> Updates:
-        """A preset's settings into the controls; the prompt stays."""
+    def choose(self, name: str | None, chosen: str | None, prompt: str, base: Settings) -> Updates:
+        """A preset's settings into the controls; the prompt stays, and the picture where the preset takes one."""
         c = self.controls
         if name == chosen:
             # Its control was only passed by, which must not undo what the others were set to.
             return {c.chosen: chosen}
         settings = self.presets.settings(name)
+        if base.image is not None and takes_picture(settings):
+            settings = replace(settings, image=base.image)
         about = about_preset(self.presets, name, settings, self.studio.limits)
         return self._show(settings, prompt) | {c.chosen: name, c.about: about}
 
@@ -116,7 +124,8 @@ class Events:
         self.studio.limits.check(resolve(sidecar, {"checkpoint": base.checkpoint}, needs_prompt=False))
         files = lora_choices(self.library.files(), base)
         settings, notes = from_sidecar(sidecar, base, self.presets.flags, self.presets.checkpoints(), files)
-        notes += quantization_notes(read_made_with(upload))
+        made_with = read_made_with(upload)
+        notes += quantization_notes(made_with) + picture_notes(sidecar, made_with, settings)
         c, name = self.controls, Path(upload).name
         return self._show(settings, settings.prompt) | {
             c.preset: None,
@@ -132,7 +141,31 @@ class Events:
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))
         updates[c.form["size"]] = gr.update(choices=size_choices(settings), value=form.size)
-        return updates | {c.base: settings} | self.read(form.algorithm)
+        return updates | self._show_start(settings) | self.read(form.algorithm)
+
+    def _show_start(self, settings: Settings) -> Updates:
+        """Settings whose picture is shown already, or taken away."""
+        c, has = self.controls, settings.image is not None
+        return {
+            c.base: settings,
+            c.add_picture: gr.update(visible=takes_picture(settings)),
+            c.drop_picture: gr.update(visible=has),
+            c.start: gr.update(visible=True) if has else gr.update(visible=False, value=None),
+        }
+
+    def begin(self, upload: str, base: Settings) -> Updates:
+        """An uploaded picture as what videos begin with; its path stays on the server, in the settings."""
+        path = Path(upload)
+        thumbnail = thumbnail_of(path)
+        c = self.controls
+        return self._show_start(replace(base, image=str(path.absolute()))) | {
+            c.start: gr.update(value=thumbnail, visible=True),
+            c.said: said_html(f"Begins with {path.name}", "done"),
+        }
+
+    def begin_without(self, base: Settings) -> Updates:
+        """Videos of text alone again."""
+        return self._show_start(replace(base, image=None))
 
     def add(self, upload: str, base: Settings, chosen: Sequence[str]) -> Updates:
         """An uploaded LoRA into the library, and among the chosen ones."""

@@ -14,7 +14,7 @@ from wan.config.settings import Settings
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.serve.limits import Limits
 from wan.serve.shown import name_of
-from wan.serve.sources import Presets
+from wan.serve.sources import Presets, takes_picture
 from wan.serve.status import STARTING
 
 # Of a slider, unless settings go beyond.
@@ -27,7 +27,9 @@ PROMPT = "A red circle moves from left to right on a white background"
 class Controls:
     """What the events of the page read and write.
 
-    base: the settings that the form was made of; chosen: the preset that they are, or None
+    base: the settings that the form was made of, with the picture that was added; chosen: the preset that they are, or
+        None
+    start: shows that picture
     form: the controls of `Form`, by its fields' names
     """
 
@@ -39,6 +41,9 @@ class Controls:
     kind: gr.Radio
     amount: gr.Slider
     window: gr.Textbox
+    add_picture: gr.UploadButton
+    drop_picture: gr.Button
+    start: gr.Image
     load_sidecar: gr.UploadButton
     add_lora: gr.UploadButton
     generate: gr.Button
@@ -98,6 +103,7 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             "Load settings", file_types=[".json"], size="md", scale=1, min_width=130, elem_id="load-record"
         )
     about = gr.Markdown(about_preset(presets, presets.first, first, limits), elem_classes="about", elem_id="about")
+    picture = _picture(takes_picture(first))
     with gr.Row():
         size = gr.Dropdown(
             size_choices(first),
@@ -131,7 +137,23 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             elem_id="steps",
         )
     controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
-    return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls}
+    return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls} | picture
+
+
+def _picture(shown: bool) -> dict:
+    """For what begins with a picture: how it is added and taken away, and what it looks like."""
+    start = gr.Image(label="Begins with", interactive=False, visible=False, buttons=[], height=160, elem_id="start")
+    with gr.Row():
+        add = gr.UploadButton(
+            "Begin with a picture",
+            file_types=[".png", ".jpg", ".jpeg", ".webp"],
+            size="md",
+            min_width=130,
+            visible=shown,
+            elem_id="add-picture",
+        )
+        drop = gr.Button("Without it", size="md", min_width=110, visible=False, elem_id="drop-picture")
+    return {"start": start, "add_picture": add, "drop_picture": drop}
 
 
 def within(form: Form, limits: Limits, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[Form, str]:

@@ -41,5 +41,7 @@ def sidecar_to_share(sidecar: Mapping[str, Any]) -> str:
     for key in ("checkpoint", "transformer"):
         if key in settings:
             settings[key] = name_of(settings[key])
+    if settings.get("image") is not None:
+        settings["image"] = Path(settings["image"]).name
     settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]
     return to_json(dict(sidecar, settings=settings))

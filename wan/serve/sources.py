@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
@@ -19,14 +22,20 @@ from wan.config.settings import Settings, resolve
 from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS
 from wan.files.hashes import file_hash
+from wan.files.picture import picture_hash, read_picture
 from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
+from wan.models.registry import FAMILIES
 from wan.run.remaking import quantizations_of
 from wan.serve.shown import name_of
 
 OWN = "The checkpoint's own"
 # A sidecar is a few hundred bytes and a prompt.
 MAX_SIDECAR_BYTES = 64 * 1024
+# A photograph of as many pixels as are taken is smaller, and pictures without loss need not be that large.
+MAX_PICTURE_BYTES = 64 << 20
+# Of the picture that a video begins with, as the page shows it.
+THUMBNAIL = 512, 512
 # What a page takes from a sidecar; the rest names files, of which a page has its own.
 FROM_SIDECAR = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
 
@@ -199,7 +208,43 @@ def from_sidecar(
     for key in flags.keys() & {"dtype"}:
         if values[key] not in (None, flags[key]):
             notes.append(f"the video was made in {values[key]}, and this page runs {flags[key]}")
-    return settings, notes
+    # The picture on the page is for what its settings make; those of text alone begin with none.
+    return settings if made.image is not None else replace(settings, image=None), notes
+
+
+def picture_notes(sidecar: Layer, made_with: Mapping[str, Any], settings: Settings) -> list[str]:
+    """A line if a recorded video began with a picture that is not the one in the settings of the page."""
+    record, named = made_with.get("image"), sidecar.get("image")
+    digest = record.get("sha256") if isinstance(record, Mapping) else None
+    if named is None or (settings.image is not None and picture_hash(settings.image) == digest):
+        return []
+    return [f"the video began with the picture {Path(named).name}, which is not here; add it"]
+
+
+def takes_picture(settings: Settings) -> bool:
+    """Whether a video of these settings may begin with a picture.
+
+    Of a checkpoint that is still on the hub that is seen when a video wants it: until then it may.
+    """
+    if Path(settings.checkpoint).expanduser().is_dir():
+        return Checkpoint.open(settings.checkpoint).family.fit_picture is not None
+    return any(family.fit_picture is not None for family in FAMILIES)
+
+
+def thumbnail_of(upload: Path) -> np.ndarray:
+    """An uploaded picture as the page shows it, (height, width, 3) uint8, once it was read as for a video.
+
+    Raises `InputError` for a file that is no picture or too large.
+    """
+    if upload.stat().st_size > MAX_PICTURE_BYTES:
+        raise InputError(f"{upload.name} is larger than {MAX_PICTURE_BYTES >> 20} MB; save it smaller")
+    try:
+        picture = Image.fromarray(read_picture(upload))
+    except InputError as error:
+        # Visitors see the file's name, not the server's temporary folder.
+        raise InputError(str(error).replace(str(upload), upload.name)) from None
+    picture.thumbnail(THUMBNAIL)
+    return np.asarray(picture)
 
 
 def quantization_notes(made_with: Mapping[str, Any]) -> list[str]:
