@@ -18,7 +18,7 @@ PROJECT = "wan-nabla"
 # Or an installed package, beside which others' files lie.
 IS_SOURCE = (ROOT / "scripts" / "setup.sh").is_file() and (ROOT / "pyproject.toml").is_file()
 # Where the name to import is not that of the package.
-MODULES = {"PyYAML": "yaml", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
+MODULES = {"PyYAML": "yaml", "pillow": "PIL", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
 # Of the optional ones: what for, and how to get it.
 OPTIONAL = {
     "nvidia-cudnn-frontend": ("the fastest attention kernel, Hopper and newer", "-r requirements-cudnn.txt"),
