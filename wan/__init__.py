@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video generation with block-sparse attention, as a small patch around diffusers' classes."""
+"""Video generation with block-sparse attention by Wan2.1 and Kandinsky-5, a small patch around diffusers' classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wan.checkpoints.file_errors import CheckpointError
     from wan.models.attention import apply_attention, remove_attention
     from wan.models.checkpoint import Checkpoint
+    from wan.models.pretrained import from_pretrained
     from wan.models.wan.pipeline import WanT2V
     from wan.observe.observer import Observer
     from wan.observe.recorder import Recorder
@@ -20,6 +21,7 @@ __all__ = [
     "Recorder",
     "WanT2V",
     "apply_attention",
+    "from_pretrained",
     "remove_attention",
 ]
 # Imported when first asked for: a program parses its flags, and minds Ctrl-C, before the seconds that torch takes.
@@ -30,6 +32,7 @@ _MODULES = {
     "Recorder": "observe.recorder",
     "WanT2V": "models.wan.pipeline",
     "apply_attention": "models.attention",
+    "from_pretrained": "models.pretrained",
     "remove_attention": "models.attention",
 }
 

@@ -323,7 +323,7 @@ def test_a_hub_id_is_downloaded_configuration_first(monkeypatch, random_nano):
         relative = file.relative_to(random_nano).as_posix()
         assert file.is_dir() or any(fnmatch.fnmatch(relative, pattern) for pattern in asked[1][1]), relative
     assert asked[1][2] is None
-    Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B", with_transformer=False)
+    Checkpoint.open("Wan-AI/Wan2.1-T2V-1.3B", transformer="other.safetensors")
     left_out = [f"transformer/{SINGLE}", SINGLE, SHARD, f"vae/{SINGLE}", f"text_encoder/{SINGLE}", VAE_FILE]
     assert [any(fnmatch.fnmatch(file, pattern) for pattern in asked[3][2]) for file in left_out] == [
         True,

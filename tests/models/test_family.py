@@ -28,7 +28,7 @@ OTHER = replace(
     hub_files=replace(WAN.hub_files, configurations=("other.json",), others=("other.*",), transformer=("other.s*",)),
     tokenizers={"tokenizer": "first", "tokenizer_2": "second"},
     facts=lambda layout: TransformerFacts(layout.config["heads"], 128, 256),
-    defaults={"sampling": {"steps": 16, "shift": 3.0}, "video": {"fps": 24}},
+    defaults=lambda layout: {"sampling": {"steps": 16, "shift": 3.0}, "video": {"fps": 24}},
     features=FEATURES - {"lora"},
 )
 
@@ -90,7 +90,7 @@ def test_the_folder_above_is_told_by_any_familys_landmarks(other):
 def test_of_a_hub_id_the_configurations_of_all_families_come_first(monkeypatch, other):
     asked = []
     monkeypatch.setattr(checkpoints, "download", lambda *given: (asked.append(given), other)[1])
-    assert Checkpoint.open("someone/other", with_transformer=False).family is OTHER
+    assert Checkpoint.open("someone/other", transformer="other.safetensors").family is OTHER
     first, second = asked
     assert first == ("someone/other", [*WAN.hub_files.configurations, "other.json"])
     assert second == ("someone/other", ("other.json", "other.*"), ("other.s*",))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, unreadable
@@ -15,6 +15,11 @@ from wan.files.formats import GGUF, SAFETENSORS
 
 # In diffusers' layout; the published ones have `CONFIG`.
 INDEX, CONFIG = "model_index.json", "config.json"
+# What helps with a checkpoint that cannot be had.
+WITHOUT = (
+    "pass --ckpt_dir DIR (checkpoint=DIR to training), or run without it on random weights: "
+    "'python scripts/make_random_checkpoint.py --model nano --out DIR'"
+)
 WEIGHT_ENDINGS = (SAFETENSORS, GGUF, ".pth", ".pt", ".ckpt", ".bin")
 
 
@@ -54,9 +59,16 @@ def check_hub_id(name: str) -> None:
         raise CheckpointError(f"checkpoint {name!r} is neither a directory nor a hub id of the form owner/name")
 
 
-def download(name: str, patterns: Sequence[str], left_out: Sequence[str] | None = None) -> Path:
+def download(
+    name: str,
+    patterns: Sequence[str],
+    left_out: Sequence[str] | None = None,
+    what: str = "checkpoint",
+    remedy: str = WITHOUT,
+) -> Path:
     """The folder of the files of a hub id that fit one of the patterns; those that are cached are not had again.
 
+    what, remedy: what it is, and how a folder DIR is given in its place, for messages
     Raises `CheckpointError` for what is no hub id, and if a file cannot be had.
     """
     check_hub_id(name)
@@ -65,10 +77,17 @@ def download(name: str, patterns: Sequence[str], left_out: Sequence[str] | None 
     except (HTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"checkpoint {name} is not a directory here and could not be downloaded ({reason}); get it on a connected "
-            f"machine with 'hf download {name} --local-dir DIR' and pass --ckpt_dir DIR (checkpoint=DIR to training), "
-            "or run without it on random weights: 'python scripts/make_random_checkpoint.py --model nano --out DIR'"
+            f"{what} {name} is not a directory here and could not be downloaded ({reason}); get it on a connected "
+            f"machine with 'hf download {name} --local-dir DIR' and {remedy}"
         ) from error
+
+
+def list_files(name: str) -> list[str]:
+    """The names of the files of a hub id; none if the hub cannot be asked."""
+    try:
+        return HfApi().list_repo_files(name)
+    except (HTTPError, HFValidationError, OSError, ValueError):
+        return []
 
 
 def check_no_lora(folder: Path) -> None:
@@ -87,10 +106,12 @@ def explain(folder: Path, landmarks: Iterable[Sequence[str]]) -> CheckpointError
     """
     # Gone through for every folder, which an iterator would bear once.
     landmarks = list(landmarks)
-    for inner in sorted(folder.iterdir()):
+    # Of a hub id of which no file was wanted there is no folder.
+    inside = sorted(folder.iterdir()) if exists(folder) else []
+    for inner in inside:
         if exists(inner / INDEX) or any(all(exists(inner / file) for file in files) for files in landmarks):
             return CheckpointError(f"{folder} is the folder above a checkpoint; give {inner}")
-    single = sorted(file.name for file in folder.iterdir() if file.suffix in (SAFETENSORS, GGUF))
+    single = [file.name for file in inside if file.suffix in (SAFETENSORS, GGUF)]
     if single and not any(exists(folder / file) for files in landmarks for file in files):
         return CheckpointError(
             f"{folder} has no {CONFIG}, and so is no checkpoint; it holds {single[0]!r}, which may be given as "

@@ -10,11 +10,13 @@ from pathlib import Path
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
 from wan.config.cache_settings import CacheSettings
-from wan.config.checks import absolute_path, check_keys, check_path
+from wan.config.checks import absolute_path, check_keys, check_path, check_text
 from wan.files.formats import SAFETENSORS
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LORA_SCALE = 100
+# What may come from elsewhere than the checkpoint.
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 # As diffusers names it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -63,10 +65,20 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What runs. checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's."""
+    """What runs.
+
+    checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's
+    kind: of checkpoint that the settings are for, as its family calls it; None for any
+    vae, text_encoder, text_encoder_2: directories or hub ids of what its layout leaves to others, or of what stands in
+        for its own; named as diffusers' pipelines name them
+    """
 
     checkpoint: str
+    kind: str | None = None
     transformer: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    text_encoder_2: str | None = None
     lora: tuple[LoraFile, ...] = ()
     dtype: str | None = None
     vae_dtype: str | None = None
@@ -80,6 +92,10 @@ class ModelSettings:
         check_path("checkpoint", self.checkpoint)
         if self.transformer is not None:
             object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
+        if self.kind is not None:
+            check_text("kind", self.kind)
+        for name, given in self.components.items():
+            object.__setattr__(self, name, _directory_or_id(name, given))
         if not isinstance(self.lora, (list, tuple)):
             raise InputError(f"lora {self.lora!r} is not a list; write one file or more in brackets")
         object.__setattr__(self, "lora", tuple(map(LoraFile.parse, self.lora)))
@@ -89,3 +105,15 @@ class ModelSettings:
         if not isinstance(self.fp8, bool):
             raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
         object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Where components lie that are not the checkpoint's own, by their names."""
+        given = {name: getattr(self, name) for name in COMPONENTS}
+        return {name: where for name, where in given.items() if where is not None}
+
+
+def _directory_or_id(name: str, given: object) -> str:
+    """A directory made absolute, or anything else, such as a hub id, as it is."""
+    path = absolute_path(name, given)
+    return path if os.path.isdir(path) else str(given)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
-from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder
+from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder, list_files
 from wan.checkpoints.single_file import open_transformer
+from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
 from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling
-from wan.models.family import Family, Layout, TransformerFacts
+from wan.models.family import Companion, Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
 
 DEFAULTS_FILE = "defaults.yaml"
@@ -27,7 +30,8 @@ class Checkpoint:
 
     name: what it was opened by, a directory made absolute
     published: in its family's own layout, else in diffusers'
-    config: of the transformer, as its JSON says
+    config: of the transformer, as its JSON says, or its tensors
+    components: directories or hub ids of those that are taken from elsewhere, by their names
     """
 
     name: str
@@ -35,27 +39,31 @@ class Checkpoint:
     published: bool
     config: dict[str, Any]
     family: Family
+    components: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str | Path, with_transformer: bool = True) -> Checkpoint:
+    def open(
+        cls, name: str | Path, transformer: str | Path | None = None, components: Mapping[str, str] | None = None
+    ) -> Checkpoint:
         """Find a checkpoint by directory or hub id (which is downloaded unless cached) and read its configuration.
 
-        with_transformer: the transformer's weights are needed, and worth their download
+        transformer: a file of weights in place of the checkpoint's, which are not worth their download then
+        components: of those taken from elsewhere, directories or hub ids by name
         Raises `CheckpointError` if it cannot be had, or is not of a family of `FAMILIES`.
         """
-        folder = find_folder(name)
-        if folder is not None:
-            return cls._read(str(folder), folder)
-        # The configuration first: a model of another kind should not cost its whole download.
-        configurations = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
-        files = cls._read(str(name), download(str(name), configurations)).family.hub_files
-        left_out = None if with_transformer else files.transformer
-        return cls._read(str(name), download(str(name), files.configurations + files.others, left_out))
-
-    @classmethod
-    def _read(cls, name: str, folder: Path) -> Checkpoint:
-        family, (published, config) = recognise(folder)
-        return cls(name, folder, published, config, family)
+        folder, name = find_folder(name), str(name)
+        if folder is None:
+            files = _family_on_hub(name).hub_files
+            left_out = None if transformer is None else files.transformer
+            folder = download(name, files.configurations + files.others, left_out)
+        else:
+            name = str(folder)
+        family, layout = recognise(folder)
+        if transformer is not None and layout.published and family.layout_of_file is not None:
+            layout = family.layout_of_file(Path(transformer))
+        if components and (unfit := components.keys() - {one.name for one in family.companions}):
+            raise InputError(f"{min(unfit)} from elsewhere is not taken for {family.name}; leave it out")
+        return cls(name, folder, *layout, family, components or {})
 
     @property
     def text_length(self) -> int:
@@ -77,13 +85,47 @@ class Checkpoint:
 
     @property
     def _facts(self) -> TransformerFacts:
-        return self.family.facts(Layout(self.published, self.config))
+        return self.family.facts(self.layout)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.published, self.config)
+
+    def folder_of(self, component: str) -> Path:
+        """The folder of a component that has one in either layout: the checkpoint's own, or where else it lies.
+
+        What a published layout leaves to another repository is downloaded from there unless it is here. Raises
+        `CheckpointError` if it cannot be had.
+        """
+        companion = next((one for one in self.family.companions if one.name == component), None)
+        if companion is not None and component in self.components:
+            return _given_folder(companion, self.components[component])
+        if companion is None or not self.published:
+            return self.folder / component
+        own = self.folder / companion.folder
+        return own if exists(own) else _companion_folder(companion, self.folder)
+
+    def weights_of(self, component: str) -> WeightFiles:
+        """The tensors of a component; raises `CheckpointError` if they are not all there."""
+        files = next(one for one in self.family.components if one.name == component)
+        if any(one.name == component for one in self.family.companions):
+            return WeightFiles.find(self.folder_of(component), files.stem)
+        return files.find(self.folder, self.published)
 
     @property
     def tokenizer_folders(self) -> tuple[Path, ...]:
         """One for each of the family's text encoders."""
-        names = self.family.tokenizers
-        return tuple(self.folder / (names[name] if self.published else name) for name in names)
+        return tuple(self._tokenizer_folder(name) for name in self.family.tokenizers)
+
+    def _tokenizer_folder(self, name: str) -> Path:
+        published = self.family.tokenizers[name]
+        companion = next((one.name for one in self.family.companions if one.folder == published), None)
+        if companion is None:
+            return self.folder / (published if self.published else name)
+        folder = self.folder_of(companion)
+        # In diffusers' layout it lies beside its model; one that is given may be so, too, or have it in itself.
+        is_in_itself = self.published or (companion in self.components and exists(folder / TOKENIZER_FILE))
+        return folder if is_in_itself else self.folder / name
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -97,6 +139,22 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{folder / TOKENIZER_FILE} is missing, so prompts cannot be read; download the checkpoint again"
                 )
+
+    def check_kind(self, kind: str | None) -> None:
+        """Raise `CheckpointError` if settings are for another kind of checkpoint than this can be."""
+        possible = self.family.kinds_of(self.layout)
+        if kind is not None and kind not in possible:
+            what = " or ".join(sorted(possible)) or self.family.name
+            raise CheckpointError(
+                f"the settings are for {kind} and checkpoint {self.name} is {what}; "
+                "name another with --ckpt_dir, or a --config for it"
+            )
+
+    def begins_with_picture(self, kind: str | None) -> bool | None:
+        """Whether videos begin with a picture, of a kind that settings name; None if they may."""
+        possible = self.family.kinds_of(self.layout) if kind is None else {kind}
+        pictured = possible & self.family.picture_kinds
+        return None if pictured and pictured != possible else bool(pictured)
 
     @property
     def settings_layers(self) -> tuple[dict[str, Any], ...]:
@@ -116,11 +174,11 @@ class Checkpoint:
         needs_prompt: as of `wan.config.settings.resolve`
         """
         try:
-            return resolve(
+            settings = resolve(
                 {"checkpoint": self.name},
                 *above,
                 *self.settings_layers,
-                self.family.defaults,
+                self.family.defaults(self.layout),
                 geometry=self.family.geometry,
                 needs_prompt=needs_prompt,
             )
@@ -128,6 +186,8 @@ class Checkpoint:
             # An algorithm that is not understood is no fault of the layers above; say where it stands.
             self.own_attention()
             raise
+        self.check_kind(settings.model.kind)
+        return settings
 
     @property
     def own_algorithm(self) -> dict[str, Any]:
@@ -146,7 +206,41 @@ class Checkpoint:
 
     def own_sampling(self) -> SamplingSettings:
         """How the checkpoint is sampled where nothing says else."""
-        return resolve_sampling(*self.settings_layers, self.family.defaults)
+        return resolve_sampling(*self.settings_layers, self.family.defaults(self.layout))
+
+
+def _family_on_hub(name: str) -> Family:
+    """The family of a hub id, found out without the download of its weights."""
+    # The configurations first: a model of another kind should not cost its whole download.
+    configurations = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
+    folder = download(name, configurations)
+    try:
+        return recognise(folder)[0]
+    except CheckpointError:
+        # There is none in some layouts, of which the names of files tell.
+        names = list_files(name) if any(family.hub_landmarks for family in FAMILIES) else []
+        for family in FAMILIES:
+            if any(fnmatch(file, pattern) for file in names for pattern in family.hub_landmarks):
+                return family
+        raise
+
+
+def _given_folder(companion: Companion, given: str) -> Path:
+    """The folder of a component in a directory or of a hub id that was given for it."""
+    found = find_folder(given)
+    if found is None:
+        found = download(given, companion.patterns, what=companion.name, remedy=f"pass --{companion.name} DIR")
+    # What is given may be the component, or the folder or repository that has it.
+    inside = [found, found / companion.inner, found / companion.name]
+    return next((one for one in inside if exists(one / CONFIG)), found)
+
+
+@functools.cache
+def _companion_folder(companion: Companion, folder: Path) -> Path:
+    """Downloaded once a process: the hub is asked each time whether there is a newer one."""
+    what = f"{folder} has no {companion.folder}/, and its {companion.name},"
+    remedy = f"pass --{companion.name} DIR"
+    return download(companion.hub_id, companion.patterns, what=what, remedy=remedy) / companion.inner
 
 
 def recognise(folder: Path) -> tuple[Family, Layout]:

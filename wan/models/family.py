@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,33 @@ class HubFiles:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A component that a family's published layout leaves to another repository, where many models have it from.
+
+    name: as diffusers' pipelines call it
+    folder: within a checkpoint, where it may have been put
+    hub_id, inner: where it is had from otherwise, and the folder in there
+    patterns: of the files that are downloaded
+    """
+
+    name: str
+    folder: str
+    hub_id: str
+    patterns: tuple[str, ...]
+    inner: str = ""
+
+
+def no_defaults(layout: Layout) -> Mapping[str, Any]:
+    """Of a family whose defaults are the program's own."""
+    return {}
+
+
+def any_kind(layout: Layout) -> frozenset[str]:
+    """Of a family with one kind of checkpoints, which has no name."""
+    return frozenset()
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family. docs/adding_a_model.md goes through the fields.
 
@@ -74,7 +101,13 @@ class Family:
         of diffusers, whose import takes seconds
     pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
         pipeline opens checkpoints itself and so stands above the list of families
-    defaults: a layer of settings, below those that a checkpoint brings
+    memory: what its models and videos take, for a plan of memory, as "module:function", see `wan.memory.planning`
+    defaults: of a checkpoint, a layer of settings below those that it brings itself
+    companions: what its published layout leaves to other repositories
+    layout_of_file: the layout that a single file of weights tells, where the published one has no configuration
+    kinds_of: which kinds of checkpoint one may be, as `kind` in the settings has them
+    picture_kinds: those of its kinds that begin with a picture
+    hub_landmarks: patterns of files that only its repositories have, for those without any configuration
     features: those of `FEATURES` that it supports
     fit_picture: the size of a video that begins with a picture, from the picture's size and the one asked for, each
         (width, height); of its own result, asked for again, it gives the same. None: it makes videos of text alone
@@ -91,8 +124,14 @@ class Family:
     naming: TransformerNaming
     transformer: str
     pipeline: str
+    memory: str
     geometry: Geometry = DEFAULT_GEOMETRY
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Callable[[Layout], Mapping[str, Any]] = no_defaults
+    companions: tuple[Companion, ...] = ()
+    layout_of_file: Callable[[Path], Layout] | None = None
+    kinds_of: Callable[[Layout], frozenset[str]] = any_kind
+    picture_kinds: frozenset[str] = frozenset()
+    hub_landmarks: tuple[str, ...] = ()
     features: frozenset[str] = FEATURES
     fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None
     training: str = ""
@@ -110,6 +149,10 @@ class Family:
         if not self.training:
             raise InputError(f"{self.name} cannot be trained here; use a checkpoint of another family")
         return _imported(self.training)
+
+    def load_memory(self) -> Callable[..., Any]:
+        """The function of `memory`."""
+        return _imported(self.memory)
 
     def require(self, **asked: object) -> None:
         """Raise `InputError` for the first of `FEATURES` that is asked for, by a true value, and is not supported."""

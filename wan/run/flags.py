@@ -87,6 +87,9 @@ def _add_what_is_made(parser: Parser) -> None:
     )
     add("--ckpt_dir", help="checkpoint: a directory or a hub id (default: the small one in checkpoints/wan-shapes)")
     add("--transformer", metavar="FILE", help="weights in place of the checkpoint's transformer: .safetensors or .gguf")
+    add("--vae", metavar="DIR", help="the VAE, where the checkpoint has none or another is to be used; or its hub id")
+    add("--text_encoder", metavar="DIR", help="the same of the text encoder, its tokenizer in the same folder")
+    add("--text_encoder_2", metavar="DIR", help="the same of the second text encoder of Kandinsky-5, CLIP")
     add(
         "--lora",
         action="append",
@@ -190,6 +193,9 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
         prompt=args.prompt,
         image=args.image,
         transformer=args.transformer,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
         lora=args.lora,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,

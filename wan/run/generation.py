@@ -22,10 +22,8 @@ from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
 from wan.memory.options import LoadOptions
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
+from wan.memory.planning import plan_run
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan.memory import plan_run
-from wan.models.wan.pipeline import WanT2V
-from wan.models.wan.vae import decoder_dtype
 from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
@@ -35,6 +33,7 @@ from wan.run.remaking import quantized_otherwise
 from wan.run.request import Options
 from wan.run.sidecars import Video, free_path
 from wan.run.versions import installed_versions
+from wan.sampling.guided import GuidedPipeline
 
 log = logging.getLogger("wan")
 
@@ -69,13 +68,14 @@ def load_pipeline(
     device: torch.device,
     options: Options,
     processes: DistributedContext | None = None,
-) -> WanT2V:
+) -> GuidedPipeline:
     """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `generate_all` does."""
     # The first stands for all in what is loaded: videos of a list differ in no setting of models, see `wan.run.jobs`.
     settings, plan = every[0], None
     checkpoint.family.require(**_features(settings, options, processes))
     if options.memory is not None:
-        plan = plan_run(checkpoint, every, device, options.memory, options.compile, options.t5_cpu)
+        weighed = checkpoint.family.load_memory()(checkpoint, every, options.compile)
+        plan = plan_run(weighed, settings, device, options.memory, options.t5_cpu)
     if options.again is not None and (processes is None or processes.rank == 0):
         if line := quantized_otherwise(options.again, read_made_with(options.again), settings, plan):
             log.warning("warning: %s", line)
@@ -92,7 +92,9 @@ def load_pipeline(
     with _clear_about_memory(settings, options):
         pipe = checkpoint.family.load_pipeline().from_settings(checkpoint, settings, how)
     place = settings.checkpoint, device, settings.dtype
-    decoder = f", decoder in {str(decoder_dtype(pipe.vae)).removeprefix('torch.')}" if pipe.vae is not None else ""
+    decoder = ""
+    if pipe.vae is not None:
+        decoder = f", decoder in {str(next(pipe.vae.decoder.parameters()).dtype).removeprefix('torch.')}"
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
     if settings.transformer is not None:
         log.info("transformer: %s", settings.transformer)
@@ -117,7 +119,7 @@ def _features(settings: Settings, options: Options, processes: DistributedContex
 
 
 def generate_video(
-    pipe: WanT2V,
+    pipe: GuidedPipeline,
     settings: Settings,
     path: Path,
     options: Options,
@@ -154,8 +156,10 @@ def generate_video(
         _draw(recorder, options.report)
 
 
-def _frames(pipe: WanT2V, settings: Settings, picture: np.ndarray | None, observer: Observer) -> np.ndarray | None:
-    """The video that settings describe, as `WanT2V.generate` gives it, after lines of what it will be."""
+def _frames(
+    pipe: GuidedPipeline, settings: Settings, picture: np.ndarray | None, observer: Observer
+) -> np.ndarray | None:
+    """The video that settings describe, as `generate` of a pipeline gives it, after lines of what it will be."""
     video, sampling = settings.video, settings.sampling
     log.info("attention: %s", pipe.describe_attention(video))
     size = "x".join(map(str, video.size))
@@ -199,7 +203,7 @@ def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -
     return f"the {what} ran out of memory; try {', '.join(hints[:-1])} or {hints[-1]}"
 
 
-def _made_with(pipe: WanT2V, options: Options, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _made_with(pipe: GuidedPipeline, options: Options, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What a sidecar says beside the settings: versions, hardware, times and peak memory of this process, and how."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

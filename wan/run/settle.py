@@ -52,7 +52,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     # A default that is a hub id is downloaded; the small one is a folder beside the source.
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
-    checkpoint = Checkpoint.open(settings.checkpoint, with_transformer=settings.transformer is None)
+    checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
     checkpoint.require_tokenizer()
     every = []
     for layer, _ in jobs:

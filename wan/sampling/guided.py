@@ -19,6 +19,7 @@ from wan.config.model_settings import LoraFile
 from wan.config.settings import SamplingSettings, VideoSettings
 from wan.files.video import to_frames
 from wan.memory.placement import on_device
+from wan.memory.planner import MemoryPlan
 from wan.observe.observer import ObservedPipeline, Observer
 from wan.parallel.collectives import gather_guidance
 from wan.sampling.finite import check_latents
@@ -33,13 +34,15 @@ class GuidedPipeline(ObservedPipeline, Protocol):
     `glimpse` and `prompt_notes` are for who watches a video being made.
 
     offload: whether its models wait in host memory; lora: what is merged into the transformer
-    seconds: where the time of each stage is written
+    seconds: where the time of each stage is written; plan: of memory, by which the models were loaded
     """
 
     transformer: Any
+    vae: Any
     offload: bool
     lora: Sequence[LoraFile]
     seconds: dict[str, float]
+    plan: MemoryPlan | None
 
     def encode(self, request: VideoRequest) -> Conditions:
         """What guides a video, on all processes that share it."""
@@ -58,6 +61,12 @@ class GuidedPipeline(ObservedPipeline, Protocol):
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
+
+    def describe_attention(self, video: VideoSettings) -> str:
+        """One line of the attention in a video of this size."""
+
+    def generate(self, prompt: str, **settings: Any) -> np.ndarray | None:
+        """`make_video` of settings by their names, (frames, height, width, 3) uint8; None where it does not lead."""
 
     def batch_branches(self, conditions: Conditions, latents: Tensor) -> Any | None:
         """The conditions of both guidance branches as one batch, the prompt's first, if that is faster; else None."""

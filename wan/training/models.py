@@ -66,7 +66,7 @@ def _family_of_vae(config: Path) -> Family:
 
 def sampled_as(base: Checkpoint) -> dict[str, Any]:
     """How a checkpoint is sampled where a run does not say: what its defaults give over its family's."""
-    return merge_settings(dict(base.family.defaults), base.settings_layers[0])
+    return merge_settings(dict(base.family.defaults(base.layout)), base.settings_layers[0])
 
 
 def with_usual_targets(settings: TrainingSettings, base: Checkpoint) -> TrainingSettings:

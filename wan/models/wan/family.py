@@ -19,6 +19,7 @@ WAN = Family(
     naming=NAMING,
     transformer="wan.models.wan.processor:TRANSFORMER",
     pipeline="wan.models.wan.pipeline:WanT2V",
+    memory="wan.models.wan.memory:weigh_run",
     geometry=GEOMETRY,
     training="wan.models.wan.training:TRAINING",
 )

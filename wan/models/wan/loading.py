@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from nabla import InputError
 from wan.caches.ran import blocks_left_out
 from wan.checkpoints.component import Component
 from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import Adapter, read_lora
 from wan.config.model_settings import ModelSettings
 from wan.memory.load_plan import ComponentBytes, Placement, make_load_plan
+from wan.memory.loading import changes_of, check_options, load_placed, move_to_wait, quantizations_of
 from wan.memory.options import LoadOptions
-from wan.memory.streaming import stream_blocks
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.names import NAMING
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
-from wan.parallel.fsdp import apply_fsdp
 from wan.quantize.float8 import FLOAT8
-from wan.quantize.quantizer import Quantizer, check_quantization, make_quantizer
 
 log = logging.getLogger("wan")
 
@@ -56,17 +51,16 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     """
     device, dtype = options.device, getattr(torch, settings.dtype or "float32")
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype, device.type)
-    _check_options(options, settings.fp8)
-    quantizations = _quantizations(options, settings.fp8)
-    for key in quantizations:
-        check_quantization(key, device, dtype)
+    check_options(options, settings.fp8, dtype)
 
     # All of them before the first weight is read: what is missing or damaged should not cost minutes.
     vae_component = components.vae_component(checkpoint)
     text_component = components.text_encoder_component(checkpoint, dtype)
     transformer_component = components.transformer_component(checkpoint, settings.transformer)
     # Weights that a GGUF file has quantised stay so, and LoRA beside them.
-    packed = check_packed(transformer_component, FLOAT8.key in quantizations, options.dit_fsdp)
+    packed = check_packed(
+        transformer_component, FLOAT8.key in quantizations_of(options, settings.fp8), options.dit_fsdp
+    )
     adapters = [read_lora(file, transformer_component.model, NAMING) for file in settings.lora]
 
     sizes = ComponentBytes(*(one.bytes(dtype) for one in (transformer_component, text_component, vae_component)))
@@ -92,7 +86,7 @@ def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.d
 def _load_transformer(
     component: Component, placement: Placement, dtype: torch.dtype, adapters: Sequence[Adapter], packed: bool
 ) -> WanTransformer3DModel:
-    quantizer, shard = _changes(component, component.model.blocks, placement)
+    quantizer, shard = changes_of(component, component.model.blocks, placement)
     transformer = components.load_transformer(component, dtype, placement.reads_to, shard, adapters, quantizer)
     for adapter in adapters:
         log.info("lora: %s, %s the weights", adapter.describe(), "beside" if packed else "merged into")
@@ -100,56 +94,12 @@ def _load_transformer(
     fuse_gelu(transformer)
     if quantizer is not None:
         log.info("transformer: %s", quantizer.describe(placement.asked))
-    _move_to_wait(transformer, transformer.blocks, placement, blocks_left_out)
+    move_to_wait(transformer, transformer.blocks, placement, blocks_left_out)
     return transformer
 
 
 def _load_text_encoder(component: Component, placement: Placement, dtype: torch.dtype) -> UMT5EncoderModel:
-    quantizer, shard = _changes(component, component.model.encoder.block, placement)
-    encoder = component.load(dtype, placement.reads_to, shard, quantize=quantizer)
+    encoder, quantizer = load_placed(component, component.model.encoder.block, placement, dtype)
     if quantizer is not None:
         log.info("text encoder: %s", quantizer.describe(placement.asked))
-    _move_to_wait(encoder, encoder.encoder.block, placement)
     return encoder
-
-
-def _changes(
-    component: Component, blocks: nn.ModuleList, placement: Placement
-) -> tuple[Quantizer | None, Callable[[nn.Module], None] | None]:
-    """What quantises weights while they are read, and what shards a model before."""
-    quantizer = make_quantizer(component.model, blocks, placement.quantization, placement.runs, placement.reads_to)
-    shard = None if placement.mesh is None else partial(apply_fsdp, blocks=blocks, mesh=placement.mesh)
-    return quantizer, shard
-
-
-def _move_to_wait(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    placement: Placement,
-    left_out: Callable[[nn.Module], bool] | None = None,
-) -> None:
-    """Bring a model that was read to where it waits, its blocks streamed from there if the plan says so."""
-    if placement.kept is not None:
-        kept = min(placement.kept, len(blocks))
-        stream_blocks(model, blocks, placement.runs, kept, placement.pinned, left_out)
-    elif placement.mesh is None and placement.reads_to != placement.waits:
-        model.to(placement.waits)
-
-
-def _quantizations(options: LoadOptions, fp8: bool) -> tuple[str | None, ...]:
-    """The keys of the transformer's quantisation and of the text encoder's."""
-    if options.plan is not None:
-        return options.plan.quantization, options.plan.text_quantization
-    return FLOAT8.key if fp8 else None, None
-
-
-def _check_options(options: LoadOptions, fp8: bool) -> None:
-    for name, asked in (("dit_fsdp", options.dit_fsdp), ("t5_fsdp", options.t5_fsdp)):
-        if asked and options.processes_per_video == 1:
-            raise InputError(f"{name} shards over processes that share a video, and here none do; leave it out")
-    if options.dit_fsdp and fp8:
-        raise InputError("dit_fsdp and fp8 do not work together; leave one of them out")
-    if options.t5_fsdp and options.t5_cpu:
-        raise InputError("t5_fsdp and t5_cpu exclude each other; leave one of them out")
-    if options.plan is not None and options.distributed is not None:
-        raise InputError("a plan of memory is for one process; leave it out, or processes")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings
-from wan.memory.budget import budget_of, limit
 from wan.memory.estimates import Workload
 from wan.memory.placement import has_room_for
-from wan.memory.planner import MemoryPlan, choose
+from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
@@ -24,47 +21,23 @@ from wan.models.wan.vae import decoding_of, vae_dtype_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
 
-log = logging.getLogger("wan")
 
-
-def plan_run(
-    checkpoint: Checkpoint,
-    several: Sequence[Settings],
-    device: torch.device,
-    memory: str | float,
-    compiled: bool | None = None,
-    t5_cpu: bool = False,
-) -> MemoryPlan:
-    """The plan for videos of one checkpoint, said in a line, and torch's memory on the device limited to what it has.
-
-    Raises `InputError` if they cannot fit, before any weight is read.
-    """
-    settings, dtype = several[0], getattr(torch, several[0].dtype)
+def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
+    """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
+    settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
     transformer = components.transformer_component(checkpoint, settings.transformer)
     is_gguf = check_packed(transformer, fp8=settings.fp8)
-    quantization = GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None
     text, vae = components.text_encoder_component(checkpoint, dtype), components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
-    budget, has_torchao = budget_of(device, memory), importlib.util.find_spec("torchao") is not None
     models = transformer.model, text.model, vae.model
-    workloads = [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several]
-    plan = choose(
+    return Weighed(
         weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
-        # One plan serves all of them, so it is of the largest; weights are loaded once.
-        max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size))),
-        budget,
-        quantization,
-        can_quantize=dtype == torch.bfloat16 and has_torchao,
-        text_cpu=t5_cpu,
+        [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
+        GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None,
     )
-    log.info("memory: %s", plan.describe(budget, settings.dtype))
-    if not has_torchao:
-        log.info("memory: weights in int8 and int4 need torchao, which is not installed, so they were left out")
-    limit(device, budget)
-    return plan
 
 
 def workload_of(

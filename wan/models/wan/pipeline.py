@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from wan.config.prompts import check_prompt
 from wan.config.settings import SamplingSettings, VideoSettings, changed
 from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
-from wan.models.wan import components, memory, pretrained
+from wan.models import pretrained
+from wan.models.checkpoint import Checkpoint
+from wan.models.wan import components, memory
 from wan.models.wan.latents import decode, encode, glimpse
+from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
 from wan.observe.observer import Observer
@@ -38,7 +42,7 @@ log = logging.getLogger("wan")
 
 
 class WanT2V:
-    """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.models.wan.pretrained`.
+    """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.models.pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
     vae: diffusers' `AutoencoderKLWan`, its encoder in float32
@@ -53,7 +57,7 @@ class WanT2V:
 
     transformer_spec = TRANSFORMER
     transformer_component = staticmethod(components.transformer_component)
-    from_pretrained = classmethod(pretrained.from_pretrained)
+    load_models = staticmethod(load_models)
     from_settings = classmethod(pretrained.from_settings)
 
     def __init__(
@@ -86,6 +90,11 @@ class WanT2V:
         self.lora: Sequence[LoraFile] = ()
         self._cut: set[str] = set()
         transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | Checkpoint, *args: Any, **options: Any) -> WanT2V:
+        """`wan.from_pretrained` of a checkpoint that has to be of this family."""
+        return pretrained.from_pretrained(path, *args, **options, pipeline=cls)
 
     def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, text length) int64 each, of prompts cleaned as in training.

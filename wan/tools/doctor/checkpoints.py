@@ -54,13 +54,17 @@ def _problem_of(folder: Path) -> str:
     """What a checkpoint's folder lacks, in one line."""
     try:
         checkpoint = Checkpoint.open(folder)
+        # What others have is asked for when a run needs it, and downloaded then.
+        elsewhere = {one.name for one in checkpoint.family.companions if checkpoint.published}
         for files in checkpoint.family.components:
+            if files.name in elsewhere:
+                continue
             # A pickle takes long to open.
             if not (checkpoint.published and files.is_one_file):
                 files.find(folder, checkpoint.published)
             elif not (folder / files.published).is_file():
                 return f"{files.published} is missing"
-        if not all((tokenizer / TOKENIZER_FILE).is_file() for tokenizer in checkpoint.tokenizer_folders):
+        if not elsewhere and not all((one / TOKENIZER_FILE).is_file() for one in checkpoint.tokenizer_folders):
             return "without a tokenizer, so it cannot read prompts"
     except CheckpointError as error:
         return str(error)

@@ -6,32 +6,28 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from nabla import NablaConfig
 from wan.attention.apply import apply_attention
 from wan.attention.compile import check_compiler, compile_blocks
+from wan.checkpoints.file_errors import CheckpointError
 from wan.config.cache_settings import CacheSettings
 from wan.config.model_settings import LoraFile
 from wan.config.settings import Settings
 from wan.memory.options import LoadOptions
 from wan.memory.planner import MemoryPlan
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan.loading import load_models
-from wan.models.wan.processor import TRANSFORMER
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.finite import check_vae
 
 log = logging.getLogger("wan")
-# `WanT2V`, whose class methods these are, or a class made from it; its module imports this one.
-Pipeline = TypeVar("Pipeline")
 
 
 def from_pretrained(
-    cls: type[Pipeline],
     path: str | Path | Checkpoint,
     attention: NablaConfig | str | None = None,
     device: torch.device | str = "cpu",
@@ -48,13 +44,20 @@ def from_pretrained(
     lora: Sequence[str | LoraFile] | None = None,
     cache: CacheSettings | str | None = None,
     plan: MemoryPlan | None = None,
-) -> Pipeline:
-    """Load a checkpoint: a directory or hub id, in the published or diffusers' layout.
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
+    pipeline: type[Any] | None = None,
+) -> Any:
+    """Load a checkpoint of any family: a directory or hub id, in the published or diffusers' layout.
+
+    Returns its family's pipeline: `WanT2V`, `Kandinsky5`.
 
     What is None is what the checkpoint's `defaults.yaml` says, and where it says nothing what stands here.
 
     attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
     dtype: of the transformer and the text encoder, float32 by default; the VAE's encoder is float32
+    vae, text_encoder, text_encoder_2: directories or hub ids of these, where they are not the checkpoint's own
     fp8: run the transformer's linear layers in float8, see `wan.quantize.float8`; off by default
     vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32
     transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`
@@ -62,11 +65,20 @@ def from_pretrained(
     cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
         "none", the default, is off
     processes: share the work as they are laid out
+    pipeline: the class that is wanted, its family's or one made from it
     For the rest see `wan.memory.options.LoadOptions`. Raises `CheckpointError` for a checkpoint that cannot be had, is
     incomplete or is damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer is None)
-    asked = {
+    given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    components = {name: str(where) for name, where in given.items() if where is not None}
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer, components)
+    own = checkpoint.family.load_pipeline()
+    if pipeline is not None and not issubclass(pipeline, own):
+        raise CheckpointError(
+            f"{checkpoint.name} is a checkpoint of {checkpoint.family.name}, which {pipeline.__name__} does not run; "
+            "use wan.from_pretrained"
+        )
+    asked = components | {
         "dtype": dtype and str(dtype).removeprefix("torch."),
         "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
         "fp8": fp8,
@@ -85,17 +97,19 @@ def from_pretrained(
     options = LoadOptions(
         torch.device(device), offload, t5_cpu, compile, processes, dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, plan=plan
     )
-    return cls.from_settings(checkpoint, settings, options)
+    return (pipeline or own).from_settings(checkpoint, settings, options)
 
 
-def from_settings(cls: type[Pipeline], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> Pipeline:
-    """Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
+def from_settings(cls: type[Any], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> Any:
+    """A class method of pipelines, which have `load_models`.
+
+    Load a checkpoint as settings say that `Checkpoint.resolve` gave, which knows the checkpoint's own.
 
     Raises as `from_pretrained` does.
     """
     if options.compiles:
         check_compiler(options.device)
-    models = load_models(checkpoint, settings.model, options)
+    models = cls.load_models(checkpoint, settings.model, options)
     pipe: Any = cls(
         **models._asdict(),
         device=options.device,
@@ -117,13 +131,14 @@ def _put_on(pipe: Any, settings: Settings, compiled: bool) -> None:
     Compiling comes first, so that what a cache puts around a block's forward stays outside of its graph. Attention
     comes last, since it asks what splits the sequence.
     """
+    spec = pipe.transformer_spec
     if compiled:
-        compile_blocks(pipe.transformer.blocks)
+        compile_blocks(spec.blocks_of(pipe.transformer))
     if settings.cache is not None:
         # Only where one is asked for: step caches stand on private names of diffusers, which it may take away.
         from wan.caches.apply import apply_cache
 
-        apply_cache(pipe.transformer, settings.cache, TRANSFORMER)
+        apply_cache(pipe.transformer, settings.cache, spec)
     if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
-        apply_sequence_parallel(pipe.transformer, pipe.distributed.ulysses_mesh, TRANSFORMER)
-    apply_attention([pipe.transformer], settings.attention, TRANSFORMER)
+        apply_sequence_parallel(pipe.transformer, pipe.distributed.ulysses_mesh, spec)
+    apply_attention([pipe.transformer], settings.attention, spec)
