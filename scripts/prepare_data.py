@@ -43,7 +43,8 @@ def make(args: argparse.Namespace) -> int:
     # Joins the processes that a launcher started, on CPUs by gloo.
     processes = PartialState(cpu=not torch.cuda.is_available())
     vae_dtype = getattr(torch, settings.vae_dtype)
-    encoder = Encoder(open_components(settings.checkpoint), processes.device, vae_dtype, settings.whole_clips)
+    checkpoint = open_components(settings.checkpoint, components=settings.components)
+    encoder = Encoder(checkpoint, processes.device, vae_dtype, settings.whole_clips)
     done = prepare(source, settings, encoder, processes.process_index, processes.num_processes)
     print(f"process {processes.process_index}: {done.clips} clips in {settings.out}, {done.skipped} samples skipped")
     processes.destroy_process_group()

@@ -168,3 +168,15 @@ def test_lora_adapts_linear_layers_alone(target):
     transformer = new_transformer(TRANSFORMER, torch.device("cpu"))
     with pytest.raises(InputError, match=f"lora target '{target}' names no linear layers alone; to_q"):
         add_lora(transformer, LoraSettings(targets=["to_q", target]))
+
+
+def test_components_from_elsewhere_are_paths_and_for_families_that_take_them(random_nano):
+    settings = TrainingSettings.from_dict(minimal(vae="a/vae", text_encoder="someone/encoder"))
+    assert settings.components == {"vae": "a/vae", "text_encoder": "someone/encoder"}
+    assert TrainingSettings.from_dict(settings.to_dict()) == settings
+    preparing = PrepareSettings("nano", "out", vae="a/vae")
+    assert preparing.components == {"vae": "a/vae"} and "vae" not in preparing.what_decides()
+    with pytest.raises(InputError, match="vae 5 is not a text"):
+        TrainingSettings.from_dict(minimal(vae=5))
+    with pytest.raises(InputError, match="from elsewhere is not taken for Wan2.1"):
+        open_components(random_nano, components=settings.components)

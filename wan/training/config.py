@@ -16,6 +16,7 @@ from wan.config.settings import (
     attention_to_dict,
 )
 from wan.training.schema import (
+    ComponentPlaces,
     check_choice,
     check_counts,
     check_flags,
@@ -203,7 +204,7 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(ComponentPlaces):
     """Everything that decides a training run.
 
     checkpoint: where the run starts: directory or hub id of weights, VAE and text encoder
@@ -246,7 +247,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         check_choice(self, "mode", MODES)
         check_choice(self, "precision", PRECISIONS)
-        check_texts(self, "checkpoint", "out")
+        check_texts(self, "checkpoint", "out", *self.components)
         check_counts(self, "steps", "batch_size", "micro_batch", "keep_last")
         check_counts(self, "workers", least=0)
         check_whole("seed", self.seed)

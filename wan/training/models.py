@@ -36,18 +36,21 @@ from wan.training.schema import merge_settings
 log = logging.getLogger("wan")
 
 
-def open_components(name: str | Path, transformer: Mapping[str, Any] | None = None) -> Checkpoint:
-    """A checkpoint of which a VAE, text encoder and tokenizer are used: it may be a folder without a transformer.
+def open_components(
+    name: str | Path, transformer: Mapping[str, Any] | None = None, components: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """A checkpoint of which a VAE, text encoders and tokenizers are used: it may be a folder without a transformer.
 
     transformer: the sizes of a new one, whose `text_len` goes before the checkpoint's
+    components: directories or hub ids of those that are taken from elsewhere, by name
     """
     folder = Path(name).expanduser()
-    if (folder / "vae").is_dir() and not (folder / "transformer" / "config.json").is_file():
+    if not components and _lacks_transformer(folder):
         # Such a folder is told by its VAE, since a checkpoint is recognised by its transformer.
         family = _family_of_vae(folder / "vae" / "config.json")
         checkpoint = Checkpoint(str(folder.resolve()), folder.resolve(), published=False, config={}, family=family)
     else:
-        checkpoint = Checkpoint.open(name)
+        checkpoint = Checkpoint.open(name, components=components)
     if not transformer:
         return checkpoint
     config = {key: value for key, value in checkpoint.config.items() if key != TEXT_LENGTH}
@@ -55,6 +58,13 @@ def open_components(name: str | Path, transformer: Mapping[str, Any] | None = No
     if not is_count(config.get(TEXT_LENGTH, 1)) or not config.get(TEXT_LENGTH, 1):
         raise InputError(f"transformer: {TEXT_LENGTH} {config[TEXT_LENGTH]!r} is not a positive integer; 512 is Wan's")
     return replace(checkpoint, config=config)
+
+
+def _lacks_transformer(folder: Path) -> bool:
+    """Whether a folder has a VAE, and no transformer in any family's layout."""
+    if not (folder / "vae").is_dir() or (folder / "transformer" / "config.json").is_file():
+        return False
+    return all(family.recognise(folder) is None for family in FAMILIES)
 
 
 def _family_of_vae(config: Path) -> Family:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wan.config.checks import check_text
-from wan.config.model_settings import DTYPES
+from wan.config.model_settings import COMPONENTS, DTYPES
 from wan.training.config import PRECISIONS
 from wan.training.schema import (
+    ComponentPlaces,
     check_choice,
     check_counts,
     check_flags,
@@ -21,7 +22,7 @@ from wan.training.schema import (
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(ComponentPlaces):
     """What `prepare_data.py` makes: latents and text states of a dataset, in shards.
 
     checkpoint: whose VAE, text encoder and tokenizer to use; it needs no transformer
@@ -44,7 +45,7 @@ class PrepareSettings:
     dropped_text: str = ""
 
     def __post_init__(self) -> None:
-        check_texts(self, "checkpoint", "out", "dataset")
+        check_texts(self, "checkpoint", "out", "dataset", *self.components)
         check_flags(self, "whole_clips")
         check_counts(self, "clips_per_shard", "batch")
         check_counts(self, "workers", least=0)
@@ -59,4 +60,6 @@ class PrepareSettings:
 
     def what_decides(self) -> dict[str, Any]:
         """Those of the settings that decide what stands in the shards, as plain values."""
-        return to_plain({k: v for k, v in asdict(self).items() if k not in ("out", "batch", "workers", "whole_clips")})
+        # Where components lie decides nothing; which they are their fingerprints tell.
+        no_part = ("out", "batch", "workers", "whole_clips", *COMPONENTS)
+        return to_plain({name: value for name, value in asdict(self).items() if name not in no_part})

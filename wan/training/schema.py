@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.config.checks import check_keys, check_path
+from wan.config.model_settings import COMPONENTS
 from wan.files.plain_data import parse_yaml
 
 # YAML 1.1 takes a number without a point, as 1e-4 is, for a text.
@@ -42,6 +43,20 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(item) for item in value]
     return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentPlaces:
+    """Directories or hub ids that stand in for what a checkpoint has of these, or leaves to others; None: its own."""
+
+    vae: str | None = None
+    text_encoder: str | None = None
+    text_encoder_2: str | None = None
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Those that are given, by name."""
+        return {name: getattr(self, name) for name in COMPONENTS if getattr(self, name) is not None}
 
 
 def merge_settings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Trainer(TrainingLoop):
         self.folder = Path(settings.out).expanduser().resolve()
         if settings.compile:
             check_compiler(self.device)
-        self.base = open_components(settings.checkpoint, settings.transformer)
+        self.base = open_components(settings.checkpoint, settings.transformer, settings.components)
         self.settings = settings = with_usual_targets(settings, self.base)
         samples = None if settings.samples is None else settings.samples.over(sampled_as(self.base))
         # What the videos on the way will need is looked for now, rather than after an hour.

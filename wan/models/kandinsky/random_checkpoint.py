@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, ConfigMixin, Kandinsky5Transformer3DModel
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from wan.checkpoints.random_weights import make_empty
 from wan.checkpoints.saving import save_json, save_shards, save_whole
 from wan.memory.estimates import Weights
 from wan.memory.weigh import weigh
+from wan.models.kandinsky.diffusers_layout import config_of, write_index
 from wan.models.kandinsky.processor import finish_transformer
 from wan.models.kandinsky.published import finish_text_encoder, finish_text_encoder_2
 from wan.models.kandinsky.random_sizes import (
@@ -51,25 +51,6 @@ FOLDERS = {
     "diffusers": {},
 }
 LAYOUTS = tuple(FOLDERS)
-# Named so for image to video too, as it is published.
-PIPELINE_INDEX = {
-    "_class_name": "Kandinsky5T2VPipeline",
-    "_diffusers_version": diffusers.__version__,
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-    "text_encoder_2": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "Qwen2VLProcessor"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "transformer": ["diffusers", "Kandinsky5Transformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
-}
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "_diffusers_version": diffusers.__version__,
-    "num_train_timesteps": 1000,
-    "shift": 5.0,
-    "use_dynamic_shifting": False,
-}
 
 
 def random_transformer(
@@ -165,7 +146,7 @@ def write(
         raise InputError(f"the published layout has no place for {sparse_algorithm!r}; write that of diffusers")
     algorithm = sizes.algorithm if sparse_algorithm is None else sparse_algorithm
     # Refused before anything is written.
-    config = config_of(meta_transformer(sizes, algorithm=algorithm))
+    config = _config_of(meta_transformer(sizes, algorithm=algorithm))
     make_empty(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = functools.partial(_stream, generator=torch.Generator(device).manual_seed(seed))
@@ -176,8 +157,7 @@ def write(
         own = _made(folder / "transformer")
         file = own / f"{DIFFUSERS_STEM}.safetensors"
         save_json(config, own / "config.json")
-        save_json(PIPELINE_INDEX, folder / "model_index.json")
-        save_json(SCHEDULER, _made(folder / "scheduler") / "scheduler_config.json")
+        write_index(folder, {})
     save_whole(draw(shapes, dtype), shapes, dtype, file)
     _write_others(sizes, folder, FOLDERS[layout], draw)
 
@@ -188,7 +168,7 @@ def _write_others(sizes: Sizes, folder: Path, names: Mapping[str, str], draw: Dr
     def place(name: str) -> Path:
         return _made(folder / names.get(name, name))
 
-    save_json(config_of(meta_vae(sizes)), place("vae") / "config.json")
+    save_json(_config_of(meta_vae(sizes)), place("vae") / "config.json")
     save_shards(draw(vae_shapes(sizes), torch.float32), place("vae"), DIFFUSERS_STEM)
     save_json(qwen_config(sizes.qwen), place("text_encoder") / "config.json")
     save_shards(draw(qwen_shapes(sizes.qwen), torch.bfloat16), place("text_encoder"), TRANSFORMERS_STEM)
@@ -208,10 +188,8 @@ def _stream(shapes: Shapes, dtype: torch.dtype, generator: torch.Generator) -> I
     return ((name, random_tensor(name, shape, dtype, generator).cpu()) for name, shape in shapes.items())
 
 
-def config_of(model: ConfigMixin) -> dict[str, Any]:
-    """The config.json of a model, as diffusers writes it."""
-    own = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return {"_class_name": type(model).__name__, "_diffusers_version": diffusers.__version__} | own
+def _config_of(model: ConfigMixin) -> dict[str, Any]:
+    return config_of(type(model), model.config)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
