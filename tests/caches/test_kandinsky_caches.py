@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from nabla import InputError
 from wan.caches.apply import KINDS, apply_cache, remove_cache
 from wan.caches.calibration import calibrated
-from wan.config.cache_settings import CacheSettings
+from wan.config.cache_settings import RATIOS_FOLDER, CacheSettings
 from wan.models.kandinsky.processor import TRANSFORMER, install_processors, velocity_of
 from wan.models.kandinsky.random_checkpoint import random_transformer
 
@@ -44,16 +45,16 @@ def loose(kind: str) -> CacheSettings:
 
 
 @torch.no_grad()
-def sample(transformer, cache=None) -> torch.Tensor:
-    """A guided walk of `STEPS` steps; the branches' texts differ in length."""
+def sample(transformer, cache=None, steps: int = STEPS, reused: list[int] | None = None) -> torch.Tensor:
+    """A guided walk; the branches' texts differ in length. reused: gets how many forwards were by the end of a step."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     latents = draw(1, 16, 2, 16, 16)
     texts = {name: (draw(1, rows, 64), draw(1, 32)) for name, rows in zip(BRANCHES, (7, 4))}
     if cache is not None:
-        cache.begin(STEPS, dense_steps=0)
-    for step in range(STEPS):
-        timestep = torch.tensor([1000.0 * (1 - step / STEPS)])
+        cache.begin(steps, dense_steps=0)
+    for step in range(steps):
+        timestep = torch.tensor([1000.0 * (1 - step / steps)])
         velocity = {}
         for name, (text, pooled) in texts.items():
             arguments = (transformer, latents, timestep, text, pooled, (1.0, 2.0, 2.0))
@@ -62,7 +63,9 @@ def sample(transformer, cache=None) -> torch.Tensor:
             else:
                 with cache.branch(name, step):
                     velocity[name] = velocity_of(*arguments)
-        latents = latents - (velocity["uncond"] + 5 * (velocity["cond"] - velocity["uncond"])) / STEPS
+        latents = latents - (velocity["uncond"] + 5 * (velocity["cond"] - velocity["uncond"])) / steps
+        if reused is not None:
+            reused.append(cache.reused)
     if cache is not None:
         cache.end()
     return latents
@@ -152,6 +155,47 @@ def test_ratios_can_be_measured(transformer):
         sample(transformer, calibration)
     ratios = calibration.ratios()
     assert len(ratios) == STEPS and ratios[0] == 1 and all(0.1 < ratio < 10 for ratio in ratios)
+
+
+def native_rule(ratios: tuple[float, ...]) -> list[bool]:
+    """Which of as many steps the native program leaves out, at its threshold of 0.12 and its two in a row at most."""
+    left_out, ratio, error, row = [], 1.0, 0.0, 0
+    for step, own in enumerate(ratios):
+        skipped = False
+        if step >= int(0.2 * len(ratios)):
+            ratio, row = ratio * own, row + 1
+            error += abs(1 - ratio)
+            skipped = error < 0.12 and row <= 2
+            if not skipped:
+                ratio, error, row = 1.0, 0.0, 0
+        left_out.append(skipped)
+    return left_out
+
+
+def test_published_ratios_leave_out_what_the_native_program_does(transformer):
+    files = sorted(RATIOS_FOLDER.glob("*.json"))
+    assert len(files) == 8
+    for file in files:
+        settings = CacheSettings.parse(f"mag:0.12:{file.name}")
+        assert len(settings.ratios) == settings.measured_on["steps"] == 50 and settings.max_skips == 2
+        assert sum(native_rule(settings.ratios)) == (25 if file.stem == "kandinsky5_pro_i2v_5s_hd" else 26)
+    reused: list[int] = []
+    sample(transformer, apply_cache(transformer, settings, TRANSFORMER), 50, reused)
+    assert [after - before for before, after in zip([0, *reused], reused)] == [
+        2 * n for n in native_rule(settings.ratios)
+    ]
+
+
+def test_what_is_said_beats_what_the_file_of_ratios_says(tmp_path, monkeypatch):
+    given = {"kind": "mag", "threshold": 0.12, "max_skips": 5, "ratios": "kandinsky5_lite_sft_10s.json"}
+    assert CacheSettings.parse(given).max_skips == 5
+    assert CacheSettings("first_block").max_skips == 3 == CacheSettings("mag", ratios=(1.0,)).max_skips
+    # A file of that name here is meant before one that comes with the program.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kandinsky5_lite_sft_10s.json").write_text('{"ratios": [1.5], "max_skips": "many"}')
+    with pytest.raises(InputError, match="max_skips 'many' is not a whole number"):
+        CacheSettings.parse("mag:0.12:kandinsky5_lite_sft_10s.json")
+    assert CacheSettings.parse(given).ratios == (1.5,)
 
 
 def sample_without(transformer) -> torch.Tensor:

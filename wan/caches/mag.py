@@ -25,7 +25,7 @@ class MagCache(StepCache):
 
     def _prepare(self, steps: int, first: int) -> None:
         own = self.settings
-        assert own.ratios is not None and own.threshold is not None
+        assert own.ratios is not None and own.threshold is not None and own.max_skips is not None
         config = MagCacheConfig(
             threshold=own.threshold,
             # A ratio of just 1 predicts no error at all.

@@ -12,6 +12,7 @@ from typing import Any
 from nabla import InputError
 from nabla.config import is_count, is_number
 from wan.config.checks import MAX_STEPS, check_keys, check_path
+from wan.config.config_files import CONFIG_FOLDER
 from wan.files.plain_data import parse_json, read_json
 
 # Thresholds that diffusers sets by default; not measured on Wan.
@@ -20,6 +21,9 @@ THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
 COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}
 KINDS = tuple(COPIES)
 INTERVAL = 2
+MAX_SKIPS = 3
+# Of ratios that were published with a checkpoint.
+RATIOS_FOLDER = CONFIG_FOLDER / "magcache"
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,18 @@ class CacheSettings:
         every few steps, and between them has the last layer's output go on along the line through the last two
     threshold: 0 never reuses; None takes that of `THRESHOLDS`; not of `taylorseer`
     warmup: the share of a video's steps, from its first, that are computed in any case; dense steps always are
-    max_skips: after so many forwards of a guidance branch that reuse, one is computed; not of `taylorseer`
+    max_skips: after so many forwards of a guidance branch that reuse, one is computed; None takes what the file of
+        ratios says, or `MAX_SKIPS`; not of `taylorseer`
     interval: of `taylorseer`, from one computed step to the next
-    ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes; for another number of steps
-        the nearest are taken
+    ratios: of `mag`, a number a step, or the file that scripts/calibrate_cache.py writes, or the name of one in
+        configs/magcache; for another number of steps the nearest are taken
     measured_on: what `ratios` hold for, as their file says too: checkpoint, attention, steps and more, if known
     """
 
     kind: str
     threshold: float | None = None
     warmup: float = 0.2
-    max_skips: int = 3
+    max_skips: int | None = None
     interval: int | None = None
     ratios: tuple[float, ...] | None = None
     # Left out of the hash, which a mapping does not have.
@@ -64,14 +69,16 @@ class CacheSettings:
                 raise InputError(f"cache threshold {self.threshold!r} is not a number of at least 0 (0 never reuses)")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"cache warmup {self.warmup!r} is not a share of the steps from 0 to 1; 0.2 is usual")
-        if not is_count(self.max_skips) or self.max_skips > MAX_STEPS:
+        # A file's name stands where its numbers will: sidecars have these, and need no file to be made again.
+        said: dict[str, Any] = _read(self.ratios) if isinstance(self.ratios, str) else {}
+        object.__setattr__(self, "ratios", _checked(said.get("ratios", self.ratios)))
+        object.__setattr__(self, "measured_on", _recordable(said.get("measured_on", self.measured_on)))
+        if self.max_skips is None:
+            object.__setattr__(self, "max_skips", said.get("max_skips", MAX_SKIPS))
+        if self.max_skips is None or not is_count(self.max_skips) or self.max_skips > MAX_STEPS:
             raise InputError(
                 f"cache max_skips {self.max_skips!r} is not a whole number of steps up to {MAX_STEPS}; 3 is usual"
             )
-        # A file's name stands where its numbers will: sidecars have these, and need no file to be made again.
-        ratios, measured_on = _read(self.ratios) if isinstance(self.ratios, str) else (self.ratios, self.measured_on)
-        object.__setattr__(self, "ratios", _checked(ratios))
-        object.__setattr__(self, "measured_on", _recordable(measured_on))
         if (self.kind == "mag") != (self.ratios is not None):
             raise InputError(
                 "cache mag needs the ratios of the checkpoint; measure them with scripts/calibrate_cache.py"
@@ -129,17 +136,19 @@ class CacheSettings:
         return f"{self.kind}, {limit}"
 
 
-def _read(name: str) -> tuple[Any, Any]:
-    """The ratios of a file, and what they were measured on."""
+def _read(name: str) -> dict[str, Any]:
+    """What a file of ratios says: these, what they were measured on, and how many forwards in a row may reuse."""
     check_path("cache ratios", name)
     path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path) and os.path.isfile(RATIOS_FOLDER / name):
+        path = RATIOS_FOLDER / name
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or "ratios" not in content:
         raise InputError(f"cache ratios {path} has no 'ratios'; write it with scripts/calibrate_cache.py")
-    return content["ratios"], content.get("measured_on")
+    return {"measured_on": None} | content
 
 
 def _recordable(measured_on: object) -> dict[str, Any] | None:
