@@ -14,6 +14,7 @@ from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import CONFIG_FOLDER, read_settings
 from wan.config.settings import STA_DENSE_STEPS, Settings, resolve
 from wan.files.plain_data import parse_yaml
+from wan.run.ratios import measured_otherwise
 from wan.sampling.solvers import make_solver
 
 ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
@@ -228,7 +229,8 @@ def test_dates_are_texts_so_that_a_record_can_hold_them(tmp_path):
 
 
 def test_every_config_file_loads_and_runs_what_its_name_says():
-    files = [file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if not file.stem.startswith(("turbo", "fast"))]
+    others = ("turbo", "fast", "kandinsky5")
+    files = [file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if not file.stem.startswith(others)]
     assert len(files) >= 7
     for file in files:
         settings = resolve(read_settings(file.name), {"prompt": "a cat"})
@@ -241,6 +243,36 @@ def test_every_config_file_loads_and_runs_what_its_name_says():
             assert tuned.lower().replace("-sta-", "_sta-") == settings.attention.algorithm
         else:
             assert settings.checkpoint == "Wan-AI/Wan2.1-T2V-14B"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_FOLDER.glob("kandinsky5_*.yaml")), ids=lambda file: file.stem)
+def test_configs_of_kandinsky_run_what_their_names_say(file):
+    settings = resolve(read_settings(file.name), {"prompt": "a cat"})
+    size, *named = file.stem.removeprefix("kandinsky5_").split("_")
+    task = "i2v" if "i2v" in named else "t2v"
+    training = next((one for one in named if one in ("pretrain", "nocfg", "distilled16steps")), "sft")
+    seconds = next(int(one[:-1]) for one in named if one in ("5s", "10s"))
+    hub = f"kandinskylab/Kandinsky-5.0-{task.upper()}-{size.title()}-{training}-{seconds}s"
+    assert settings.checkpoint.removesuffix("-Diffusers") == hub
+    assert settings.model.kind == f"kandinsky5-{size}-{task}"
+    thresholds = {("lite", 10, False): 0.9, ("pro", 10, False): 0.9, ("pro", 5, True): 0.8, ("pro", 10, True): 0.7}
+    threshold = thresholds.get((size, seconds, "hd" in named))
+    assert settings.attention.algorithm == ("dense" if threshold is None else f"nabla-{threshold}_sta-11-3-3")
+    sampling, unguided = settings.sampling, training in ("nocfg", "distilled16steps")
+    assert (sampling.solver, sampling.shift, sampling.guide_scale) == ("euler", 5, 1 if unguided else 5)
+    assert sampling.steps == (16 if training == "distilled16steps" else 50)
+    video = settings.video
+    assert (video.frame_num, video.fps) == (24 * seconds + 1, 24)
+    assert video.size == ((1280, 768) if "hd" in named else (768, 512))
+
+
+def test_ratios_that_come_with_the_program_are_of_the_configs_of_their_names():
+    files = sorted((CONFIG_FOLDER / "magcache").glob("*.json"))
+    for file in files:
+        cache = {"cache": f"mag:0.12:{file.name}"}
+        settings = resolve(cache, read_settings(f"{file.stem}.yaml"), {"prompt": "a cat"})
+        assert measured_otherwise(settings) is None
+        assert f"--cache mag:0.12:{file.name}" in (CONFIG_FOLDER / f"{file.stem}.yaml").read_text().replace("\n# ", " ")
 
 
 def test_the_preset_that_stacks_keeps_fifty_guided_steps():
