@@ -5,11 +5,17 @@ from __future__ import annotations
 from wan.config.geometry import Geometry
 
 GEOMETRY = Geometry(vae_stride=(4, 8, 8), patch=(1, 2, 2))
-# Up to this side, in pixels, tokens stand as far apart as in the training at 512x768; beyond, as in that at 1024x1024.
-LARGEST_SD_SIDE = 854
+# Sizes up to this side, or of no more pixels than this, are made like those of the training at 512x768, others like
+# those at 1024x1024.
+LARGEST_SD_SIDE, LARGEST_SD_AREA = 854, 854 * 512
 SD_SCALE, HD_SCALE = (1.0, 2.0, 2.0), (1.0, 3.16, 3.16)
+
+
+def is_sd(size: tuple[int, int]) -> bool:
+    """Whether pictures of (width, height) pixels are of the smaller of the two published resolutions."""
+    return max(size) <= LARGEST_SD_SIDE or size[0] * size[1] <= LARGEST_SD_AREA
 
 
 def rope_scale(size: tuple[int, int]) -> tuple[float, float, float]:
     """What the positions of (frames, rows, columns) are divided by, for pictures of (width, height) pixels."""
-    return SD_SCALE if max(size) <= LARGEST_SD_SIDE else HD_SCALE
+    return SD_SCALE if is_sd(size) else HD_SCALE

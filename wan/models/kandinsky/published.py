@@ -28,6 +28,8 @@ QWEN_SIZES = (
     "max_position_embeddings",
 )
 QWEN_KEYS = (*QWEN_SIZES, "hidden_act", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "pad_token_id")
+# What generating text would need; numbers of tokens by default are those of another vocabulary.
+NO_TOKENS = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
 QWEN_TYPES = ("qwen2_5_vl", "qwen2_5_vl_text")
 CLIP_SIZES = (
     "vocab_size",
@@ -71,7 +73,7 @@ def text_encoder(config: Mapping[str, Any], shapes: Shapes) -> Qwen2_5_VLTextMod
         raise ValueError("use_sliding_window is set, and the text encoder attends to all before a token")
     if "rms_norm_eps" in own:
         fraction("rms_norm_eps", own["rms_norm_eps"])
-    made = Qwen2_5_VLTextConfig(**{key: own[key] for key in QWEN_KEYS if key in own}, use_cache=False)
+    made = Qwen2_5_VLTextConfig(**{key: own[key] for key in QWEN_KEYS if key in own}, **NO_TOKENS)
     divides("num_attention_heads", made.num_attention_heads, "hidden_size", made.hidden_size)
     divides("num_key_value_heads", made.num_key_value_heads, "num_attention_heads", made.num_attention_heads)
     half, sections = made.hidden_size // made.num_attention_heads // 2, made.rope_parameters.get("mrope_section")

@@ -1,0 +1,112 @@
+"""Prompts to token ids of both text encoders, and their states to what the transformer was trained with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError
+
+# What stands around a prompt, word for word: both misspellings count, since another spelling has other tokens.
+BEFORE = (
+    "<|im_start|>system\n"
+    "You are a promt engineer. Describe the video in detail.\n"
+    "Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.\n"
+    "Describe the location of the video, main characters or objects and their action.\n"
+    "Describe the dynamism of the video and presented actions.\n"
+    "Name the visual style of the video: whether it is a professional footage, user generated content, some kind of "
+    "animation, video game or scren content.\n"
+    "Describe the visual effects, postprocessing and transitions if they are presented in the video.\n"
+    "Pay attention to the order of key actions shown in the scene.<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+AFTER = "<|im_end|>"
+# Tokens of `BEFORE` by the published tokenizer. Their states are cropped.
+TOKENS_BEFORE = 129
+# A newline would become one token with that before it, and the crop would take the prompt's first word.
+LEADING_NEWLINES = re.compile(r"^\s*[\r\n]+")
+# Of a text in a message.
+WORDS_SHOWN, LETTERS_SHOWN = 8, 60
+
+
+def tokens_before(tokenizer: Any | None) -> int:
+    """Tokens in front of a prompt's own."""
+    return TOKENS_BEFORE if tokenizer is None else len(tokenizer(BEFORE).input_ids)
+
+
+def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, L) int64 each, of prompts for the language model, as they come; of each at most `length`
+    beyond what stands before it.
+    """
+    _require(tokenizer)
+    most = tokens_before(tokenizer) + length
+    rows = [tokenizer(_whole(prompt), verbose=False).input_ids[:most] for prompt in prompts]
+    longest = max(map(len, rows))
+    # To the right, which a causal model does not see, whatever the tokenizer would do; with any token.
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
+def tokenize_pooled(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, length) int64 each, of prompts for CLIP; longer ones are cut, as in training."""
+    _require(tokenizer)
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def cut_note(tokenizer: Any, prompt: str, length: int) -> str | None:
+    """A line if a prompt has more tokens than `tokenize` takes: how many, how many are taken, and what is cut off."""
+    _require(tokenizer)
+    text = LEADING_NEWLINES.sub("", prompt)
+    offsets = tokenizer(_whole(prompt), return_offsets_mapping=True, verbose=False).offset_mapping
+    starts = [start - len(BEFORE) for start, _ in offsets if len(BEFORE) <= start < len(BEFORE) + len(text)]
+    if len(starts) <= length:
+        return None
+    words = " ".join(text[starts[length] :].split()[:WORDS_SHOWN])[:LETTERS_SHOWN]
+    return (
+        f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts)} tokens, of which the text encoder "
+        f"takes {length}: cut off are {words + '...'!r}; say the important first, or shorten it"
+    )
+
+
+def _require(tokenizer: Any | None) -> None:
+    if tokenizer is None:
+        raise CheckpointError("the checkpoint lacks a tokenizer, so prompts cannot be read; download it again")
+
+
+def _whole(prompt: str) -> str:
+    return BEFORE + LEADING_NEWLINES.sub("", prompt) + AFTER
+
+
+def text_states(encoder: nn.Module, ids: Tensor, mask: Tensor, crop: int) -> list[Tensor]:
+    """States (own rows, C) of each prompt, of token ids and mask (B, L), without the first `crop`."""
+    # No mask for the encoder: padding is to the right, and it is causal.
+    states = encoder(input_ids=ids, use_cache=False).last_hidden_state
+    return [row[crop:length] for row, length in zip(states, mask.sum(1).tolist())]
+
+
+def pooled_states(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """One state a prompt, (B, P), of token ids and mask (B, L)."""
+    return encoder(input_ids=ids, attention_mask=mask).pooler_output
+
+
+def pad_rows(text: Tensor, length: int) -> Tensor:
+    """Text states (..., L, C) with zero rows added up to (..., length, C); raises `InputError` if there are more."""
+    rows = text.shape[-2]
+    if rows > length:
+        raise InputError(f"text states of {rows} rows are too long; the transformer takes up to {length}")
+    # F.pad counts axes from the last: none of the channels, at the end of the rows.
+    return F.pad(text, (0, 0, 0, length - rows))

@@ -1,0 +1,137 @@
+"""The VAE of HunyuanVideo as Kandinsky-5 decodes with it: a window of frames at a time, in half precision on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from torch import Tensor
+
+from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Decoding, decode_bytes, tile_width
+from wan.memory.placement import free_bytes
+from wan.models.kandinsky.geometry import GEOMETRY
+
+log = logging.getLogger("wan")
+
+# Of the published program: latent frames in a window, and how far apart windows begin. Each reads again what is before.
+WINDOW, STRIDE = 5, 2
+# Frames of video that two windows share.
+SHARED = GEOMETRY.vae_stride[0] * STRIDE
+# What a window's features take for a pixel of the picture: counted on the published VAE, base width 128, in float32.
+DECODE_BYTES, DECODE_WIDTH = 80_000, 128
+
+
+def prepare_decoder(vae: AutoencoderKLHunyuanVideo, dtype: torch.dtype) -> None:
+    """Convert a VAE's decoder to `dtype`, in place; the encoder stays as it is. Attention of both then goes frame by
+    frame, since diffusers makes a mask of all pairs of places, 24 GiB of it at 1280x768.
+    """
+    vae.post_quant_conv.to(dtype)
+    vae.decoder.to(dtype)
+    for part in (vae.encoder, vae.decoder):
+        part.mid_block.forward = functools.partial(mid_block, part.mid_block)
+
+
+def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype, device: str = "cuda") -> torch.dtype:
+    """The decoder's type on a kind of device, beside a transformer of `dtype`."""
+    return given or (torch.float32 if dtype == torch.float32 or device == "cpu" else torch.float16)
+
+
+def decoder_dtype(vae: AutoencoderKLHunyuanVideo) -> torch.dtype:
+    return next(vae.decoder.parameters()).dtype
+
+
+def decode_windows(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
+    """The frames of latents (B, C, T, h, w), unscaled, in pieces (B, 3, frames, height, width) that follow each other.
+
+    As the published program cuts them: windows of 17 frames, of which 8 are new and 8 fade over from the last window;
+    up to 5 latent frames in one. diffusers' own windows would end raggedly, and by default lie further apart.
+    """
+    frames = latents.shape[2]
+    if frames <= WINDOW:
+        yield decode_window(vae, latents)
+        return
+    window = decode_window(vae, latents[:, :, :WINDOW])
+    yield window[:, :, :-SHARED]
+    last = window[:, :, -SHARED:]
+    # Where windows do not come out even, the last is a latent shorter.
+    for start in range(STRIDE, frames - WINDOW + 2, STRIDE):
+        # The first frame of a window is made of a latent that stands for four, and reads as one.
+        window = decode_window(vae, latents[:, :, start : start + WINDOW])[:, :, 1:]
+        yield _faded(last, window[:, :, :SHARED])
+        last = window[:, :, SHARED:]
+    yield last
+
+
+def _faded(before: Tensor, after: Tensor) -> Tensor:
+    """Frames (B, 3, n, height, width) that go over from the one to the other."""
+    weight = torch.arange(after.shape[2], device=after.device).view(-1, 1, 1) / after.shape[2]
+    return before * (1 - weight).to(before.dtype) + after * weight.to(after.dtype)
+
+
+def decode_window(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    """The frames of few latents, at once, in columns if the VAE is set to tiles."""
+    if vae.use_tiling:
+        return vae.tiled_decode(latents).sample
+    return vae.decoder(vae.post_quant_conv(latents))
+
+
+def mid_block(block: HunyuanVideoMidBlock3D, x: Tensor) -> Tensor:
+    """The middle of the encoder or the decoder, (B, C, T, h, w), whose places see those of their frame and before."""
+    x = block.resnets[0](x)
+    for attention, resnet in zip(block.attentions, block.resnets[1:]):
+        x = x if attention is None else _attend(attention, x)
+        x = resnet(x)
+    return x
+
+
+def _attend(attention: Attention, x: Tensor) -> Tensor:
+    frames, places = x.shape[2], x.shape[3] * x.shape[4]
+    normed = attention.group_norm(x.flatten(2)).transpose(1, 2)
+    # (B, 1 head, places of all frames, C)
+    q, k, v = (layer(normed)[:, None] for layer in (attention.to_q, attention.to_k, attention.to_v))
+    out = [
+        F.scaled_dot_product_attention(q[:, :, end - places : end], k[:, :, :end], v[:, :, :end])
+        for end in range(places, frames * places + 1, places)
+    ]
+    # The second layer of `to_out` is a dropout of nothing.
+    return x + attention.to_out[0](torch.cat(out, dim=2)[:, 0]).transpose(1, 2).view_as(x)
+
+
+def decoding_of(size: tuple[int, int], frames: int, dtype: torch.dtype, width: int = DECODE_WIDTH) -> Decoding:
+    """What a decoder of a base width makes, in a dtype. size: (width, height) of the picture in pixels"""
+    features = DECODE_BYTES * dtype.itemsize / torch.float32.itemsize * width / DECODE_WIDTH
+    return Decoding(size, frames, dtype.itemsize, features)
+
+
+def set_tiles(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
+    """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
+    # Larger latents may have switched it on before.
+    vae.use_tiling = False
+    if latents.device.type != "cuda":
+        return
+    (_, _, frames, rows, columns), (_, h, w) = latents.shape, GEOMETRY.vae_stride
+    size = columns * w, rows * h
+    decoding = decoding_of(size, GEOMETRY.frames_of(frames), latents.dtype, vae.config.block_out_channels[0])
+    free, needs = free_bytes(latents.device), [decode_bytes(decoding, n + 1) for n in range(MOST_TILES)]
+    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    if tiles > 1:
+        split_picture(vae, size, tiles)
+        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
+
+
+def split_picture(vae: AutoencoderKLHunyuanVideo, size: tuple[int, int], tiles: int) -> None:
+    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+    width, height = tile_width(size[0], tiles), size[1]
+    # As high as the picture, so that tiles are columns; then how far apart they begin.
+    vae.enable_tiling(
+        tile_sample_min_height=height,
+        tile_sample_min_width=width,
+        tile_sample_stride_height=height,
+        tile_sample_stride_width=width - TILE_OVERLAP,
+    )
