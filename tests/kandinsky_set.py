@@ -12,8 +12,11 @@ from diffusers import Kandinsky5Transformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from wan.config.settings import SamplingSettings, VideoSettings
 from wan.models.kandinsky import published
+from wan.models.kandinsky.pipeline import Kandinsky5
 from wan.models.kandinsky.processor import TextMask, finish_transformer, install_processors, velocity_of
+from wan.models.kandinsky.vae import prepare_decoder
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "kandinsky-nano" / "checkpoint"
@@ -58,3 +61,26 @@ def component(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A component's configuration and its tensors."""
     (file,) = (CHECKPOINT / folder).glob("*.safetensors")
     return json.loads((CHECKPOINT / folder / "config.json").read_text()), load_file(file)
+
+
+def pipeline() -> Kandinsky5:
+    """A pipeline of the set, which has no tokenizers."""
+    models = {}
+    for folder, build, rename in (
+        ("vae", published.vae, str),
+        ("text_encoder", published.text_encoder, published.text_encoder_name),
+        ("text_encoder2", published.text_encoder_2, published.text_encoder_2_name),
+    ):
+        config, state = component(folder)
+        own = {rename(name): tensor.float() for name, tensor in state.items() if rename(name) is not None}
+        models[folder] = build(config, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        models[folder].load_state_dict(own, assign=True)
+        models[folder].requires_grad_(False).eval()
+    published.finish_text_encoder(models["text_encoder"], "cpu")
+    published.finish_text_encoder_2(models["text_encoder2"], "cpu")
+    prepare_decoder(models["vae"], torch.float32)
+    cpu = torch.device("cpu")
+    model, _ = transformer()
+    sampling, video = SamplingSettings("euler"), VideoSettings((64, 48), 9, 24)
+    texts = models["text_encoder"], models["text_encoder2"], None, None
+    return Kandinsky5(model, models["vae"], *texts, cpu, cpu, 256, False, sampling, video)

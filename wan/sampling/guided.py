@@ -53,6 +53,9 @@ class GuidedPipeline(ObservedPipeline, Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """The video (B, 3, frames, height, width) in [-1, 1] of latents."""
 
+    def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """What is done to sampled latents before they are decoded."""
+
     def glimpse(self, latents: Tensor) -> Tensor:
         """The first frame (B, 3, height, width) in [-1, 1] of latents on any device: cheap beside `decode`."""
 
@@ -88,7 +91,7 @@ def make_video(pipe: GuidedPipeline, request: VideoRequest, observer: Observer) 
         if not pipe.is_leader:
             return None
         with _stage(pipe, "decode", observer):
-            return to_frames(pipe.decode(latents)[0])
+            return to_frames(pipe.decode(pipe.finish(latents, conditions))[0])
 
 
 @torch.no_grad()

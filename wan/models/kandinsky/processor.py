@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor, nn
 
 from nabla.rotary import Rotary, rotate
+from wan.attention.apply import applied_attention
 from wan.attention.layer import LayerState
 from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.sampling.solvers import TRAIN_TIMESTEPS
@@ -119,11 +120,14 @@ def rotary_of(rope: Tensor) -> Rotary:
 
 
 def install_processors(transformer: Kandinsky5Transformer3DModel) -> TextMask:
-    """Put `KandinskyProcessor` in all attentions of a transformer, in place; before `apply_attention`.
+    """Put `KandinskyProcessor` in all attentions of a transformer, in place and once; before `apply_attention`.
 
     Returns the mask of its texts, to be set before every forward.
     """
-    text = TextMask()
+    if (there := getattr(transformer, "text_mask", None)) is not None:
+        return there
+    assert applied_attention(transformer) is None, "they would take the place of its processors"
+    text = transformer.text_mask = TextMask()
     for block in transformer.text_transformer_blocks:
         _install(block.self_attention, text)
     for block in transformer.visual_transformer_blocks:
@@ -166,6 +170,8 @@ def velocity_of(
         first latent frame, and the velocity there leads to them on a straight line, whatever the solver
     """
     dtype = transformer.dtype
+    if first_frame is not None:
+        first_frame = first_frame.to(latents).expand(len(latents), -1, -1, -1, -1)
     grid = grid_of(transformer, latents.shape[2:])
     out = transformer(
         model_input(transformer, latents, first_frame).to(dtype),
@@ -190,7 +196,7 @@ def model_input(transformer: nn.Module, latents: Tensor, first_frame: Tensor | N
     published ones are, as many zeros and a mask that is 1 in frames that are given.
     """
     if first_frame is not None:
-        latents = torch.cat((first_frame.to(latents), latents[:, :, 1:]), dim=2)
+        latents = torch.cat((first_frame, latents[:, :, 1:]), dim=2)
     if not transformer.config.visual_cond:
         return latents.movedim(1, -1)
     given = torch.zeros_like(latents[:, :1])

@@ -176,6 +176,10 @@ class WanT2V:
         has_room = memory.has_room_for_both(self.transformer, latents)
         return torch.cat((conditions.prompt, conditions.negative)) if has_room else None
 
+    def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Sampled latents as they are to be decoded: no otherwise than they are."""
+        return latents
+
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]; batch optional."""

@@ -1,0 +1,300 @@
+"""Text, and a picture, to video: the three stages between a prompt and frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nabla import InputError
+from wan.caches.applied import step_cache_of
+from wan.config.model_settings import LoraFile
+from wan.config.prompts import check_prompt
+from wan.config.settings import SamplingSettings, VideoSettings, changed
+from wan.files.picture import picture_of
+from wan.memory.placement import has_room_for, on_device
+from wan.memory.planner import MemoryPlan
+from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
+from wan.models.kandinsky.guidance import Guidance, encode_request, guidance_of
+from wan.models.kandinsky.latents import decode, encode_picture, glimpse, normalize_first_frame
+from wan.models.kandinsky.picture import check_takes_picture, fit_picture, picture_pixels
+from wan.models.kandinsky.processor import TRANSFORMER, grid_of, install_processors, velocity_of
+from wan.models.kandinsky.text import cut_note, pooled_states, text_states, tokenize, tokenize_pooled, tokens_before
+from wan.observe.observer import Observer
+from wan.observe.recorder import with_progress
+from wan.parallel.distributed import DistributedContext
+from wan.sampling.finite import check_decoded
+from wan.sampling.guided import make_video, sample_latents
+from wan.sampling.loop import Conditions
+from wan.sampling.request import VideoRequest
+
+if TYPE_CHECKING:
+    from wan.caches.base import StepCache
+
+log = logging.getLogger("wan")
+
+
+class Kandinsky5:
+    """Kandinsky-5 text-to-video, and picture-to-video.
+
+    transformer: diffusers' `Kandinsky5Transformer3DModel`
+    vae: diffusers' `AutoencoderKLHunyuanVideo`, its encoder in float32
+    text_encoder, text_encoder_2: transformers' `Qwen2_5_VLTextModel` and `CLIPTextModel`
+    text_length: rows of text that the transformer sees; shorter texts are padded, and the padding is masked
+    sampling, video: the settings that `generate` uses where it is given none
+    processes: those that share the work, kept as `distributed`, or None for this one alone. Of those that share a
+        video one leads: only it has a VAE, text encoders unless those are sharded, and the result
+    seconds: how long each stage of the last `generate` took
+    plan: of memory, by which the models were loaded, or None
+    lora: what was merged into the transformer
+    """
+
+    transformer_spec = TRANSFORMER
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | None,
+        text_encoder_2: nn.Module | None,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        device: torch.device,
+        text_device: torch.device,
+        text_length: int,
+        offload: bool,
+        sampling: SamplingSettings,
+        video: VideoSettings,
+        processes: DistributedContext | None = None,
+    ):
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+        self.tokenizer = tokenizer
+        self.tokenizer_2 = tokenizer_2
+        self.device = device
+        self.text_device = text_device
+        self.text_length = text_length
+        self.offload = offload
+        self.sampling = sampling
+        self.video = video
+        self.distributed = processes
+        self.seconds: dict[str, float] = {}
+        self.plan: MemoryPlan | None = None
+        self.lora: Sequence[LoraFile] = ()
+        self._cut: set[str] = set()
+        self.text_mask = install_processors(transformer)
+
+    def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (B, L) int64 each, for the language model: each prompt in the published template.
+
+        Too long ones are cut, which the log says once of each.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        for prompt in prompts:
+            note = None if prompt in self._cut else cut_note(self.tokenizer, prompt, self.text_length)
+            if note is not None:
+                self._cut.add(prompt)
+                log.warning("warning: %s", note)
+        return tokenize(self.tokenizer, prompts, self.text_length)
+
+    def tokenize_pooled(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (B, 77) int64 each, for CLIP, which sees the beginning of a long prompt."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return tokenize_pooled(self.tokenizer_2, prompts, self.text_encoder_2.config.max_position_embeddings)
+
+    def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
+        """A line for each prompt that is longer than the language model takes."""
+        notes = (cut_note(self.tokenizer, prompt, self.text_length) for prompt in prompts)
+        return tuple(note for note in notes if note is not None)
+
+    @torch.no_grad()
+    def encode_text(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Text states (own rows, C) of each prompt, of token ids and mask (B, L) with the template's in front."""
+        with on_device(self.text_encoder, self.text_device, self.offload) as encoder:
+            ids, mask = ids.to(self.text_device), mask.to(self.text_device)
+            states = text_states(encoder, ids, mask, tokens_before(self.tokenizer))
+        return [text.to(self.device, self.transformer.dtype) for text in states]
+
+    @torch.no_grad()
+    def encode_pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """CLIP's state (B, P) of token ids and mask (B, L)."""
+        with on_device(self.text_encoder_2, self.text_device, self.offload) as encoder:
+            pooled = pooled_states(encoder, ids.to(self.text_device), mask.to(self.text_device))
+        return pooled.to(self.device, self.transformer.dtype)
+
+    @torch.no_grad()
+    def encode_picture(self, picture: np.ndarray, size: tuple[int, int], seed: int | None = None) -> Tensor:
+        """Float32 latents (1, C, 1, h, w) of a picture (height, width, 3) uint8, for videos of (width, height) pixels.
+
+        seed: draws them from what the encoder gives, as the published program does; None for its mean
+        """
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        with on_device(self.vae, self.device, self.offload) as vae:
+            return encode_picture(vae, picture_pixels(picture, size).to(self.device), generator)
+
+    def encode(self, request: VideoRequest) -> Conditions:
+        """What guides a video, on all processes that share it: `Guidance` of each branch."""
+        return encode_request(self, request)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Tensor,
+        pooled: Tensor,
+        negative_text: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
+        *,
+        noise: Tensor,
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
+        image_latents: Tensor | None = None,
+        progress: bool = False,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Denoise float32 noise (T, h, w, C) to latents of the same shape, guided by text states (L, C) and (1, P).
+
+        The negative ones are needed unless guide_scale is 1. image_latents: (1, h, w, C) of a picture that is the first
+        frame; `finish` is not applied. All may come as batches, with a first axis more. What is not given is taken
+        from `self.sampling`. Processes that share a video must be given the same. progress, observer: as of `generate`.
+        Raises `InputError` for settings outside what is allowed, and for latents not finite.
+        """
+        sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
+        if sampling.guide_scale != 1 and (negative_text is None or negative_pooled is None):
+            raise InputError(
+                f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
+            )
+        latents = _channels_first(noise).to(self.device, torch.float32)
+        first_frame = None if image_latents is None else _channels_first(image_latents).to(latents)
+        branches = [guidance_of(self, text, pooled, first_frame)]
+        if sampling.guide_scale != 1:
+            branches.append(guidance_of(self, negative_text, negative_pooled, first_frame))
+        conditions = Conditions(*branches)
+        latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
+        return latents.movedim(1, -1).reshape(noise.shape)
+
+    def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
+        """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
+        text, self.text_mask.rows, pooled, first_frame = guidance.expand(len(latents))
+        _, h, w = GEOMETRY.vae_stride
+        scale = rope_scale((latents.shape[4] * w, latents.shape[3] * h))
+        return velocity_of(self.transformer, latents, timestep, text, pooled, scale, first_frame)
+
+    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
+        """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
+        config = self.transformer.config
+        tokens = 2 * len(latents) * torch.Size(grid_of(self.transformer, latents.shape[2:])).numel()
+        if not has_room_for(tokens, config.model_dim, config.ff_dim, self.transformer.dtype.itemsize, latents.device):
+            return None
+        prompt, negative = (branch.expand(len(latents)) for branch in conditions[:2])
+        return prompt.beside(negative)
+
+    def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Sampled latents (B, C, T, h, w) with the picture's in the first frame, and the frames after it in its
+        colours; those of text alone as they are.
+        """
+        first_frame = conditions.prompt.first_frame
+        if first_frame is None:
+            return latents
+        first_frame = first_frame.to(latents).expand(len(latents), -1, -1, -1, -1)
+        return normalize_first_frame(torch.cat((first_frame, latents[:, :, 1:]), dim=2))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Float32 video (B, 3, 4 T - 3 frames, height, width) of latents (B, C, T, h, w), in about [-1, 1]; of one
+        clip (T, h, w, C), as `sample` gives it, (3, 4 T - 3 frames, height, width).
+
+        Tiled where memory asks for it, see `wan.models.kandinsky.latents`. Raises `InputError` if it is not finite.
+        """
+        batch = latents if latents.ndim == 5 else _channels_first(latents)
+        with on_device(self.vae, self.device, self.offload) as vae:
+            video = decode(vae, batch.to(self.device))
+        check_decoded(video, latents)
+        return video if latents.ndim == 5 else video[0]
+
+    @torch.no_grad()
+    def glimpse(self, latents: Tensor) -> Tensor:
+        """The first frame (B, 3, height, width) of what `decode` makes of latents (B, C, T, h, w)."""
+        with on_device(self.vae, self.device, self.offload) as vae:
+            return glimpse(vae, latents.to(self.device))
+
+    def generate(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | str | None = None,
+        frame_num: int | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guide_scale: float | None = None,
+        solver: str | None = None,
+        progress: bool = False,
+        observer: Observer | None = None,
+        image: object = None,
+    ) -> np.ndarray | None:
+        """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
+
+        size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
+        image: the picture that it begins with: a path, a PIL image, or (height, width, 3) uint8; the video then has its
+            form, in about the size asked for
+        What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
+        device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
+        first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
+        outside what is allowed.
+        """
+        check_prompt(prompt)
+        video = changed(self.video, size=size, frame_num=frame_num)
+        picture = None if image is None else picture_of(image)
+        if picture is not None:
+            check_takes_picture(self.transformer)
+            video = changed(video, size=fit_picture((picture.shape[1], picture.shape[0]), video.size))
+        sampling = changed(
+            self.sampling,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=steps,
+            shift=shift,
+            guide_scale=guide_scale,
+            solver=solver,
+        ).with_seed()
+        video.check_positions(self._positions)
+        return make_video(self, VideoRequest(prompt, video, sampling, picture), with_progress(progress, observer))
+
+    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video, drawn with channels last, as the published program does."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = *video.latents_size, self.transformer.config.out_visual_dim
+        return _channels_first(torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32))
+
+    @property
+    def cache(self) -> StepCache | None:
+        """The step cache that the transformer runs with."""
+        return step_cache_of(self.transformer)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process has the results, of those that share a video."""
+        return self.distributed is None or self.distributed.is_leader
+
+    def describe_attention(self, video: VideoSettings) -> str:
+        """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
+        video.check_positions(self._positions)
+        return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
+
+    @property
+    def _positions(self) -> int:
+        """Of the rotary table, along the axis that has fewest."""
+        return min(self.transformer.visual_rope_embeddings.max_pos)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """(T, h, w, C), or a batch of such, to (B, C, T, h, w)."""
+    return (x if x.ndim == 5 else x[None]).movedim(-1, 1)
