@@ -238,7 +238,7 @@ def test_defaults_of_a_checkpoint_keep_its_algorithm_and_name_no_prompt(run, dam
         ("--sparse_algo nabla-0", "threshold 0.0 is outside (0, 1]"),
         ("--sparse_algo sta-3-0-3", "window (3, 0, 3) is not three positive integers"),
         ("--sparse_algo sparse", "attention algorithm 'sparse' is not known"),
-        ("--sample_solver euler", "solver 'euler' is not known"),
+        ("--sample_solver heun", "solver 'heun' is not known"),
         ("--sample_steps 0", "steps 0 is not a whole number from 1 to 1000"),
         ("--sample_shift -1", "shift -1.0 is not a positive number"),
         ("--sample_shift nan", "shift nan is not a positive number"),

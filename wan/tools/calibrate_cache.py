@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from nabla import InputError
 from wan import WanT2V
 from wan.caches.calibration import calibrated
 from wan.config.settings import Settings
@@ -74,6 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
     checkpoint, videos = settle(request, device)
     every = [settings for settings, _ in videos]
+    if pictures := [one.image for one in every if one.image is not None]:
+        raise InputError(f"image {pictures[0]}: ratios are measured on videos of text alone; leave it out")
     for line in unexpected(checkpoint, every[0]):
         log.warning("warning: %s", line)
     pipe = load_pipeline(checkpoint, every, device, options)
