@@ -38,7 +38,8 @@ def given(monkeypatch):
         return make(self, prompt, **values)
 
     monkeypatch.setattr(WanT2V, "generate", remembered)
-    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=upright),))
+    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
+    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=upright, **kinds),))
     return seen
 
 

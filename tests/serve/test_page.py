@@ -24,7 +24,7 @@ from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.sampling.loop import Cancelled
-from wan.serve import status
+from wan.serve import sources, status
 from wan.serve import studio as studio_module
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
@@ -208,11 +208,24 @@ def test_the_picture_of_a_record_is_never_opened_and_that_of_the_page_stays(tmp_
     assert thumbnail_of(tmp_path / "own.png").shape == (256, 512, 3)
 
 
+def pictured_family():
+    """One whose checkpoints may make videos of text or of pictures."""
+    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
+    return replace(WAN, fit_picture=lambda picture, size: size, **kinds)
+
+
+def kind_of(settings, kind):
+    return replace(settings, model=replace(settings.model, kind=kind))
+
+
 def test_pictures_are_for_families_that_take_them(random_nano, monkeypatch):
     settings = Settings(ModelSettings(str(random_nano)))
     assert not takes_picture(settings)
-    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=lambda picture, size: size),))
-    assert takes_picture(settings)
+    monkeypatch.setattr(checkpoints, "FAMILIES", (pictured_family(),))
+    assert takes_picture(settings) and not takes_picture(kind_of(settings, "text"))
+    monkeypatch.setattr(sources, "FAMILIES", (WAN, pictured_family()))
+    on_hub = Settings(ModelSettings("a/b"))
+    assert takes_picture(kind_of(on_hub, "pictured")) and not takes_picture(on_hub)
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():

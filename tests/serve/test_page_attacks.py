@@ -299,7 +299,9 @@ def test_a_picture_is_shown_used_and_named_but_not_served(page, monkeypatch):
         return make(self, prompt, **values)
 
     monkeypatch.setattr(WanT2V, "generate", remembered)
-    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=lambda picture, size: (64, 32)),))
+    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
+    family = replace(WAN, fit_picture=lambda picture, size: (64, 32), **kinds)
+    monkeypatch.setattr(checkpoints, "FAMILIES", (family,))
     path = page.upload(picture(), "cat.png")
     told = page.give("begin", path, "pictured")
     assert "Begins with cat.png" in told and page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 403

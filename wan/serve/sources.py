@@ -222,13 +222,12 @@ def picture_notes(sidecar: Layer, made_with: Mapping[str, Any], settings: Settin
 
 
 def takes_picture(settings: Settings) -> bool:
-    """Whether a video of these settings may begin with a picture.
-
-    Of a checkpoint that is still on the hub that is seen when a video wants it: until then it may.
-    """
+    """Whether a video of these settings may begin with a picture; from the hub one of a kind that the settings name."""
+    kind = settings.model.kind
     if Path(settings.checkpoint).expanduser().is_dir():
-        return Checkpoint.open(settings.checkpoint).family.fit_picture is not None
-    return any(family.fit_picture is not None for family in FAMILIES)
+        checkpoint = Checkpoint.open(settings.checkpoint)
+        return checkpoint.family.fit_picture is not None and checkpoint.begins_with_picture(kind) is not False
+    return any(kind in family.picture_kinds for family in FAMILIES)
 
 
 def thumbnail_of(upload: Path) -> np.ndarray:
