@@ -193,6 +193,8 @@ def test_what_fits_follows_the_memory():
     large, small = plans(23, 120), plans(11.2, 60)
     assert not large["14B", 720].is_plain and large["14B", 720].plan.quantization is None
     assert large["1.3B", 480].plan is not None and small["14B", 480].plan is not None
+    assert large["Kandinsky-5 Lite", 512].plan is not None and large["Kandinsky-5 Pro", 768].plan.in_turns
+    assert {one.frames for one in memory_fits(budget_of(139, 200, 200), 141, True)} == {81, 121, 241}
     nothing = plans(1.0, 60)["14B", 720]
     assert nothing.plan is None and "would do" in nothing.refusal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 
 from nabla import InputError, NablaConfig
+from wan.config.settings import VideoSettings
+from wan.memory.estimates import Workload
 from wan.models.kandinsky.random_text import ClipSizes, QwenSizes, Shapes
+from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 
 LATENT_CHANNELS = 16
 
@@ -124,3 +128,16 @@ def transformer_shapes(sizes: Sizes) -> Shapes:
 def vae_shapes(sizes: Sizes) -> Shapes:
     """Names and shapes of the VAE's tensors, in either layout."""
     return {name: tuple(tensor.shape) for name, tensor in meta_vae(sizes).state_dict().items()}
+
+
+def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
+    """What `planner.choose` has to know of a video that the models make on a GPU, their blocks compiled."""
+    return Workload(
+        tokens=math.prod(video.token_grid),
+        dim=sizes.dim,
+        ffn_dim=sizes.ff_dim,
+        heads=sizes.heads,
+        text_dim=sizes.qwen.dim,
+        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_channels[0]),
+        itemsize=dtype.itemsize,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,16 +13,44 @@ from wan.config.settings import VideoSettings
 from wan.memory.estimates import GIB
 from wan.memory.placement import crowds
 from wan.memory.planner import MemoryBudget, MemoryPlan, choose
-from wan.models.wan.random_checkpoint import MODELS, weigh_models, workload_for
+from wan.models.kandinsky import random_checkpoint as kandinsky
+from wan.models.kandinsky.random_sizes import workload_for as kandinsky_workload
+from wan.models.wan import random_checkpoint as wan
 
-SIZES = (1280, 720), (832, 480)
-NAMES = {"t2v-14B": "14B", "t2v-1.3B": "1.3B"}
 DTYPE = torch.bfloat16
+
+
+class Offered(NamedTuple):
+    """A model of a family and videos that it is used for.
+
+    weigh: as `choose` takes weights, of sizes and a dtype; workload: of sizes, a video and a dtype
+    """
+
+    name: str
+    sizes: Any
+    weigh: Callable[..., Any]
+    workload: Callable[..., Any]
+    videos: tuple[VideoSettings, ...]
+
+
+def _offered() -> tuple[Offered, ...]:
+    of_wan = tuple(VideoSettings(size) for size in ((1280, 720), (832, 480)))
+    five, ten = 121, 241
+    of_lite = tuple(VideoSettings((768, 512), frames) for frames in (five, ten))
+    of_pro = tuple(VideoSettings(size, five) for size in ((1280, 768), (768, 512)))
+    wan_weights = wan.weigh_models, wan.workload_for
+    other_weights = kandinsky.weigh_models, kandinsky_workload
+    return (
+        Offered("14B", wan.MODELS["t2v-14B"], *wan_weights, of_wan),
+        Offered("1.3B", wan.MODELS["t2v-1.3B"], *wan_weights, of_wan),
+        Offered("Kandinsky-5 Lite", kandinsky.MODELS["kandinsky5-lite"], *other_weights, of_lite),
+        Offered("Kandinsky-5 Pro", kandinsky.MODELS["kandinsky5-pro"], *other_weights, of_pro),
+    )
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """A video of 81 frames: how it would be made.
+    """How a video would be made.
 
     plan: None if it does not fit, and then why
     crowded: whether a run without a plan would move idle models to host memory
@@ -31,6 +61,7 @@ class MemoryFit:
     plan: MemoryPlan | None
     refusal: str = ""
     crowded: bool = False
+    frames: int = 81
 
     @property
     def gib(self) -> float:
@@ -47,23 +78,22 @@ class MemoryFit:
 
 
 def memory_fits(budget: MemoryBudget, gib: float, can_quantize: bool) -> tuple[MemoryFit, ...]:
-    """The plans of each model and size on a GPU, in bfloat16 unless another precision is part of them.
+    """The plans of each model and video on a GPU, in bfloat16 unless another precision is part of them.
 
     gib: of the GPU, used memory included; can_quantize: whether torchao is there
     """
     total = int(gib * GIB)
-    return tuple(_fit(model, VideoSettings(size), budget, total, can_quantize) for model in NAMES for size in SIZES)
+    return tuple(_fit(model, video, budget, total, can_quantize) for model in _offered() for video in model.videos)
 
 
-def _fit(model: str, video: VideoSettings, budget: MemoryBudget, total: int, can_quantize: bool) -> MemoryFit:
-    sizes = MODELS[model]
-    transformer, text, vae_bytes = weigh_models(sizes, DTYPE)
+def _fit(model: Offered, video: VideoSettings, budget: MemoryBudget, total: int, can_quantize: bool) -> MemoryFit:
+    transformer, text, vae_bytes = model.weigh(model.sizes, DTYPE)
+    workload = model.workload(model.sizes, video, DTYPE)
     try:
-        plan = choose(
-            transformer, text, vae_bytes, workload_for(sizes, video, DTYPE), budget, can_quantize=can_quantize
-        )
+        plan = choose(transformer, text, vae_bytes, workload, budget, can_quantize=can_quantize)
     except InputError as error:
-        return MemoryFit(NAMES[model], video.size, None, str(error))
+        return MemoryFit(model.name, video.size, None, str(error), frames=video.frame_num)
     # A run without a plan reckons with the VAE in the dtype of the others.
     unplanned = transformer.bytes(None) + text.bytes(None) + vae_bytes * DTYPE.itemsize // torch.float32.itemsize
-    return MemoryFit(NAMES[model], video.size, plan, crowded=crowds(unplanned, total))
+    crowded = crowds(unplanned, total)
+    return MemoryFit(model.name, video.size, plan, crowded=crowded, frames=video.frame_num)

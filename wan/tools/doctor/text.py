@@ -79,15 +79,15 @@ def _kernels(found: tuple[KernelStatus, ...]) -> list[str]:
 def _fits(found: tuple[MemoryFit, ...]) -> list[str]:
     if not found:
         return []
-    rows = [("model", "size", "peak", "how --memory auto would run it")]
+    rows = [("model", "size", "frames", "peak", "how --memory auto would run it")]
     for one in found:
         size = "x".join(map(str, one.size))
         if one.plan is None:
-            rows.append((one.model, size, "-", f"does not fit: {one.refusal.partition('; ')[2]}"))
+            rows.append((one.model, size, str(one.frames), "-", f"does not fit: {one.refusal.partition('; ')[2]}"))
         else:
             how = f"{one.plan.quantization or 'bfloat16'}, {one.plan.placement()}"
-            rows.append((one.model, size, f"{one.gib:.1f} GiB", how))
-    return _section("81 frames in the memory that is free", rows)
+            rows.append((one.model, size, str(one.frames), f"{one.gib:.1f} GiB", how))
+    return _section("Videos in the memory that is free", rows)
 
 
 def _checkpoints(found: tuple[LocalCheckpoint, ...]) -> list[str]:
