@@ -20,6 +20,7 @@ from wan.training.shards import (
     FAMILY_KEY,
     MANIFEST_FILE,
     NULL_CAPTION_FILE,
+    UNNAMED_FAMILY,
     Clip,
     check_shards,
     list_clips,
@@ -42,7 +43,7 @@ class PreparedFolder(NamedTuple):
     @property
     def family(self) -> Family:
         """That of the models which the clips were prepared with."""
-        name = self.manifest.get(FAMILY_KEY, FAMILIES[0].name)
+        name = self.manifest.get(FAMILY_KEY, UNNAMED_FAMILY)
         if (own := next((family for family in FAMILIES if family.name == name), None)) is None:
             known = ", ".join(family.name for family in FAMILIES)
             raise InputError(f"{self.folder}/{MANIFEST_FILE} names the family {name!r}; known are {known}")

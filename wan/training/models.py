@@ -68,10 +68,10 @@ def _lacks_transformer(folder: Path) -> bool:
 
 
 def _family_of_vae(config: Path) -> Family:
-    """The family whose VAE a configuration is of; the first one for what no family knows, which says why it fails."""
+    """The family whose VAE a configuration is of; the last one for what no family knows, which says why it fails."""
     kind = read_json_object(config).get("_class_name") if config.is_file() else None
     trained = (family for family in FAMILIES if family.training)
-    return next((family for family in trained if family.load_training().vae == kind), FAMILIES[0])
+    return next((family for family in trained if family.load_training().vae == kind), FAMILIES[-1])
 
 
 def sampled_as(base: Checkpoint) -> dict[str, Any]:
