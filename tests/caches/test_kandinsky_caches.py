@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from kandinsky_set import expected, pipeline
 from torch._dynamo.testing import CompileCounter
 
-from nabla import InputError
+from nabla import InputError, NablaConfig
+from wan.attention.apply import apply_attention
 from wan.caches.apply import KINDS, apply_cache, remove_cache
 from wan.caches.calibration import calibrated
 from wan.config.cache_settings import RATIOS_FOLDER, CacheSettings
@@ -133,6 +137,25 @@ def test_taylorseer_carries_on_what_the_last_layer_gave(transformer, monkeypatch
     torch.testing.assert_close(sample(transformer, cache), wanted, rtol=0, atol=1e-4)
     hook.remove()
     assert (cache.forwards, cache.reused, len(ran)) == (2 * STEPS, 6, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse", (False, True))
+def test_a_pipeline_walks_with_a_cache(kind, sparse):
+    pipe = pipeline()
+    if sparse:
+        apply_attention([pipe.transformer], NablaConfig(threshold=0.6, window=(1, 1, 3), mask_refresh=2), TRANSFORMER)
+    given = expected()
+    text, pooled = given["dit.text"], given["dit.pooled"]
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(given["dit.latents"].shape[:-1] + (pipe.transformer.config.out_visual_dim,), generator=draw)
+    walk = partial(pipe.sample, text, pooled, text[:3], -pooled, noise=noise, steps=STEPS, guide_scale=3.0)
+    plain = walk()
+    cache = apply_cache(pipe.transformer, exact(kind), TRANSFORMER)
+    assert torch.equal(walk(), plain) and (cache.forwards, cache.reused) == (2 * STEPS, 0)
+    cache = apply_cache(pipe.transformer, loose(kind), TRANSFORMER)
+    reused = walk()
+    assert cache.reused == (6 if kind == "taylorseer" else 8) and torch.equal(walk(), reused)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from nabla import InputError
+from wan.config.settings import VideoSettings
 from wan.models.kandinsky import published, random_checkpoint
+from wan.models.kandinsky.family import KANDINSKY
+from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.random_sizes import MODELS, meta_transformer, meta_vae, transformer_shapes, vae_shapes
 from wan.models.kandinsky.random_text import clip_config, clip_shapes, qwen_config, qwen_shapes
 
@@ -139,6 +142,14 @@ def test_diffusers_layout_says_what_the_published_one_does(tmp_path):
     assert meta_transformer(MODELS["kandinsky5-pro"], 1, MODELS["kandinsky5-pro"].algorithm).config.attention_P == 0.8
 
 
+def test_the_family_knows_what_was_written(written):
+    layout, folder = written
+    known, said = KANDINSKY.recognise(folder), meta_transformer(MODELS[NANO]).config
+    assert known.published == (layout == "published") and KANDINSKY.facts(known).heads == MODELS[NANO].heads
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+    assert all(value == plain[key] for key, value in known.config.items() if key in plain and key[0] != "_")
+
+
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path):
     write = random_checkpoint.write
     with pytest.raises(InputError, match="layout 'hub' is not known; use one of published, diffusers"):
@@ -173,6 +184,10 @@ def test_models_are_weighed_from_their_shapes():
     transformer, qwen, others = random_checkpoint.weigh_models(MODELS["kandinsky5-pro"], torch.bfloat16)
     assert transformer.blocks == 60 and 38.6e9 < transformer.bytes(None) < 45e9
     assert qwen.blocks == 28 and 14e9 < qwen.bytes(None) < 16e9 and 1e9 < others < 1.5e9
+    video = VideoSettings((1280, 768), 121, 24, geometry=GEOMETRY)
+    workload = random_checkpoint.workload_for(MODELS["kandinsky5-pro"], video, torch.bfloat16)
+    assert (workload.tokens, workload.dim, workload.heads) == (31 * 48 * 80, 4096, 32)
+    assert workload.decoding.size == (1280, 768) and workload.decoding.itemsize == 2
 
 
 @pytest.mark.parametrize("model", MODELS)

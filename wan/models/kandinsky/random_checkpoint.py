@@ -18,7 +18,8 @@ from wan.checkpoints import random_weights
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.checkpoints.random_weights import make_empty
 from wan.checkpoints.saving import save_json, save_shards, save_whole
-from wan.memory.estimates import Weights
+from wan.config.settings import VideoSettings
+from wan.memory.estimates import Weights, Workload
 from wan.memory.weigh import weigh
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
 from wan.models.kandinsky.processor import finish_transformer
@@ -42,6 +43,7 @@ from wan.models.kandinsky.random_text import (
     qwen_shapes,
     qwen_tokenizer,
 )
+from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 
 M = TypeVar("M", bound=nn.Module)
 Drawing = Callable[[Shapes, torch.dtype], Iterator[tuple[str, Tensor]]]
@@ -120,6 +122,19 @@ def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) ->
         weigh(transformer, transformer.visual_transformer_blocks, dtype, transformer._keep_in_fp32_modules),
         weigh(qwen, qwen.layers, dtype, ()),
         clip + sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
+    )
+
+
+def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
+    """And of a video that they make on a GPU, their blocks compiled."""
+    return Workload(
+        tokens=math.prod(video.token_grid),
+        dim=sizes.dim,
+        ffn_dim=sizes.ff_dim,
+        heads=sizes.heads,
+        text_dim=sizes.qwen.dim,
+        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_channels[0]),
+        itemsize=dtype.itemsize,
     )
 
 
