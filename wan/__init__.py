@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wan.checkpoints.file_errors import CheckpointError
     from wan.models.attention import apply_attention, remove_attention
     from wan.models.checkpoint import Checkpoint
+    from wan.models.kandinsky.pipeline import Kandinsky5
     from wan.models.pretrained import from_pretrained
     from wan.models.wan.pipeline import WanT2V
     from wan.observe.observer import Observer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Kandinsky5",
     "Observer",
     "Recorder",
     "WanT2V",
@@ -28,6 +30,7 @@ __all__ = [
 _MODULES = {
     "Checkpoint": "models.checkpoint",
     "CheckpointError": "checkpoints.file_errors",
+    "Kandinsky5": "models.kandinsky.pipeline",
     "Observer": "observe.observer",
     "Recorder": "observe.recorder",
     "WanT2V": "models.wan.pipeline",

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from nabla import InputError
-from wan import Checkpoint, CheckpointError, WanT2V
+from wan import Checkpoint, CheckpointError, Kandinsky5, WanT2V
 from wan.models import checkpoint as checkpoints
 from wan.models.family import FEATURES, Layout, TransformerFacts
+from wan.models.kandinsky.family import KANDINSKY
 from wan.models.registry import FAMILIES
 from wan.models.wan.family import WAN
 
@@ -46,7 +47,8 @@ def other(tmp_path, two_families):
 
 
 def test_each_family_is_whole():
-    assert FAMILIES == (WAN,) and WAN.load_pipeline() is WanT2V
+    assert FAMILIES == (WAN, KANDINSKY)
+    assert (WAN.load_pipeline(), KANDINSKY.load_pipeline()) == (WanT2V, Kandinsky5)
     for family in FAMILIES:
         assert family.features <= FEATURES and family.components[0].name == "transformer"
         assert family.naming.to_published(family.naming.first_weight) == family.naming.first_weight

@@ -35,6 +35,7 @@ class TransformerSpec:
 
     kind, block, processor: classes of the model, of its blocks, and of the processor in their self-attention
     sparse_processor: makes what takes the place of such a processor, from it and the state of its layer
+    grid: (frames, rows, columns) of the tokens of a model for latents of (frames, height, width)
     inputs: reads the arguments, positional and by name, of a forward of the model
     heads, head_size: of a model's attention
     blocks, self_attention, output: names of the list of blocks, of the self-attention in one, and of the layer that
@@ -46,6 +47,7 @@ class TransformerSpec:
     block: type[nn.Module]
     processor: type[Any]
     sparse_processor: Callable[[Any, LayerState], Any]
+    grid: Callable[[nn.Module, tuple[int, ...]], tuple[int, int, int]]
     inputs: Callable[[nn.Module, tuple, dict[str, Any]], ForwardInputs]
     heads: Callable[[nn.Module], int]
     head_size: Callable[[nn.Module], int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class WeightFiles:
             require_file(folder / name)
         return cls([folder / name for name in names])
 
+    def leave_out(self, is_not_needed: Callable[[str], bool]) -> None:
+        """Forget tensors that the files hold for others."""
+        self.shapes = {name: shape for name, shape in self.shapes.items() if not is_not_needed(name)}
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Memory that they take in a dtype."""
         return sum(map(math.prod, self.shapes.values())) * dtype.itemsize
@@ -65,4 +69,5 @@ class WeightFiles:
             # One file is open at a time, so that no more than one is mapped.
             with open_tensors(file) as (shapes, read):
                 for name in shapes:
-                    yield name, read(name)
+                    if name in self.shapes:
+                        yield name, read(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,11 +29,19 @@ def changes_of(
 
 
 def load_placed(
-    component: Component, blocks: nn.ModuleList, placement: Placement, dtype: torch.dtype
-) -> tuple[nn.Module, Quantizer | None]:
-    """A model that runs on its own, such as a text encoder, where it waits, and what has quantised it."""
+    component: Component,
+    blocks: nn.ModuleList,
+    placement: Placement,
+    dtype: torch.dtype,
+    finish: Callable[[Any, torch.device], None] = lambda model, device: None,
+) -> tuple[Any, Quantizer | None]:
+    """A model that runs on its own, such as a text encoder, where it waits, and what has quantised it.
+
+    finish: gives the model on a device what is not saved with its weights
+    """
     quantizer, shard = changes_of(component, blocks, placement)
     model = component.load(dtype, placement.reads_to, shard, quantize=quantizer)
+    finish(model, placement.reads_to)
     move_to_wait(model, blocks, placement)
     return model, quantizer
 

@@ -132,6 +132,11 @@ class Checkpoint:
         """That of the first text encoder, for a family that has one."""
         return self.tokenizer_folders[0]
 
+    def require_companions(self) -> None:
+        """Find what comes from other repositories; raises `CheckpointError` for what is not here and cannot be had."""
+        for companion in self.family.companions:
+            self.folder_of(companion.name)
+
     def require_tokenizer(self) -> None:
         """Raise `CheckpointError` if there is no tokenizer, without which a prompt cannot be encoded."""
         for folder in self.tokenizer_folders:
@@ -154,7 +159,7 @@ class Checkpoint:
         """Whether videos begin with a picture, of a kind that settings name; None if they may."""
         possible = self.family.kinds_of(self.layout) if kind is None else {kind}
         pictured = possible & self.family.picture_kinds
-        return None if pictured and pictured != possible else bool(pictured)
+        return bool(pictured) if possible and pictured in (possible, set()) else None
 
     @property
     def settings_layers(self) -> tuple[dict[str, Any], ...]:
@@ -260,11 +265,11 @@ def recognise(folder: Path) -> tuple[Family, Layout]:
 
 def check_transformer_file(file: str | Path) -> None:
     """Raise as `open_transformer` does unless a single file is a transformer of one of the families."""
+    refusals = []
     for family in FAMILIES:
         try:
             open_transformer(file, family.naming)
             return
         except CheckpointError as error:
-            # Python forgets `error` behind this clause. If no family takes the file, the last one says why.
-            refused = error
-    raise refused
+            refusals.append(error)
+    raise refusals[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from wan.models.family import Family
+from wan.models.kandinsky.family import KANDINSKY
 from wan.models.wan.family import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, KANDINSKY)

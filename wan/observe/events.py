@@ -43,8 +43,6 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
     """The first event: what runs."""
     transformer, spec, applied = pipe.transformer, pipe.transformer_spec, applied_attention(pipe.transformer)
     own = applied.config if applied else NablaConfig()
-    # Asked for the grid alone, so any timesteps do.
-    inputs = spec.inputs(transformer, (latents, latents.new_zeros(len(latents))), {})
     return {
         "kind": "run",
         **about,
@@ -61,7 +59,7 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
         "cache": None if pipe.cache is None else pipe.cache.settings.describe(),
         "layers": len(spec.blocks_of(transformer)),
         "heads": spec.heads(transformer),
-        "grid": list(inputs.grid),
+        "grid": list(spec.grid(transformer, tuple(latents.shape[2:]))),
         "device": _device_name(pipe.device),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "processes": 1 if pipe.distributed is None else pipe.distributed.layout.processes_per_video,

@@ -15,7 +15,7 @@ from wan.config.checks import absolute_path
 from wan.config.config_files import read_made_with
 from wan.config.settings import Settings
 from wan.files.picture import check_picture, picture_hash, read_picture
-from wan.models.family import Family
+from wan.models.checkpoint import Checkpoint
 
 log = logging.getLogger("wan")
 
@@ -27,16 +27,21 @@ def check_pictures(first: Settings, layers: Iterable[Mapping[str, Any]]) -> None
         check_picture(path)
 
 
-def fit_to_picture(family: Family, settings: Settings) -> Settings:
+def fit_to_picture(checkpoint: Checkpoint, settings: Settings) -> Settings:
     """The same with the size of video that fits their picture, if there is one, and a log line if that is another.
 
-    Raises `InputError` if the family takes no picture, or this one cannot be read.
+    Raises `InputError` if the checkpoint takes no picture or begins with one that is not given, or this one cannot be
+    read.
     """
-    if settings.image is None:
+    family, kind = checkpoint.family, settings.model.kind
+    begins = checkpoint.begins_with_picture(kind)
+    if settings.image is None and not begins:
         return settings
-    if family.fit_picture is None:
+    if settings.image is None:
+        raise InputError(f"videos of {kind or checkpoint.name} begin with a picture; give one with --image FILE")
+    if family.fit_picture is None or begins is False:
         raise InputError(
-            f"image {settings.image} is not taken by {family.name}, which starts from text alone; leave it out"
+            f"image {settings.image} is not taken by {kind or family.name}, which starts from text alone; leave it out"
         )
     picture, asked = check_picture(settings.image), settings.video.size
     size = family.fit_picture(picture, asked)

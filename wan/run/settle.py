@@ -53,11 +53,14 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
     checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
+    # Before what others have is downloaded.
+    checkpoint.check_kind(settings.model.kind)
+    checkpoint.require_companions()
     checkpoint.require_tokenizer()
     every = []
     for layer, _ in jobs:
         # A line of a file of prompts ranks above the flags, which are for all lines.
-        settings = fit_to_picture(checkpoint.family, checkpoint.resolve(layer, flags, from_file))
+        settings = fit_to_picture(checkpoint, checkpoint.resolve(layer, flags, from_file))
         if settings.dtype is None:
             settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
         settings.video.check_positions(checkpoint.positions)

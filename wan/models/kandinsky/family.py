@@ -6,6 +6,7 @@ from wan.models.family import FEATURES, Family
 from wan.models.kandinsky import layout
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.names import NAMING
+from wan.models.kandinsky.picture import fit_picture
 
 KANDINSKY = Family(
     name=layout.NAME,
@@ -26,5 +27,6 @@ KANDINSKY = Family(
     memory="wan.models.kandinsky.memory:weigh_run",
     geometry=GEOMETRY,
     defaults=layout.defaults_of,
+    fit_picture=fit_picture,
     features=FEATURES - {"gguf"},
 )

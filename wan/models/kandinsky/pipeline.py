@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from wan.config.settings import SamplingSettings, VideoSettings, changed
 from wan.files.picture import picture_of
 from wan.memory.placement import has_room_for, on_device
 from wan.memory.planner import MemoryPlan
+from wan.models import pretrained
+from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
 from wan.models.kandinsky.guidance import Guidance, encode_request, guidance_of
 from wan.models.kandinsky.latents import decode, encode_picture, glimpse, normalize_first_frame
+from wan.models.kandinsky.loading import load_models
 from wan.models.kandinsky.picture import check_takes_picture, fit_picture, picture_pixels
 from wan.models.kandinsky.processor import TRANSFORMER, grid_of, install_processors, velocity_of
 from wan.models.kandinsky.text import cut_note, pooled_states, text_states, tokenize, tokenize_pooled, tokens_before
@@ -39,7 +43,7 @@ log = logging.getLogger("wan")
 
 
 class Kandinsky5:
-    """Kandinsky-5 text-to-video, and picture-to-video.
+    """Kandinsky-5, text and picture to video. Build with `from_pretrained`, see `wan.models.pretrained`.
 
     transformer: diffusers' `Kandinsky5Transformer3DModel`
     vae: diffusers' `AutoencoderKLHunyuanVideo`, its encoder in float32
@@ -54,6 +58,8 @@ class Kandinsky5:
     """
 
     transformer_spec = TRANSFORMER
+    load_models = staticmethod(load_models)
+    from_settings = classmethod(pretrained.from_settings)
 
     def __init__(
         self,
@@ -89,6 +95,11 @@ class Kandinsky5:
         self.lora: Sequence[LoraFile] = ()
         self._cut: set[str] = set()
         self.text_mask = install_processors(transformer)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | Checkpoint, *args: Any, **options: Any) -> Kandinsky5:
+        """`wan.from_pretrained` of a checkpoint that has to be of this family."""
+        return pretrained.from_pretrained(path, *args, **options, pipeline=cls)
 
     def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, L) int64 each, for the language model: each prompt in the published template.

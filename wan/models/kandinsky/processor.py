@@ -233,6 +233,7 @@ TRANSFORMER = TransformerSpec(
     block=Kandinsky5TransformerDecoderBlock,
     processor=Kandinsky5AttnProcessor,
     sparse_processor=SparseKandinskyProcessor,
+    grid=grid_of,
     inputs=forward_inputs,
     heads=_heads,
     head_size=_head_size,

@@ -50,11 +50,17 @@ class SparseWanProcessor(WanAttnProcessor):
         return out
 
 
+def grid_of(transformer: nn.Module, size: tuple[int, ...]) -> tuple[int, int, int]:
+    """(frames, rows, columns) of the tokens of latents of (frames, height, width)."""
+    frames, rows, columns = (n // p for n, p in zip(size, transformer.config.patch_size))
+    return frames, rows, columns
+
+
 def forward_inputs(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardInputs:
     """Of latents (B, C, T, h, w) and a timestep, the first two arguments or by their names."""
     latents = args[0] if args else kwargs["hidden_states"]
     timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-    grid = tuple(n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size))
+    grid = grid_of(transformer, tuple(latents.shape[2:]))
     return ForwardInputs(grid, timestep, len(latents), latents.device, latents.dtype)
 
 
@@ -77,6 +83,7 @@ TRANSFORMER = TransformerSpec(
     block=WanTransformerBlock,
     processor=WanAttnProcessor,
     sparse_processor=SparseWanProcessor,
+    grid=grid_of,
     inputs=forward_inputs,
     heads=_heads,
     head_size=_head_size,

@@ -1,0 +1,162 @@
+"""The components of a checkpoint, in either layout and wherever they lie, as diffusers' and transformers' models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Kandinsky5Transformer3DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from nabla import InputError
+from wan.checkpoints.component import Component
+from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json_object
+from wan.checkpoints.locate import CONFIG
+from wan.checkpoints.lora import Adapter, merging
+from wan.checkpoints.single_file import open_transformer
+from wan.checkpoints.weights import WeightFiles
+from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
+from wan.models.kandinsky import published
+from wan.models.kandinsky.layout import NAME, TOKENIZERS, transformer_files
+from wan.models.kandinsky.names import NAMING
+from wan.models.kandinsky.processor import finish_transformer
+
+
+def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None) -> Component:
+    """The transformer; diffusers keeps its time embedding and modulations in float32.
+
+    file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`
+    """
+    weights = _transformer_weights(checkpoint) if file is None else open_transformer(file, NAMING)
+    with _fits(Kandinsky5Transformer3DModel, weights):
+        model = published.transformer(weights.shapes)
+        if not checkpoint.published:
+            _check_config(checkpoint.config, model.config)
+    own = {name: name for name in model.state_dict()}
+    return Component(model, weights, own, tuple(model._keep_in_fp32_modules))
+
+
+def _transformer_weights(checkpoint: Checkpoint) -> WeightFiles:
+    if not checkpoint.published:
+        return checkpoint.weights_of("transformer")
+    files = transformer_files(checkpoint.folder)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{checkpoint.folder} holds several transformers ({names}); name one with --transformer")
+    weights = WeightFiles(files)
+    weights.where = files[0]
+    return weights
+
+
+def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a configuration says something else than the tensors do."""
+    for key, value in config.items():
+        if key in own and not key.startswith(("_", "attention_")):
+            said = tuple(value) if isinstance(value, list) else value
+            there = tuple(own[key]) if isinstance(own[key], list) else own[key]
+            if said != there:
+                raise ValueError(f"{key} is {value!r}, but its tensors are of {own[key]!r}")
+
+
+def load_transformer(
+    component: Component,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: Callable[[nn.Module], None] | None = None,
+    adapters: Sequence[Adapter] = (),
+    quantize: Callable[[str, Tensor], Tensor] | None = None,
+) -> Kandinsky5Transformer3DModel:
+    """The weights of `transformer_component`, and what is not saved with them; see `Component.load`.
+
+    adapters: LoRA that is merged into the weights in float32
+    quantize: what quantises the weights while they are read, see `wan.quantize.quantizer`
+    """
+    model = component.load(dtype, device, shard, merging(adapters, device) if adapters else None, quantize)
+    finish_transformer(model, device)
+    return model
+
+
+def vae_component(checkpoint: Checkpoint) -> Component:
+    """The VAE of HunyuanVideo."""
+    weights, config = _opened(checkpoint, "vae")
+    with _fits(published.vae, weights):
+        model = published.vae(config, weights.shapes)
+    return Component(model, weights, {name: name for name in model.state_dict()})
+
+
+def text_encoder_component(checkpoint: Checkpoint) -> Component:
+    """Qwen2.5-VL's language model, without its head and vision."""
+    return _text_component(checkpoint, "text_encoder", published.text_encoder, published.text_encoder_name)
+
+
+def text_encoder_2_component(checkpoint: Checkpoint) -> Component:
+    """CLIP's text model."""
+    return _text_component(checkpoint, "text_encoder_2", published.text_encoder_2, published.text_encoder_2_name)
+
+
+def _text_component(
+    checkpoint: Checkpoint,
+    name: str,
+    make: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], nn.Module],
+    rename: Callable[[str], str | None],
+) -> Component:
+    weights, config = _opened(checkpoint, name)
+    with _fits(make, weights):
+        # What the files have beside it is known, and not read.
+        weights.leave_out(lambda tensor: rename(tensor) is None)
+        model = make(config, published.renamed(weights.shapes, rename))
+    expected = model.state_dict().keys()
+    names = {tensor: own for tensor in weights.shapes if (own := rename(tensor)) in expected}
+    # Of what is missing the name in the files is not known; the model's own says as much.
+    names |= {own: own for own in expected - set(names.values())}
+    return Component(model, weights, names)
+
+
+def load_tokenizer(checkpoint: Checkpoint, name: str, vocabulary: int) -> PreTrainedTokenizerFast | None:
+    """A tokenizer exactly as its `tokenizer.json` states it, or None if the checkpoint has none.
+
+    name: as diffusers' pipeline calls it
+    Raises `CheckpointError` if it is damaged or gives ids beyond the text encoder's vocabulary.
+    """
+    folder = dict(zip(TOKENIZERS, checkpoint.tokenizer_folders))[name]
+    if not exists(folder / TOKENIZER_FILE):
+        return None
+    # tokenizers raises bare Exception for a damaged file
+    with clear_errors(folder):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
+    if len(tokenizer) > vocabulary:
+        raise CheckpointError(
+            f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
+        )
+    return tokenizer
+
+
+def finish_text_encoder(model: Qwen2_5_VLTextModel | CLIPTextModel, device: torch.device | str) -> None:
+    """Give a text encoder that was made on the meta device what is not saved with its weights."""
+    finish = published.finish_text_encoder_2 if isinstance(model, CLIPTextModel) else published.finish_text_encoder
+    finish(model, device)
+
+
+def _opened(checkpoint: Checkpoint, name: str) -> tuple[WeightFiles, dict[str, Any]]:
+    """The files of a component and its configuration."""
+    folder = checkpoint.folder_of(name)
+    if not exists(folder / CONFIG):
+        raise CheckpointError(f"{folder} has no {CONFIG}, so it is no {name} of {NAME}; give it with --{name} DIR")
+    return checkpoint.weights_of(name), read_json_object(folder / CONFIG)
+
+
+@contextmanager
+def _fits(kind: Any, weights: WeightFiles) -> Iterator[None]:
+    """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{weights.where}: its configuration does not fit {kind.__name__}: {reason}") from error

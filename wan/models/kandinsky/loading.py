@@ -1,0 +1,115 @@
+"""The models of a checkpoint, each where it waits for its turn and as it runs best there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from wan.caches.ran import blocks_left_out
+from wan.checkpoints.component import Component
+from wan.checkpoints.lora import Adapter, read_lora
+from wan.config.model_settings import ModelSettings
+from wan.memory.load_plan import ComponentBytes, Placement, make_load_plan
+from wan.memory.loading import changes_of, check_options, load_placed, move_to_wait
+from wan.memory.options import LoadOptions
+from wan.models.checkpoint import Checkpoint
+from wan.models.kandinsky import components
+from wan.models.kandinsky.names import NAMING
+from wan.models.kandinsky.processor import TRANSFORMER
+from wan.models.kandinsky.vae import prepare_decoder, vae_dtype_of
+
+log = logging.getLogger("wan")
+
+
+class LoadedModels(NamedTuple):
+    """The models that a process needs; of those that share a video, one has the VAE and text encoders not sharded.
+
+    text_device: that the text encoders run on
+    offload: whether models that are idle leave the GPU
+    """
+
+    transformer: Kandinsky5Transformer3DModel
+    vae: AutoencoderKLHunyuanVideo | None
+    text_encoder: Qwen2_5_VLTextModel | None
+    text_encoder_2: CLIPTextModel | None
+    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer_2: PreTrainedTokenizerFast | None
+    text_device: torch.device
+    offload: bool
+
+
+def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOptions) -> LoadedModels:
+    """Load the models of a checkpoint as settings say that `Checkpoint.resolve` gave.
+
+    Raises `CheckpointError`, before any weight is read, for a checkpoint that is incomplete or damaged, and
+    `InputError` for what does not go together.
+    """
+    device, dtype = options.device, getattr(torch, settings.dtype or "float32")
+    vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype, device.type)
+    check_options(options, settings.fp8, dtype)
+
+    # All of them before the first weight is read: what is missing or damaged should not cost minutes.
+    vae_component = components.vae_component(checkpoint)
+    qwen, clip = components.text_encoder_component(checkpoint), components.text_encoder_2_component(checkpoint)
+    transformer_component = components.transformer_component(checkpoint, settings.transformer)
+    adapters = [read_lora(file, transformer_component.model, NAMING) for file in settings.lora]
+
+    text_bytes = qwen.bytes(dtype) + clip.bytes(dtype)
+    sizes = ComponentBytes(transformer_component.bytes(dtype), text_bytes, vae_component.bytes(dtype))
+    plan = make_load_plan(options, settings.fp8, sizes)
+
+    vae = _load_vae(vae_component, plan.vae, vae_dtype) if options.is_leader else None
+    transformer = _load_transformer(transformer_component, plan.transformer, dtype, adapters)
+    text_encoder = text_encoder_2 = None
+    # Of a sharded one every process holds its part, whoever encodes.
+    if options.is_leader or plan.text_encoder.mesh is not None:
+        text_encoder = _load_text_encoder(qwen, plan.text_encoder, dtype)
+    if options.is_leader:
+        text_encoder_2 = _load_clip(clip, plan.text_encoder, dtype)
+    vocabularies = qwen.model.config.vocab_size, clip.model.config.vocab_size
+    tokenizers = (components.load_tokenizer(checkpoint, *one) for one in zip(components.TOKENIZERS, vocabularies))
+    return LoadedModels(
+        transformer, vae, text_encoder, text_encoder_2, *tokenizers, plan.text_encoder.runs, plan.offload
+    )
+
+
+def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
+    # The encoder stays in float32; the decoder alone has a type of its own.
+    vae = component.load(torch.float32, placement.reads_to)
+    prepare_decoder(vae, decoder_dtype)
+    return vae
+
+
+def _load_transformer(
+    component: Component, placement: Placement, dtype: torch.dtype, adapters: Sequence[Adapter]
+) -> Kandinsky5Transformer3DModel:
+    blocks = TRANSFORMER.blocks_of(component.model)
+    quantizer, shard = changes_of(component, blocks, placement)
+    transformer = components.load_transformer(component, dtype, placement.reads_to, shard, adapters, quantizer)
+    for adapter in adapters:
+        log.info("lora: %s, merged into the weights", adapter.describe())
+    if quantizer is not None:
+        log.info("transformer: %s", quantizer.describe(placement.asked))
+    move_to_wait(transformer, blocks, placement, blocks_left_out)
+    return transformer
+
+
+def _load_text_encoder(component: Component, placement: Placement, dtype: torch.dtype) -> Qwen2_5_VLTextModel:
+    finish = components.finish_text_encoder
+    encoder, quantizer = load_placed(component, component.model.layers, placement, dtype, finish)
+    if quantizer is not None:
+        log.info("text encoder: %s", quantizer.describe(placement.asked))
+    return encoder
+
+
+def _load_clip(component: Component, placement: Placement, dtype: torch.dtype) -> CLIPTextModel:
+    # A small model, which is neither streamed nor quantised.
+    encoder = component.load(dtype, placement.waits)
+    components.finish_text_encoder(encoder, placement.waits)
+    return encoder

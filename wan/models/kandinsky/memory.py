@@ -1,0 +1,67 @@
+"""What Kandinsky-5's models and a video of them take of memory, told to the planner before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from wan.config.cache_settings import COPIES
+from wan.config.settings import Settings
+from wan.memory.estimates import Workload
+from wan.memory.planning import Weighed
+from wan.memory.weigh import weights_of
+from wan.models.checkpoint import Checkpoint
+from wan.models.kandinsky import components
+from wan.models.kandinsky.processor import TRANSFORMER
+from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
+from wan.quantize.float8 import FLOAT8
+
+
+def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
+    """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
+    settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
+    transformer = components.transformer_component(checkpoint, settings.transformer)
+    qwen, clip = components.text_encoder_component(checkpoint), components.text_encoder_2_component(checkpoint)
+    vae = components.vae_component(checkpoint)
+    vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
+    text = weights_of(qwen, qwen.model.layers, dtype)
+    models = transformer.model, qwen.model, vae.model
+    return Weighed(
+        weights_of(transformer, TRANSFORMER.blocks_of(transformer.model), dtype, settings.lora),
+        # CLIP lies beside the language model, whole.
+        replace(text, rest=text.rest + clip.bytes(dtype)),
+        # It is read in float32, its decoder converted after that.
+        vae.bytes(torch.float32),
+        [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
+        FLOAT8.key if settings.fp8 else None,
+    )
+
+
+def workload_of(
+    transformer: nn.Module,
+    text: nn.Module,
+    vae: nn.Module,
+    settings: Settings,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    compiled: bool | None,
+) -> Workload:
+    """A video and the widths of the models that make it."""
+    own, width = transformer.config, vae.config.block_out_channels[0]
+    return Workload(
+        tokens=math.prod(settings.video.token_grid),
+        dim=own.model_dim,
+        ffn_dim=own.ff_dim,
+        heads=TRANSFORMER.heads(transformer),
+        text_dim=text.config.hidden_size,
+        decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, width),
+        itemsize=dtype.itemsize,
+        # Plans are for GPUs, on which None compiles.
+        compiled=compiled is not False,
+        mask_layers=own.num_visual_blocks if settings.attention.mask_refresh > 1 else 0,
+        cached=0 if settings.cache is None else COPIES[settings.cache.kind],
+    )
