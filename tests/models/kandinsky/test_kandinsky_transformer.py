@@ -12,6 +12,7 @@ from conftest import relative_error
 from kandinsky_set import expected, velocity
 
 import nabla
+import wan
 from nabla import NablaConfig
 from nabla.rotary import rotate
 from nabla.tiling import TileLayout
@@ -154,10 +155,10 @@ def test_a_sparse_forward_equals_one_with_the_same_blocks_masked_token_by_token(
 def test_attention_is_put_in_and_taken_out_of_diffusers_own_model_to_the_bit():
     model = kandinsky_set.plain_transformer()
     before = velocity(model)
-    apply_attention([model], NablaConfig.parse(ALGORITHMS[1]), TRANSFORMER)
+    wan.apply_attention(model, NablaConfig.parse(ALGORITHMS[1]))
     assert relative_error(velocity(model), before) > 1e-3
     copied = copy.deepcopy(model)
-    remove_attention(model)
+    wan.remove_attention(model)
     assert torch.equal(velocity(model), before) and not torch.equal(velocity(copied), before)
 
 
