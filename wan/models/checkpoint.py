@@ -243,7 +243,7 @@ def _given_folder(companion: Companion, given: str) -> Path:
 @functools.cache
 def _companion_folder(companion: Companion, folder: Path) -> Path:
     """Downloaded once a process: the hub is asked each time whether there is a newer one."""
-    what = f"{folder} has no {companion.folder}/, and its {companion.name},"
+    what = f"{folder} has no {companion.folder}/, and {companion.name}"
     remedy = f"pass --{companion.name} DIR"
     return download(companion.hub_id, companion.patterns, what=what, remedy=remedy) / companion.inner
 
