@@ -32,6 +32,7 @@ from wan.parallel.fsdp import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
 from wan.training.schema import merge_settings
+from wan.training.shards import UNNAMED_FAMILY
 
 log = logging.getLogger("wan")
 
@@ -68,10 +69,10 @@ def _lacks_transformer(folder: Path) -> bool:
 
 
 def _family_of_vae(config: Path) -> Family:
-    """The family whose VAE a configuration is of; the last one for what no family knows, which says why it fails."""
+    """The family whose VAE a configuration is of; what no family knows is Wan2.1's, which says why it fails."""
     kind = read_json_object(config).get("_class_name") if config.is_file() else None
-    trained = (family for family in FAMILIES if family.training)
-    return next((family for family in trained if family.load_training().vae == kind), FAMILIES[-1])
+    known = {family.load_training().vae: family for family in FAMILIES if family.training}
+    return known.get(kind) or next(family for family in FAMILIES if family.name == UNNAMED_FAMILY)
 
 
 def sampled_as(base: Checkpoint) -> dict[str, Any]:

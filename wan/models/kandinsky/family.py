@@ -26,6 +26,7 @@ KANDINSKY = Family(
     pipeline="wan.models.kandinsky.pipeline:Kandinsky5",
     memory="wan.models.kandinsky.memory:weigh_run",
     geometry=GEOMETRY,
+    training="wan.models.kandinsky.training:TRAINING",
     defaults=layout.defaults_of,
     fit_picture=fit_picture,
     features=FEATURES - {"gguf"},
