@@ -168,7 +168,10 @@ def no_gradient_sync(model: nn.Module, accelerator: Accelerator) -> Iterator[Non
 def matrix_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """The weights of the blocks' linear layers: attention and feed-forward, without embeddings and modulation."""
     blocks = spec_of(transformer).blocks_of(transformer)
-    return [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    # Modulations that are linear layers are among what stays in float32.
+    apart = set(transformer._keep_in_fp32_modules or ())
+    layers = [module for name, module in blocks.named_modules() if not apart & set(name.split("."))]
+    return [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
 
 
 def build_optimizers(

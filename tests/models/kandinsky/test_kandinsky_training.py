@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from places import PROGRAMS
 from safetensors.torch import load_file
-from training_runs import Colours, settings_dict, train
+from starting import finish, fork
+from training_runs import Colours, exact_rows, settings_dict, train
 
 import wan
 from nabla import InputError
@@ -21,7 +24,7 @@ from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings, TrainingSettings
 from wan.training.data import MicroBatches
 from wan.training.encoder import Encoder
-from wan.training.models import open_components
+from wan.training.models import matrix_parameters, open_components
 from wan.training.objective import predict_velocity
 from wan.training.prepare import prepare
 from wan.training.prepare_settings import PrepareSettings
@@ -177,3 +180,26 @@ def test_the_native_layout_is_prepared_and_trained_too(tmp_path):
     model = tmp_path / "run/latest/model"
     assert Checkpoint.open(model).published is False and load(model).config.model_dim == 128
     assert (model / "tokenizer_2/tokenizer.json").is_file() and (model / "vae/config.json").is_file()
+
+
+def test_muon_takes_attention_and_feed_forward_and_no_modulation(checkpoint):
+    transformer = load(checkpoint)
+    names = {id(weight): name for name, weight in transformer.named_parameters()}
+    taken = {names[id(weight)] for weight in matrix_parameters(transformer)}
+    assert len(taken) == 10 * len(transformer.visual_transformer_blocks) and not any("modulation" in n for n in taken)
+
+
+def test_two_processes_train_as_one_whether_weights_are_repeated_or_sharded(checkpoint, clips, tmp_path):
+    changes = {"steps": 2, "micro_batch": 1, "every": {"checkpoint": 2, "validation": 2}}
+    alone = train(run_settings(checkpoint, clips, tmp_path / "alone", **changes))
+    configs = []
+    for name, shard in (("ddp", False), ("fsdp", True)):
+        configs.append(tmp_path / f"{name}.yaml")
+        content = run_settings(checkpoint, clips, tmp_path / name, **changes, shard=shard)
+        configs[-1].write_text(yaml.safe_dump(content))
+    code, _, said = finish(fork(2, PROGRAMS / "train_runs.py", *configs, cwd=tmp_path))
+    assert code == 0, said
+    for name in ("ddp", "fsdp"):
+        for one, other in zip(exact_rows(tmp_path / name), alone, strict=True):
+            assert one.keys() == other.keys()
+            assert all(one[key] == pytest.approx(other[key], rel=1e-4) for key in one.keys() - {"kept"}), name
