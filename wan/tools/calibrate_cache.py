@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan import WanT2V
 from wan.caches.calibration import calibrated
 from wan.config.settings import Settings
 from wan.files.json_files import write_json
 from wan.files.video import check_writable
 from wan.memory.budget import check_memory
-from wan.models.wan.processor import TRANSFORMER
 from wan.observe.console import log_to_stderr
+from wan.observe.recorder import with_progress
 from wan.parallel.distributed import pick_device
 from wan.run.advice import unexpected
 from wan.run.flags import SMALL_CHECKPOINT, Parser, flag_settings, options_of
@@ -30,6 +30,8 @@ from wan.run.generation import load_pipeline
 from wan.run.ratios import conditions
 from wan.run.request import Request
 from wan.run.settle import settle
+from wan.sampling.guided import GuidedPipeline, sample_latents
+from wan.sampling.request import VideoRequest
 
 log = logging.getLogger("wan")
 
@@ -81,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("warning: %s", line)
     pipe = load_pipeline(checkpoint, every, device, options)
     sampled = []
-    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
+    with calibrated(pipe.transformer, pipe.transformer_spec) as calibration:
         for number, settings in enumerate(every):
             given = settings.sampling.seed
             # A seed of its own for each video, which the file names, so that it can be measured again.
@@ -93,12 +95,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"ratios": ratios, "measured_on": conditions(every[0]), "videos": sampled}
 
 
-def sample(pipe: WanT2V, settings: Settings, seed: int) -> None:
+def sample(pipe: GuidedPipeline, settings: Settings, seed: int) -> None:
     """Sample a video, without decoding it."""
-    walk = settings.sampling
-    # Without guidance there is no negative branch.
-    texts = [settings.prompt] if walk.guide_scale == 1 else [settings.prompt, walk.negative_prompt]
-    contexts = pipe.encode_text(*pipe.tokenize(texts)).split(1)
+    sampling = replace(settings.sampling, seed=seed)
+    conditions = pipe.encode(VideoRequest(settings.prompt or "", settings.video, sampling))
     noise = pipe.draw_noise(settings.video, seed)
-    chosen = {"steps": walk.steps, "shift": walk.shift, "guide_scale": walk.guide_scale, "solver": walk.solver}
-    pipe.sample(*contexts, noise=noise, progress=True, **chosen)
+    sample_latents(pipe, noise, conditions, sampling, with_progress(True, None))
