@@ -21,6 +21,7 @@ from wan.memory.placement import has_room_for, on_device
 from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
+from wan.models.kandinsky.components import transformer_component
 from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
 from wan.models.kandinsky.guidance import Guidance, encode_request, guidance_of
 from wan.models.kandinsky.latents import decode, encode_picture, glimpse, normalize_first_frame
@@ -59,6 +60,7 @@ class Kandinsky5:
 
     transformer_spec = TRANSFORMER
     load_models = staticmethod(load_models)
+    transformer_component = staticmethod(transformer_component)
     from_settings = classmethod(pretrained.from_settings)
 
     def __init__(
