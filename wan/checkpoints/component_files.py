@@ -17,7 +17,8 @@ class ComponentFiles:
 
     name: as diffusers' pipelines call it, and so its folder in that layout
     stem: what the names of its files begin with there
-    published: its file in the published layout; or, without an ending, what the names of its safetensors begin with
+    published: its file in the published layout; or, without an ending, what the names of its safetensors begin with; or
+        a folder, with / at its end, of safetensors of any name
     """
 
     name: str
@@ -34,4 +35,6 @@ class ComponentFiles:
         if not published:
             return WeightFiles.find(folder / self.name, self.stem)
         path = folder / self.published
+        if self.published.endswith("/"):
+            return WeightFiles.find(path, "")
         return WeightFiles([path]) if self.is_one_file else WeightFiles.find(path.parent, path.name)
