@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 from starting import Forked, finish, fork
 
 import wan
 from scripts import benchmark
 from wan.config.cache_settings import KINDS
+from wan.config.settings import VideoSettings
 from wan.models.wan.random_checkpoint import random_transformer
+from wan.tools.benchmark.models import MODELS
+from wan.tools.benchmark.program import parse_args
 
 SCRIPT = Path(benchmark.__file__)
 
@@ -49,6 +53,62 @@ def test_modes(mode, first, tmp_path):
         assert all(row["speedup"] > 0 for row in (rows[1], rows[-1]))
     if mode == "pipeline":
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
+
+
+@pytest.mark.parametrize(
+    "mode, first",
+    (
+        ("mask", "128x128x5: lists, keep-0.1, gather"),
+        ("attention", "128x128x5: dense, sdpa"),
+        ("forward", "128x128x5: dense, sdpa"),
+    ),
+)
+def test_kandinsky_s_modes(mode, first, tmp_path, monkeypatch):
+    # That compiled blocks compute the same, and are compiled once, is tested with its transformer.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    flags = [mode, "--quick", "--model", "kandinsky5-nano", "--layers", "1", "--size", "128*128", "--frame_num", "5"]
+    code, out, said = finish(Forked(SCRIPT, *flags, "--device", "cpu", cwd=tmp_path))
+    assert code == 0, said
+    *table, record = out.splitlines()
+    rows = json.loads(record)["rows"]
+    assert len(rows) == len(table) and rows[0]["what"] == first
+    if mode == "forward":
+        assert rows[1]["what"] == "128x128x5: keep-0.1" and rows[1]["speedup"] > 0
+
+
+def test_kandinsky_s_baseline_is_diffusers_own_model():
+    family, video = MODELS["kandinsky5-nano"], VideoSettings((128, 128), 5)
+    transformer = family.random_transformer("kandinsky5-nano", torch.float32, torch.device("cpu"), layers=2)
+
+    def processors() -> set[type]:
+        return {type(part.processor) for part in transformer.modules() if hasattr(part, "processor")}
+
+    plain, forward = processors(), family.forward(transformer, video)
+    assert plain == {Kandinsky5AttnProcessor}
+    with torch.no_grad():
+        baseline = forward()
+        family.as_ours(transformer)
+        ours = family.forward(transformer, video)()
+    # diffusers rounds queries and keys to bfloat16; texts are padded here and not there.
+    assert 0 < (ours - baseline).norm() / baseline.norm() < 1e-2
+    assert processors() != plain
+    family.as_diffusers(transformer)
+    with torch.no_grad():
+        assert processors() == plain and torch.equal(family.forward(transformer, video)(), baseline)
+
+
+def test_a_mode_that_does_not_measure_a_model_is_one_line(capsys):
+    assert benchmark.main(["training", "--model", "kandinsky5-lite", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "error: mode training does not measure kandinsky5-lite; use --model with one of nano, t2v-1.3B, t2v-14B\n"
+    )
+
+
+def test_kandinsky_is_measured_at_its_own_sizes():
+    found = {model: parse_args(["forward", "--model", model]) for model in ("kandinsky5-lite", "kandinsky5-pro")}
+    assert [(args.size, args.frame_num) for args in found.values()] == [(["768*512"], [241]), (["1280*768"], [121])]
 
 
 def test_runs_within_budgets_beside_the_one_without():

@@ -41,7 +41,7 @@ class KandinskyProcessor(Kandinsky5AttnProcessor):
 
     def __init__(self, original: Kandinsky5AttnProcessor, text: TextMask | None = None):
         super().__init__()
-        self.text = text
+        self.original, self.text = original, text
         self._attention_backend = original._attention_backend
         self._parallel_config = original._parallel_config
 
@@ -134,6 +134,15 @@ def install_processors(transformer: Kandinsky5Transformer3DModel) -> TextMask:
         _install(block.self_attention, None)
         _install(block.cross_attention, text)
     return text
+
+
+def remove_processors(transformer: Kandinsky5Transformer3DModel) -> None:
+    """Undo `install_processors`, once `apply_attention` is undone; nothing happens to others."""
+    if vars(transformer).pop("text_mask", None) is None:
+        return
+    for module in transformer.modules():
+        if isinstance(module, Kandinsky5Attention):
+            module.set_processor(module.processor.original)
 
 
 def _install(attention: Kandinsky5Attention, text: TextMask | None) -> None:

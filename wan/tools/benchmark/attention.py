@@ -14,13 +14,13 @@ from nabla import NablaConfig
 from nabla.attention import Plan, choose_block_mask, tiles_and_means
 from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
 from wan.config.settings import VideoSettings
-from wan.models.wan.random_checkpoint import MODELS
+from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.timing import Row, dense_kernels, label, sparse_configs, timed
 
 
 def random_qkv(args: argparse.Namespace, grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
     """q, k and v, (1, S, heads, D) each, the same for all rows of a size."""
-    sizes = MODELS[args.model]
+    sizes = MODELS[args.model].models[args.model]
     shape = 1, math.prod(grid), sizes.heads, sizes.dim // sizes.heads
     torch.manual_seed(0)
     return tuple(torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(3))

@@ -39,8 +39,8 @@ from wan.models.wan.random_checkpoint import (
 )
 from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.quantize.quantizer import check_quantization, make_quantizer
+from wan.tools.benchmark.models import WAN_TEXT_ROWS, wan_inputs
 from wan.tools.benchmark.timing import Row, label, sparse_configs, synchronize, timed
-from wan.tools.benchmark.transformer import TEXT_ROWS, random_inputs
 
 # A budget that no machine has, for devices without a limit.
 NO_LIMIT = 10_000.0
@@ -138,7 +138,7 @@ def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.devi
         stream_blocks(encoder, encoder.encoder.block, device, kept, plan.pinned)
     elif not plan.in_turns:
         encoder.to(device)
-    ids = torch.zeros(2, TEXT_ROWS, dtype=torch.int64, device=device)
+    ids = torch.zeros(2, WAN_TEXT_ROWS, dtype=torch.int64, device=device)
 
     def encode() -> Tensor:
         with on_device(encoder, device, plan.in_turns):
@@ -159,7 +159,7 @@ def _forward_row(
     transformer = _transformer(args, device, plan)
     apply_attention(transformer, config)
     with on_device(transformer, device, plan.in_turns):
-        latents, timestep, text = random_inputs(transformer, video, 1)
+        latents, timestep, text = wan_inputs(transformer, video, 1)
 
         def forward() -> Tensor:
             out = transformer(latents, timestep, text, return_dict=False)[0]

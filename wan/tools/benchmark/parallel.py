@@ -30,8 +30,8 @@ from wan.parallel.layout import ParallelLayout
 from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import make_solver
+from wan.tools.benchmark.models import wan_inputs
 from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, sparse_configs, timed
-from wan.tools.benchmark.transformer import random_inputs
 
 # Half of the heads keep about the first share of blocks, half the second, in order of their numbers.
 UNEVEN_DENSITIES = 0.05, 0.35
@@ -86,7 +86,7 @@ def compare(args: argparse.Namespace, what: str, function: Callable[[], object],
 
 def even_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     transformer = build_model(args, distributed)
-    inputs = random_inputs(transformer, video, 1)
+    inputs = wan_inputs(transformer, video, 1)
     forward = partial(transformer, *inputs, return_dict=False)
     every = [*([] if args.no_dense else [NablaConfig()]), *sparse_configs(args)]
     alone = {}
@@ -111,7 +111,7 @@ def uneven_rows(args: argparse.Namespace, distributed: DistributedContext, video
     config = NablaConfig(threshold=UNEVEN_THRESHOLD, backend=args.backend)
     mesh = init_ulysses_mesh(distributed)
     transformer = build_model(args, distributed)
-    forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
+    forward = partial(transformer, *wan_inputs(transformer, video, 1), return_dict=False)
     apply_attention(transformer, config)
     calibrate_densities(transformer, forward)
     alone = compare(args, f"{label(video)}: forward, uneven heads, one GPU", forward)
@@ -161,7 +161,7 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
     if distributed.world_size % 2:
         return
     transformer = build_model(args, distributed)
-    inputs = random_inputs(transformer, video, 1)
+    inputs = wan_inputs(transformer, video, 1)
     # Pairs of processes share a step, one branch each.
     distributed.init_meshes(ParallelLayout(cfg=2, replicas=distributed.world_size // 2))
     branches = distributed.cfg_mesh
@@ -180,7 +180,7 @@ def guidance_rows(args: argparse.Namespace, distributed: DistributedContext, vid
 def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     """PSNR of the video of all GPUs to that of one, from the same noise."""
     transformer = build_model(args, distributed)
-    latents, _, context = random_inputs(transformer, video, 1)
+    latents, _, context = wan_inputs(transformer, video, 1)
 
     def sample() -> Tensor:
         solver = make_solver("unipc", args.steps, 5.0, distributed.device)
@@ -203,7 +203,7 @@ def same_video_rows(args: argparse.Namespace, distributed: DistributedContext, v
 
 def sharded_rows(args: argparse.Namespace, distributed: DistributedContext, video: VideoSettings) -> Iterator[Row]:
     transformer = build_model(args, distributed)
-    forward = partial(transformer, *random_inputs(transformer, video, 1), return_dict=False)
+    forward = partial(transformer, *wan_inputs(transformer, video, 1), return_dict=False)
     config = sparse_configs(args)[0]
     mesh = init_ulysses_mesh(distributed)
     apply_sequence_parallel(transformer, mesh, TRANSFORMER)

@@ -18,13 +18,13 @@ import torch
 from wan.attention.compile import many_compiles
 from wan.config.cache_settings import THRESHOLDS
 from wan.config.settings import VideoSettings
-from wan.models.wan.random_checkpoint import MODELS
 from wan.observe.console import positive
 from wan.quantize.quantizer import check_quantization
 from wan.run.versions import installed_versions
 from wan.tools.benchmark.attention import attention_mode, mask_mode
 from wan.tools.benchmark.cache import cache_mode
 from wan.tools.benchmark.memory import memory_mode
+from wan.tools.benchmark.models import MODELS, family_of
 from wan.tools.benchmark.parallel import ROWS, parallel_mode
 from wan.tools.benchmark.timing import Row
 from wan.tools.benchmark.training import training_mode
@@ -40,7 +40,7 @@ MODES = {
     "cache": cache_mode,
     "memory": memory_mode,
 }
-# On a CPU, and on a GPU.
+# On a CPU, and on a GPU, of models whose family says nothing else.
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)
 STEPS = 3
 # Threshold 0 reuses nothing, and shows what a cache costs and changes by itself.
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a mode and print its rows. Raises `InputError` for settings that are not allowed or cannot run here."""
     args = parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
-    sizes = itertools.product(args.size or [], args.frame_num or [])
-    videos = [VideoSettings(size, frames) for size, frames in sizes]
+    family, sizes = family_of(args.model, args.mode), itertools.product(args.size or [], args.frame_num or [])
+    videos = [VideoSettings(size, frames, geometry=family.geometry) for size, frames in sizes]
     if args.fp8:
         check_quantization("fp8", torch.device(args.device), getattr(torch, args.dtype))
     rows = []
@@ -78,8 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("mode", choices=MODES)
     add("--model", choices=MODELS, default="t2v-14B" if on_gpu else "nano", help="whose heads and layers to use")
     add("--layers", type=positive, help="of the model, all by default")
-    add("--size", nargs="+", help=f"{SIZE[on_gpu]} by default")
-    add("--frame_num", type=int, nargs="+", help=f"{FRAMES[on_gpu]} by default")
+    add("--size", nargs="+", help=f"{SIZE[on_gpu]} by default, and what Kandinsky-5 was published for")
+    add("--frame_num", type=int, nargs="+", help=f"{FRAMES[on_gpu]} by default, Lite 241, Pro 121")
     add("--keep", type=float, nargs="*", default=[0.1, 0.2], help="shares of blocks kept")
     add("--threshold", type=float, nargs="*", default=[], help="thresholds besides")
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
@@ -107,7 +107,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two repeats and the first share only")
     args = parser.parse_args(argv)
     if args.ckpt_dir is None:
-        args.size, args.frame_num = args.size or [SIZE[on_gpu]], args.frame_num or [FRAMES[on_gpu]]
+        size, frames = MODELS[args.model].videos.get(args.model, (SIZE[on_gpu], FRAMES[on_gpu]))
+        args.size, args.frame_num = args.size or [size], args.frame_num or [frames]
         args.steps = args.steps or STEPS
     elif args.mode != "cache":
         parser.error(f"--ckpt_dir is for mode cache; {args.mode} takes random weights")

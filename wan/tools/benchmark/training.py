@@ -19,8 +19,8 @@ from wan.config.settings import VideoSettings
 from wan.models.attention import apply_attention
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.benchmark.attention import random_qkv
+from wan.tools.benchmark.models import wan_inputs
 from wan.tools.benchmark.timing import Row, dense_kernels, label, peak_memory, reset_peak, sparse_configs, timed
-from wan.tools.benchmark.transformer import random_inputs
 
 # Of a model that trains over several GPUs one block stands for all.
 LAYERS = {"t2v-14B": 1}
@@ -106,7 +106,7 @@ def block_rows(args: argparse.Namespace, video: VideoSettings, device: torch.dev
 def transformer_row(
     args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings
 ) -> Row:
-    inputs = random_inputs(transformer, video, 1)
+    inputs = wan_inputs(transformer, video, 1)
     gradient = torch.randn_like(inputs[0])
     parameters = list(transformer.parameters())
     row = timed_backward(args, what, lambda: transformer(*inputs, return_dict=False)[0], parameters, gradient)

@@ -6,28 +6,25 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
-from wan.models.attention import apply_attention
-from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
+from wan.models.attention import apply_attention, remove_attention
 from wan.models.wan.latents import decode
-from wan.models.wan.processor import velocity_of
-from wan.models.wan.random_checkpoint import random_transformer, random_vae
+from wan.models.wan.random_checkpoint import random_vae
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import quantize_layers
-from wan.sampling.loop import Conditions, denoise
+from wan.sampling.loop import denoise
 from wan.sampling.solvers import make_solver
+from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.timing import (
     Row,
     dense_kernels,
@@ -40,29 +37,29 @@ from wan.tools.benchmark.timing import (
     timed,
 )
 
-TEXT_ROWS = 512
 PUBLISHED_STEPS = 50
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 
-
-def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, bool, WanTransformer3DModel]]:
+def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, bool, nn.Module]]:
     """The model as benchmarks use it: dense as diffusers has it, then ours; in args.dtype, then in float8 if asked for.
 
     Yields a suffix for the rows' names, whether it is the dense one, and the model with compiled blocks.
     """
-    transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
+    family = MODELS[args.model]
+    transformer = family.random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
+    blocks = family.spec.blocks_of(transformer)
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
             # In place, so after all rows of the exact weights.
-            print(quantize_layers(transformer, transformer.blocks, "fp8", device))
+            print(quantize_layers(transformer, blocks, "fp8", device))
         for is_dense in [False] if args.no_dense else [True, False]:
             torch._dynamo.reset()
-            for block in transformer.blocks:
-                # The class's own forward again, before the other activation is compiled.
+            remove_attention(transformer)
+            for block in blocks:
+                # The class's own forward again, before the other one's parts are compiled.
                 block.__dict__.pop("forward", None)
-            (unfuse_gelu if is_dense else fuse_gelu)(transformer)
-            compile_blocks(transformer.blocks)
+            (family.as_diffusers if is_dense else family.as_ours)(transformer)
+            compile_blocks(blocks)
             yield kind, is_dense, transformer
 
 
@@ -76,9 +73,9 @@ def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: 
             apply_attention(transformer, config)
             kernel, context = next(iter(dense_kernels(device).items())) if is_dense else ("", nullcontext)
             name = f"dense, {kernel}" if is_dense else config.algorithm
-            inputs = random_inputs(transformer, video, 1)
+            forward = MODELS[args.model].forward(transformer, video)
             with context():
-                row = forward_row(args, f"{label(video)}: {name}{kind}", transformer, inputs, exact, kind)
+                row = forward_row(args, f"{label(video)}: {name}{kind}", forward, exact, kind)
             if is_dense:
                 dense[label(video) + kind] = row["ms"]
             elif not args.no_dense:
@@ -87,16 +84,8 @@ def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: 
 
 
 def forward_row(
-    args: argparse.Namespace,
-    what: str,
-    transformer: WanTransformer3DModel,
-    inputs: tuple,
-    exact: dict[str, Tensor],
-    kind: str,
+    args: argparse.Namespace, what: str, forward: Callable[[], Tensor], exact: dict[str, Tensor], kind: str
 ) -> Row:
-    def forward() -> Tensor:
-        return transformer(*inputs, return_dict=False)[0]
-
     start = time.perf_counter()
     # This one compiles. On the host, since outputs of all rows are kept to compare float8 with.
     out = forward().cpu()
@@ -114,18 +103,6 @@ def forward_row(
 
 def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def random_inputs(
-    transformer: WanTransformer3DModel, video: VideoSettings, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, C, T, h, w), timesteps (B,) and text states (B, L, C)."""
-    own, generator = transformer.config, torch.Generator(transformer.device).manual_seed(0)
-    shapes = (batch, own.in_channels, *video.latents_size), (batch, TEXT_ROWS, own.text_dim)
-    latents, text = (torch.randn(s, generator=generator, device=transformer.device) for s in shapes)
-    # Any will do: times do not depend on it.
-    timestep = torch.full((batch,), 500, device=transformer.device)
-    return latents.to(transformer.dtype), timestep, text.to(transformer.dtype)
 
 
 @torch.no_grad()
@@ -151,11 +128,12 @@ def pipeline_mode(args: argparse.Namespace, videos: list[VideoSettings], device:
 
 
 def step_row(
-    args: argparse.Namespace, what: str, transformer: WanTransformer3DModel, video: VideoSettings, **loop: Any
+    args: argparse.Namespace, what: str, transformer: nn.Module, video: VideoSettings, **loop: Any
 ) -> tuple[Row, Tensor]:
     """Guided steps after the first, in a loop with what else `denoise` takes."""
-    latents, _, context = random_inputs(transformer, video, 1)
-    solver, starts = make_solver("unipc", args.steps, 5.0, args.device), []
+    family = MODELS[args.model]
+    latents, predict, conditions = family.sampled(transformer, video)
+    solver, starts = make_solver(family.solver, args.steps, 5.0, args.device), []
     steps = transformer.nabla.steps
 
     def before_step(step: int) -> None:
@@ -163,9 +141,7 @@ def step_row(
         starts.append(time.perf_counter())
         steps.set_step(step)
 
-    # Text of the other sign stands for the negative prompt's.
-    predict, conditions = partial(velocity_of, transformer), Conditions(context, -context)
-    latents = denoise(predict, latents.float(), conditions, solver, 5.0, before_step=before_step, **loop)
+    latents = denoise(predict, latents, conditions, solver, 5.0, before_step=before_step, **loop)
     # The end of the last step, as the start of one more.
     before_step(args.steps)
     seconds = [after - before for before, after in itertools.pairwise(starts)]
