@@ -24,11 +24,11 @@ from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import published
 from wan.models.kandinsky.layout import NAME, TOKENIZERS, transformer_files
 from wan.models.kandinsky.names import NAMING
-from wan.models.kandinsky.processor import finish_transformer
+from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 
 
 def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None) -> Component:
-    """The transformer; diffusers keeps its time embedding and modulations in float32.
+    """The transformer; its time embedding, modulations and norms of q and k stay in float32.
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`
     """
@@ -38,7 +38,7 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
         if not checkpoint.published:
             _check_config(checkpoint.config, model.config)
     own = {name: name for name in model.state_dict()}
-    return Component(model, weights, own, tuple(model._keep_in_fp32_modules))
+    return Component(model, weights, own, FLOAT32_MODULES)
 
 
 def _transformer_weights(checkpoint: Checkpoint) -> WeightFiles:

@@ -22,6 +22,10 @@ from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 
 
+# diffusers' own, and norms of q and k, which are taken in float32 in any case, and by a slower kernel with other weights.
+FLOAT32_MODULES = (*Kandinsky5Transformer3DModel._keep_in_fp32_modules, "query_norm", "key_norm")
+
+
 @dataclass(eq=False)
 class TextMask:
     """Which rows of the padded texts of a forward are text, the same object in all layers; set before every forward.

@@ -22,7 +22,7 @@ from wan.config.settings import VideoSettings
 from wan.memory.estimates import Weights, Workload
 from wan.memory.weigh import weigh
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
-from wan.models.kandinsky.processor import finish_transformer
+from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 from wan.models.kandinsky.published import finish_text_encoder, finish_text_encoder_2
 from wan.models.kandinsky.random_sizes import (
     MODELS,
@@ -74,7 +74,7 @@ def random_transformer(
     state = {}
     for name, tensor in transformer.state_dict().items():
         # As `Component.load` does, so that memory and speed are those of a real checkpoint.
-        kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
+        kept = torch.float32 if set(name.split(".")) & set(FLOAT32_MODULES) else dtype
         state[name] = placed(name, random_tensor(name, tuple(tensor.shape), kept, generator))
     transformer.load_state_dict(state, assign=True)
     finish_transformer(transformer, device)
@@ -119,7 +119,7 @@ def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) ->
     transformer, qwen = meta_transformer(sizes, layers), meta_qwen(sizes.qwen)
     clip = sum(map(math.prod, clip_shapes(sizes.clip).values())) * dtype.itemsize
     return (
-        weigh(transformer, transformer.visual_transformer_blocks, dtype, transformer._keep_in_fp32_modules),
+        weigh(transformer, transformer.visual_transformer_blocks, dtype, FLOAT32_MODULES),
         weigh(qwen, qwen.layers, dtype, ()),
         clip + sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
     )
