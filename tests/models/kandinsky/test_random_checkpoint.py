@@ -98,7 +98,10 @@ def test_what_counts_stays_in_float32_and_layers_may_be_fewer():
     drawn = random_checkpoint.random_transformer(NANO, torch.bfloat16, CPU, layers=2)
     assert len(drawn.visual_transformer_blocks) == 2
     kept = {name for name, p in drawn.named_parameters() if p.dtype == torch.float32}
-    assert all("modulation" in name or "time_embeddings" in name for name in kept) and len(kept) == 4 + 2 * (1 + 2 + 2)
+    norms = {name for name in kept if "query_norm" in name or "key_norm" in name}
+    assert all("modulation" in name or "time_embeddings" in name for name in kept - norms)
+    # Two text blocks with one attention each, two visual ones with two.
+    assert len(norms) == 2 * (2 + 4) and len(kept - norms) == 4 + 2 * (1 + 2 + 2)
     velocity = forward(drawn, torch.randn(1, 7, 64).bfloat16(), torch.randn(1, 32).bfloat16())
     assert velocity.isfinite().all()
 

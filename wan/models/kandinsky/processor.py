@@ -21,8 +21,7 @@ from wan.attention.layer import LayerState
 from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 
-
-# diffusers' own, and norms of q and k, which are taken in float32 in any case, and by a slower kernel with other weights.
+# diffusers' own, and norms of q and k, which are taken in float32 anyhow, with other weights by a slower kernel.
 FLOAT32_MODULES = (*Kandinsky5Transformer3DModel._keep_in_fp32_modules, "query_norm", "key_norm")
 
 
