@@ -80,6 +80,27 @@ def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kandinsky_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of Kandinsky-5 in its native layout, with random weights and tokenizers."""
+    from wan.models.kandinsky import random_checkpoint
+
+    folder = tmp_path_factory.mktemp("kandinsky") / "native"
+    random_checkpoint.write("kandinsky5-nano", folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kandinsky_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in diffusers' layout, which names an attention."""
+    from wan.models.kandinsky import random_checkpoint
+
+    folder = tmp_path_factory.mktemp("kandinsky") / "diffusers"
+    algorithm = "nabla-0.8_sta-11-3-3"
+    random_checkpoint.write("kandinsky5-nano", folder, torch.float32, "diffusers", sparse_algorithm=algorithm)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def prepared(random_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven clips prepared for training, of eight samples of which one is bad."""
     from training_runs import Colours

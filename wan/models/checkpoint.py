@@ -58,9 +58,7 @@ class Checkpoint:
             folder = download(name, files.configurations + files.others, left_out)
         else:
             name = str(folder)
-        family, layout = recognise(folder)
-        if transformer is not None and layout.published and family.layout_of_file is not None:
-            layout = family.layout_of_file(Path(transformer))
+        family, layout = recognise(folder) if transformer is None else _recognise_with(folder, Path(transformer))
         if components and (unfit := components.keys() - {one.name for one in family.companions}):
             raise InputError(f"{min(unfit)} from elsewhere is not taken for {family.name}; leave it out")
         return cls(name, folder, *layout, family, components or {})
@@ -263,13 +261,30 @@ def recognise(folder: Path) -> tuple[Family, Layout]:
     raise CheckpointError(f"{folder} is a {kind}; only {known} checkpoints are supported")
 
 
-def check_transformer_file(file: str | Path) -> None:
-    """Raise as `open_transformer` does unless a single file is a transformer of one of the families."""
+def _recognise_with(folder: Path, file: Path) -> tuple[Family, Layout]:
+    """The same of a folder whose transformer is replaced by a file, and so may be all that it lacks."""
+    try:
+        family, layout = recognise(folder)
+    except CheckpointError:
+        # What says nothing of itself is told by the file alone; what says something is known, or refused for it.
+        if exists(folder / INDEX) or exists(folder / CONFIG):
+            raise
+        told = family_of_file(file)
+        if told.layout_of_file is None:
+            raise
+        return told, told.layout_of_file(file)
+    if layout.published and family.layout_of_file is not None:
+        layout = family.layout_of_file(file)
+    return family, layout
+
+
+def family_of_file(file: str | Path) -> Family:
+    """The family whose transformer a single file is; raises as `open_transformer` does unless it is one of any."""
     refusals = []
     for family in FAMILIES:
         try:
             open_transformer(file, family.naming)
-            return
+            return family
         except CheckpointError as error:
             refusals.append(error)
     raise refusals[0]

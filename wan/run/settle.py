@@ -17,7 +17,7 @@ from wan.config.config_files import read_settings
 from wan.config.model_settings import ModelSettings
 from wan.config.settings import Settings, resolve
 from wan.files.formats import SAFETENSORS
-from wan.models.checkpoint import Checkpoint, check_transformer_file
+from wan.models.checkpoint import Checkpoint, family_of_file
 from wan.quantize.quantizer import check_quantization
 from wan.run.jobs import names_of, read_prompts
 from wan.run.outputs import check_output, ending
@@ -74,7 +74,7 @@ def _check_weights(model: ModelSettings, device: torch.device, dtype: torch.dtyp
     if model.fp8:
         check_quantization("fp8", device, dtype)
     if model.transformer is not None:
-        check_transformer_file(model.transformer)
+        family_of_file(model.transformer)
     for lora in model.lora:
         weight_file("lora", lora.file, (SAFETENSORS,))
 
