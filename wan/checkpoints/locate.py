@@ -47,7 +47,7 @@ def find_folder(name: str | Path) -> Path | None:
     return folder
 
 
-def check_hub_id(name: str) -> None:
+def check_hub_id(name: str, what: str = "checkpoint") -> None:
     """Raise `CheckpointError` for what is not of the form owner/name; whether there is such a one is not looked up."""
     parts = name.split("/")
     if name.endswith(WEIGHT_ENDINGS):
@@ -56,7 +56,7 @@ def check_hub_id(name: str) -> None:
             "--transformer such a file"
         )
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..") or name.startswith("~"):
-        raise CheckpointError(f"checkpoint {name!r} is neither a directory nor a hub id of the form owner/name")
+        raise CheckpointError(f"{what} {name!r} is neither a directory nor a hub id of the form owner/name")
 
 
 def download(
@@ -71,7 +71,7 @@ def download(
     what, remedy: what it is, and how a folder DIR is given in its place, for messages
     Raises `CheckpointError` for what is no hub id, and if a file cannot be had.
     """
-    check_hub_id(name)
+    check_hub_id(name, what)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=left_out and list(left_out)))
     except (HTTPError, HFValidationError, OSError, ValueError) as error:

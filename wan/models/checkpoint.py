@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -17,7 +16,8 @@ from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
 from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling
-from wan.models.family import Companion, Family, Layout, TransformerFacts
+from wan.models.companions import companion_folder, given_folder
+from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
 
 DEFAULTS_FILE = "defaults.yaml"
@@ -97,11 +97,11 @@ class Checkpoint:
         """
         companion = next((one for one in self.family.companions if one.name == component), None)
         if companion is not None and component in self.components:
-            return _given_folder(companion, self.components[component])
+            return given_folder(companion, self.components[component], self.family.name)
         if companion is None or not self.published:
             return self.folder / component
         own = self.folder / companion.folder
-        return own if exists(own) else _companion_folder(companion, self.folder)
+        return own if exists(own) else companion_folder(companion, self.folder)
 
     def weights_of(self, component: str) -> WeightFiles:
         """The tensors of a component; raises `CheckpointError` if they are not all there."""
@@ -120,10 +120,12 @@ class Checkpoint:
         companion = next((one.name for one in self.family.companions if one.folder == published), None)
         if companion is None:
             return self.folder / (published if self.published else name)
+        if companion not in self.components:
+            return self.folder_of(companion) if self.published else self.folder / name
+        # One that is given may have it in itself or, as in diffusers' layout, beside it; or be a model alone.
         folder = self.folder_of(companion)
-        # In diffusers' layout it lies beside its model; one that is given may be so, too, or have it in itself.
-        is_in_itself = self.published or (companion in self.components and exists(folder / TOKENIZER_FILE))
-        return folder if is_in_itself else self.folder / name
+        places = [folder, folder.parent / name, *([] if self.published else [self.folder / name])]
+        return next((one for one in places if exists(one / TOKENIZER_FILE)), folder)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -226,24 +228,6 @@ def _family_on_hub(name: str) -> Family:
             if any(fnmatch(file, pattern) for file in names for pattern in family.hub_landmarks):
                 return family
         raise
-
-
-def _given_folder(companion: Companion, given: str) -> Path:
-    """The folder of a component in a directory or of a hub id that was given for it."""
-    found = find_folder(given)
-    if found is None:
-        found = download(given, companion.patterns, what=companion.name, remedy=f"pass --{companion.name} DIR")
-    # What is given may be the component, or the folder or repository that has it.
-    inside = [found, found / companion.inner, found / companion.name]
-    return next((one for one in inside if exists(one / CONFIG)), found)
-
-
-@functools.cache
-def _companion_folder(companion: Companion, folder: Path) -> Path:
-    """Downloaded once a process: the hub is asked each time whether there is a newer one."""
-    what = f"{folder} has no {companion.folder}/, and {companion.name}"
-    remedy = f"pass --{companion.name} DIR"
-    return download(companion.hub_id, companion.patterns, what=what, remedy=remedy) / companion.inner
 
 
 def recognise(folder: Path) -> tuple[Family, Layout]:

@@ -13,6 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 import generate
 from wan import Checkpoint, CheckpointError
 from wan.checkpoints import locate
+from wan.models import companions
 from wan.models.kandinsky.family import KANDINSKY
 
 LITE = "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s"
@@ -65,6 +66,8 @@ def downloads(hub, tmp_path, monkeypatch):
         # Of which nothing was wanted there is no folder.
         return str(folders[name])
 
+    # What an earlier test had is not there any more.
+    companions._download.cache_clear()
     monkeypatch.setattr(locate, "snapshot_download", snapshot_download)
     monkeypatch.setattr(locate.HfApi, "list_repo_files", lambda self, name: files_of(hub / name))
     return folders

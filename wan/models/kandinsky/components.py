@@ -45,9 +45,6 @@ def _transformer_weights(checkpoint: Checkpoint) -> WeightFiles:
     if not checkpoint.published:
         return checkpoint.weights_of("transformer")
     files = transformer_files(checkpoint.folder)
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{checkpoint.folder} holds several transformers ({names}); name one with --transformer")
     weights = WeightFiles(files)
     weights.where = files[0]
     return weights

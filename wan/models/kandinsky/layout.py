@@ -86,7 +86,10 @@ def recognise(folder: Path) -> Layout | None:
     if exists(folder / INDEX):
         return _recognise_diffusers(folder)
     files = transformer_files(folder)
-    # Several are of one program; which of them runs is asked when it is loaded, since a file may be given in its place.
+    if len(files) > 1:
+        # Each has sizes, attention and defaults of its own.
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder} holds several transformers ({names}); name one with --transformer FILE")
     return _layout_of(files[0]) if files else None
 
 
