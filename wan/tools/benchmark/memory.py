@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError, NablaConfig
 from wan.attention.compile import compile_blocks
@@ -27,20 +26,10 @@ from wan.memory.placement import on_device
 from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.streaming import stream_blocks
 from wan.models.attention import apply_attention
-from wan.models.wan.fused_gelu import fuse_gelu
-from wan.models.wan.latents import decode
-from wan.models.wan.random_checkpoint import (
-    MODELS,
-    random_text_encoder,
-    random_transformer,
-    random_vae,
-    weigh_models,
-    workload_for,
-)
-from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
 from wan.quantize.quantizer import check_quantization, make_quantizer
-from wan.tools.benchmark.models import WAN_TEXT_ROWS, wan_inputs
+from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.timing import Row, label, sparse_configs, synchronize, timed
+from wan.tools.benchmark.transformer import random_latents
 
 # A budget that no machine has, for devices without a limit.
 NO_LIMIT = 10_000.0
@@ -98,10 +87,11 @@ def _limited(args: argparse.Namespace, device: torch.device, given: float | None
 
 
 def _plan(args: argparse.Namespace, video: VideoSettings, budget: MemoryBudget, device: torch.device) -> MemoryPlan:
-    sizes, dtype = MODELS[args.model], getattr(torch, args.dtype)
+    family, dtype = MODELS[args.model], getattr(torch, args.dtype)
+    sizes = family.models[args.model]
     plan = choose(
-        *weigh_models(sizes, dtype, args.layers),
-        workload_for(sizes, video, dtype),
+        *family.weigh_models(sizes, dtype, args.layers),
+        family.workload_for(sizes, video, dtype),
         budget,
         "fp8" if args.fp8 else None,
         can_quantize=dtype == torch.bfloat16,
@@ -126,23 +116,25 @@ def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measur
 
 def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str) -> Row:
     """Two prompts, the weights' way to the GPU included."""
-    encoder = random_text_encoder(args.model, getattr(torch, args.dtype), device)
+    family = MODELS[args.model]
+    encoder = family.random_text_encoder(args.model, getattr(torch, args.dtype), device)
+    blocks = family.text_blocks(encoder)
     # Packed on the GPU and kept on the host, from where blocks are streamed.
-    quantizer = make_quantizer(encoder, encoder.encoder.block, plan.text_quantization, device, torch.device("cpu"))
+    quantizer = make_quantizer(encoder, blocks, plan.text_quantization, device, torch.device("cpu"))
     if quantizer is not None:
         state = {name: quantizer(name, tensor) for name, tensor in encoder.state_dict().items()}
         encoder.load_state_dict(state, assign=True)
     if plan.text == "stream" or quantizer is not None:
         # A quantised encoder that stays whole is a stream that keeps all of its blocks.
-        kept = 0 if plan.text == "stream" else len(encoder.encoder.block)
-        stream_blocks(encoder, encoder.encoder.block, device, kept, plan.pinned)
+        kept = 0 if plan.text == "stream" else len(blocks)
+        stream_blocks(encoder, blocks, device, kept, plan.pinned)
     elif not plan.in_turns:
         encoder.to(device)
-    ids = torch.zeros(2, WAN_TEXT_ROWS, dtype=torch.int64, device=device)
+    ids = torch.zeros(2, family.text_tokens, dtype=torch.int64, device=device)
 
     def encode() -> Tensor:
         with on_device(encoder, device, plan.in_turns):
-            return encoder(ids, torch.ones_like(ids)).last_hidden_state
+            return family.encode(encoder, ids)
 
     return _measured(args, name, encode, device)
 
@@ -159,10 +151,10 @@ def _forward_row(
     transformer = _transformer(args, device, plan)
     apply_attention(transformer, config)
     with on_device(transformer, device, plan.in_turns):
-        latents, timestep, text = wan_inputs(transformer, video, 1)
+        predict = MODELS[args.model].forward(transformer, video)
 
         def forward() -> Tensor:
-            out = transformer(latents, timestep, text, return_dict=False)[0]
+            out = predict()
             if not out.isfinite().all():
                 raise RuntimeError(f"{name}: the forward's result is not finite")
             return out
@@ -171,11 +163,12 @@ def _forward_row(
     return row | {"attention": config.algorithm, "packing": plan.quantization or args.dtype, "kept_blocks": plan.kept}
 
 
-def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan) -> WanTransformer3DModel:
+def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan) -> nn.Module:
+    family = MODELS[args.model]
     home = torch.device("cpu") if plan.in_turns else device
 
-    def place(model: WanTransformer3DModel) -> Callable[[str, Tensor], Tensor]:
-        quantizer = make_quantizer(model, model.blocks, plan.quantization, device, home)
+    def place(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+        quantizer = make_quantizer(model, family.spec.blocks_of(model), plan.quantization, device, home)
 
         def placed_one(name: str, tensor: Tensor) -> Tensor:
             # What is not packed comes back as it is.
@@ -184,21 +177,24 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
 
         return placed_one
 
-    transformer = random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers, place=place)
-    fuse_gelu(transformer)
-    compile_blocks(transformer.blocks)
+    dtype = getattr(torch, args.dtype)
+    transformer = family.random_transformer(args.model, dtype, device, layers=args.layers, place=place)
+    blocks = family.spec.blocks_of(transformer)
+    family.as_ours(transformer)
+    compile_blocks(blocks)
     if plan.in_turns:
-        stream_blocks(transformer, transformer.blocks, device, plan.kept, plan.pinned, blocks_left_out)
+        stream_blocks(transformer, blocks, device, plan.kept, plan.pinned, blocks_left_out)
     return transformer
 
 
 def _decode_row(
     args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
 ) -> Row:
-    vae = random_vae(args.model, device)
-    speed_up_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype)))
-    latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
-    row = _measured(args, name, lambda: decode(vae, latents), device)
+    family = MODELS[args.model]
+    vae = family.random_vae(args.model, device)
+    family.prepare_decoder(vae, family.vae_dtype_of(None, getattr(torch, args.dtype)))
+    latents = random_latents(vae, video, device)
+    row = _measured(args, name, lambda: family.decode(vae, latents), device)
     return row | {"tiles": plan.tiles}
 
 

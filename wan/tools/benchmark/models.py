@@ -15,15 +15,20 @@ from nabla import InputError
 from wan.attention.spec import TransformerSpec
 from wan.config.geometry import Geometry
 from wan.config.settings import VideoSettings
+from wan.memory.estimates import Weights, Workload
+from wan.models.kandinsky import latents as kandinsky_latents
 from wan.models.kandinsky import processor as kandinsky_processor
 from wan.models.kandinsky import random_checkpoint as kandinsky
+from wan.models.kandinsky import vae as kandinsky_vae
 from wan.models.kandinsky.geometry import GEOMETRY as KANDINSKY_GEOMETRY
 from wan.models.kandinsky.geometry import rope_scale
 from wan.models.kandinsky.guidance import Guidance, rows_of
 from wan.models.kandinsky.layout import TEXT_LENGTH
-from wan.models.kandinsky.text import pad_rows
+from wan.models.kandinsky.text import TOKENS_BEFORE, pad_rows
+from wan.models.wan import latents as wan_latents
 from wan.models.wan import processor as wan_processor
 from wan.models.wan import random_checkpoint as wan
+from wan.models.wan import vae as wan_vae
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.geometry import GEOMETRY as WAN_GEOMETRY
 from wan.sampling.loop import Conditions, Predict
@@ -54,6 +59,14 @@ class BenchmarkFamily:
     forward: a forward of a video, as the model is then
     sampled: the same for the sampling loop
     solver: that the family's pipeline runs
+    weigh_models, workload_for: what its models and a video take, for a plan of memory
+    random_text_encoder: makes the larger one, in host memory
+    text_blocks: of it
+    encode: its states of token ids (B, L)
+    text_tokens: that it sees at the most
+    random_vae: makes one in float32, on its device
+    prepare_decoder, vae_dtype_of, decode: as the family's pipeline decodes
+    decoder_baseline: what the decoder is before that, in the rows' names
     videos: the size and frames that a model is measured at; for others the program has them
     """
 
@@ -67,6 +80,17 @@ class BenchmarkFamily:
     forward: Callable[[Any, VideoSettings], Callable[[], Tensor]]
     sampled: Callable[[Any, VideoSettings], Sampled]
     solver: str
+    weigh_models: Callable[..., tuple[Weights, Weights, int]]
+    workload_for: Callable[..., Workload]
+    random_text_encoder: Callable[..., Any]
+    text_blocks: Callable[[Any], nn.ModuleList]
+    encode: Callable[[Any, Tensor], Tensor]
+    text_tokens: int
+    random_vae: Callable[..., Any]
+    prepare_decoder: Callable[[Any, torch.dtype], None]
+    vae_dtype_of: Callable[..., torch.dtype]
+    decode: Callable[[Any, Tensor], Tensor]
+    decoder_baseline: str = "as diffusers has it"
     videos: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
@@ -142,10 +166,20 @@ WAN = BenchmarkFamily(
     forward=_wan_forward,
     sampled=_wan_sampled,
     solver="unipc",
+    weigh_models=wan.weigh_models,
+    workload_for=wan.workload_for,
+    random_text_encoder=wan.random_text_encoder,
+    text_blocks=lambda encoder: encoder.encoder.block,
+    encode=lambda encoder, ids: encoder(ids, torch.ones_like(ids)).last_hidden_state,
+    text_tokens=WAN_TEXT_ROWS,
+    random_vae=wan.random_vae,
+    prepare_decoder=wan_vae.speed_up_decoder,
+    vae_dtype_of=wan_vae.vae_dtype_of,
+    decode=wan_latents.decode,
 )
 KANDINSKY = BenchmarkFamily(
     models=kandinsky.MODELS,
-    modes=frozenset({"mask", "attention", "forward"}),
+    modes=frozenset({"mask", "attention", "forward", "pipeline", "memory"}),
     geometry=KANDINSKY_GEOMETRY,
     spec=kandinsky_processor.TRANSFORMER,
     random_transformer=kandinsky.random_transformer,
@@ -154,6 +188,18 @@ KANDINSKY = BenchmarkFamily(
     forward=_kandinsky_forward,
     sampled=_kandinsky_sampled,
     solver="euler",
+    weigh_models=kandinsky.weigh_models,
+    workload_for=kandinsky.workload_for,
+    random_text_encoder=kandinsky.random_text_encoder,
+    text_blocks=lambda encoder: encoder.layers,
+    encode=lambda encoder, ids: encoder(input_ids=ids, use_cache=False).last_hidden_state,
+    text_tokens=TOKENS_BEFORE + TEXT_LENGTH,
+    random_vae=kandinsky.random_vae,
+    prepare_decoder=kandinsky_vae.prepare_decoder,
+    vae_dtype_of=kandinsky_vae.vae_dtype_of,
+    decode=kandinsky_latents.decode,
+    # Windows of frames are the published program's in both.
+    decoder_baseline="diffusers' layers",
     videos={
         "kandinsky5-nano": ("256*256", 17),
         "kandinsky5-lite": ("768*512", 241),

@@ -18,9 +18,6 @@ from nabla import NablaConfig
 from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
 from wan.models.attention import apply_attention, remove_attention
-from wan.models.wan.latents import decode
-from wan.models.wan.random_checkpoint import random_vae
-from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import quantize_layers
 from wan.sampling.loop import denoise
 from wan.sampling.solvers import make_solver
@@ -152,18 +149,26 @@ def step_row(
 
 def decode_rows(args: argparse.Namespace, video: VideoSettings, device: torch.device) -> Iterator[Row]:
     """The decoder as diffusers has it, in float32, and as the pipeline runs it."""
-    vae = random_vae(args.model, device)
-    latents = torch.randn(1, vae.config.z_dim, *video.latents_size, device=device)
-    exact = decode(vae, latents)
+    family = MODELS[args.model]
+    vae = family.random_vae(args.model, device)
+    latents = random_latents(vae, video, device)
+    exact = family.decode(vae, latents)
     for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
         # On a GPU float32 is the baseline and float16 what the pipeline runs, on a CPU float32 is.
-        name = "as diffusers has it" if dtype == torch.float32 and device.type == "cuda" else "fast"
+        name = family.decoder_baseline if dtype == torch.float32 and device.type == "cuda" else "fast"
         if name == "fast":
-            speed_up_decoder(vae, dtype)
+            family.prepare_decoder(vae, dtype)
         start = time.perf_counter()
-        error = (decode(vae, latents) - exact).square().mean().item()
+        error = (family.decode(vae, latents) - exact).square().mean().item()
         first = round(time.perf_counter() - start, 2)
         reset_peak(args)
         what = f"{label(video)}: decode, {name}, {str(dtype).removeprefix('torch.')}"
-        row = timed(what, lambda: decode(vae, latents), args, warm=False, first_s=first)
+        row = timed(what, lambda: family.decode(vae, latents), args, warm=False, first_s=first)
         yield row | peak_memory(args) | {"psnr": round(10 * math.log10(4 / max(error, 1e-12)), 1)}
+
+
+def random_latents(vae: Any, video: VideoSettings, device: torch.device) -> Tensor:
+    """(1, C, T, h, w) for a decoder."""
+    # Of diffusers' classes each has a name of its own for it.
+    channels = vae.config.get("z_dim") or vae.config.latent_channels
+    return torch.randn(1, channels, *video.latents_size, device=device)
