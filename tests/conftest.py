@@ -16,6 +16,7 @@ DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
 SLOWEST = (
     "parallel",
+    "kandinsky_parallel",
     "benchmark",
     "training_processes",
     "doctor",

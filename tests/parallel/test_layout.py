@@ -16,6 +16,8 @@ from wan.parallel.layout import ParallelLayout, choose_layout
         (dict(processes=2, heads=12, guided=False), ParallelLayout(ulysses=2)),
         (dict(processes=8, heads=12, guided=True), ParallelLayout(cfg=2, ulysses=4)),
         (dict(processes=8, heads=12, guided=False), ParallelLayout(ulysses=8)),
+        (dict(processes=8, heads=28, guided=True), ParallelLayout(cfg=2, ulysses=4)),
+        (dict(processes=8, heads=28, guided=False), ParallelLayout(ulysses=8)),
         (dict(processes=3, heads=40, guided=True), ParallelLayout(ulysses=3)),
         (dict(processes=8, heads=40, guided=True, prompts=96), ParallelLayout(replicas=8)),
         (dict(processes=8, heads=40, guided=True, prompts=8), ParallelLayout(replicas=8)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,21 +33,27 @@ def cases(distributed: DistributedContext, checkpoint: Path) -> Iterator[dict[st
             distributed.init_meshes(layout)
             form = {"dit_fsdp": sharded, "t5_fsdp": sharded}
             pipe = WanT2V.from_pretrained(checkpoint, ATTENTION, processes=distributed, **form)
+            alone = partial(WanT2V.from_pretrained, checkpoint, ATTENTION)
             for settings in (FIRST, MAG, TAYLORSEER):
-                yield compare(distributed, pipe, checkpoint, settings) | {"sharded": sharded}
+                yield compare(distributed, pipe, alone, settings, sample) | {"sharded": sharded}
             if layout.ulysses == 2:
-                yield compare(distributed, pipe, checkpoint, between(pipe)) | {"disagree": True}
+                yield compare(distributed, pipe, alone, between(pipe), sample) | {"disagree": True}
 
 
 def compare(
-    distributed: DistributedContext, pipe: WanT2V, checkpoint: Path, settings: CacheSettings
+    distributed: DistributedContext,
+    pipe: Any,
+    load_alone: Callable[..., Any],
+    settings: CacheSettings,
+    sample: Callable[[Any], torch.Tensor],
 ) -> dict[str, object]:
-    cache = apply_cache(pipe.transformer, settings, TRANSFORMER)
+    """load_alone: loads for one process, given a cache by its name; sample: gives the latents of a pipeline"""
+    cache = apply_cache(pipe.transformer, settings, pipe.transformer_spec)
     latents = [sample(pipe) for _ in range(2)][1]
     found = {"kind": settings.kind, "cfg": distributed.layout.cfg, "reused": cache.reused, "forwards": cache.forwards}
     if distributed.rank > 0:
         return found
-    alone = WanT2V.from_pretrained(checkpoint, ATTENTION, cache=settings)
+    alone = load_alone(cache=settings)
     exact = sample(alone)
     error = (latents - exact).abs().max() / exact.abs().max()
     return found | {"error": error.item(), "alone": [alone.cache.reused, alone.cache.forwards]}

@@ -11,6 +11,7 @@ import time
 import generate
 from wan.checkpoints import tensor_files
 from wan.files import video
+from wan.run import pictures
 from wan.sampling import guided
 
 
@@ -46,6 +47,13 @@ def full_disk() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     video.file_hash = file_hash
+
+
+def picture_gone() -> None:
+    def gone(path):
+        return original(f"{path}.gone")
+
+    original, pictures.read_picture = pictures.read_picture, gone
 
 
 def broken_code() -> None:

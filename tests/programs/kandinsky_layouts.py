@@ -1,4 +1,8 @@
-"""Under torchrun: latents and a video of Kandinsky-5 in every layout against one process's, a JSON line a case."""
+"""Under torchrun: latents and a video of Kandinsky-5 in every layout against one process's, a JSON line a case.
+
+The checkpoint that the argument names is then loaded in several ways, by two processes also with step caches: in the
+same run, since each start takes long.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+import kandinsky_loaded
 import kandinsky_set
 
 from nabla import NablaConfig
@@ -41,19 +46,28 @@ CASES = {
 }
 
 
-def main() -> None:
+def main(checkpoint: Path) -> None:
     with DistributedContext.join("cpu") as processes:
         for layout, heads in CASES[processes.world_size]:
             processes.init_meshes(layout)
             for name, config in CONFIGS.items():
                 if layout.cfg == 2 and config.mask_refresh > 1:
                     continue
-                own, alone = (sample(make(heads, config, one)) for one in (processes, None))
-                error = ((own - alone).norm() / alone.norm()).item()
-                say(processes, layout=asdict(layout), heads=heads, attention=name, error=error)
-            own, alone = (generate(make(heads, CONFIGS["nabla"], one)) for one in (processes, None))
-            same = own is not None and np.abs(own.astype(int) - alone).max() <= 1
-            say(processes, layout=asdict(layout), heads=heads, attention="generate", same=bool(same))
+                own = sample(make(heads, config, processes))
+                if processes.rank == 0:
+                    alone = sample(make(heads, config, None))
+                    error = ((own - alone).norm() / alone.norm()).item()
+                    say(processes, layout=asdict(layout), heads=heads, attention=name, error=error)
+            own = generate(make(heads, CONFIGS["nabla"], processes))
+            if processes.rank == 0:
+                alone = generate(make(heads, CONFIGS["nabla"], None))
+                same = own is not None and np.abs(own.astype(int) - alone).max() <= 1
+                say(processes, layout=asdict(layout), heads=heads, attention="generate", same=bool(same))
+        for result in kandinsky_loaded.cases(processes, checkpoint):
+            say(processes, what="loaded", **result)
+        if processes.world_size == 2:
+            for result in kandinsky_loaded.cached_cases(processes, checkpoint):
+                say(processes, what="cached", **result)
 
 
 def make(heads: int, config: NablaConfig, processes: DistributedContext | None) -> Kandinsky5:
@@ -86,4 +100,4 @@ def say(processes: DistributedContext, **result: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

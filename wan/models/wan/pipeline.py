@@ -105,7 +105,9 @@ class WanT2V:
             raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
-            note = None if prompt in self._cut else cut_note(self.tokenizer, prompt, self.text_length)
+            # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
+            is_said = prompt in self._cut or not self.is_leader
+            note = None if is_said else cut_note(self.tokenizer, prompt, self.text_length)
             if note is not None:
                 self._cut.add(prompt)
                 log.warning("warning: %s", note)
