@@ -43,7 +43,8 @@ class Component:
         """The tensors as they are stored, by their names in the model, one at a time."""
         for name, tensor in self.weights:
             if tensor.dtype not in DTYPES:
-                raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; only float32, bfloat16 or float16 is read")
+                where, read = self.weights.where, "only float32, bfloat16 or float16 is read"
+                raise CheckpointError(f"{where}: tensor {name!r} is {tensor.dtype}; {read}")
             yield self.names[name], tensor
 
     def load(

@@ -40,8 +40,9 @@ def fit_to_picture(checkpoint: Checkpoint, settings: Settings) -> Settings:
     if settings.image is None:
         raise InputError(f"videos of {kind or checkpoint.name} begin with a picture; give one with --image FILE")
     if family.fit_picture is None or begins is False:
+        own = family.name if family.fit_picture is None else checkpoint.name
         raise InputError(
-            f"image {settings.image} is not taken by {kind or family.name}, which starts from text alone; leave it out"
+            f"image {settings.image} is not taken by {kind or own}, which starts from text alone; leave it out"
         )
     picture, asked = check_picture(settings.image), settings.video.size
     size = family.fit_picture(picture, asked)

@@ -22,7 +22,7 @@ from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import published
-from wan.models.kandinsky.layout import NAME, TOKENIZERS, transformer_files
+from wan.models.kandinsky.layout import NAME, TOKENIZERS, refuse_gguf, transformer_files
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 
@@ -32,6 +32,8 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`
     """
+    if file is not None:
+        refuse_gguf(Path(file))
     weights = _transformer_weights(checkpoint) if file is None else open_transformer(file, NAMING)
     with _fits(Kandinsky5Transformer3DModel, weights):
         model = published.transformer(weights.shapes)

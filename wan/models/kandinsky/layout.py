@@ -12,18 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nabla import InputError
 from nabla.config import is_number
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
-from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
+from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.checkpoints.naming import PREFIXES
 from wan.checkpoints.weights import WeightFiles
-from wan.files.formats import SAFETENSORS
+from wan.files.formats import GGUF, SAFETENSORS
 from wan.models.family import Companion, HubFiles, Layout, TransformerFacts
 from wan.models.kandinsky.sizes import FIRST_LAYER, Shapes, transformer_config
 
 NAME = "Kandinsky-5"
 TRANSFORMER_CLASS = "Kandinsky5Transformer3DModel"
+PIPELINES = ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")
+PICTURE_PIPELINES = ("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline")
 # Of native transformers, of which several may lie side by side.
 MODEL_FOLDER = "model"
 COMPONENTS = (
@@ -104,10 +107,17 @@ def transformer_files(folder: Path) -> list[Path]:
 
 def layout_of_file(file: Path) -> Layout:
     """See `Family.layout_of_file`."""
+    refuse_gguf(file)
     layout = _layout_of(file) if file.suffix == SAFETENSORS else None
     if layout is None:
         raise CheckpointError(f"{file} is not a transformer of {NAME}: it has no {FIRST_LAYER}")
     return layout
+
+
+def refuse_gguf(file: Path) -> None:
+    """Raise `InputError` for a file that is packed in a way which is not read for this family."""
+    if file.suffix == GGUF:
+        raise InputError(f"transformer {file}: gguf is not supported for {NAME}; give one that ends in {SAFETENSORS}")
 
 
 def _layout_of(file: Path) -> Layout | None:
@@ -136,9 +146,13 @@ def _native_config(file: Path, shapes: Shapes) -> dict[str, Any]:
 
 
 def _recognise_diffusers(folder: Path) -> Layout | None:
-    # By its transformer: the index of image to video names the pipeline of text to video.
-    file = folder / "transformer" / CONFIG
+    # Of videos it is told by its transformer: the index of image to video names the pipeline of text to video.
+    kind, file = read_json_object(folder / INDEX).get("_class_name"), folder / "transformer" / CONFIG
+    if kind in PICTURE_PIPELINES:
+        raise CheckpointError(f"{folder} is a {kind}, which makes pictures; only {NAME} checkpoints of video are read")
     if not exists(file):
+        if kind in PIPELINES:
+            raise CheckpointError(f"{file} is missing; {AGAIN}")
         return None
     config = read_json_object(file)
     if config.get("_class_name") != TRANSFORMER_CLASS:

@@ -30,6 +30,7 @@ from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components, published
 from wan.models.wan.components import TIED
 from wan.models.wan.diffusers_layout import SCHEDULER_FILE, cast, make_scheduler, write_component, write_index
+from wan.models.wan.family import WAN
 from wan.models.wan.latent_statistics import STATISTICS, fold_statistics
 from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
 
@@ -68,6 +69,11 @@ def convert(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
+    if checkpoint.family is not WAN:
+        raise InputError(
+            f"{checkpoint.name} is of {checkpoint.family.name}, which is not converted and need not be: either layout "
+            "is read as it is; give it as --ckpt_dir"
+        )
     if checkpoint.published == (layout == "published") and dtype is None and sparse_algorithm is None:
         raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, a dtype or an attention")
     defaults = _defaults(checkpoint, sparse_algorithm)

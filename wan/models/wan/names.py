@@ -96,6 +96,7 @@ NAMING = TransformerNaming(
     patch_embedding="patch_embedding",
     patch=GEOMETRY.patch,
     lora_kinds=(
+        *((f"{kind}_transformer_blocks", "a LoRA of Kandinsky-5", _USE) for kind in ("visual", "text")),
         ("transformer_2.", "a LoRA of Wan2.2's second transformer", _USE),
         ("vace", "a LoRA of a VACE model", _USE),
         *(
