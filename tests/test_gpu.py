@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -30,6 +31,8 @@ from nabla.selection import Selection, block_means, top_k_mask, top_p_mask
 from nabla.tiling import TileLayout
 from wan.caches.apply import apply_cache
 from wan.config.cache_settings import CacheSettings
+from wan.models.kandinsky.random_checkpoint import random_vae as random_kandinsky_vae
+from wan.models.kandinsky.vae import prepare_decoder
 from wan.models.wan import random_checkpoint
 from wan.models.wan.fused_gelu import linear_gelu
 from wan.models.wan.latents import decode
@@ -365,6 +368,17 @@ def test_the_fast_decoder_is_the_published_one_within_45_db():
     assert decoder_dtype(vae) == torch.float16
     error = (decode(vae, latents) - exact).square().mean().item()
     assert 10 * math.log10(4 / error) > 45
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-4), (torch.float16, 2e-2)))
+def test_the_fast_layers_of_kandinsky_s_vae_are_diffusers(dtype, tolerance):
+    exact = random_kandinsky_vae("kandinsky5-nano", torch.device("cuda"))
+    fast = copy.deepcopy(exact)
+    prepare_decoder(fast, dtype)
+    latents, video = torch.randn(2, 16, 3, 8, 12, device="cuda"), torch.rand(2, 3, 5, 64, 96, device="cuda")
+    with torch.no_grad():
+        assert relative_error(fast.decoder(latents.to(dtype)).float(), exact.decoder(latents)) < tolerance
+        assert relative_error(fast.encoder(video), exact.encoder(video)) < 1e-4
 
 
 @pytest.mark.parametrize("offload", (False, True))
