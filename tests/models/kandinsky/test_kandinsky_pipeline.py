@@ -102,3 +102,10 @@ def test_sampling_settings_of_the_pipeline_are_used_where_none_are_given(pipe, m
     monkeypatch.setattr(pipe, "sampling", replace(pipe.sampling, steps=2, seed=5))
     monkeypatch.setattr(pipe, "video", replace(pipe.video, size=(64, 48), frame_num=9))
     assert (pipe.generate("A red circle") == pipe.generate("A red circle", **SMALL)).all()
+
+
+def test_after_a_walk_the_transformer_takes_texts_without_padding():
+    pipe = kandinsky_set.pipeline()
+    given = kandinsky_set.expected()
+    pipe.sample(given["dit.text"], given["dit.pooled"], noise=given["loop.noise"], steps=1, guide_scale=1.0)
+    assert relative_error(kandinsky_set.velocity(pipe.transformer), given["dit.dense"]) < 1e-5

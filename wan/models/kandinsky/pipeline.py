@@ -197,10 +197,11 @@ class Kandinsky5:
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
-        text, self.text_mask.rows, pooled, first_frame = guidance.expand(len(latents))
+        text, rows, pooled, first_frame = guidance.expand(len(latents))
         _, h, w = GEOMETRY.vae_stride
         scale = rope_scale((latents.shape[4] * w, latents.shape[3] * h))
-        return velocity_of(self.transformer, latents, timestep, text, pooled, scale, first_frame)
+        with self.text_mask.of(rows):
+            return velocity_of(self.transformer, latents, timestep, text, pooled, scale, first_frame)
 
     def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
         """Both guidance branches as one batch, where a GPU has so much room that this is faster."""

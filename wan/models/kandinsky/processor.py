@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,15 @@ class TextMask:
     """
 
     rows: Tensor | None = None
+
+    @contextmanager
+    def of(self, rows: Tensor) -> Iterator[None]:
+        """While texts are padded so; who calls the transformer without this gives it texts without padding."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
 
 
 class KandinskyProcessor(Kandinsky5AttnProcessor):
