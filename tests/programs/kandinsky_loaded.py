@@ -82,7 +82,9 @@ def cached_cases(processes: DistributedContext, checkpoint: Path) -> Iterator[di
 
 def check_parts(pipe: Kandinsky5, dit_fsdp: bool, t5_fsdp: bool) -> None:
     """What is sharded is on all processes, all else beside the transformer on the one that leads."""
-    assert is_sharded(pipe.transformer) == dit_fsdp
+    own = pipe.transformer
+    for one in (own, *own.text_transformer_blocks, *own.visual_transformer_blocks):
+        assert is_sharded(one) == dit_fsdp
     assert (pipe.text_encoder is not None) == (pipe.is_leader or t5_fsdp)
     assert pipe.text_encoder is None or is_sharded(pipe.text_encoder) == t5_fsdp
     for one in (pipe.vae, pipe.text_encoder_2):

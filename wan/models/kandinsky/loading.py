@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
+from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
@@ -90,7 +91,9 @@ def _load_transformer(
     component: Component, placement: Placement, dtype: torch.dtype, adapters: Sequence[Adapter]
 ) -> Kandinsky5Transformer3DModel:
     blocks = TRANSFORMER.blocks_of(component.model)
-    quantizer, shard = changes_of(component, blocks, placement)
+    quantizer, _ = changes_of(component, blocks, placement)
+    # Those of the text as well: what is in no block all hold whole through every forward, 1.9 GiB of Pro.
+    _, shard = changes_of(component, nn.ModuleList([*component.model.text_transformer_blocks, *blocks]), placement)
     transformer = components.load_transformer(component, dtype, placement.reads_to, shard, adapters, quantizer)
     for adapter in adapters:
         log.info("lora: %s, merged into the weights", adapter.describe())
