@@ -24,3 +24,16 @@ def check_prompt(prompt: object, where: str = "with --prompt") -> None:
     assert isinstance(text, str)
     if not clean_prompt(text):
         raise InputError(f"the prompt is empty; say what the video should show {where}")
+
+
+def check_expanded(expand: object, text: object) -> None:
+    """Raise `InputError` unless `expand_prompt` is true or false, and a text that stands for its result fits it."""
+    if not isinstance(expand, bool):
+        raise InputError(f"expand_prompt {expand!r} is neither true nor false")
+    if text is None:
+        return
+    check_text("expanded_prompt", text)
+    if not str(text).strip():
+        raise InputError("expanded_prompt is empty; leave it out to have the prompt expanded")
+    if not expand:
+        raise InputError("expanded_prompt is used where expand_prompt is true; set that, or leave the text out")

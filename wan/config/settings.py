@@ -19,7 +19,7 @@ from wan.config.checks import (
 )
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.model_settings import LoraFile, ModelSettings
-from wan.config.prompts import check_prompt
+from wan.config.prompts import check_expanded, check_prompt
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,6 +37,8 @@ DEFAULT_NEGATIVE_PROMPT = (
 MAX_FPS = 240
 # Seeds that are drawn are below this; those that are given may be any up to 2^63-1.
 MAX_SEED = 2**31
+# What the text of an expanded prompt was made of: a layer that names one of these leaves out a lower layer's text.
+_EXPANDED_FROM = ("prompt", "image", "expand_prompt")
 # Keys of `attention` that say which algorithm: in a layer, one of them stands for all four.
 _CHOICE = ("algorithm", "threshold", "keep", "window")
 
@@ -116,6 +118,8 @@ class Settings:
     Each of these was checked when it was made, so nothing is here: settings with another seed cost no second look.
     prompt: None where none is said yet, as in a preset
     image: absolute path of the picture that the video begins with
+    expand_prompt: whether the checkpoint's language model rewrites the prompt first
+    expanded_prompt: what it wrote, where that is known: the video is made of this text then, and none is written anew
     """
 
     model: ModelSettings
@@ -123,6 +127,18 @@ class Settings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     video: VideoSettings = field(default_factory=VideoSettings)
     image: str | None = None
+    expand_prompt: bool = False
+    expanded_prompt: str | None = None
+
+    @property
+    def writes_prompt(self) -> bool:
+        """Whether the language model has to write the text that the video is made of."""
+        return self.expand_prompt and self.expanded_prompt is None
+
+    @property
+    def text(self) -> str:
+        """What the text encoders are given."""
+        return self.expanded_prompt or self.prompt or ""
 
     @property
     def checkpoint(self) -> str:
@@ -164,11 +180,19 @@ class Settings:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
         model = asdict(self.model)
         values = {"checkpoint": model.pop("checkpoint"), "prompt": self.prompt} | model
-        # Left out of settings without one, whose names and records stay what they were before there were pictures.
+        # Left out of settings without them, whose names and records stay what they were before there were these keys.
         values |= {} if self.image is None else {"image": self.image}
+        values |= {"expand_prompt": True} if self.expand_prompt else {}
+        values |= {} if self.expanded_prompt is None else {"expanded_prompt": self.expanded_prompt}
         # Where there is no cache, a layer below would say which.
         values |= {"cache": model["cache"] or "none", "attention": attention_to_dict(self.attention)}
         return values | {"sampling": asdict(self.sampling), "video": asdict(self.video)}
+
+
+def writers_of(several: Sequence[Settings]) -> tuple[bool, bool]:
+    """Whether the language model has to write the text of one of several videos, and for a picture."""
+    written = [one for one in several if one.writes_prompt]
+    return bool(written), any(one.image is not None for one in written)
 
 
 SECTIONS = {"attention": NablaConfig, "sampling": SamplingSettings, "video": VideoSettings}
@@ -179,7 +203,7 @@ def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, n
     """Settings from layers in the schema of the YAML files, the first layer first in rank.
 
     geometry: of the family that makes the video
-    needs_prompt: else theirs is left out, and there need be none; so is the picture that goes with it
+    needs_prompt: else theirs is left out, and there need be none; so is what goes with it, its picture and its text
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
     merged = _merged(layers)
@@ -187,12 +211,16 @@ def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, n
     sampling = SamplingSettings(**merged.pop("sampling"))
     video = VideoSettings(**merged.pop("video"), geometry=geometry)
     prompt, image = merged.pop("prompt"), merged.pop("image")
+    expand, expanded = merged.pop("expand_prompt"), merged.pop("expanded_prompt")
     if needs_prompt:
         # Before what opens files.
         check_prompt(prompt)
+    check_expanded(expand, expanded)
     image = None if image is None else absolute_path("image", image)
     model = ModelSettings(**merged, attention=attention)
-    return Settings(model, prompt, sampling, video, image) if needs_prompt else Settings(model, None, sampling, video)
+    if not needs_prompt:
+        return Settings(model, None, sampling, video, expand_prompt=expand)
+    return Settings(model, prompt, sampling, video, image, expand, expanded)
 
 
 def resolve_sampling(*layers: Mapping[str, Any]) -> SamplingSettings:
@@ -208,9 +236,12 @@ def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOME
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One layer of several, with a mapping for each section, whose keys are known."""
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, "image": None, **{name: {} for name in SECTIONS}}
+    merged |= {"expand_prompt": False, "expanded_prompt": None}
     # From the lowest in rank upwards, so that each writes over those below. None is a flag that was not given.
     for layer in reversed(layers):
         check_keys("the settings", layer, KEYS)
+        if any(layer.get(key) is not None for key in _EXPANDED_FROM):
+            merged["expanded_prompt"] = None
         for key, value in layer.items():
             if value is not None:
                 merged[key] = _merge(key, merged[key], value) if key in SECTIONS else value

@@ -79,6 +79,7 @@ class Workload:
     itemsize: bytes of a number of the transformer's activations
     mask_layers: layers that keep their choice of blocks for later steps
     cached: copies of the hidden states that a step cache keeps
+    writing: bytes that writing a prompt out takes beside the text encoder's weights, where it does
     """
 
     tokens: int
@@ -91,6 +92,7 @@ class Workload:
     compiled: bool = True
     mask_layers: int = 0
     cached: int = 0
+    writing: int = 0
 
 
 def forward_bytes(workload: Workload) -> int:
@@ -104,10 +106,13 @@ def forward_bytes(workload: Workload) -> int:
 
 
 def text_bytes(workload: Workload, rows: int = 512, prompts: int = 2) -> int:
-    """What encoding takes beside the weights: scores of heads of 64 and wide states, in float32 for the softmax."""
+    """What text takes beside the weights: encoding it, or writing a prompt out, whichever takes more.
+
+    Of encoding: scores of heads of 64 and wide states, in float32 for the softmax.
+    """
     # Both prompts of guidance are encoded together; scores (prompts, heads, rows, rows) are there three times.
     heads = max(1, workload.text_dim // 64)
-    return prompts * rows * (heads * rows * 4 * 3 + workload.text_dim * 4 * 16)
+    return max(workload.writing, prompts * rows * (heads * rows * 4 * 3 + workload.text_dim * 4 * 16))
 
 
 def decode_bytes(decoding: Decoding, tiles: int = 1) -> int:

@@ -69,6 +69,8 @@ def check_options(options: LoadOptions, fp8: bool, dtype: torch.dtype) -> None:
         raise InputError("dit_fsdp and fp8 do not work together; leave one of them out")
     if options.t5_fsdp and options.t5_cpu:
         raise InputError("t5_fsdp and t5_cpu exclude each other; leave one of them out")
+    if options.t5_fsdp and options.expand_prompt:
+        raise InputError("t5_fsdp and expand_prompt do not work together; leave one of them out")
     if options.plan is not None and options.distributed is not None:
         raise InputError("a plan of memory is for one process; leave it out, or processes")
     for key in quantizations_of(options, fp8):

@@ -20,6 +20,7 @@ class LoadOptions:
     compile: compile the transformer's blocks; None does so on a GPU. Every new size of video compiles anew
     distributed: the processes that share the work as they are laid out, or None for this one alone
     dit_fsdp, t5_fsdp: shard the transformer, the text encoder over the processes that share a video
+    expand_prompt, expand_pictures: also load what the language model needs to write prompts, and to see pictures for it
     plan: where the models lie and how their weights are quantised, in place of offload, t5_cpu and a setting of fp8
     """
 
@@ -30,6 +31,8 @@ class LoadOptions:
     distributed: DistributedContext | None = None
     dit_fsdp: bool = False
     t5_fsdp: bool = False
+    expand_prompt: bool = False
+    expand_pictures: bool = False
     plan: MemoryPlan | None = None
 
     @property

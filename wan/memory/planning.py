@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ class Weighed(NamedTuple):
     quantization: str | None
 
 
+def _largest(workloads: Sequence[Workload]) -> Workload:
+    """What stands for all of them: one plan serves them, since weights are loaded once."""
+    largest = max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size)))
+    return replace(largest, writing=max(workload.writing for workload in workloads))
+
+
 def plan_run(
     weighed: Weighed, settings: Settings, device: torch.device, memory: str | float, t5_cpu: bool = False
 ) -> MemoryPlan:
@@ -45,8 +52,7 @@ def plan_run(
         weighed.transformer,
         weighed.text,
         weighed.vae,
-        # One plan serves all of them, so it is of the largest; weights are loaded once.
-        max(weighed.workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size))),
+        _largest(weighed.workloads),
         budget,
         weighed.quantization,
         can_quantize=settings.dtype == "bfloat16" and has_torchao,

@@ -15,7 +15,7 @@ from wan.checkpoints.naming import TransformerNaming
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 
 # What a family may have no use for, or not support yet, by the names of the settings that ask for it.
-FEATURES = frozenset({"cache", "dit_fsdp", "fp8", "gguf", "lora", "memory", "t5_fsdp", "ulysses_size"})
+FEATURES = frozenset({"cache", "dit_fsdp", "expand_prompt", "fp8", "gguf", "lora", "memory", "t5_fsdp", "ulysses_size"})
 
 
 class Layout(NamedTuple):

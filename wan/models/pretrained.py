@@ -47,6 +47,7 @@ def from_pretrained(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     text_encoder_2: str | Path | None = None,
+    expand_prompt: bool = False,
     pipeline: type[Any] | None = None,
 ) -> Any:
     """Load a checkpoint of any family: a directory or hub id, in the published or diffusers' layout.
@@ -65,6 +66,7 @@ def from_pretrained(
     cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
         "none", the default, is off
     processes: share the work as they are laid out
+    expand_prompt: also load what writes prompts out, for `pipe.expand_prompt` and `generate(..., expand_prompt=True)`
     pipeline: the class that is wanted, its family's or one made from it
     For the rest see `wan.memory.options.LoadOptions`. Raises `CheckpointError` for a checkpoint that cannot be had, is
     incomplete or is damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
@@ -72,6 +74,7 @@ def from_pretrained(
     given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     components = {name: str(where) for name, where in given.items() if where is not None}
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer, components)
+    checkpoint.family.require(expand_prompt=expand_prompt)
     own = checkpoint.family.load_pipeline()
     if pipeline is not None and not issubclass(pipeline, own):
         raise CheckpointError(
@@ -95,7 +98,17 @@ def from_pretrained(
         attention = NablaConfig.parse(attention) if isinstance(attention, str) else attention
         settings = replace(settings, model=replace(settings.model, attention=attention))
     options = LoadOptions(
-        torch.device(device), offload, t5_cpu, compile, processes, dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, plan=plan
+        torch.device(device),
+        offload,
+        t5_cpu,
+        compile,
+        processes,
+        dit_fsdp=dit_fsdp,
+        t5_fsdp=t5_fsdp,
+        expand_prompt=expand_prompt,
+        # Of a checkpoint whose videos may begin with a picture.
+        expand_pictures=expand_prompt and checkpoint.begins_with_picture(settings.model.kind) is not False,
+        plan=plan,
     )
     return (pipeline or own).from_settings(checkpoint, settings, options)
 

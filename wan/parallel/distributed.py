@@ -104,6 +104,12 @@ class DistributedContext:
         dist.broadcast(x, group=self.video_mesh.get_group(), group_src=0)
         return x
 
+    def broadcast_object_from_leader(self, thing: Any) -> Any:
+        """What the leader has, on all that share its video."""
+        box = [thing]
+        dist.broadcast_object_list(box, group=self.video_mesh.get_group(), group_src=0)
+        return box[0]
+
     def broadcast_object(self, thing: Any) -> Any:
         """What the first of all processes has, on all of them."""
         box = [thing]

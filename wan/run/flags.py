@@ -75,6 +75,13 @@ def _add_what_is_made(parser: Parser) -> None:
     """Flags of prompts, weights, sizes and files."""
     add = parser.add_argument
     add("--prompt", help="what the video shows")
+    add(
+        "--expand_prompt",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="have the checkpoint's language model write the prompt out first (Kandinsky-5); false, if a config does",
+    )
     add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
     add(
         "--config",
@@ -192,6 +199,7 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
         image=args.image,
+        expand_prompt=args.expand_prompt,
         transformer=args.transformer,
         vae=args.vae,
         text_encoder=args.text_encoder,

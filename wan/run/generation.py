@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from nabla import InputError
 from wan.config.config_files import read_made_with
-from wan.config.settings import Settings
+from wan.config.settings import Settings, writers_of
 from wan.files.formats import GGUF
 from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.estimates import GIB
@@ -72,7 +72,9 @@ def load_pipeline(
     """The pipeline that the settings of one or several videos ask for. Raises `InputError` as `generate_all` does."""
     # The first stands for all in what is loaded: videos of a list differ in no setting of models, see `wan.run.jobs`.
     settings, plan = every[0], None
-    checkpoint.family.require(**_features(settings, options, processes))
+    writes, sees = writers_of(every)
+    expands = any(one.expand_prompt for one in every)
+    checkpoint.family.require(expand_prompt=expands, **_features(settings, options, processes))
     if options.memory is not None:
         weighed = checkpoint.family.load_memory()(checkpoint, every, options.compile)
         plan = plan_run(weighed, settings, device, options.memory, options.t5_cpu)
@@ -87,6 +89,8 @@ def load_pipeline(
         processes,
         dit_fsdp=options.dit_fsdp,
         t5_fsdp=options.t5_fsdp,
+        expand_prompt=writes,
+        expand_pictures=sees,
         plan=plan,
     )
     with _clear_about_memory(settings, options):
@@ -135,11 +139,12 @@ def generate_video(
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
     picture, record = open_picture(settings)
     with _clear_about_memory(settings, options):
+        settings, expanding = _expanded(pipe, settings, picture)
         frames = _frames(pipe, settings, picture, recorder if observer is None else Observers(recorder, observer))
     # Only the leader of those that share a video has its frames.
     if frames is None:
         return
-    seconds = {"loading": loading} | pipe.seconds
+    seconds = {"loading": loading} | expanding | pipe.seconds
     made_with = _made_with(pipe, options, seconds) | record
     # Whether the path is free was asked when the run began, which may be hours ago.
     if not options.overwrite and (free := free_path(path)) != path:
@@ -156,6 +161,20 @@ def generate_video(
         _draw(recorder, options.report)
 
 
+def _expanded(
+    pipe: GuidedPipeline, settings: Settings, picture: np.ndarray | None
+) -> tuple[Settings, dict[str, float]]:
+    """Settings with the text that their prompt is expanded to, if it is, and the seconds that it took to write."""
+    seconds = {}
+    if settings.writes_prompt:
+        start = time.perf_counter()
+        settings = replace(settings, expanded_prompt=pipe.expand_prompt(settings.prompt or "", picture))
+        seconds["expanding"] = time.perf_counter() - start
+    if settings.expanded_prompt is not None:
+        log.info("expanded prompt: %s", settings.expanded_prompt)
+    return settings, seconds
+
+
 def _frames(
     pipe: GuidedPipeline, settings: Settings, picture: np.ndarray | None, observer: Observer
 ) -> np.ndarray | None:
@@ -168,7 +187,7 @@ def _frames(
     given: dict[str, Any] = {"size": video.size, "frame_num": video.frame_num, **asdict(sampling)}
     if picture is not None:
         given["image"] = picture
-    return pipe.generate(settings.prompt or "", observer=observer, **given)
+    return pipe.generate(settings.text, observer=observer, **given)
 
 
 def _draw(recorder: Recorder, report: Path) -> None:

@@ -6,18 +6,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nabla import InputError
 from wan.config.checks import absolute_path
-from wan.config.prompts import check_prompt
+from wan.config.prompts import check_expanded, check_prompt
 from wan.config.settings import Settings, resolve_sampling, resolve_video
 from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable
 
-KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "image", "name")
+KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "image", "expand_prompt", "name")
 # Where each stands in the schema of the YAML files.
 SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "frame_num": "video"}
 
@@ -28,8 +29,8 @@ def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
     """Settings that each line of a file of prompts makes, and the name that it gives its video's file, or None.
 
     A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num",
-    "image", a path as in all settings, and "name", which has no ending; empty lines are skipped. Raises `InputError`
-    with the line's number for anything else.
+    "image", a path as in all settings, "expand_prompt", and "name", which has no ending; empty lines are skipped.
+    Raises `InputError` with the line's number for anything else.
     """
     try:
         # Not splitlines, which cuts also at characters that a prompt may hold, such as U+2028.
@@ -65,6 +66,8 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
         check_prompt(given.get("prompt"), "in this line")
         if given.get("image") is not None:
             absolute_path("image", given["image"])
+        if given.get("expand_prompt") is not None:
+            check_expanded(given["expand_prompt"], None)
         resolve_sampling(layer)
         resolve_video(layer)
     except InputError as error:
@@ -89,7 +92,9 @@ def words_of(prompt: str) -> str:
 
 def name_of(settings: Settings) -> str:
     """A file name, without an ending, that belongs to what a video shows: its prompt, settings and seed."""
-    what = json.dumps(comparable(settings), sort_keys=True, ensure_ascii=False)
+    # What a prompt was expanded to follows from the rest: made again from its record, a video has the same name.
+    shown = replace(settings, expanded_prompt=None)
+    what = json.dumps(comparable(shown), sort_keys=True, ensure_ascii=False)
     return f"{words_of(settings.prompt or '')}-{text_hash(what)[:8]}"
 
 

@@ -53,10 +53,16 @@ class Sidecar:
         return next((path for path in found if path.is_file()), None)
 
     def is_of(self, wanted: dict[str, Any]) -> bool:
-        """Whether it is of a video of these `comparable` settings, whatever seed they draw."""
+        """Whether it is of a video of these `comparable` settings, whatever seed they draw and however their prompt is
+        expanded.
+        """
         # A sidecar has the seed that was drawn, which fits where none in particular is asked for.
         any_seed = {"sampling": self.made["sampling"] | {"seed": None}} if wanted["sampling"]["seed"] is None else {}
-        return self.made | any_seed == wanted
+        made = self.made | any_seed
+        if "expanded_prompt" not in wanted:
+            # Likewise of the text that the model wrote.
+            made.pop("expanded_prompt", None)
+        return made == wanted
 
     def is_whole(self) -> bool:
         """Whether its video is there as it was written."""

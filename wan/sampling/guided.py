@@ -62,6 +62,9 @@ class GuidedPipeline(ObservedPipeline, Protocol):
     def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
         """A line for each prompt of which a text encoder takes only a part."""
 
+    def expand_prompt(self, prompt: str, image: Any = None) -> str:
+        """The prompt as the language model writes it out, on all processes that share a video; of families that do."""
+
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
 

@@ -184,7 +184,7 @@ def from_sidecar(
     """
     check_names_no_file(sidecar)
     made = resolve(sidecar)
-    notes = []
+    notes = ["the prompt is the text that it was expanded to"] if made.expanded_prompt is not None else []
     names = {name_of(own.checkpoint): own.checkpoint}
     # By full name, or by that which a shared sidecar has; of several of one name the page's own comes first.
     names = {name_of(one): one for one in checkpoints} | names | {one: one for one in checkpoints}
@@ -203,6 +203,8 @@ def from_sidecar(
             notes.append(f"LoRA {name} is not here; add the file")
     values = made.to_dict()
     taken = {key: values[key] for key in FROM_SIDECAR}
+    # What the prompt was expanded to is the prompt here, which makes the same video.
+    taken |= {"prompt": made.text, "expand_prompt": made.writes_prompt}
     # In rank: this page's LoRA files, what its operator fixed, the sidecar's values, and the page's for all else.
     settings = resolve({"lora": lora}, flags, taken, {"checkpoint": checkpoint}, own.to_dict())
     for key in flags.keys() & {"dtype"}:

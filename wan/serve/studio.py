@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wan.checkpoints.lora import read_lora
-from wan.config.settings import Settings, resolve
+from wan.config.settings import Settings, resolve, writers_of
 from wan.files.video import make_folder
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
@@ -138,8 +138,9 @@ class Studio:
         self.limits = limits
         self._pipe: GuidedPipeline | None = None
         self._weights: tuple = ()
-        # What the pipeline's plan of memory was made for, see `_needs`.
+        # What the pipeline's plan of memory was made for, see `_needs`, and what it was loaded to write.
         self._planned = 0, 0, False
+        self._writes = False, False
         # All that have not ended, and those of them that wait.
         self._jobs: list[Job] = []
         self._line = Line()
@@ -240,9 +241,10 @@ class Studio:
         """
         # All that takes a new load to change; attention can be exchanged in place.
         weights = tuple(value for name, value in vars(settings.model).items() if name != "attention")
-        needs = _needs(settings)
+        needs, writes = _needs(settings), writers_of([settings])
+        unable = any(now > then for now, then in zip(writes, self._writes))
         outgrown = self.options.memory is not None and any(now > then for now, then in zip(needs, self._planned))
-        if self._pipe is None or weights != self._weights or outgrown:
+        if self._pipe is None or weights != self._weights or outgrown or unable:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
                 kind = checkpoint.family.load_pipeline()
@@ -254,7 +256,7 @@ class Studio:
             gc.collect()
             torch.cuda.empty_cache()
             self._pipe = load_pipeline(checkpoint, [settings], self.device, self.options)
-            self._weights, self._planned = weights, needs
+            self._weights, self._planned, self._writes = weights, needs, writes
         elif settings.attention != self._pipe.transformer.nabla.config:
             apply_attention(self._pipe.transformer, settings.attention)
         return self._pipe

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Kandinsky5Transformer3DModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedTokenizerFast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from nabla import InputError
 from wan.checkpoints.component import Component
@@ -22,7 +22,7 @@ from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import published
-from wan.models.kandinsky.layout import NAME, TOKENIZERS, refuse_gguf, transformer_files
+from wan.models.kandinsky.layout import NAME, TOKENIZERS, TRANSFORMER_CLASS, refuse_gguf, transformer_files
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 
@@ -35,7 +35,7 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
     if file is not None:
         refuse_gguf(Path(file))
     weights = _transformer_weights(checkpoint) if file is None else open_transformer(file, NAMING)
-    with _fits(Kandinsky5Transformer3DModel, weights):
+    with _fits(TRANSFORMER_CLASS, weights):
         model = published.transformer(weights.shapes)
         if not checkpoint.published:
             _check_config(checkpoint.config, model.config)
@@ -83,7 +83,7 @@ def load_transformer(
 def vae_component(checkpoint: Checkpoint) -> Component:
     """The VAE of HunyuanVideo."""
     weights, config = _opened(checkpoint, "vae")
-    with _fits(published.vae, weights):
+    with _fits("vae", weights):
         model = published.vae(config, weights.shapes)
     return Component(model, weights, {name: name for name in model.state_dict()})
 
@@ -91,6 +91,15 @@ def vae_component(checkpoint: Checkpoint) -> Component:
 def text_encoder_component(checkpoint: Checkpoint) -> Component:
     """Qwen2.5-VL's language model, without its head and vision."""
     return _text_component(checkpoint, "text_encoder", published.text_encoder, published.text_encoder_name)
+
+
+def writer_component(checkpoint: Checkpoint, sees: bool) -> Component:
+    """The same with its head, which writes text, and, if it `sees`, with its vision."""
+    folder = checkpoint.folder_of("text_encoder")
+    said = read_json_object(folder / CONFIG) if exists(folder / CONFIG) else {}
+    tied = said.get("tie_word_embeddings", False) is True
+    make, rename = partial(published.writer, sees=sees), partial(published.writer_name, sees=sees, tied=tied)
+    return _text_component(checkpoint, "text_encoder", make, rename)
 
 
 def text_encoder_2_component(checkpoint: Checkpoint) -> Component:
@@ -105,11 +114,13 @@ def _text_component(
     rename: Callable[[str], str | None],
 ) -> Component:
     weights, config = _opened(checkpoint, name)
-    with _fits(make, weights):
+    with _fits(name, weights):
         # What the files have beside it is known, and not read.
         weights.leave_out(lambda tensor: rename(tensor) is None)
         model = make(config, published.renamed(weights.shapes, rename))
-    expected = model.state_dict().keys()
+    expected = set(model.state_dict())
+    if getattr(model.config, "tie_word_embeddings", False):
+        expected -= set(model._tied_weights_keys or ())
     names = {tensor: own for tensor in weights.shapes if (own := rename(tensor)) in expected}
     # Of what is missing the name in the files is not known; the model's own says as much.
     names |= {own: own for own in expected - set(names.values())}
@@ -135,9 +146,13 @@ def load_tokenizer(checkpoint: Checkpoint, name: str, vocabulary: int) -> PreTra
     return tokenizer
 
 
-def finish_text_encoder(model: Qwen2_5_VLTextModel | CLIPTextModel, device: torch.device | str) -> None:
+def finish_text_encoder(model: nn.Module, device: torch.device | str) -> None:
     """Give a text encoder that was made on the meta device what is not saved with its weights."""
-    finish = published.finish_text_encoder_2 if isinstance(model, CLIPTextModel) else published.finish_text_encoder
+    finish: Any = published.finish_text_encoder
+    if isinstance(model, CLIPTextModel):
+        finish = published.finish_text_encoder_2
+    elif isinstance(model, Qwen2_5_VLForConditionalGeneration):
+        finish = published.finish_writer
     finish(model, device)
 
 
@@ -150,7 +165,7 @@ def _opened(checkpoint: Checkpoint, name: str) -> tuple[WeightFiles, dict[str, A
 
 
 @contextmanager
-def _fits(kind: Any, weights: WeightFiles) -> Iterator[None]:
+def _fits(kind: str, weights: WeightFiles) -> Iterator[None]:
     """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
     try:
         yield
@@ -158,4 +173,4 @@ def _fits(kind: Any, weights: WeightFiles) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(f"{weights.where}: its configuration does not fit {kind.__name__}: {reason}") from error
+        raise CheckpointError(f"{weights.where}: its configuration does not fit {kind}: {reason}") from error

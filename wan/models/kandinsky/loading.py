@@ -21,6 +21,7 @@ from wan.memory.loading import changes_of, check_options, load_placed, move_to_w
 from wan.memory.options import LoadOptions
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
+from wan.models.kandinsky.expand import Expander, language_model_of, make_expander
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import TRANSFORMER
 from wan.models.kandinsky.vae import prepare_decoder, vae_dtype_of
@@ -31,6 +32,7 @@ log = logging.getLogger("wan")
 class LoadedModels(NamedTuple):
     """The models that a process needs; of those that share a video, one has the VAE and text encoders not sharded.
 
+    expander: what writes prompts, around the same language model; None where none are written
     text_device: that the text encoders run on
     offload: whether models that are idle leave the GPU
     """
@@ -41,6 +43,7 @@ class LoadedModels(NamedTuple):
     text_encoder_2: CLIPTextModel | None
     tokenizer: PreTrainedTokenizerFast | None
     tokenizer_2: PreTrainedTokenizerFast | None
+    expander: Expander | None
     text_device: torch.device
     offload: bool
 
@@ -57,7 +60,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
 
     # All of them before the first weight is read: what is missing or damaged should not cost minutes.
     vae_component = components.vae_component(checkpoint)
-    qwen, clip = components.text_encoder_component(checkpoint), components.text_encoder_2_component(checkpoint)
+    qwen, clip = _qwen_component(checkpoint, options), components.text_encoder_2_component(checkpoint)
     transformer_component = components.transformer_component(checkpoint, settings.transformer)
     adapters = [read_lora(file, transformer_component.model, NAMING) for file in settings.lora]
 
@@ -67,17 +70,25 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
 
     vae = _load_vae(vae_component, plan.vae, vae_dtype) if options.is_leader else None
     transformer = _load_transformer(transformer_component, plan.transformer, dtype, adapters)
-    text_encoder = text_encoder_2 = None
+    text_encoder = text_encoder_2 = expander = None
     # Of a sharded one every process holds its part, whoever encodes.
     if options.is_leader or plan.text_encoder.mesh is not None:
-        text_encoder = _load_text_encoder(qwen, plan.text_encoder, dtype)
+        model = _load_text_encoder(qwen, plan.text_encoder, dtype)
+        text_encoder = language_model_of(model)
     if options.is_leader:
         text_encoder_2 = _load_clip(clip, plan.text_encoder, dtype)
-    vocabularies = qwen.model.config.vocab_size, clip.model.config.vocab_size
-    tokenizers = (components.load_tokenizer(checkpoint, *one) for one in zip(components.TOKENIZERS, vocabularies))
-    return LoadedModels(
-        transformer, vae, text_encoder, text_encoder_2, *tokenizers, plan.text_encoder.runs, plan.offload
-    )
+    vocabularies = language_model_of(qwen.model).config.vocab_size, clip.model.config.vocab_size
+    tokenizers = [components.load_tokenizer(checkpoint, *one) for one in zip(components.TOKENIZERS, vocabularies)]
+    if options.expand_prompt and options.is_leader:
+        expander = make_expander(model, tokenizers[0], checkpoint)
+    runs, offload = plan.text_encoder.runs, plan.offload
+    return LoadedModels(transformer, vae, text_encoder, text_encoder_2, *tokenizers, expander, runs, offload)
+
+
+def _qwen_component(checkpoint: Checkpoint, options: LoadOptions) -> Component:
+    if options.expand_prompt:
+        return components.writer_component(checkpoint, options.expand_pictures)
+    return components.text_encoder_component(checkpoint)
 
 
 def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
@@ -103,9 +114,13 @@ def _load_transformer(
     return transformer
 
 
-def _load_text_encoder(component: Component, placement: Placement, dtype: torch.dtype) -> Qwen2_5_VLTextModel:
-    finish = components.finish_text_encoder
-    encoder, quantizer = load_placed(component, component.model.layers, placement, dtype, finish)
+def _load_text_encoder(component: Component, placement: Placement, dtype: torch.dtype) -> nn.Module:
+    """The language model alone, or within the model that writes, whichever the component is of."""
+    finish, language = components.finish_text_encoder, language_model_of(component.model)
+    encoder, quantizer = load_placed(component, language.layers, placement, dtype, finish)
+    if encoder is not language and hasattr(encoder, "block_stream"):
+        # Whichever of the two runs, it opens the same stream.
+        language.block_stream = encoder.block_stream
     if quantizer is not None:
         log.info("text encoder: %s", quantizer.describe(placement.asked))
     return encoder

@@ -5,31 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from wan.config.cache_settings import COPIES
-from wan.config.settings import Settings
+from wan.config.settings import Settings, writers_of
 from wan.memory.estimates import Workload
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
+from wan.models.kandinsky.expand import language_model_of
+from wan.models.kandinsky.picture import HD_AREA
 from wan.models.kandinsky.processor import TRANSFORMER
 from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 from wan.quantize.float8 import FLOAT8
+
+# Tokens of an instruction with a long prompt and of what is written, and of the largest picture that is shown: a token
+# stands for 28 by 28 pixels, beside which the wide states of its four patches in the vision tower are small.
+TEXT_ROWS = 1024
+PICTURE_ROWS = HD_AREA // 28**2
 
 
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
     """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
     settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
     transformer = components.transformer_component(checkpoint, settings.transformer)
-    qwen, clip = components.text_encoder_component(checkpoint), components.text_encoder_2_component(checkpoint)
+    clip, (writes, sees) = components.text_encoder_2_component(checkpoint), writers_of(several)
+    qwen = components.writer_component(checkpoint, sees) if writes else components.text_encoder_component(checkpoint)
+    language = language_model_of(qwen.model)
     vae = components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
-    text = weights_of(qwen, qwen.model.layers, dtype)
-    models = transformer.model, qwen.model, vae.model
+    text = weights_of(qwen, language.layers, dtype)
+    models = transformer.model, language, vae.model
     return Weighed(
         weights_of(transformer, TRANSFORMER.blocks_of(transformer.model), dtype, settings.lora),
         # CLIP lies beside the language model, whole.
@@ -64,4 +74,17 @@ def workload_of(
         compiled=compiled is not False,
         mask_layers=own.num_visual_blocks if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],
+        writing=writing_bytes(text.config, dtype.itemsize, settings) if settings.writes_prompt else 0,
     )
+
+
+def writing_bytes(config: Any, itemsize: int, settings: Settings) -> int:
+    """What the language model takes to write a prompt out, beside weights: of all tokens keys and values of each layer
+    and the wide states of one, and scores of the vocabulary.
+    """
+    rows = TEXT_ROWS + (0 if settings.image is None else PICTURE_ROWS)
+    head = config.hidden_size // config.num_attention_heads
+    kept = config.num_hidden_layers * 2 * config.num_key_value_heads * head
+    wide = 3 * config.intermediate_size + 8 * config.hidden_size
+    # Scores of the last token, in float32: as they are, penalised, and sorted out.
+    return rows * (kept + wide) * itemsize + 4 * config.vocab_size * 4

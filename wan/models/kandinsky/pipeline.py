@@ -22,6 +22,7 @@ from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky.components import transformer_component
+from wan.models.kandinsky.expand import Expander, expand
 from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
 from wan.models.kandinsky.guidance import Guidance, encode_request, guidance_of
 from wan.models.kandinsky.latents import decode, encode_picture, glimpse, normalize_first_frame
@@ -49,6 +50,7 @@ class Kandinsky5:
     transformer: diffusers' `Kandinsky5Transformer3DModel`
     vae: diffusers' `AutoencoderKLHunyuanVideo`, its encoder in float32
     text_encoder, text_encoder_2: transformers' `Qwen2_5_VLTextModel` and `CLIPTextModel`
+    expander: what writes prompts around the same language model, see `expand_prompt`; None where none are written
     text_length: rows of text that the transformer sees; shorter texts are padded, and the padding is masked
     sampling, video: the settings that `generate` uses where it is given none
     processes: those that share the work, kept as `distributed`, or None for this one alone. Of those that share a
@@ -78,6 +80,7 @@ class Kandinsky5:
         sampling: SamplingSettings,
         video: VideoSettings,
         processes: DistributedContext | None = None,
+        expander: Expander | None = None,
     ):
         self.transformer = transformer
         self.vae = vae
@@ -85,6 +88,7 @@ class Kandinsky5:
         self.text_encoder_2 = text_encoder_2
         self.tokenizer = tokenizer
         self.tokenizer_2 = tokenizer_2
+        self.expander = expander
         self.device = device
         self.text_device = text_device
         self.text_length = text_length
@@ -127,6 +131,15 @@ class Kandinsky5:
         """A line for each prompt that is longer than the language model takes."""
         notes = (cut_note(self.tokenizer, prompt, self.text_length) for prompt in prompts)
         return tuple(note for note in notes if note is not None)
+
+    def expand_prompt(self, prompt: str, image: object = None) -> str:
+        """A prompt written out by the language model, on all processes that share a video; always the same.
+
+        image: the picture that the video begins with, as of `generate`
+        Raises `InputError` for a pipeline that was not loaded with `expand_prompt=True`.
+        """
+        check_prompt(prompt)
+        return expand(self, prompt, None if image is None else picture_of(image))
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
@@ -255,12 +268,14 @@ class Kandinsky5:
         progress: bool = False,
         observer: Observer | None = None,
         image: object = None,
+        expand_prompt: bool = False,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         image: the picture that it begins with: a path, a PIL image, or (height, width, 3) uint8; the video then has its
             form, in about the size asked for
+        expand_prompt: make it of what `expand_prompt` writes
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
         device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
         first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
@@ -282,6 +297,8 @@ class Kandinsky5:
             solver=solver,
         ).with_seed()
         video.check_positions(self._positions)
+        if expand_prompt:
+            prompt = self.expand_prompt(prompt, picture)
         return make_video(self, VideoRequest(prompt, video, sampling, picture), with_progress(progress, observer))
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:

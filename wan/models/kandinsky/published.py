@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
-from transformers import CLIPTextConfig, CLIPTextModel
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+from nabla.config import is_count
 from wan.models.kandinsky.config_checks import check_layers, divides, fraction, numbers, positive, sizes_of
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.sizes import Shapes, transformer_config
@@ -30,6 +31,20 @@ QWEN_SIZES = (
 QWEN_KEYS = (*QWEN_SIZES, "hidden_act", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "pad_token_id")
 # What generating text would need; numbers of tokens by default are those of another vocabulary.
 NO_TOKENS = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
+VISION_SIZES = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
+    "out_hidden_size",
+)
+VISION_KEYS = (*VISION_SIZES, "hidden_act", "fullatt_block_indexes")
+VISION_PREFIXES = ("visual.", "model.visual.")
 QWEN_TYPES = ("qwen2_5_vl", "qwen2_5_vl_text")
 CLIP_SIZES = (
     "vocab_size",
@@ -67,6 +82,30 @@ def text_encoder(config: Mapping[str, Any], shapes: Shapes) -> Qwen2_5_VLTextMod
     """The language model alone of a Qwen2.5-VL configuration, nested or flat as older ones are. shapes: by their own
     names, see `text_encoder_name`
     """
+    made = _language_config(config, numbers(shapes, "layers."))
+    with torch.device("meta"):
+        return Qwen2_5_VLTextModel(made)
+
+
+def writer(config: Mapping[str, Any], shapes: Shapes, sees: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """The same with the head that writes, and, if it `sees`, the vision tower. shapes: by their own names, see
+    `writer_name`
+    """
+    language = _language_config(config, numbers(shapes, "model.language_model.layers."))
+    # Without vision one of no layers, which is taken out again.
+    vision = Qwen2_5_VLVisionConfig(depth=0, fullatt_block_indexes=[])
+    if sees:
+        vision = _vision_config(config, language.hidden_size, numbers(shapes, "model.visual.blocks."))
+    tied = config.get("tie_word_embeddings", False) is True
+    parts = {"text_config": language.to_dict(), "vision_config": vision.to_dict()}
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts, tie_word_embeddings=tied))
+    if not sees:
+        model.model.visual = None
+    return model
+
+
+def _language_config(config: Mapping[str, Any], layers: int) -> Qwen2_5_VLTextConfig:
     own = _nested(config, QWEN_TYPES)
     sizes_of(own, QWEN_SIZES)
     if own.get("use_sliding_window"):
@@ -79,9 +118,25 @@ def text_encoder(config: Mapping[str, Any], shapes: Shapes) -> Qwen2_5_VLTextMod
     half, sections = made.hidden_size // made.num_attention_heads // 2, made.rope_parameters.get("mrope_section")
     if not isinstance(sections, list) or len(sections) != 3 or sum(map(_count, sections)) != half:
         raise ValueError(f"mrope_section is {sections!r}, but must be three positive integers that sum up to {half}")
-    check_layers("num_hidden_layers", made.num_hidden_layers, numbers(shapes, "layers."))
-    with torch.device("meta"):
-        return Qwen2_5_VLTextModel(made)
+    check_layers("num_hidden_layers", made.num_hidden_layers, layers)
+    return made
+
+
+def _vision_config(config: Mapping[str, Any], width: int, layers: int) -> Qwen2_5_VLVisionConfig:
+    """Of the vision tower, which gives states of `width` numbers."""
+    own = config.get("vision_config")
+    if not isinstance(own, Mapping):
+        raise ValueError(f"vision_config is {own!r}, but must be a mapping")
+    sizes_of(own, VISION_SIZES)
+    whole = own.get("fullatt_block_indexes", [])
+    if not isinstance(whole, list) or not all(is_count(number) for number in whole):
+        raise ValueError(f"fullatt_block_indexes is {whole!r}, but must be a list of numbers of layers")
+    made = Qwen2_5_VLVisionConfig(**{key: own[key] for key in VISION_KEYS if key in own})
+    divides("num_heads", made.num_heads, "hidden_size", made.hidden_size)
+    if made.out_hidden_size != width:
+        raise ValueError(f"out_hidden_size is {made.out_hidden_size}, but the language model has {width}")
+    check_layers("depth", made.depth, layers)
+    return made
 
 
 def text_encoder_2(config: Mapping[str, Any], shapes: Shapes) -> CLIPTextModel:
@@ -128,12 +183,24 @@ def vae(config: Mapping[str, Any], shapes: Shapes) -> AutoencoderKLHunyuanVideo:
 
 def text_encoder_name(name: str) -> str | None:
     """What the language model alone calls a tensor of a Qwen2.5-VL file; None if it has no use for it."""
-    if name == "lm_head.weight" or name.startswith(("visual.", "model.visual.")) or name.endswith(".inv_freq"):
+    if name == "lm_head.weight" or name.startswith(VISION_PREFIXES) or name.endswith(".inv_freq"):
         return None
     for prefix in ("model.language_model.", "language_model.model.", "language_model.", "model."):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
+
+
+def writer_name(name: str, sees: bool, tied: bool) -> str | None:
+    """What the language model with its head, and vision if it `sees`, calls a tensor of a Qwen2.5-VL file; None if it
+    has no use for it. tied: the head is the table of tokens
+    """
+    if name == "lm_head.weight":
+        return None if tied else name
+    if name.startswith(VISION_PREFIXES):
+        return f"model.visual.{name.partition('visual.')[2]}" if sees else None
+    own = text_encoder_name(name)
+    return None if own is None else f"model.language_model.{own}"
 
 
 def text_encoder_2_name(name: str) -> str | None:
@@ -160,6 +227,15 @@ def finish_text_encoder(model: Qwen2_5_VLTextModel, device: torch.device | str) 
     """Give a language model made on the meta device the frequencies of its rotary embedding."""
     with torch.device("cpu"):
         model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
+
+
+def finish_writer(model: Qwen2_5_VLForConditionalGeneration, device: torch.device | str) -> None:
+    """Likewise its language model and its vision tower."""
+    finish_text_encoder(model.model.language_model, device)
+    visual = model.model.visual
+    if visual is not None:
+        with torch.device("cpu"):
+            visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config).to(device)
 
 
 def finish_text_encoder_2(model: CLIPTextModel, device: torch.device | str) -> None:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 from nabla import InputError, NablaConfig
 from wan.config.settings import VideoSettings
 from wan.memory.estimates import Workload
-from wan.models.kandinsky.random_text import ClipSizes, QwenSizes, Shapes
+from wan.models.kandinsky.random_text import ClipSizes, QwenSizes, Shapes, VisionSizes
 from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 
 LATENT_CHANNELS = 16
@@ -49,7 +49,9 @@ MODELS = {
         text_blocks=2,
         visual_blocks=3,
         file="kandinsky5lite_t2v_sft_10s",
-        qwen=QwenSizes(64, 4, 2, layers=2, ffn_dim=128, vocabulary=1024, rope=(2, 3, 3)),
+        qwen=QwenSizes(
+            64, 4, 2, layers=2, ffn_dim=128, vocabulary=1024, rope=(2, 3, 3), vision=VisionSizes(32, 2, 2, 64)
+        ),
         clip=ClipSizes(32, 2, layers=2, ffn_dim=64, vocabulary=1024),
         vae_channels=(8, 8, 16, 16),
         vae_layers=1,

@@ -13,13 +13,21 @@ from transformers import (
     CLIPTextModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextModel,
 )
 
 from wan.checkpoints.random_weights import captions
 
 Shapes = dict[str, tuple[int, ...]]
-QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
 CLIP_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 CLIP_POSITIONS = 77
 # Room for whole words of the captions, and for all bytes.
@@ -38,6 +46,17 @@ class QwenSizes:
     vocabulary: int = 152064
     # Pairs of a head's numbers that turn with the frame, the row and the column.
     rope: tuple[int, int, int] = (16, 24, 24)
+    vision: VisionSizes | None = None
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """Of the vision tower of a Qwen2.5-VL, which sizes without it leave out."""
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class ClipSizes:
 
 
 def qwen_config(sizes: QwenSizes) -> dict[str, Any]:
-    """The config.json of a Qwen2.5-VL as its own repository has it, flat; its vision tower is not written."""
+    """The config.json of a Qwen2.5-VL as its own repository has it, flat."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -73,8 +92,27 @@ def qwen_config(sizes: QwenSizes) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_sliding_window": False,
-        "vision_config": {"model_type": "qwen2_5_vl", "hidden_size": 1280, "out_hidden_size": sizes.dim},
+        "vision_config": _vision_config(sizes),
         "vocab_size": sizes.vocabulary,
+    }
+
+
+def _vision_config(sizes: QwenSizes) -> dict[str, Any]:
+    vision = VisionSizes(1280, 16, 32, 3420) if sizes.vision is None else sizes.vision
+    return {
+        "model_type": "qwen2_5_vl",
+        "depth": vision.layers,
+        "fullatt_block_indexes": [vision.layers - 1],
+        "hidden_act": "silu",
+        "hidden_size": vision.dim,
+        "in_chans": 3,
+        "intermediate_size": vision.ffn_dim,
+        "num_heads": vision.heads,
+        "out_hidden_size": sizes.dim,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
     }
 
 
@@ -110,10 +148,16 @@ def meta_clip(sizes: ClipSizes) -> CLIPTextModel:
 
 
 def qwen_shapes(sizes: QwenSizes) -> Shapes:
-    """Published names and shapes of the language model and of its head, which encoding has no use for."""
+    """Published names and shapes of the language model and of what encoding has no use for: its head, and vision."""
     state = meta_qwen(sizes).state_dict()
     shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes | {"lm_head.weight": (sizes.vocabulary, sizes.dim)}
+    shapes["lm_head.weight"] = sizes.vocabulary, sizes.dim
+    if sizes.vision is not None:
+        with torch.device("meta"):
+            whole = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**qwen_config(sizes)))
+        vision = whole.model.visual.state_dict()
+        shapes |= {f"visual.{name}": tuple(tensor.shape) for name, tensor in vision.items()}
+    return shapes
 
 
 def clip_shapes(sizes: ClipSizes) -> Shapes:
@@ -124,7 +168,7 @@ def clip_shapes(sizes: ClipSizes) -> Shapes:
 def qwen_tokenizer(vocabulary: int, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A small tokenizer with Qwen's special tokens, trained on captions of simple scenes and on texts."""
     tokenizer = _trained([*captions(), *texts], vocabulary, QWEN_TOKENS)
-    pad, _, end = QWEN_TOKENS
+    pad, _, end, *_ = QWEN_TOKENS
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, padding_side="right")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wan.checkpoints.locate import CONFIG
-from wan.models.family import Family
+from wan.models.family import FEATURES, Family
 from wan.models.wan import layout
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.names import NAMING
@@ -22,4 +22,5 @@ WAN = Family(
     memory="wan.models.wan.memory:weigh_run",
     geometry=GEOMETRY,
     training="wan.models.wan.training:TRAINING",
+    features=FEATURES - {"expand_prompt"},
 )
