@@ -12,9 +12,9 @@ import weight_files
 
 import generate
 import wan
+from wan.memory import planning
 from wan.memory.estimates import GIB
 from wan.memory.planner import MemoryBudget, MemoryPlan
-from wan.models.wan import memory
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run import run
 
@@ -54,8 +54,8 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     gpu = 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
-    monkeypatch.setattr(memory, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
-    monkeypatch.setattr(memory, "limit", lambda *_: None)
+    monkeypatch.setattr(planning, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(planning, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1".split()
     assert generate.main([*flags, "--memory", "24"]) == 2

@@ -20,6 +20,7 @@ from wan.caches.ran import blocks_left_out
 from wan.checkpoints.lora import read_lora
 from wan.config.cache_settings import CacheSettings
 from wan.config.model_settings import LoraFile
+from wan.memory import planning
 from wan.memory.estimates import GIB
 from wan.memory.placement import on_device
 from wan.memory.planner import MemoryBudget
@@ -27,7 +28,7 @@ from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weights_of
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
-from wan.models.wan import components, memory
+from wan.models.wan import components
 from wan.models.wan.names import NAMING
 from wan.models.wan.processor import TRANSFORMER
 from wan.models.wan.random_checkpoint import random_transformer
@@ -180,8 +181,8 @@ def test_a_gguf_file_and_a_lora_run_within_memory_as_without_it(packed, random_n
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check_memory", lambda *_: None)
     gpu = 0
-    monkeypatch.setattr(memory, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
-    monkeypatch.setattr(memory, "limit", lambda *_: None)
+    monkeypatch.setattr(planning, "budget_of", lambda *_: MemoryBudget(gpu, 8 * GIB, 16 * GIB))
+    monkeypatch.setattr(planning, "limit", lambda *_: None)
     flags = ["--prompt", "a cat", "--ckpt_dir", str(random_nano), "--device", "cpu", "--save_file", "out.mp4"]
     flags += "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --transformer a.gguf".split()
     flags += ["--lora", lora.file]
