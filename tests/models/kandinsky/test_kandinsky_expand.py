@@ -24,6 +24,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import expand, published, random_checkpoint
 from wan.models.kandinsky.components import writer_component
 from wan.models.kandinsky.memory import weigh_run
+from wan.models.kandinsky.random_text import QwenSizes, qwen_config
 
 PLAN = MemoryPlan(None, None, True, 0, 3, "stream", 1, False, {"sampling": 0}, 0, 1.0)
 KEYS = json.loads((DATA / "kandinsky5_keys.json").read_text(encoding="utf-8"))
@@ -149,6 +150,14 @@ def test_text_alone_needs_no_vision_and_a_tied_head_no_tensor(folder):
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     tied = published.writer(config | {"tie_word_embeddings": True}, dict.fromkeys(seeing.names.values(), ()), True)
     assert tied.config.tie_word_embeddings
+
+
+def test_the_published_model_has_as_many_bytes_as_its_files():
+    layers = {"model.language_model.layers": 28, "model.visual.blocks": 32}
+    shapes = {f"{name}.{n}.any": () for name, count in layers.items() for n in range(count)}
+    model = published.writer(qwen_config(QwenSizes()), shapes, sees=True)
+    # As the index of its files says, in bfloat16.
+    assert 2 * sum(parameter.numel() for parameter in model.parameters()) == 16_584_333_312
 
 
 @pytest.mark.parametrize(
