@@ -119,7 +119,9 @@ class AppliedAttention:
         self.masks.clear(self.patched)
 
     @torch.compiler.disable
-    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         if self.patched:
             with setting:
                 self.forwards += 1
@@ -128,6 +130,7 @@ class AppliedAttention:
                 given = chain(args, kwargs.values(), transformer.parameters())
                 trains = torch.is_grad_enabled() and any(x.requires_grad for x in given if isinstance(x, Tensor))
                 self._set_layers(self.spec.inputs(transformer, args, kwargs), trains, transformer.training)
+        return None if self.spec.in_raster_order is None else self.spec.in_raster_order(args, kwargs)
 
     def _set_layers(self, inputs: ForwardInputs, trains: bool, training: bool) -> None:
         config, device = self.config, inputs.device

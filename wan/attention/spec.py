@@ -41,6 +41,8 @@ class TransformerSpec:
     blocks, self_attention, output: names of the list of blocks, of the self-attention in one, and of the layer that
         makes latents of the last block's tokens
     output_needs_grid: whether the output layer is given tokens by their place in the grid, and so has to see all
+    in_raster_order: from the arguments of a forward to those by which the model leaves tokens in raster order and
+        chooses no blocks itself; None where it never does otherwise
     """
 
     kind: type[nn.Module]
@@ -55,6 +57,7 @@ class TransformerSpec:
     self_attention: str = "attn1"
     output: str = "proj_out"
     output_needs_grid: bool = False
+    in_raster_order: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]] | None = None
 
     def blocks_of(self, transformer: nn.Module) -> nn.ModuleList:
         return getattr(transformer, self.blocks)

@@ -27,6 +27,10 @@ from wan.sampling.solvers import TRAIN_TIMESTEPS
 FLOAT32_MODULES = (*Kandinsky5Transformer3DModel._keep_in_fp32_modules, "query_norm", "key_norm")
 
 
+# The place of `sparse_params` among the arguments of a forward.
+SPARSE_PARAMS = 7
+
+
 @dataclass(eq=False)
 class TextMask:
     """Which rows of the padded texts of a forward are text, the same object in all layers; set before every forward.
@@ -242,6 +246,16 @@ def forward_inputs(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     return ForwardInputs(grid, timestep, len(latents), latents.device, latents.dtype)
 
 
+def in_raster_order(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of a forward without those of diffusers' own NABLA, by which tokens are put into the order of tiles.
+
+    diffusers' pipelines give them if a configuration says so, as that of the published image to video does.
+    """
+    if len(args) > SPARSE_PARAMS:
+        args = (*args[:SPARSE_PARAMS], None, *args[SPARSE_PARAMS + 1 :])
+    return args, {**kwargs, "sparse_params": None} if "sparse_params" in kwargs else kwargs
+
+
 # Functions with names, since a transformer that has them in its state can be pickled.
 def _heads(transformer: nn.Module) -> int:
     return transformer.config.model_dim // _head_size(transformer)
@@ -264,4 +278,5 @@ TRANSFORMER = TransformerSpec(
     self_attention="self_attention",
     output="out_layer",
     output_needs_grid=True,
+    in_raster_order=in_raster_order,
 )
