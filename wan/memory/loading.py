@@ -23,7 +23,9 @@ def changes_of(
     component: Component, blocks: nn.ModuleList, placement: Placement
 ) -> tuple[Quantizer | None, Callable[[nn.Module], None] | None]:
     """What quantises weights while they are read, and what shards a model before."""
-    quantizer = make_quantizer(component.model, blocks, placement.quantization, placement.runs, placement.reads_to)
+    quantizer = make_quantizer(
+        component.model, blocks, placement.quantization, placement.runs, placement.reads_to, component.float32
+    )
     shard = None if placement.mesh is None else partial(apply_fsdp, blocks=blocks, mesh=placement.mesh)
     return quantizer, shard
 

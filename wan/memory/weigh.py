@@ -47,11 +47,16 @@ def _stored_layers(component: Component, weights: GgufFile, blocks: nn.ModuleLis
 
 def weigh(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, float32: Sequence[str]) -> Weights:
     """What a model, which may be on the meta device, weighs in a dtype; `float32`: names of what stays in that."""
-    # One block stands for all, which are of the same sizes.
-    linear = [module.weight.numel() for module in blocks[0].modules() if isinstance(module, nn.Linear)]
+
+    def is_kept(name: str) -> bool:
+        return bool(set(name.split(".")) & set(float32))
 
     def size(name: str, tensor: torch.Tensor) -> int:
-        return tensor.numel() * (4 if set(name.split(".")) & set(float32) else dtype.itemsize)
+        return tensor.numel() * (4 if is_kept(name) else dtype.itemsize)
+
+    # One block stands for all, which are of the same sizes. Layers that stay in float32 are never quantised.
+    layers = [(name, module) for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)]
+    linear = [module.weight.numel() for name, module in layers if not is_kept(name)]
 
     inside = {id(parameter) for parameter in blocks.parameters()}
     named = list(model.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def check_quantization(key: str | None, device: torch.device, dtype: torch.dtype
 class Quantizer:
     """Quantises the weights of a model's linear layers, those within its blocks, one at a time.
 
+    float32: modules by name whose layers stay in that, whatever the model's type
     layers: names of weights to quantise
     device: that they run on and are quantised on
     home: where quantised weights wait
@@ -30,10 +32,20 @@ class Quantizer:
     left: how many layers it does not take
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device, home: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        key: str,
+        device: torch.device,
+        home: torch.device,
+        float32: Sequence[str] = (),
+    ):
         # Layers outside of the blocks, a small part of the weights, stay as they are.
         inside = {id(module) for module in blocks.modules() if isinstance(module, nn.Linear)}
-        self.layers = {f"{name}.weight" for name, module in model.named_modules() if id(module) in inside}
+        names = {name for name, module in model.named_modules() if id(module) in inside}
+        # So do those for which half precision is too little already.
+        self.layers = {f"{name}.weight" for name in names if not set(name.split(".")) & set(float32)}
         self.quantization = QUANTIZATIONS[key]
         self.device, self.home = device, home
         self.errors: list[float] = []
@@ -77,18 +89,27 @@ class Quantizer:
 
 
 def make_quantizer(
-    model: nn.Module, blocks: nn.ModuleList, key: str | None, device: torch.device, home: torch.device
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    key: str | None,
+    device: torch.device,
+    home: torch.device,
+    float32: Sequence[str] = (),
 ) -> Quantizer | None:
     """A `Quantizer`, or None if nothing is to be quantised, or a file has done so."""
-    return None if key is None or QUANTIZATIONS[key].quantize is None else Quantizer(model, blocks, key, device, home)
+    if key is None or QUANTIZATIONS[key].quantize is None:
+        return None
+    return Quantizer(model, blocks, key, device, home, float32)
 
 
-def quantize_layers(model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device) -> str:
+def quantize_layers(
+    model: nn.Module, blocks: nn.ModuleList, key: str, device: torch.device, float32: Sequence[str] = ()
+) -> str:
     """Quantise a model that is on its device already, in place, before it is compiled; see `Quantizer`.
 
     Returns a line about it. Raises `InputError` if it takes none of the layers.
     """
-    quantizer = Quantizer(model, blocks, key, device, device)
+    quantizer = Quantizer(model, blocks, key, device, device, float32)
     for name, module in model.named_modules():
         if f"{name}.weight" in quantizer.layers:
             module.weight = quantizer(f"{name}.weight", module.weight)
