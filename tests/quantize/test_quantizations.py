@@ -8,6 +8,7 @@ from torch import nn
 
 from nabla import InputError
 from wan.memory.streaming import stream_blocks
+from wan.models.kandinsky.random_checkpoint import random_transformer as random_kandinsky
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.int4 import INT4
@@ -62,6 +63,16 @@ def test_float8_takes_the_linear_layers_of_the_blocks_but_none_with_a_row_of_zer
     assert not FLOAT8.takes(weights[0][:24]) and not FLOAT8.takes(weights[0][:, :24])
     weights[0][3] = 0
     assert [FLOAT8.takes(weight) for weight in weights] == [False, *[True] * (len(weights) - 1)]
+
+
+def test_layers_of_parts_that_stay_in_float32_are_left():
+    transformer = random_kandinsky("kandinsky5-nano", torch.bfloat16, CPU)
+    blocks, kept = transformer.visual_transformer_blocks, transformer._keep_in_fp32_modules
+    quantizer = make_quantizer(transformer, blocks, "int8", CPU, CPU, kept)
+    assert len(quantizer.layers) == 10 * len(blocks) and not any("modulation" in name for name in quantizer.layers)
+    modulation = blocks[0].visual_modulation.out_layer.weight
+    name = "visual_transformer_blocks.0.visual_modulation.out_layer.weight"
+    assert quantizer(name, modulation) is modulation and modulation.dtype == torch.float32
 
 
 def test_4_bits_take_whole_groups_but_none_of_zeros():

@@ -15,6 +15,7 @@ CHUNK = 4 * GIB
 ALIGNMENT = 256
 # Of the whole video while it is put together from decoded frames.
 VIDEO_COPIES = 3
+FLOAT32_BYTES = 4
 # Pixels that columns share, as diffusers' own tiles do: 256 wide, 192 apart.
 TILE_OVERLAP = 64
 MOST_TILES = 8
@@ -63,12 +64,15 @@ class Decoding:
     size: (width, height) in pixels
     itemsize: bytes of a number of its activations
     pixel_bytes: what its features take for each pixel of a frame
+    window: frames that are decoded at a time, in all columns, and then kept in float32; 0 if each column is decoded in
+        all frames
     """
 
     size: tuple[int, int]
     frames: int
     itemsize: int
     pixel_bytes: float
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Workload:
     mask_layers: layers that keep their choice of blocks for later steps
     cached: copies of the hidden states that a step cache keeps
     writing: bytes that writing a prompt out takes beside the text encoder's weights, where it does
+    beside: bytes of what else a forward holds, such as tables of rotations
     """
 
     tokens: int
@@ -93,6 +98,7 @@ class Workload:
     mask_layers: int = 0
     cached: int = 0
     writing: int = 0
+    beside: int = 0
 
 
 def forward_bytes(workload: Workload) -> int:
@@ -102,7 +108,8 @@ def forward_bytes(workload: Workload) -> int:
     copies = max(3 + workload.ffn_dim / workload.dim, 2 + 4 * PADDING) + (0 if workload.compiled else EAGER_COPIES)
     # Of blocks of queries and of keys, whose lists take 8 bytes each and a kept choice one.
     pairs = workload.heads * math.ceil(workload.tokens / BLOCK_TOKENS * PADDING) ** 2
-    return math.ceil((copies + workload.cached) * hidden) + min(LIST_BYTES, 8 * pairs) + workload.mask_layers * pairs
+    lists = min(LIST_BYTES, 8 * pairs) + workload.mask_layers * pairs
+    return math.ceil((copies + workload.cached) * hidden) + lists + workload.beside
 
 
 def text_bytes(workload: Workload, rows: int = 512, prompts: int = 2) -> int:
@@ -122,8 +129,13 @@ def decode_bytes(decoding: Decoding, tiles: int = 1) -> int:
     features = column * height * decoding.pixel_bytes
     # diffusers holds all decoded columns, with what they share, until it joins them.
     joined = VIDEO_COPIES if tiles == 1 else VIDEO_COPIES + tiles * column / width
-    video = decoding.frames * width * height * 3 * joined * decoding.itemsize
-    return math.ceil(features + video)
+    numbers = min(decoding.window or decoding.frames, decoding.frames) * width * height * 3
+    decoded = features + joined * numbers * decoding.itemsize
+    if not decoding.window:
+        return math.ceil(decoded)
+    # Earlier windows lie there while the last one is decoded; then all of them are put together.
+    video = decoding.frames * width * height * 3 * FLOAT32_BYTES
+    return math.ceil(max(decoded + video, VIDEO_COPIES * video))
 
 
 def tile_width(width: int, tiles: int) -> int:

@@ -19,7 +19,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import language_model_of
 from wan.models.kandinsky.picture import HD_AREA
-from wan.models.kandinsky.processor import TRANSFORMER
+from wan.models.kandinsky.processor import TRANSFORMER, rotation_bytes
 from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 from wan.quantize.float8 import FLOAT8
 
@@ -62,8 +62,9 @@ def workload_of(
 ) -> Workload:
     """A video and the widths of the models that make it."""
     own, width = transformer.config, vae.config.block_out_channels[0]
+    tokens = math.prod(settings.video.token_grid)
     return Workload(
-        tokens=math.prod(settings.video.token_grid),
+        tokens=tokens,
         dim=own.model_dim,
         ffn_dim=own.ff_dim,
         heads=TRANSFORMER.heads(transformer),
@@ -75,6 +76,7 @@ def workload_of(
         mask_layers=own.num_visual_blocks if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],
         writing=writing_bytes(text.config, dtype.itemsize, settings) if settings.writes_prompt else 0,
+        beside=rotation_bytes(tokens, TRANSFORMER.head_size(transformer)),
     )
 
 

@@ -137,6 +137,11 @@ def rotary_of(rope: Tensor) -> Rotary:
     return Rotary(cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1))
 
 
+def rotation_bytes(tokens: int, head_size: int) -> int:
+    """What a forward's rotations take: four float32 numbers a pair as diffusers has them, and as many for nabla."""
+    return tokens * head_size // 2 * 4 * torch.float32.itemsize * 2
+
+
 def install_processors(transformer: Kandinsky5Transformer3DModel) -> TextMask:
     """Put `KandinskyProcessor` in all attentions of a transformer, in place and once; before `apply_attention`.
 

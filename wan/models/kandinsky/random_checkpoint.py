@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,7 @@ from wan.checkpoints import random_weights
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.checkpoints.random_weights import make_empty
 from wan.checkpoints.saving import save_json, save_shards, save_whole
-from wan.config.settings import VideoSettings
-from wan.memory.estimates import Weights, Workload
+from wan.memory.estimates import Weights
 from wan.memory.weigh import weigh
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
 from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
@@ -43,7 +43,6 @@ from wan.models.kandinsky.random_text import (
     qwen_shapes,
     qwen_tokenizer,
 )
-from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 
 M = TypeVar("M", bound=nn.Module)
 Drawing = Callable[[Shapes, torch.dtype], Iterator[tuple[str, Tensor]]]
@@ -113,28 +112,16 @@ def _drawn(model: M, dtype: torch.dtype, device: torch.device, seed: int) -> M:
 
 @functools.cache
 def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) -> tuple[Weights, Weights, int]:
-    """What `planner.choose` has to know of the models: transformer, language model, and bytes of the others, of which
-    the VAE is in float32.
+    """What `planner.choose` has to know of the models: the transformer, the text encoders together, and bytes of the
+    VAE, which is in float32.
     """
     transformer, qwen = meta_transformer(sizes, layers), meta_qwen(sizes.qwen)
     clip = sum(map(math.prod, clip_shapes(sizes.clip).values())) * dtype.itemsize
+    text = weigh(qwen, qwen.layers, dtype, ())
     return (
         weigh(transformer, transformer.visual_transformer_blocks, dtype, FLOAT32_MODULES),
-        weigh(qwen, qwen.layers, dtype, ()),
-        clip + sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
-    )
-
-
-def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
-    """And of a video that they make on a GPU, their blocks compiled."""
-    return Workload(
-        tokens=math.prod(video.token_grid),
-        dim=sizes.dim,
-        ffn_dim=sizes.ff_dim,
-        heads=sizes.heads,
-        text_dim=sizes.qwen.dim,
-        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_channels[0]),
-        itemsize=dtype.itemsize,
+        replace(text, rest=text.rest + clip),
+        sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
     )
 
 

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 from nabla import InputError, NablaConfig
 from wan.config.settings import VideoSettings
 from wan.memory.estimates import Workload
+from wan.models.kandinsky.processor import rotation_bytes
 from wan.models.kandinsky.random_text import ClipSizes, QwenSizes, Shapes, VisionSizes
 from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 
@@ -134,12 +135,14 @@ def vae_shapes(sizes: Sizes) -> Shapes:
 
 def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
     """What `planner.choose` has to know of a video that the models make on a GPU, their blocks compiled."""
+    tokens = math.prod(video.token_grid)
     return Workload(
-        tokens=math.prod(video.token_grid),
+        tokens=tokens,
         dim=sizes.dim,
         ffn_dim=sizes.ff_dim,
         heads=sizes.heads,
         text_dim=sizes.qwen.dim,
         decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_channels[0]),
         itemsize=dtype.itemsize,
+        beside=rotation_bytes(tokens, sizes.dim // sizes.heads),
     )

@@ -20,7 +20,8 @@ log = logging.getLogger("wan")
 WINDOW, STRIDE = 5, 2
 # Frames of video that two windows share.
 SHARED = GEOMETRY.vae_stride[0] * STRIDE
-# What a window's features take for a pixel of the picture: counted on the published VAE, base width 128, in float32.
+# What a window's features take for a pixel of the picture: the tensors that are there at once as they are convolved in
+# the published VAE, base width 128, in float32 are 78,700.
 DECODE_BYTES, DECODE_WIDTH = 80_000, 128
 
 
@@ -80,7 +81,7 @@ def decode_window(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
 def decoding_of(size: tuple[int, int], frames: int, dtype: torch.dtype, width: int = DECODE_WIDTH) -> Decoding:
     """What a decoder of a base width makes, in a dtype. size: (width, height) of the picture in pixels"""
     features = DECODE_BYTES * dtype.itemsize / torch.float32.itemsize * width / DECODE_WIDTH
-    return Decoding(size, frames, dtype.itemsize, features)
+    return Decoding(size, frames, dtype.itemsize, features, GEOMETRY.frames_of(WINDOW))
 
 
 def set_tiles(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
