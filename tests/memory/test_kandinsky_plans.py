@@ -90,7 +90,7 @@ def test_a_decode_takes_a_little_less_than_its_estimate(size, tiles, monkeypatch
         video = decode(vae, torch.empty(1, 16, (frames + 3) // 4, height // 8, width // 8, device="meta"))
     assert video.shape == (1, 3, frames, height, width)
     expected = decode_bytes(decoding_of(size, frames, torch.float16), tiles)
-    assert counted.peak <= expected < 1.1 * counted.peak
+    assert counted.peak <= expected < 1.2 * counted.peak
 
 
 @pytest.mark.parametrize("model", VIDEOS)
@@ -135,14 +135,14 @@ def test_the_language_model_takes_less_than_its_estimate():
         (LITE, 80, False, 32, "gpu", 1),
         (LITE, 48, False, 32, "gpu", 1),
         (LITE, 24, True, 32, "gpu", 1),
-        (LITE, 16, True, 32, "gpu", 2),
+        (LITE, 16, True, 32, "gpu", 1),
         (LITE, 12, True, 32, "stream", 2),
-        (LITE, 8, True, 32, "stream", 4),
+        (LITE, 8, True, 32, "stream", 3),
         (PRO, 80, True, 60, "gpu", 1),
         (PRO, 48, True, 0, "gpu", 1),
-        (PRO, 24, True, 0, "gpu", 3),
-        (PRO, 16, True, 0, "gpu", 4),
-        (PRO, 13, True, 0, "stream", 6),
+        (PRO, 24, True, 0, "gpu", 2),
+        (PRO, 16, True, 0, "gpu", 3),
+        (PRO, 13, True, 0, "stream", 4),
     ),
 )
 def test_each_card_gets_a_plan_in_full_precision_that_fits(model, gpu, in_turns, kept, text, tiles):
@@ -168,7 +168,7 @@ def test_float8_is_planned_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "model, gpu, host", ((PRO, 12, HOST), (LITE, 5, HOST), (PRO, 24, MemoryBudget(0, 16 * GIB, 32 * GIB)))
+    "model, gpu, host", ((PRO, 12, HOST), (LITE, 4, HOST), (PRO, 24, MemoryBudget(0, 16 * GIB, 32 * GIB)))
 )
 def test_what_does_not_fit_is_refused_in_a_line_with_what_would_do(model, gpu, host):
     with pytest.raises(InputError, match="would do") as refused:
