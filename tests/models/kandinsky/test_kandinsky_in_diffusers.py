@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import wan
-from nabla import NablaConfig
+from nabla import InputError, NablaConfig
 from wan.models.kandinsky.processor import SPARSE_PARAMS, in_raster_order
 from wan.models.kandinsky.random_checkpoint import random_vae
 
@@ -164,3 +165,33 @@ def test_the_pipelines_of_diffusers_load_and_save_what_we_read(kandinsky_diffuse
     merged = wan.from_pretrained(kandinsky_diffusers, lora=[f"{saved}:2"]).transformer.state_dict()
     for name, tensor in exact.items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def lora(file: Path, layer: str) -> Path:
+    save_file({f"{layer}.lora_{kind}.weight": torch.ones(4, 4) for kind in "AB"}, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "layer, what",
+    (
+        ("diffusion_model.blocks.0.self_attn.q", "is a LoRA of Wan"),
+        ("transformer.blocks.0.attn1.to_q", "is a LoRA of Wan"),
+        ("lora_unet_blocks_0_ffn_0", "is a LoRA of Wan"),
+        ("model.layers.0.self_attn.q_proj", "is a LoRA of a text encoder"),
+        (
+            "transformer.single_blocks.0.linear1",
+            ": 0 of 2 weights match the transformer, not for example 'transformer.",
+        ),
+    ),
+)
+def test_lora_of_other_models(kandinsky_nano, tmp_path, layer, what):
+    file = lora(tmp_path / "style.safetensors", layer)
+    with pytest.raises(InputError, match=f"^lora {file}( {what}|{what}).*Kandinsky-5"):
+        wan.from_pretrained(kandinsky_nano, lora=[str(file)])
+
+
+def test_wan_names_a_lora_of_kandinsky(random_nano, tmp_path):
+    file = lora(tmp_path / "style.safetensors", "transformer.visual_transformer_blocks.0.self_attention.to_query")
+    with pytest.raises(InputError, match="is a LoRA of Kandinsky-5, which is not read: .*; use one made for Wan2.1"):
+        wan.from_pretrained(random_nano, lora=[str(file)])

@@ -109,6 +109,25 @@ def test_missing_parts_of_diffusers_layout(refused, as_diffusers, lost, message)
     matches(refused("--ckpt_dir", as_diffusers), message)
 
 
+def test_parts_given_for_the_whole(refused, kandinsky_nano, kandinsky_diffusers):
+    for folder, message in (
+        (
+            kandinsky_nano / "model",
+            "model holds a transformer of Kandinsky-5 as model/ .*; give the folder above it, or",
+        ),
+        (
+            kandinsky_nano / "vae",
+            "vae is the AutoencoderKLHunyuanVideo of a checkpoint alone; give the folder above it",
+        ),
+        (
+            kandinsky_diffusers / "transformer",
+            "is the Kandinsky5Transformer3DModel of a checkpoint alone; give the fold",
+        ),
+        (kandinsky_nano.parent, f"is the folder above a checkpoint; give {kandinsky_nano}"),
+    ):
+        matches(refused("--ckpt_dir", folder), message)
+
+
 def test_pipelines_of_pictures(refused, as_diffusers):
     change(as_diffusers / "model_index.json", _class_name="Kandinsky5T2IPipeline")
     matches(refused("--ckpt_dir", as_diffusers), "is a Kandinsky5T2IPipeline, which makes pictures; only Kandinsky-5")
@@ -243,37 +262,6 @@ def test_gguf_is_not_read(kandinsky_nano, kandinsky_diffusers, tmp_path):
             wan.from_pretrained(folder, transformer=file)
     with pytest.raises(InputError, match="^gguf is not supported for Kandinsky-5; leave it out$"):
         KANDINSKY.require(gguf=True)
-
-
-def lora(file: Path, layer: str) -> Path:
-    save_file({f"{layer}.lora_{kind}.weight": torch.ones(4, 4) for kind in "AB"}, file)
-    return file
-
-
-@pytest.mark.parametrize(
-    "layer, what",
-    (
-        ("diffusion_model.blocks.0.self_attn.q", "is a LoRA of Wan"),
-        ("transformer.blocks.0.attn1.to_q", "is a LoRA of Wan"),
-        ("lora_unet_blocks_0_ffn_0", "is a LoRA of Wan"),
-        ("model.layers.0.self_attn.q_proj", "is a LoRA of a text encoder"),
-        (
-            "transformer.single_blocks.0.linear1",
-            ": 0 of 2 weights match the transformer, not for example 'transformer.",
-        ),
-    ),
-)
-def test_lora_of_other_models(refused, kandinsky_nano, tmp_path, layer, what):
-    file = lora(tmp_path / "style.safetensors", layer)
-    matches(refused("--ckpt_dir", kandinsky_nano, "--lora", file), f"^lora {file}( {what}|{what}).*Kandinsky-5")
-
-
-def test_wan_names_a_lora_of_kandinsky(refused, random_nano, tmp_path):
-    file = lora(tmp_path / "style.safetensors", "transformer.visual_transformer_blocks.0.self_attention.to_query")
-    said = refused("--ckpt_dir", random_nano, "--lora", file)
-    matches(
-        said, f"^lora {file} is a LoRA of Kandinsky-5, which is not read: .*; use one made for Wan2.1 text-to-video$"
-    )
 
 
 @pytest.mark.parametrize("layout", ("published", "diffusers"))

@@ -22,7 +22,14 @@ from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import published
-from wan.models.kandinsky.layout import NAME, TOKENIZERS, TRANSFORMER_CLASS, refuse_gguf, transformer_files
+from wan.models.kandinsky.layout import (
+    MODEL_FOLDER,
+    NAME,
+    TOKENIZERS,
+    TRANSFORMER_CLASS,
+    refuse_gguf,
+    transformer_files,
+)
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 
@@ -46,7 +53,7 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
 def _transformer_weights(checkpoint: Checkpoint) -> WeightFiles:
     if not checkpoint.published:
         return checkpoint.weights_of("transformer")
-    files = transformer_files(checkpoint.folder)
+    files = transformer_files(checkpoint.folder / MODEL_FOLDER)
     weights = WeightFiles(files)
     weights.where = files[0]
     return weights

@@ -26,6 +26,7 @@ from wan.models.kandinsky.sizes import FIRST_LAYER, Shapes, transformer_config
 NAME = "Kandinsky-5"
 TRANSFORMER_CLASS = "Kandinsky5Transformer3DModel"
 PIPELINES = ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")
+PARTS = (TRANSFORMER_CLASS, "AutoencoderKLHunyuanVideo")
 PICTURE_PIPELINES = ("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline")
 # Of native transformers, of which several may lie side by side.
 MODEL_FOLDER = "model"
@@ -88,7 +89,8 @@ def recognise(folder: Path) -> Layout | None:
     """See `Family.recognise`."""
     if exists(folder / INDEX):
         return _recognise_diffusers(folder)
-    files = transformer_files(folder)
+    _check_no_part(folder)
+    files = transformer_files(folder / MODEL_FOLDER)
     if len(files) > 1:
         # Each has sizes, attention and defaults of its own.
         names = ", ".join(file.name for file in files)
@@ -96,12 +98,24 @@ def recognise(folder: Path) -> Layout | None:
     return _layout_of(files[0]) if files else None
 
 
+def _check_no_part(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder of a checkpoint that is given in its place."""
+    if exists(folder / CONFIG):
+        kind = read_json_object(folder / CONFIG).get("_class_name")
+        if kind in PARTS:
+            raise CheckpointError(f"{folder} is the {kind} of a checkpoint alone; give the folder above it")
+    elif transformer_files(folder):
+        raise CheckpointError(
+            f"{folder} holds a transformer of {NAME} as {MODEL_FOLDER}/ of a checkpoint does; give the folder above "
+            "it, or the file as --transformer"
+        )
+
+
 def transformer_files(folder: Path) -> list[Path]:
-    """The native transformers in a folder."""
-    inner = folder / MODEL_FOLDER
-    if not inner.is_dir():
+    """The native transformers that lie in a folder."""
+    if not folder.is_dir():
         return []
-    files = [inner / name for name in sorted(os.listdir(inner)) if name.endswith(SAFETENSORS)]
+    files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(SAFETENSORS)]
     return [file for file in files if FIRST_LAYER in WeightFiles([file]).shapes]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ PIPELINE_CLASS, TRANSFORMER_CLASS = "WanPipeline", "WanTransformer3DModel"
 # Of what lies beside a transformer in diffusers' layout.
 COMPONENT_CLASSES = ("AutoencoderKLWan", "UMT5EncoderModel", "UniPCMultistepScheduler")
 WAN22_FOLDERS = ("high_noise_model", "low_noise_model")
+# Names of models of diffusers; of Wan's own programs they are WanModel and the like.
+OF_DIFFUSERS = re.compile(r"^Autoencoder|Transformer\w*Model$")
 # What a transformer's configuration may say beyond what diffusers takes.
 OWN_KEYS = ("sparse_algo", "text_len")
 
@@ -51,6 +54,9 @@ def recognise(folder: Path) -> Layout | None:
     if not exists(folder / CONFIG):
         return None
     config = read_json_object(folder / CONFIG)
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and OF_DIFFUSERS.search(kind) and kind not in (TRANSFORMER_CLASS, *COMPONENT_CLASSES):
+        return None
     _check_text_to_video(folder, config)
     _check_lengths(folder / CONFIG, config)
     return Layout(True, config)
