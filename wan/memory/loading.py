@@ -53,11 +53,15 @@ def move_to_wait(
     blocks: nn.ModuleList,
     placement: Placement,
     left_out: Callable[[nn.Module], bool] | None = None,
+    always: int = 1,
 ) -> None:
-    """Bring a model that was read to where it waits, its blocks streamed from there if the plan says so."""
+    """Bring a model that was read to where it waits, its blocks streamed from there if the plan says so.
+
+    left_out, always: as of `wan.memory.streaming.stream_blocks`
+    """
     if placement.kept is not None:
         kept = min(placement.kept, len(blocks))
-        stream_blocks(model, list(blocks), placement.runs, kept, placement.pinned, left_out)
+        stream_blocks(model, list(blocks), placement.runs, kept, placement.pinned, left_out, always)
     elif placement.mesh is None and placement.reads_to != placement.waits:
         model.to(placement.waits)
 

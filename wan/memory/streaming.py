@@ -53,16 +53,17 @@ def stream_blocks(
     kept: int = 0,
     pinned: bool = True,
     left_out: Callable[[nn.Module], bool] | None = None,
+    always: int = 1,
 ) -> BlockStream:
     """Move a model to host memory; from then on it runs within `module.block_stream.opened()`.
 
     blocks: parts of `module` that run one after the other, in this order or another
     kept: how many of the first ones are on the GPU for all of that time
     pinned: whether the host memory is pinned, so that transfers go on beside computing
-    left_out: asked of `module` when a block is called, all but the first: whether something stands in for it, so that
-        its weights are not needed
+    left_out: asked of `module` when a block is called: whether something stands in for it, so that its weights are not
+        needed; but not of the first `always`, which run in every forward
     """
-    stream = BlockStream(module, blocks, device, kept, pinned, left_out)
+    stream = BlockStream(module, blocks, device, kept, pinned, left_out, always)
     module.block_stream = stream  # type: ignore[assignment]  # a module takes any attribute
     return stream
 
@@ -78,10 +79,11 @@ class BlockStream:
         kept: int,
         pinned: bool,
         left_out: Callable[[nn.Module], bool] | None,
+        always: int,
     ):
         self.device = device
         self.kept = kept
-        self.left_out = left_out
+        self.left_out, self.always = left_out, always
         self.leaves = [_leaves(block) for block in blocks]
         self.sizes = [_bytes(leaves) for leaves in self.leaves]
         # The model holds its stream, which in turn would keep it, and all weights, until Python looks for cycles.
@@ -171,7 +173,7 @@ class BlockStream:
     def _before(self, number: int, *_: object) -> None:
         if not self.buffers:
             raise RuntimeError("a model whose blocks are streamed runs within block_stream.opened() alone")
-        if number and self.left_out is not None and self.left_out(self._model()):
+        if number >= self.always and self.left_out is not None and self.left_out(self._model()):
             return
         if number not in self.holds:
             # Not asked for before: the first one since it was opened, or blocks before it were left out or came in

@@ -12,14 +12,14 @@ from torch import nn
 
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings, writers_of
-from wan.memory.estimates import Workload
+from wan.memory.estimates import Weights, Workload
 from wan.memory.planning import Weighed
-from wan.memory.weigh import weights_of
+from wan.memory.weigh import weigh, weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import language_model_of
 from wan.models.kandinsky.picture import HD_AREA
-from wan.models.kandinsky.processor import TRANSFORMER, rotation_bytes
+from wan.models.kandinsky.processor import FLOAT32_MODULES, TRANSFORMER, rotation_bytes
 from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
 from wan.quantize.float8 import FLOAT8
 
@@ -39,15 +39,25 @@ def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: boo
     vae = components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     text = weights_of(qwen, language.layers, dtype)
-    models = transformer.model, language, vae.model
+    models, visual = (transformer.model, language, vae.model), TRANSFORMER.blocks_of(transformer.model)
     return Weighed(
-        weights_of(transformer, TRANSFORMER.blocks_of(transformer.model), dtype, settings.lora),
+        with_text_blocks(weights_of(transformer, visual, dtype, settings.lora), transformer.model, dtype),
         # CLIP lies beside the language model, whole.
         replace(text, rest=text.rest + clip.bytes(dtype)),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
         FLOAT8.key if settings.fp8 else None,
+    )
+
+
+def with_text_blocks(weights: Weights, transformer: nn.Module, dtype: torch.dtype) -> Weights:
+    """What a transformer weighs by its visual blocks, with those of its text counted as so many more, than which they
+    are smaller: they wait and pass like them.
+    """
+    inside = weigh(transformer, transformer.text_transformer_blocks, dtype, FLOAT32_MODULES)
+    return replace(
+        weights, blocks=weights.blocks + inside.blocks, rest=weights.rest - inside.blocks * inside.block(None)
     )
 
 

@@ -172,6 +172,11 @@ def _install(attention: Kandinsky5Attention, text: TextMask | None) -> None:
     attention.set_processor(KandinskyProcessor(attention.processor, text))
 
 
+def all_blocks(transformer: Kandinsky5Transformer3DModel) -> nn.ModuleList:
+    """Those of the text, which run first, and those of the latents: what is quantised, sharded and streamed."""
+    return nn.ModuleList([*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks])
+
+
 def finish_transformer(model: Kandinsky5Transformer3DModel, device: torch.device | str) -> None:
     """Give a transformer that was made on the meta device what is not saved with its weights, in float32."""
     time, text, visual = model.time_embeddings, model.text_rope_embeddings, model.visual_rope_embeddings

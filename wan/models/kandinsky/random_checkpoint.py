@@ -22,6 +22,7 @@ from wan.checkpoints.saving import save_json, save_shards, save_whole
 from wan.memory.estimates import Weights
 from wan.memory.weigh import weigh
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
+from wan.models.kandinsky.memory import with_text_blocks
 from wan.models.kandinsky.processor import FLOAT32_MODULES, finish_transformer
 from wan.models.kandinsky.published import finish_text_encoder, finish_text_encoder_2
 from wan.models.kandinsky.random_sizes import (
@@ -119,7 +120,9 @@ def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) ->
     clip = sum(map(math.prod, clip_shapes(sizes.clip).values())) * dtype.itemsize
     text = weigh(qwen, qwen.layers, dtype, ())
     return (
-        weigh(transformer, transformer.visual_transformer_blocks, dtype, FLOAT32_MODULES),
+        with_text_blocks(
+            weigh(transformer, transformer.visual_transformer_blocks, dtype, FLOAT32_MODULES), transformer, dtype
+        ),
         replace(text, rest=text.rest + clip),
         sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
     )
