@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 BACKEND_NAMES = ("auto", "cudnn", "flex", "gather", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
@@ -181,13 +181,13 @@ _NUMBERS = {
 }
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, 0 or more."""
     # To Python True is an integer, but YAML's `true` is no number.
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number."""
     # Not by math.isfinite, which raises for whole numbers that no float holds.
     most = sys.float_info.max

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import wan
 from nabla import NablaConfig
-from wan.models.wan.text import pad_rows
 from wan.sampling.solvers import make_solver
+from wan.sampling.texts import pad_rows
 
 CONFIG = NablaConfig(threshold=0.4, dense_steps=1)
 STEPS, SHIFT, GUIDANCE = 3, 5.0, 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.weights import WeightFiles
 
@@ -122,3 +124,15 @@ def check_names(weights: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -
 
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+@contextmanager
+def fitting(kind: str, weights: WeightFiles) -> Iterator[None]:
+    """Turn whatever a model of a kind raises for a configuration that makes no sense into one clear line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{weights.where}: its configuration does not fit {kind}: {reason}") from error

@@ -61,6 +61,15 @@ class Geometry:
             below = max(0, int(frame_num) - 1) // step * step + 1 if is_number(frame_num) else 77
             raise InputError(f"frame_num {frame_num!r} is not of the form {step}n+1; use {below} or {below + step}")
 
+    def check_whole(self, size: tuple[int, int], frame_num: int) -> None:
+        """Raise `InputError` for a video of `size` (width, height) of which the VAE would drop frames or crop sides."""
+        (width, height), (t, h, w) = size, self.vae_stride
+        if frame_num % t != 1 or height % h or width % w:
+            raise InputError(
+                f"a video of {frame_num} frames of {width}*{height} cannot be encoded whole; "
+                f"frames must be {t}n+1, sizes multiples of {h}"
+            )
+
     def check_positions(self, size: tuple[int, int], frame_num: int, most: int) -> None:
         """Raise `InputError` for a video longer on some axis than a rotary table of `most` positions."""
         if max(self.token_grid(size, frame_num)) > most:

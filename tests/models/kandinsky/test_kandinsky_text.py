@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nabla import InputError
 from wan import CheckpointError
 from wan.models.kandinsky import text
 from wan.models.kandinsky.random_text import clip_tokenizer, qwen_tokenizer
+from wan.sampling.texts import pad_rows
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,6 @@ def test_without_a_tokenizer_prompts_cannot_be_read():
 
 def test_states_are_padded_to_the_rows_that_the_transformer_sees():
     states = torch.ones(3, 4)
-    assert torch.equal(text.pad_rows(states, 5), torch.cat((states, torch.zeros(2, 4))))
-    with pytest.raises(text.InputError, match="3 rows are too long; the transformer takes up to 2"):
-        text.pad_rows(states, 2)
+    assert torch.equal(pad_rows(states, 5), torch.cat((states, torch.zeros(2, 4))))
+    with pytest.raises(InputError, match="3 rows are too long; the transformer takes up to 2"):
+        pad_rows(states, 2)

@@ -17,9 +17,9 @@ import wan
 from nabla import InputError
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import random_checkpoint
-from wan.models.kandinsky.text import pad_rows
 from wan.models.kandinsky.training import TRAINING
 from wan.models.training import training_of
+from wan.sampling.texts import pad_rows
 from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings, TrainingSettings
 from wan.training.data import MicroBatches

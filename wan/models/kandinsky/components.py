@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from diffusers import Kandinsky5Transformer3DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from nabla import InputError
-from wan.checkpoints.component import Component
-from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json_object
+from wan.checkpoints.component import Component, fitting
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, merging
 from wan.checkpoints.single_file import open_transformer
+from wan.checkpoints.tokenizer import check_vocabulary, read_tokenizer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import published
@@ -42,7 +41,7 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
     if file is not None:
         refuse_gguf(Path(file))
     weights = _transformer_weights(checkpoint) if file is None else open_transformer(file, NAMING)
-    with _fits(TRANSFORMER_CLASS, weights):
+    with fitting(TRANSFORMER_CLASS, weights):
         model = published.transformer(weights.shapes)
         if not checkpoint.published:
             _check_config(checkpoint.config, model.config)
@@ -90,7 +89,7 @@ def load_transformer(
 def vae_component(checkpoint: Checkpoint) -> Component:
     """The VAE of HunyuanVideo."""
     weights, config = _opened(checkpoint, "vae")
-    with _fits("vae", weights):
+    with fitting("vae", weights):
         model = published.vae(config, weights.shapes)
     return Component(model, weights, {name: name for name in model.state_dict()})
 
@@ -121,7 +120,7 @@ def _text_component(
     rename: Callable[[str], str | None],
 ) -> Component:
     weights, config = _opened(checkpoint, name)
-    with _fits(name, weights):
+    with fitting(name, weights):
         # What the files have beside it is known, and not read.
         weights.leave_out(lambda tensor: rename(tensor) is None)
         model = make(config, published.renamed(weights.shapes, rename))
@@ -143,13 +142,8 @@ def load_tokenizer(checkpoint: Checkpoint, name: str, vocabulary: int) -> PreTra
     folder = dict(zip(TOKENIZERS, checkpoint.tokenizer_folders))[name]
     if not exists(folder / TOKENIZER_FILE):
         return None
-    # tokenizers raises bare Exception for a damaged file
-    with clear_errors(folder):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
-    if len(tokenizer) > vocabulary:
-        raise CheckpointError(
-            f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
-        )
+    tokenizer = read_tokenizer(folder)
+    check_vocabulary(tokenizer, vocabulary, folder)
     return tokenizer
 
 
@@ -169,15 +163,3 @@ def _opened(checkpoint: Checkpoint, name: str) -> tuple[WeightFiles, dict[str, A
     if not exists(folder / CONFIG):
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is no {name} of {NAME}; give it with --{name} DIR")
     return checkpoint.weights_of(name), read_json_object(folder / CONFIG)
-
-
-@contextmanager
-def _fits(kind: str, weights: WeightFiles) -> Iterator[None]:
-    """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(f"{weights.where}: its configuration does not fit {kind}: {reason}") from error

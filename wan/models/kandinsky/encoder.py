@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla import InputError
 from wan.checkpoints.fingerprints import fingerprint_models
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import components
@@ -58,12 +57,7 @@ class KandinskyClipEncoder:
         Raises `InputError` for frames or sizes that the VAE would drop or crop.
         """
         frames, height, width = video.shape[2:]
-        t, h, w = GEOMETRY.vae_stride
-        if frames % t != 1 or height % h or width % w:
-            raise InputError(
-                f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
-                f"frames must be {t}n+1, sizes multiples of {h}"
-            )
+        GEOMETRY.check_whole((width, height), frames)
         # An earlier decoding may have switched tiles on.
         self.vae.use_tiling = False
         distribution = self.vae.encode(video.to(self.vae.encoder.conv_in.conv.weight.dtype)).latent_dist

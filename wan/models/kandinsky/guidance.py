@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan.models.kandinsky.text import pad_rows
 from wan.parallel.distributed import DistributedContext
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
+from wan.sampling.texts import pad_rows
 
 
 class Encoders(Protocol):

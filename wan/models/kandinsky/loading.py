@@ -16,6 +16,7 @@ from wan.caches.ran import blocks_left_out
 from wan.checkpoints.component import Component
 from wan.checkpoints.lora import Adapter, read_lora
 from wan.config.model_settings import ModelSettings
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.load_plan import ComponentBytes, Placement, make_load_plan
 from wan.memory.loading import changes_of, check_options, load_placed, move_to_wait
 from wan.memory.options import LoadOptions
@@ -24,7 +25,7 @@ from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import Expander, language_model_of, make_expander
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import all_blocks
-from wan.models.kandinsky.vae import prepare_decoder, vae_dtype_of
+from wan.models.kandinsky.vae import prepare_decoder
 
 log = logging.getLogger("wan")
 

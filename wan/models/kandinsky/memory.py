@@ -12,6 +12,7 @@ from torch import nn
 
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings, writers_of
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import Weights, Workload
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weigh, weights_of
@@ -20,7 +21,7 @@ from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import language_model_of
 from wan.models.kandinsky.picture import HD_AREA
 from wan.models.kandinsky.processor import FLOAT32_MODULES, TRANSFORMER, rotation_bytes
-from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
+from wan.models.kandinsky.vae import decoding_of
 from wan.quantize.float8 import FLOAT8
 
 # Tokens of an instruction with a long prompt and of what is written, and of the largest picture that is shown: a token

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from nabla.config import is_count
-from wan.models.kandinsky.config_checks import check_layers, divides, fraction, numbers, positive, sizes_of
+from wan.checkpoints.config_checks import check_layers, divides, fraction, numbers, positive, sizes_of
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.sizes import Shapes, transformer_config
 

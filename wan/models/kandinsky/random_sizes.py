@@ -11,10 +11,11 @@ from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 
 from nabla import InputError, NablaConfig
 from wan.config.settings import VideoSettings
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import Workload
 from wan.models.kandinsky.processor import rotation_bytes
 from wan.models.kandinsky.random_text import ClipSizes, QwenSizes, Shapes, VisionSizes
-from wan.models.kandinsky.vae import decoding_of, vae_dtype_of
+from wan.models.kandinsky.vae import decoding_of
 
 LATENT_CHANNELS = 16
 

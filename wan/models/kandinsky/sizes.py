@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wan.models.kandinsky.config_checks import divides, numbers, positive
+from wan.checkpoints.config_checks import divides, numbers, positive
 from wan.models.kandinsky.geometry import GEOMETRY
 
 Shapes = Mapping[str, tuple[int, ...]]

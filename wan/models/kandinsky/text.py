@@ -6,11 +6,10 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
+from wan.sampling.texts import describe_cut
 
 # What stands around a prompt, word for word: both misspellings count, since another spelling has other tokens.
 BEFORE = (
@@ -30,8 +29,6 @@ AFTER = "<|im_end|>"
 TOKENS_BEFORE = 129
 # A newline would become one token with that before it, and the crop would take the prompt's first word.
 LEADING_NEWLINES = re.compile(r"^\s*[\r\n]+")
-# Of a text in a message.
-WORDS_SHOWN, LETTERS_SHOWN = 8, 60
 
 
 def tokens_before(tokenizer: Any | None) -> int:
@@ -75,11 +72,7 @@ def cut_note(tokenizer: Any, prompt: str, length: int) -> str | None:
     starts = [start - len(BEFORE) for start, _ in offsets if len(BEFORE) <= start < len(BEFORE) + len(text)]
     if len(starts) <= length:
         return None
-    words = " ".join(text[starts[length] :].split()[:WORDS_SHOWN])[:LETTERS_SHOWN]
-    return (
-        f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts)} tokens, of which the text encoder "
-        f"takes {length}: cut off are {words + '...'!r}; say the important first, or shorten it"
-    )
+    return describe_cut(text, starts, length)
 
 
 def _require(tokenizer: Any | None) -> None:
@@ -101,12 +94,3 @@ def text_states(encoder: nn.Module, ids: Tensor, mask: Tensor, crop: int) -> lis
 def pooled_states(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """One state a prompt, (B, P), of token ids and mask (B, L)."""
     return encoder(input_ids=ids, attention_mask=mask).pooler_output
-
-
-def pad_rows(text: Tensor, length: int) -> Tensor:
-    """Text states (..., L, C) with zero rows added up to (..., length, C); raises `InputError` if there are more."""
-    rows = text.shape[-2]
-    if rows > length:
-        raise InputError(f"text states of {rows} rows are too long; the transformer takes up to {length}")
-    # F.pad counts axes from the last: none of the channels, at the end of the rows.
-    return F.pad(text, (0, 0, 0, length - rows))

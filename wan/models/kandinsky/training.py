@@ -20,8 +20,8 @@ from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
 from wan.models.kandinsky.latents import decode
 from wan.models.kandinsky.layout import POSITIONS
 from wan.models.kandinsky.processor import grid_of, install_processors, model_input
-from wan.models.kandinsky.text import pad_rows
 from wan.models.training import Takes, TrainingSpec
+from wan.sampling.texts import pad_rows
 
 # All linear layers of the blocks, of text too, but for modulations, as diffusers names them.
 LORA_TARGETS = tuple(

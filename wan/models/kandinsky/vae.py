@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Decoding, decode_bytes, tile_width
-from wan.memory.placement import free_bytes
+from wan.memory.decoding import tiles_for
+from wan.memory.estimates import TILE_OVERLAP, Decoding, tile_width
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.vae_layers import speed_up
-
-log = logging.getLogger("wan")
 
 # Of the published program: latent frames in a window, and how far apart windows begin. Each reads again what is before.
 WINDOW, STRIDE = 5, 2
@@ -32,11 +29,6 @@ def prepare_decoder(vae: AutoencoderKLHunyuanVideo, dtype: torch.dtype) -> None:
     vae.post_quant_conv.to(dtype)
     vae.decoder.to(dtype)
     speed_up(vae)
-
-
-def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype, device: str = "cuda") -> torch.dtype:
-    """The decoder's type on a kind of device, beside a transformer of `dtype`."""
-    return given or (torch.float32 if dtype == torch.float32 or device == "cpu" else torch.float16)
 
 
 def decoder_dtype(vae: AutoencoderKLHunyuanVideo) -> torch.dtype:
@@ -88,16 +80,12 @@ def set_tiles(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
     # Larger latents may have switched it on before.
     vae.use_tiling = False
-    if latents.device.type != "cuda":
-        return
     (_, _, frames, rows, columns), (_, h, w) = latents.shape, GEOMETRY.vae_stride
     size = columns * w, rows * h
     decoding = decoding_of(size, GEOMETRY.frames_of(frames), latents.dtype, vae.config.block_out_channels[0])
-    free, needs = free_bytes(latents.device), [decode_bytes(decoding, n + 1) for n in range(MOST_TILES)]
-    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    tiles = tiles_for(decoding, latents.device)
     if tiles > 1:
         split_picture(vae, size, tiles)
-        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
 
 
 def split_picture(vae: AutoencoderKLHunyuanVideo, size: tuple[int, int], tiles: int) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import UMT5Config
 
 from nabla.config import is_count, is_number
+from wan.checkpoints.config_checks import MAX_LAYERS, MAX_WIDTH, check_layers, fraction, numbers, positive
 from wan.models.wan.layout import MAX_POSITIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Several times what any Wan has; a model of more would take long to build, even without memory.
-MAX_LAYERS = 200
-MAX_WIDTH = 2**20
+# Several times what the VAE has.
 MAX_STAGES = 8
 
 FIRST_RESIDUAL = re.compile(r"encoder\.down_blocks\.\d+\.conv1\.weight")
@@ -56,14 +55,14 @@ def check_transformer(config: Mapping[str, Any], shapes: Shapes) -> None:
     if "patch_size" in config:
         _each("patch_size", config["patch_size"], is_count, 3, "positive integers")
     if "eps" in config:
-        check_eps("eps", config["eps"])
+        fraction("eps", config["eps"])
     _boolean(config, "cross_attn_norm")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         raise ValueError(f"qk_norm is {config['qk_norm']!r}, but must be 'rms_norm_across_heads'")
     for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
             raise ValueError(f"{key} is {config[key]!r}, which text-to-video does not have; it must be null")
-    check_layers(config.get("num_layers", 40), numbers(shapes, "blocks."))
+    check_layers("num_layers", config.get("num_layers", 40), numbers(shapes, "blocks."))
 
 
 def check_vae(config: Mapping[str, Any], shapes: Shapes) -> None:
@@ -96,7 +95,7 @@ def text_config(config: Mapping[str, Any], shapes: Shapes) -> UMT5Config:
             positive(key, config[key], 2**31 if key == "relative_attention_max_distance" else 2**24)
     for key in ("dropout_rate", "layer_norm_epsilon"):
         if key in config:
-            check_eps(key, config[key])
+            fraction(key, config[key])
     kind = config.get("feed_forward_proj", "gated-gelu")
     if not isinstance(kind, str):
         raise ValueError(f"feed_forward_proj is {kind!r}, but must be a text")
@@ -107,41 +106,8 @@ def text_config(config: Mapping[str, Any], shapes: Shapes) -> UMT5Config:
     for key in TEXT_FOLLOWS:
         if key in config and config[key] != getattr(own, key):
             raise ValueError(f"{key} is {config[key]!r}, but feed_forward_proj means {getattr(own, key)!r}")
-    check_layers(own.num_layers, numbers(shapes, "encoder.block."))
+    check_layers("num_layers", own.num_layers, numbers(shapes, "encoder.block."))
     return own
-
-
-def positive(key: str, value: object, most: int = MAX_WIDTH) -> int:
-    """A value that is a positive integer of at most `most`, else `ValueError`."""
-    if not is_count(value) or value == 0:
-        raise ValueError(f"{key} is {value!r}, but must be a positive integer")
-    if value > most:
-        raise ValueError(f"{key} is {value}, but can be at most {most}")
-    return value
-
-
-def check_eps(key: str, value: object) -> None:
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 and below 1")
-
-
-def check_layers(said: int, there: int) -> None:
-    """Raise `ValueError` unless a configuration names as many layers as the files hold."""
-    if said != there:
-        raise ValueError(f"num_layers is {said}, but its files hold {there} layers")
-
-
-def numbers(names: Iterable[str], prefix: str) -> int:
-    """How many layers names after a prefix count: 0, 1 and so on. Raises `ValueError` for gaps, and for too many."""
-    found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
-    if strange := [one for one in found if not (one.isascii() and one.isdecimal() and len(one) < 10)]:
-        raise ValueError(f"a layer {prefix}{min(strange)[:60]} has no number")
-    count = len(found)
-    if count > MAX_LAYERS:
-        raise ValueError(f"its files hold {count} layers {prefix}; the most is {MAX_LAYERS}")
-    if lost := sorted(set(map(str, range(count))) - found):
-        raise ValueError(f"the layer {prefix}{lost[0]} is missing, but there are {count} of other numbers")
-    return count
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> None:

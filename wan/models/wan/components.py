@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from nabla import InputError
 from nabla.config import is_count, is_number
-from wan.checkpoints.component import Component
+from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.component_files import ComponentFiles
-from wan.checkpoints.file_errors import CheckpointError, clear_errors, exists, read_json_object, require_file
+from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object, require_file
 from wan.checkpoints.gguf_file import GgufFile, load_gguf
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.lora import Adapter, attach, merging
 from wan.checkpoints.single_file import open_transformer
+from wan.checkpoints.tokenizer import check_vocabulary, read_tokenizer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
@@ -60,7 +59,7 @@ def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None
     _check_kind(weights)
     if file is not None:
         _check_size(weights, checkpoint)
-    with _fits(WanTransformer3DModel, weights):
+    with fitting(WanTransformer3DModel.__name__, weights):
         if checkpoint.published:
             model = published.transformer(checkpoint.config, weights.shapes)
         else:
@@ -110,11 +109,11 @@ def vae_component(checkpoint: Checkpoint) -> Component:
     """The VAE; without statistics of its latents in its configuration it has the published ones."""
     weights = _find(checkpoint, VAE)
     if checkpoint.published:
-        with _fits(AutoencoderKLWan, weights):
+        with fitting(AutoencoderKLWan.__name__, weights):
             model = published.vae(weights.shapes)
     else:
         config = read_json_object(checkpoint.folder / VAE.name / CONFIG)
-        with _fits(AutoencoderKLWan, weights):
+        with fitting(AutoencoderKLWan.__name__, weights):
             check_vae(config, weights.shapes)
             model = _model(AutoencoderKLWan, config)
     own, where = model.config, weights.files[0].parent
@@ -133,11 +132,11 @@ def text_encoder_component(checkpoint: Checkpoint, dtype: torch.dtype) -> Compon
     """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
     weights = _find(checkpoint, TEXT_ENCODER)
     if checkpoint.published:
-        with _fits(UMT5EncoderModel, weights):
+        with fitting(UMT5EncoderModel.__name__, weights):
             model = published.text_encoder(weights.shapes)
     else:
         config = read_json_object(checkpoint.folder / TEXT_ENCODER.name / CONFIG)
-        with _fits(UMT5EncoderModel, weights), torch.device("meta"):
+        with fitting(UMT5EncoderModel.__name__, weights), torch.device("meta"):
             model = UMT5EncoderModel(text_config(config, weights.shapes))
     return _component(model, weights, checkpoint.published, keeps_float32=dtype == torch.float16)
 
@@ -154,14 +153,9 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
     for name in TOKENIZER_FILES:
         if exists(folder / name):
             require_file(folder / name)
-    # tokenizers raises bare Exception for a damaged file
-    with clear_errors(folder):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
+    tokenizer = read_tokenizer(folder)
     tokenizer.pad_token = tokenizer.pad_token or PAD_TOKEN
-    if PAD_TOKEN not in tokenizer.get_vocab() or len(tokenizer) > vocabulary:
-        raise CheckpointError(
-            f"{folder} does not belong to this text encoder of {vocabulary} tokens; download it again"
-        )
+    check_vocabulary(tokenizer, vocabulary, folder, (PAD_TOKEN,))
     return tokenizer
 
 
@@ -210,18 +204,6 @@ def _check_size(weights: WeightFiles, checkpoint: Checkpoint) -> None:
             f"{weights.where} has {there[0]} blocks of width {there[1]}, but checkpoint {checkpoint.name} is of "
             f"{here[0]} blocks of width {here[1]}; name its own base checkpoint with --ckpt_dir"
         )
-
-
-@contextmanager
-def _fits(kind: type[nn.Module], weights: WeightFiles) -> Iterator[None]:
-    """Turn whatever a model raises for a configuration that makes no sense into one clear line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        where, reason = weights.where, f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(f"{where}: its configuration does not fit {kind.__name__}: {reason}") from error
 
 
 class PublishedTimesteps(nn.Module):

@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from nabla import InputError
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.vae import decoder_dtype, set_tiles, speed_up_decoder
 
@@ -26,12 +25,7 @@ def encode(
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
     frames, height, width = video.shape[2:]
-    t, h, w = GEOMETRY.vae_stride
-    if frames % t != 1 or height % h or width % w:
-        raise InputError(
-            f"a video of {frames} frames of {width}*{height} cannot be encoded whole; "
-            f"frames must be 4n+1, sizes multiples of {h}"
-        )
+    GEOMETRY.check_whole((width, height), frames)
     video = video.to(vae.encoder.conv_in.weight.dtype)
     distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
     # The mean, not a sample, as in the published program.

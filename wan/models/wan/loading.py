@@ -15,6 +15,7 @@ from wan.checkpoints.component import Component
 from wan.checkpoints.gguf_file import check_packed
 from wan.checkpoints.lora import Adapter, read_lora
 from wan.config.model_settings import ModelSettings
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.load_plan import ComponentBytes, Placement, make_load_plan
 from wan.memory.loading import changes_of, check_options, load_placed, move_to_wait, quantizations_of
 from wan.memory.options import LoadOptions
@@ -22,7 +23,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.names import NAMING
-from wan.models.wan.vae import speed_up_decoder, vae_dtype_of
+from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.float8 import FLOAT8
 
 log = logging.getLogger("wan")

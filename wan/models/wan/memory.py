@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import Workload
 from wan.memory.placement import has_room_for
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
-from wan.models.wan.vae import decoding_of, vae_dtype_of
+from wan.models.wan.vae import decoding_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
 

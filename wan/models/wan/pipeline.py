@@ -26,7 +26,7 @@ from wan.models.wan import components, memory
 from wan.models.wan.latents import decode, encode, glimpse
 from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER, velocity_of
-from wan.models.wan.text import cut_note, pad_rows, pad_text, tokenize
+from wan.models.wan.text import cut_note, pad_text, tokenize
 from wan.observe.observer import Observer
 from wan.observe.recorder import with_progress
 from wan.parallel.distributed import DistributedContext
@@ -34,6 +34,7 @@ from wan.sampling.finite import check_decoded
 from wan.sampling.guided import make_video, sample_latents
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
+from wan.sampling.texts import pad_rows
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache

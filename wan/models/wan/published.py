@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wan.checkpoints.config_checks import check_layers, fraction, numbers, positive
 from wan.models.wan import names
-from wan.models.wan.component_configs import check_eps, check_layers, numbers, positive
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What says the same in the JSON and in diffusers' configuration.
@@ -42,8 +42,8 @@ def transformer(config: Mapping[str, Any], shapes: Shapes) -> WanTransformer3DMo
     width = positive("dim", config.get("dim"))
     if width % sizes["num_attention_heads"]:
         raise ValueError(f"dim {width} is not {sizes['num_attention_heads']} heads (num_heads) of one size")
-    check_eps("eps", config.get("eps"))
-    check_layers(sizes["num_layers"], numbers(shapes, "blocks."))
+    fraction("eps", config.get("eps"))
+    check_layers("num_layers", sizes["num_layers"], numbers(shapes, "blocks."))
     with torch.device("meta"):
         return WanTransformer3DModel(
             # A convolution (dim, channels, *patch), as the JSON has no word for the patch.

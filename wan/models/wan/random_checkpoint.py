@@ -19,12 +19,13 @@ from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.random_weights import captions, make_empty
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.config.settings import VideoSettings
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import Weights, Workload
 from wan.memory.weigh import weigh
 from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.models.wan.vae import decoding_of, vae_dtype_of
+from wan.models.wan.vae import decoding_of
 
 FREQ_DIM = 256
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nabla import InputError
 from wan.config.prompts import clean_prompt
-
-# Of a text in a message.
-WORDS_SHOWN, LETTERS_SHOWN = 8, 60
+from wan.sampling.texts import describe_cut, pad_rows
 
 
 def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
@@ -35,20 +31,7 @@ def cut_note(tokenizer: Any, prompt: str, length: int) -> str | None:
     starts = [start for start, _ in tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping]
     if len(starts) <= length:
         return None
-    taken = max(length - special, 0)
-    words = " ".join(text[starts[taken] :].split()[:WORDS_SHOWN])[:LETTERS_SHOWN]
-    return (
-        f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts) - special} tokens, of which the text encoder "
-        f"takes {taken}: cut off are {words + '...'!r}; say the important first, or shorten it"
-    )
-
-
-def pad_rows(text: Tensor, length: int) -> Tensor:
-    """Text states (B, L, C) with zero rows added up to (B, length, C); raises `InputError` if there are more."""
-    if text.shape[1] > length:
-        raise InputError(f"text states of {text.shape[1]} rows are too long; the transformer takes up to {length}")
-    # F.pad counts axes from the last: none of the channels, at the end of the rows.
-    return F.pad(text, (0, 0, 0, length - text.shape[1]))
+    return describe_cut(text, starts[: len(starts) - special], max(length - special, 0))
 
 
 def pad_text(_: nn.Module, args: tuple, kwargs: dict[str, Any], length: int) -> tuple[tuple, dict[str, Any]]:

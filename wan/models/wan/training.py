@@ -20,9 +20,10 @@ from wan.models.wan import components
 from wan.models.wan.diffusers_layout import write_component, write_index
 from wan.models.wan.latents import decode, encode
 from wan.models.wan.new_transformer import new_transformer
-from wan.models.wan.text import cut_note, pad_rows, tokenize
+from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder
 from wan.models.wan.whole_clips import posterior, take_whole_clips
+from wan.sampling.texts import pad_rows
 
 # All linear layers of a block as diffusers names them, those of self- and cross-attention alike.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")

@@ -7,7 +7,6 @@ written takes ten, and every convolution copies its input to pad it.
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
 from torch import Tensor, nn
 
-from wan.memory.estimates import GIB, MOST_TILES, TILE_OVERLAP, Decoding, decode_bytes, tile_width
-from wan.memory.placement import free_bytes
+from wan.memory.decoding import tiles_for
+from wan.memory.estimates import TILE_OVERLAP, Decoding, tile_width
 from wan.models.wan.geometry import GEOMETRY
-
-log = logging.getLogger("wan")
 
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
@@ -58,11 +55,6 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
             if weight.ndim in (4, 5):
                 layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
                 weight.data = weight.data.contiguous(memory_format=layout)
-
-
-def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype, device: str = "cuda") -> torch.dtype:
-    """The decoder's type on a kind of device, beside a transformer of `dtype`."""
-    return given or (torch.float32 if dtype == torch.float32 or device == "cpu" else torch.float16)
 
 
 def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
@@ -106,16 +98,12 @@ def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
     # Larger latents may have switched it on before.
     vae.use_tiling = False
-    if latents.device.type != "cuda":
-        return
-    (_, _, frames, rows, columns), (t, h, w) = latents.shape, GEOMETRY.vae_stride
+    (_, _, frames, rows, columns), (_, h, w) = latents.shape, GEOMETRY.vae_stride
     size = columns * w, rows * h
-    decoding = decoding_of(size, (frames - 1) * t + 1, latents.dtype, vae.config.base_dim)
-    free, needs = free_bytes(latents.device), [decode_bytes(decoding, n + 1) for n in range(MOST_TILES)]
-    tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
+    decoding = decoding_of(size, GEOMETRY.frames_of(frames), latents.dtype, vae.config.base_dim)
+    tiles = tiles_for(decoding, latents.device)
     if tiles > 1:
         split_picture(vae, size, tiles)
-        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
 
 
 def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:

@@ -20,6 +20,7 @@ from wan.attention.compile import compile_blocks
 from wan.caches.ran import blocks_left_out
 from wan.config.settings import VideoSettings
 from wan.memory.budget import budget_of, limit
+from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes
 from wan.memory.placement import on_device
@@ -192,7 +193,7 @@ def _decode_row(
 ) -> Row:
     family = MODELS[args.model]
     vae = family.random_vae(args.model, device)
-    family.prepare_decoder(vae, family.vae_dtype_of(None, getattr(torch, args.dtype)))
+    family.prepare_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype)))
     latents = random_latents(vae, video, device)
     row = _measured(args, name, lambda: family.decode(vae, latents), device)
     return row | {"tiles": plan.tiles}

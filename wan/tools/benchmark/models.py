@@ -24,7 +24,7 @@ from wan.models.kandinsky.geometry import GEOMETRY as KANDINSKY_GEOMETRY
 from wan.models.kandinsky.geometry import rope_scale
 from wan.models.kandinsky.guidance import Guidance, rows_of
 from wan.models.kandinsky.layout import TEXT_LENGTH
-from wan.models.kandinsky.text import TOKENS_BEFORE, pad_rows
+from wan.models.kandinsky.text import TOKENS_BEFORE
 from wan.models.wan import latents as wan_latents
 from wan.models.wan import processor as wan_processor
 from wan.models.wan import random_checkpoint as wan
@@ -32,6 +32,7 @@ from wan.models.wan import vae as wan_vae
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.geometry import GEOMETRY as WAN_GEOMETRY
 from wan.sampling.loop import Conditions, Predict
+from wan.sampling.texts import pad_rows
 
 WAN_TEXT_ROWS = 512
 # Tokens of a prompt of some sentences. diffusers' Kandinsky-5 sees no more rows, ours those of the longest as well.
@@ -65,7 +66,7 @@ class BenchmarkFamily:
     encode: its states of token ids (B, L)
     text_tokens: that it sees at the most
     random_vae: makes one in float32, on its device
-    prepare_decoder, vae_dtype_of, decode: as the family's pipeline decodes
+    prepare_decoder, decode: as the family's pipeline decodes
     decoder_baseline: what the decoder is before that, in the rows' names
     videos: the size and frames that a model is measured at; for others the program has them
     """
@@ -88,7 +89,6 @@ class BenchmarkFamily:
     text_tokens: int
     random_vae: Callable[..., Any]
     prepare_decoder: Callable[[Any, torch.dtype], None]
-    vae_dtype_of: Callable[..., torch.dtype]
     decode: Callable[[Any, Tensor], Tensor]
     decoder_baseline: str = "as diffusers has it"
     videos: Mapping[str, tuple[str, int]] = field(default_factory=dict)
@@ -174,7 +174,6 @@ WAN = BenchmarkFamily(
     text_tokens=WAN_TEXT_ROWS,
     random_vae=wan.random_vae,
     prepare_decoder=wan_vae.speed_up_decoder,
-    vae_dtype_of=wan_vae.vae_dtype_of,
     decode=wan_latents.decode,
 )
 KANDINSKY = BenchmarkFamily(
@@ -196,7 +195,6 @@ KANDINSKY = BenchmarkFamily(
     text_tokens=TOKENS_BEFORE + TEXT_LENGTH,
     random_vae=kandinsky.random_vae,
     prepare_decoder=kandinsky_vae.prepare_decoder,
-    vae_dtype_of=kandinsky_vae.vae_dtype_of,
     decode=kandinsky_latents.decode,
     # Windows of frames are the published program's in both.
     decoder_baseline="diffusers' layers",

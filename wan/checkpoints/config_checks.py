@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from nabla.config import is_count, is_number
 
-# Several times what any of these models has; a model of more would take long to build, even without memory.
+# Several times what any of the models here has; one of more would take long to build, even without memory.
 MAX_LAYERS = 400
 MAX_WIDTH = 2**20
 
@@ -43,7 +43,7 @@ def divides(key: str, value: int, of: str, whole: int) -> None:
 def check_layers(key: str, said: object, there: int) -> None:
     """Raise `ValueError` unless a configuration names as many layers as the files hold."""
     if said != there:
-        raise ValueError(f"{key} is {said!r}, but its files hold {there}")
+        raise ValueError(f"{key} is {said!r}, but its files hold {there} layers")
 
 
 def numbers(names: Iterable[str], prefix: str) -> int:

@@ -1,0 +1,34 @@
+"""Text on its way to a transformer: states padded to the rows that it sees, and the line for a prompt that is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nabla import InputError
+
+# Of a text in a message.
+WORDS_SHOWN, LETTERS_SHOWN = 8, 60
+
+
+def pad_rows(text: Tensor, length: int) -> Tensor:
+    """Text states (..., L, C) with zero rows added up to (..., length, C); raises `InputError` if there are more."""
+    rows = text.shape[-2]
+    if rows > length:
+        raise InputError(f"text states of {rows} rows are too long; the transformer takes up to {length}")
+    # F.pad counts axes from the last: none of the channels, at the end of the rows.
+    return F.pad(text, (0, 0, 0, length - rows))
+
+
+def describe_cut(text: str, starts: Sequence[int], taken: int) -> str:
+    """A line for a text of which a text encoder takes so many tokens: how many there are, and what is cut off.
+
+    starts: of each token, the place of its first letter
+    """
+    words = " ".join(text[starts[taken] :].split()[:WORDS_SHOWN])[:LETTERS_SHOWN]
+    return (
+        f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts)} tokens, of which the text encoder "
+        f"takes {taken}: cut off are {words + '...'!r}; say the important first, or shorten it"
+    )
