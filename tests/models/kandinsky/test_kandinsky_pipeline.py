@@ -44,6 +44,20 @@ def test_noise_is_drawn_with_channels_last(pipe):
     assert torch.equal(noise, drawn.movedim(-1, 0)[None])
 
 
+def test_one_frame_is_described_as_a_picture(pipe, monkeypatch):
+    seen = {}
+    encode = pipe.encode
+    monkeypatch.setattr(pipe, "encode", lambda request: seen.setdefault(request.video.frame_num, encode(request)))
+    for frames in (1, 5):
+        assert len(pipe.generate("A red circle", **SMALL | {"frame_num": frames, "negative_prompt": "blue"})) == frames
+    for frames, still in ((1, True), (5, False)):
+        states = pipe.encode_text(*pipe.tokenize(["A red circle", "blue"], still), still)
+        for branch, own in zip(seen[frames][:2], states):
+            torch.testing.assert_close(branch.text[0, : len(own)], own)
+            assert int(branch.rows.sum()) == len(own)
+    assert not torch.equal(seen[1].prompt.text, seen[5].prompt.text)
+
+
 def test_a_video_begins_with_its_picture(pipe, monkeypatch, tmp_path):
     # The published sizes would take minutes here.
     monkeypatch.setattr("wan.models.kandinsky.pipeline.fit_picture", lambda picture, size: size)

@@ -30,6 +30,16 @@ def test_a_prompt_stands_in_the_template_and_its_tokens_follow_the_crop(qwen):
     assert own_tokens(qwen, "A red circle") == "A red circle<|im_end|>"
 
 
+def test_a_single_picture_has_a_template_of_its_own(qwen):
+    ids, mask = text.tokenize(qwen, ["A red circle", "A cat"], 256, still=True)
+    crop = text.tokens_before(qwen, still=True)
+    assert qwen.decode(ids[0, : mask[0].sum()]) == text.BEFORE_STILL + "A red circle<|im_end|>"
+    assert qwen.decode(ids[0, crop : mask[0].sum()]) == "A red circle<|im_end|>"
+    assert text.BEFORE_STILL.count("promt") == 1 and text.tokens_before(None, still=True) == 41
+    long = text.tokenize(qwen, ["A red circle " * 100], 12, still=True)[0]
+    assert long.shape == (1, crop + 12)
+
+
 def test_leading_newlines_do_not_touch_the_template(qwen):
     for prompt in ("\n\nA red circle", "\r\nA red circle", "  \n A red circle"):
         assert own_tokens(qwen, prompt).strip() == "A red circle<|im_end|>"

@@ -25,9 +25,9 @@ class Encoders(Protocol):
     text_length: int
     distributed: DistributedContext | None
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]: ...
+    def tokenize(self, prompts: list[str], still: bool) -> tuple[Tensor, Tensor]: ...
     def tokenize_pooled(self, prompts: list[str]) -> tuple[Tensor, Tensor]: ...
-    def encode_text(self, ids: Tensor, mask: Tensor) -> list[Tensor]: ...
+    def encode_text(self, ids: Tensor, mask: Tensor, still: bool) -> list[Tensor]: ...
     def encode_pooled(self, ids: Tensor, mask: Tensor) -> Tensor: ...
     def encode_picture(self, picture: np.ndarray, size: tuple[int, int], seed: int | None) -> Tensor: ...
 
@@ -70,7 +70,7 @@ def encode_request(pipe: Encoders, request: VideoRequest) -> Conditions:
     """What a request's prompts and picture guide by: those who have the models encode, and all get the leader's."""
     sampling = request.sampling
     prompts = [request.prompt] if sampling.guide_scale == 1 else [request.prompt, sampling.negative_prompt]
-    text, lengths = _texts(pipe, prompts)
+    text, lengths = _texts(pipe, prompts, still=request.video.frame_num == 1)
     first_frame = None if request.image is None else from_leader(pipe, _first_frame(pipe, request))
     given = from_leader(pipe, text), rows_of(from_leader(pipe, lengths), pipe.text_length)
     pooled = from_leader(pipe, _pooled(pipe, prompts))
@@ -83,13 +83,13 @@ def from_leader(pipe: Encoders, x: Tensor) -> Tensor:
     return x if pipe.distributed is None else pipe.distributed.broadcast_from_leader(x.contiguous())
 
 
-def _texts(pipe: Encoders, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """States (prompts, text length, C), padded, and how many rows each has."""
+def _texts(pipe: Encoders, prompts: list[str], still: bool) -> tuple[Tensor, Tensor]:
+    """States (prompts, text length, C), padded, and how many rows each has. still: of single pictures"""
     if pipe.text_encoder is None:
         shape = len(prompts), pipe.text_length, pipe.transformer.config.in_text_dim
         lengths = torch.empty(len(prompts), dtype=torch.int64, device=pipe.device)
         return torch.empty(shape, device=pipe.device, dtype=pipe.transformer.dtype), lengths
-    states = pipe.encode_text(*pipe.tokenize(prompts))
+    states = pipe.encode_text(*pipe.tokenize(prompts, still), still)
     lengths = torch.tensor([len(text) for text in states], device=pipe.device)
     return torch.stack([pad_rows(text, pipe.text_length) for text in states]), lengths
 

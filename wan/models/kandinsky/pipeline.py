@@ -107,10 +107,11 @@ class Kandinsky5:
         """`wan.from_pretrained` of a checkpoint that has to be of this family."""
         return pretrained.from_pretrained(path, *args, **options, pipeline=cls)
 
-    def tokenize(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, prompts: str | list[str], still: bool = False) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, L) int64 each, for the language model: each prompt in the published template.
 
-        Too long ones are cut, which the log says once of each.
+        Too long ones are cut, which the log says once of each. still: in the template of single pictures, which
+        videos of one frame are
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
@@ -120,7 +121,7 @@ class Kandinsky5:
             if note is not None:
                 self._cut.add(prompt)
                 log.warning("warning: %s", note)
-        return tokenize(self.tokenizer, prompts, self.text_length)
+        return tokenize(self.tokenizer, prompts, self.text_length, still)
 
     def tokenize_pooled(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, 77) int64 each, for CLIP, which sees the beginning of a long prompt."""
@@ -142,11 +143,14 @@ class Kandinsky5:
         return expand(self, prompt, None if image is None else picture_of(image))
 
     @torch.no_grad()
-    def encode_text(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Text states (own rows, C) of each prompt, of token ids and mask (B, L) with the template's in front."""
+    def encode_text(self, ids: Tensor, mask: Tensor, still: bool = False) -> list[Tensor]:
+        """Text states (own rows, C) of each prompt, of token ids and mask (B, L) with the template's in front.
+
+        still: of the template that `tokenize` was asked for
+        """
         with on_device(self.text_encoder, self.text_device, self.offload) as encoder:
             ids, mask = ids.to(self.text_device), mask.to(self.text_device)
-            states = text_states(encoder, ids, mask, tokens_before(self.tokenizer))
+            states = text_states(encoder, ids, mask, tokens_before(self.tokenizer, still))
         return [text.to(self.device, self.transformer.dtype) for text in states]
 
     @torch.no_grad()

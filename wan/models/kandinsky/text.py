@@ -24,25 +24,36 @@ BEFORE = (
     "Pay attention to the order of key actions shown in the scene.<|im_end|>\n"
     "<|im_start|>user\n"
 )
+# The same around what describes a single picture, a video of one frame.
+BEFORE_STILL = (
+    "<|im_start|>system\n"
+    "You are a promt engineer. Describe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n"
+)
 AFTER = "<|im_end|>"
-# Tokens of `BEFORE` by the published tokenizer. Their states are cropped.
-TOKENS_BEFORE = 129
+# Tokens of each by the published tokenizer. Their states are cropped.
+TOKENS_BEFORE, TOKENS_BEFORE_STILL = 129, 41
 # A newline would become one token with that before it, and the crop would take the prompt's first word.
 LEADING_NEWLINES = re.compile(r"^\s*[\r\n]+")
 
 
-def tokens_before(tokenizer: Any | None) -> int:
-    """Tokens in front of a prompt's own."""
-    return TOKENS_BEFORE if tokenizer is None else len(tokenizer(BEFORE).input_ids)
+def tokens_before(tokenizer: Any | None, still: bool = False) -> int:
+    """Tokens in front of a prompt's own; still: in that of a single picture."""
+    if tokenizer is None:
+        return TOKENS_BEFORE_STILL if still else TOKENS_BEFORE
+    return len(tokenizer(BEFORE_STILL if still else BEFORE).input_ids)
 
 
-def tokenize(tokenizer: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Any, prompts: list[str], length: int, still: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and mask, (B, L) int64 each, of prompts for the language model, as they come; of each at most `length`
     beyond what stands before it.
+
+    still: prompts of single pictures, which stand in a template of their own
     """
     _require(tokenizer)
-    most = tokens_before(tokenizer) + length
-    rows = [tokenizer(_whole(prompt), verbose=False).input_ids[:most] for prompt in prompts]
+    most = tokens_before(tokenizer, still) + length
+    rows = [tokenizer(_whole(prompt, still), verbose=False).input_ids[:most] for prompt in prompts]
     longest = max(map(len, rows))
     # To the right, which a causal model does not see, whatever the tokenizer would do; with any token.
     ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
@@ -80,8 +91,8 @@ def _require(tokenizer: Any | None) -> None:
         raise CheckpointError("the checkpoint lacks a tokenizer, so prompts cannot be read; download it again")
 
 
-def _whole(prompt: str) -> str:
-    return BEFORE + LEADING_NEWLINES.sub("", prompt) + AFTER
+def _whole(prompt: str, still: bool = False) -> str:
+    return (BEFORE_STILL if still else BEFORE) + LEADING_NEWLINES.sub("", prompt) + AFTER
 
 
 def text_states(encoder: nn.Module, ids: Tensor, mask: Tensor, crop: int) -> list[Tensor]:
