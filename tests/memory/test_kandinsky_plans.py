@@ -58,13 +58,13 @@ class Counted(TorchDispatchMode):
 
 
 def test_weights_are_those_of_the_published_models():
-    """In bfloat16 with modulations in float32, and CLIP beside the language model."""
+    """In bfloat16 with modulations in float32, as CLIP is, which lies beside the language model."""
     for model, gb, block in ((LITE, 4.57, 136e6), (PRO, 43.39, 688e6)):
         transformer, text, vae = weigh_models(MODELS[model], torch.bfloat16)
         # Text blocks count as visual ones, which are larger by a third.
         assert gb < transformer.bytes(None) / GB < 1.02 * gb
         assert transformer.block(None) == pytest.approx(block, rel=0.01)
-        assert text.bytes(None) / GB == pytest.approx(14.39, abs=0.01) and vae / GB == pytest.approx(0.99, abs=0.01)
+        assert text.bytes(None) / GB == pytest.approx(14.63, abs=0.01) and vae / GB == pytest.approx(0.99, abs=0.01)
 
 
 def test_modulations_stay_in_float32_where_weights_are_quantised():

@@ -57,7 +57,7 @@ def from_pretrained(
     What is None is what the checkpoint's `defaults.yaml` says, and where it says nothing what stands here.
 
     attention: a config or its string; None takes the one that the checkpoint names, and dense if it names none
-    dtype: of the transformer and the text encoder, float32 by default; the VAE's encoder is float32
+    dtype: of the transformer and the text encoder, float32 by default; the VAE's encoder, and CLIP, are float32
     vae, text_encoder, text_encoder_2: directories or hub ids of these, where they are not the checkpoint's own
     fp8: run the transformer's linear layers in float8, see `wan.quantize.float8`; off by default
     vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kandinsky_set import expected
 
+import wan
 from nabla import InputError, NablaConfig
 from wan.attention.apply import apply_attention, remove_attention
 from wan.models.kandinsky import vae as vaes
@@ -168,3 +169,11 @@ def test_a_float16_decoder_that_overflows_goes_on_in_float32(caplog):
         video = decode(vae, latents)
     assert "overflowed in float16" in caplog.text and video.isfinite().all()
     assert vaes.decoder_dtype(vae) == torch.float32
+
+
+def test_clip_stays_in_float32_beside_a_half_precision_transformer():
+    pipe = wan.from_pretrained(kandinsky_set.CHECKPOINT, dtype=torch.bfloat16)
+    assert pipe.text_encoder.dtype == torch.bfloat16 and pipe.text_encoder_2.dtype == torch.float32
+    pooled = pipe.encode_pooled(expected()["clip.ids"], expected()["clip.mask"])
+    # One rounding, to the transformer's type.
+    torch.testing.assert_close(pooled.float(), expected()["clip.pooled"].view_as(pooled), rtol=2**-8, atol=1e-5)

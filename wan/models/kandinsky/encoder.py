@@ -10,7 +10,15 @@ from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.layout import TOKENIZERS
-from wan.models.kandinsky.text import cut_note, pooled_states, text_states, tokenize, tokenize_pooled, tokens_before
+from wan.models.kandinsky.text import (
+    CLIP_DTYPE,
+    cut_note,
+    pooled_states,
+    text_states,
+    tokenize,
+    tokenize_pooled,
+    tokens_before,
+)
 from wan.models.kandinsky.vae import STRIDE, WINDOW, prepare_decoder
 
 
@@ -38,7 +46,8 @@ class KandinskyClipEncoder:
         # CPUs may have no instructions for bfloat16, in which it takes a hundred times as long.
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         found = components.text_encoder_component(checkpoint), components.text_encoder_2_component(checkpoint)
-        self.text_encoder, self.text_encoder_2 = (component.load(text_dtype, device) for component in found)
+        dtypes = text_dtype, CLIP_DTYPE
+        self.text_encoder, self.text_encoder_2 = (one.load(dtype, device) for one, dtype in zip(found, dtypes))
         for encoder in (self.text_encoder, self.text_encoder_2):
             components.finish_text_encoder(encoder, device)
         self.tokenizer, self.tokenizer_2 = (
@@ -73,7 +82,7 @@ class KandinskyClipEncoder:
         pooled = pooled_states(
             self.text_encoder_2, *(x.to(self.device) for x in tokenize_pooled(self.tokenizer_2, captions, most))
         )
-        return [{"text": text.cpu(), "pooled": own.cpu()} for text, own in zip(texts, pooled)]
+        return [{"text": text.cpu(), "pooled": own.to("cpu", text.dtype)} for text, own in zip(texts, pooled)]
 
     def cut_notes(self, captions: list[str]) -> list[str]:
         """A line for each caption that is longer than the language model takes."""

@@ -25,6 +25,7 @@ from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import Expander, language_model_of, make_expander
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.processor import all_blocks
+from wan.models.kandinsky.text import CLIP_DTYPE
 from wan.models.kandinsky.vae import prepare_decoder
 
 log = logging.getLogger("wan")
@@ -65,7 +66,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     transformer_component = components.transformer_component(checkpoint, settings.transformer)
     adapters = [read_lora(file, transformer_component.model, NAMING) for file in settings.lora]
 
-    text_bytes = qwen.bytes(dtype) + clip.bytes(dtype)
+    text_bytes = qwen.bytes(dtype) + clip.bytes(CLIP_DTYPE)
     sizes = ComponentBytes(transformer_component.bytes(dtype), text_bytes, vae_component.bytes(dtype))
     plan = make_load_plan(options, settings.fp8, sizes)
 
@@ -77,7 +78,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
         model = _load_text_encoder(qwen, plan.text_encoder, dtype)
         text_encoder = language_model_of(model)
     if options.is_leader:
-        text_encoder_2 = _load_clip(clip, plan.text_encoder, dtype)
+        text_encoder_2 = _load_clip(clip, plan.text_encoder)
     vocabularies = language_model_of(qwen.model).config.vocab_size, clip.model.config.vocab_size
     tokenizers = [components.load_tokenizer(checkpoint, *one) for one in zip(components.TOKENIZERS, vocabularies)]
     if options.expand_prompt and options.is_leader:
@@ -128,8 +129,8 @@ def _load_text_encoder(component: Component, placement: Placement, dtype: torch.
     return encoder
 
 
-def _load_clip(component: Component, placement: Placement, dtype: torch.dtype) -> CLIPTextModel:
+def _load_clip(component: Component, placement: Placement) -> CLIPTextModel:
     # A small model, which is neither streamed nor quantised.
-    encoder = component.load(dtype, placement.waits)
+    encoder = component.load(CLIP_DTYPE, placement.waits)
     components.finish_text_encoder(encoder, placement.waits)
     return encoder

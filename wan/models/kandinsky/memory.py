@@ -21,6 +21,7 @@ from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import language_model_of
 from wan.models.kandinsky.picture import HD_AREA
 from wan.models.kandinsky.processor import FLOAT32_MODULES, TRANSFORMER, rotation_bytes
+from wan.models.kandinsky.text import CLIP_DTYPE
 from wan.models.kandinsky.vae import decoding_of
 from wan.quantize.float8 import FLOAT8
 
@@ -44,7 +45,7 @@ def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: boo
     return Weighed(
         with_text_blocks(weights_of(transformer, visual, dtype, settings.lora), transformer.model, dtype),
         # CLIP lies beside the language model, whole.
-        replace(text, rest=text.rest + clip.bytes(dtype)),
+        replace(text, rest=text.rest + clip.bytes(CLIP_DTYPE)),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],

@@ -44,6 +44,7 @@ from wan.models.kandinsky.random_text import (
     qwen_shapes,
     qwen_tokenizer,
 )
+from wan.models.kandinsky.text import CLIP_DTYPE
 
 M = TypeVar("M", bound=nn.Module)
 Drawing = Callable[[Shapes, torch.dtype], Iterator[tuple[str, Tensor]]]
@@ -117,7 +118,7 @@ def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) ->
     VAE, which is in float32.
     """
     transformer, qwen = meta_transformer(sizes, layers), meta_qwen(sizes.qwen)
-    clip = sum(map(math.prod, clip_shapes(sizes.clip).values())) * dtype.itemsize
+    clip = sum(map(math.prod, clip_shapes(sizes.clip).values())) * CLIP_DTYPE.itemsize
     text = weigh(qwen, qwen.layers, dtype, ())
     return (
         with_text_blocks(

@@ -34,6 +34,8 @@ BEFORE_STILL = (
 AFTER = "<|im_end|>"
 # Tokens of each by the published tokenizer. Their states are cropped.
 TOKENS_BEFORE, TOKENS_BEFORE_STILL = 129, 41
+# CLIP is small and steers every layer; in bfloat16 its states would be a percent off. The published program does this.
+CLIP_DTYPE = torch.float32
 # A newline would become one token with that before it, and the crop would take the prompt's first word.
 LEADING_NEWLINES = re.compile(r"^\s*[\r\n]+")
 
