@@ -169,7 +169,8 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
     home = torch.device("cpu") if plan.in_turns else device
 
     def place(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
-        quantizer = make_quantizer(model, family.spec.blocks_of(model), plan.quantization, device, home)
+        blocks = family.all_blocks(model)
+        quantizer = make_quantizer(model, blocks, plan.quantization, device, home, family.float32)
 
         def placed_one(name: str, tensor: Tensor) -> Tensor:
             # What is not packed comes back as it is.
@@ -180,11 +181,12 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
 
     dtype = getattr(torch, args.dtype)
     transformer = family.random_transformer(args.model, dtype, device, layers=args.layers, place=place)
-    blocks = family.spec.blocks_of(transformer)
+    compiled, blocks = family.spec.blocks_of(transformer), family.all_blocks(transformer)
     family.as_ours(transformer)
-    compile_blocks(blocks)
+    compile_blocks(compiled)
     if plan.in_turns:
-        stream_blocks(transformer, blocks, device, plan.kept, plan.pinned, blocks_left_out)
+        always = len(blocks) - len(compiled) + 1
+        stream_blocks(transformer, blocks, device, plan.kept, plan.pinned, blocks_left_out, always)
     return transformer
 
 

@@ -24,6 +24,7 @@ from wan.models.kandinsky.geometry import GEOMETRY as KANDINSKY_GEOMETRY
 from wan.models.kandinsky.geometry import rope_scale
 from wan.models.kandinsky.guidance import Guidance, rows_of
 from wan.models.kandinsky.layout import TEXT_LENGTH
+from wan.models.kandinsky.random_sizes import workload_for as kandinsky_workload
 from wan.models.kandinsky.text import TOKENS_BEFORE
 from wan.models.wan import latents as wan_latents
 from wan.models.wan import processor as wan_processor
@@ -60,6 +61,8 @@ class BenchmarkFamily:
     forward: a forward of a video, as the model is then
     sampled: the same for the sampling loop
     solver: that the family's pipeline runs
+    all_blocks: of a transformer: what is streamed and quantised, those that run before the ones in `spec` first
+    float32: modules of it by name that stay in that, and so are not quantised
     weigh_models, workload_for: what its models and a video take, for a plan of memory
     random_text_encoder: makes the larger one, in host memory
     text_blocks: of it
@@ -81,6 +84,7 @@ class BenchmarkFamily:
     forward: Callable[[Any, VideoSettings], Callable[[], Tensor]]
     sampled: Callable[[Any, VideoSettings], Sampled]
     solver: str
+    all_blocks: Callable[[Any], nn.ModuleList]
     weigh_models: Callable[..., tuple[Weights, Weights, int]]
     workload_for: Callable[..., Workload]
     random_text_encoder: Callable[..., Any]
@@ -90,6 +94,7 @@ class BenchmarkFamily:
     random_vae: Callable[..., Any]
     prepare_decoder: Callable[[Any, torch.dtype], None]
     decode: Callable[[Any, Tensor], Tensor]
+    float32: tuple[str, ...] = ()
     decoder_baseline: str = "as diffusers has it"
     videos: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
@@ -166,6 +171,7 @@ WAN = BenchmarkFamily(
     forward=_wan_forward,
     sampled=_wan_sampled,
     solver="unipc",
+    all_blocks=wan_processor.TRANSFORMER.blocks_of,
     weigh_models=wan.weigh_models,
     workload_for=wan.workload_for,
     random_text_encoder=wan.random_text_encoder,
@@ -187,8 +193,10 @@ KANDINSKY = BenchmarkFamily(
     forward=_kandinsky_forward,
     sampled=_kandinsky_sampled,
     solver="euler",
+    all_blocks=kandinsky_processor.all_blocks,
+    float32=kandinsky_processor.FLOAT32_MODULES,
     weigh_models=kandinsky.weigh_models,
-    workload_for=kandinsky.workload_for,
+    workload_for=kandinsky_workload,
     random_text_encoder=kandinsky.random_text_encoder,
     text_blocks=lambda encoder: encoder.layers,
     encode=lambda encoder, ids: encoder(input_ids=ids, use_cache=False).last_hidden_state,

@@ -48,7 +48,7 @@ def transformers(args: argparse.Namespace, device: torch.device) -> Iterator[tup
     for kind in ["", " fp8"] if args.fp8 else [""]:
         if kind:
             # In place, so after all rows of the exact weights.
-            print(quantize_layers(transformer, blocks, "fp8", device))
+            print(quantize_layers(transformer, blocks, "fp8", device, family.float32))
         for is_dense in [False] if args.no_dense else [True, False]:
             torch._dynamo.reset()
             remove_attention(transformer)
