@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,7 +15,10 @@ from starting import Forked, finish
 
 import generate
 from wan import Checkpoint
+from wan.config.settings import resolve
+from wan.models.kandinsky.family import KANDINSKY
 from wan.models.kandinsky.layout import NEGATIVE_PROMPT
+from wan.run.advice import unexpected
 
 SMALL = "--frame_num 5 --sample_steps 2 --base_seed 1 --device cpu --prompt".split() + ["A red circle"]
 WINDOWED = "nabla-0.9_sta-11-3-3"
@@ -124,3 +128,19 @@ def test_as_a_program(kandinsky_nano, tmp_path):
     code, _, said = finish(Forked(ROOT / "generate.py", *flags, cwd=tmp_path))
     assert code == 0 and said.splitlines()[-1] == "wrote out.mp4 and out.json", said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name, algorithm, warned",
+    (
+        ("kandinsky5pro_t2v_sft_5s", "dense", False),
+        ("kandinsky5pro_t2v_sft_10s", "nabla-0.9_sta-11-3-3", False),
+        ("kandinsky5pro_t2v_sft_10s", "dense", True),
+        ("kandinsky5lite_t2v_sft_10s", "dense", True),
+    ),
+)
+def test_attention_published_for_other_sizes_is_not_warned_of(name, algorithm, warned):
+    config = {"published_as": name, "sparse_algo": "nabla-0.7_sta-11-3-3", "num_visual_blocks": 3}
+    checkpoint = Checkpoint(name, Path(), True, config, KANDINSKY)
+    settings = resolve({"checkpoint": name, "prompt": "a cat", "attention": {"algorithm": algorithm}})
+    assert any("was made for" in line for line in unexpected(checkpoint, settings)) == warned

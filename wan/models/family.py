@@ -83,6 +83,11 @@ def any_kind(layout: Layout) -> frozenset[str]:
     return frozenset()
 
 
+def none_other(layout: Layout) -> tuple[str, ...]:
+    """Of a family whose checkpoints run with one attention at every size."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family. docs/adding_a_model.md goes through the fields.
@@ -107,6 +112,7 @@ class Family:
     layout_of_file: the layout that a single file of weights tells, where the published one has no configuration
     kinds_of: which kinds of checkpoint one may be, as `kind` in the settings has them
     picture_kinds: those of its kinds that begin with a picture
+    algorithms_at_other_sizes: attention that a checkpoint was published to run with, beside its own
     hub_landmarks: patterns of files that only its repositories have, for those without any configuration
     features: those of `FEATURES` that it supports
     fit_picture: the size of a video that begins with a picture, from the picture's size and the one asked for, each
@@ -131,6 +137,7 @@ class Family:
     layout_of_file: Callable[[Path], Layout] | None = None
     kinds_of: Callable[[Layout], frozenset[str]] = any_kind
     picture_kinds: frozenset[str] = frozenset()
+    algorithms_at_other_sizes: Callable[[Layout], tuple[str, ...]] = none_other
     hub_landmarks: tuple[str, ...] = ()
     features: frozenset[str] = FEATURES
     fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None

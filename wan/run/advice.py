@@ -41,7 +41,8 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     except CheckpointError as error:
         lines.append(f"{error}; running {chosen.algorithm} as asked")
         own = None
-    if own is not None and own.algorithm != chosen.algorithm:
+    others = checkpoint.family.algorithms_at_other_sizes(checkpoint.layout)
+    if own is not None and chosen.algorithm not in (own.algorithm, *others):
         lines.append(f"checkpoint {checkpoint.name} was made for {own.algorithm}; running {chosen.algorithm} as asked")
     if not chosen.is_dense and chosen.dense_steps >= settings.sampling.steps:
         lines.append(

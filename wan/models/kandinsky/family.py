@@ -21,6 +21,7 @@ KANDINSKY = Family(
     layout_of_file=layout.layout_of_file,
     kinds_of=layout.kinds_of,
     picture_kinds=layout.PICTURE_KINDS,
+    algorithms_at_other_sizes=layout.algorithms_at_other_sizes,
     naming=NAMING,
     transformer="wan.models.kandinsky.processor:TRANSFORMER",
     pipeline="wan.models.kandinsky.pipeline:Kandinsky5",

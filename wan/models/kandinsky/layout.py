@@ -74,6 +74,8 @@ WINDOW = "sta-11-3-3"
 # Of the native program's configurations: the threshold by size and seconds. Files that are not here run dense, as does
 # Pro at small sizes for five seconds, which a config says.
 THRESHOLDS = {("lite", 10): 0.9, ("pro", 5): 0.8, ("pro", 10): 0.7}
+# What it has Pro run at small sizes instead, by seconds.
+PRO_AT_SD = {5: "dense", 10: f"nabla-0.9_{WINDOW}"}
 
 
 class Published(NamedTuple):
@@ -206,6 +208,15 @@ def kinds_of(layout: Layout) -> frozenset[str]:
     sizes = [size for size, own in SIZES.items() if own == there] or list(SIZES)
     tasks = [named.task] if named else ["t2v", "i2v"]
     return frozenset(f"kandinsky5-{size}-{task}" for size in sizes for task in tasks)
+
+
+def algorithms_at_other_sizes(layout: Layout) -> tuple[str, ...]:
+    """See `Family.algorithms_at_other_sizes`."""
+    named = published_as(layout)
+    if layout.config.get("model_dim") != SIZES["pro"][0] and (named is None or named.size != "pro"):
+        return ()
+    # In diffusers' layout nothing tells for how many seconds it is.
+    return tuple(PRO_AT_SD.values()) if named is None else (PRO_AT_SD[named.seconds],)
 
 
 def defaults_of(layout: Layout) -> dict[str, Any]:
