@@ -17,6 +17,9 @@ DATA = Path(__file__).parent / "data"
 SLOWEST = (
     "parallel",
     "kandinsky_parallel",
+    "kandinsky_training",
+    "kandinsky_transformer",
+    "kandinsky_caches",
     "benchmark",
     "training_processes",
     "doctor",

@@ -7,3 +7,5 @@ from wan.models.kandinsky.family import KANDINSKY
 from wan.models.wan.family import WAN
 
 FAMILIES: tuple[Family, ...] = (WAN, KANDINSKY)
+# That of files which were written before they named any.
+FIRST_FAMILY = WAN

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.models.family import Family
-from wan.models.registry import FAMILIES
+from wan.models.registry import FAMILIES, FIRST_FAMILY
 from wan.models.training import Texts
 from wan.training.shards import (
     FAMILY_KEY,
     MANIFEST_FILE,
     NULL_CAPTION_FILE,
-    UNNAMED_FAMILY,
     Clip,
     check_shards,
     list_clips,
@@ -43,7 +42,7 @@ class PreparedFolder(NamedTuple):
     @property
     def family(self) -> Family:
         """That of the models which the clips were prepared with."""
-        name = self.manifest.get(FAMILY_KEY, UNNAMED_FAMILY)
+        name = self.manifest.get(FAMILY_KEY, FIRST_FAMILY.name)
         if (own := next((family for family in FAMILIES if family.name == name), None)) is None:
             known = ", ".join(family.name for family in FAMILIES)
             raise InputError(f"{self.folder}/{MANIFEST_FILE} names the family {name!r}; known are {known}")

@@ -26,13 +26,12 @@ from wan.checkpoints.file_errors import read_json_object
 from wan.models.attention import apply_attention, spec_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.family import Family
-from wan.models.registry import FAMILIES
+from wan.models.registry import FAMILIES, FIRST_FAMILY
 from wan.models.training import TEXT_LENGTH, TrainingSpec, training_of
 from wan.parallel.fsdp import apply_fsdp, is_sharded
 from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
 from wan.training.schema import merge_settings
-from wan.training.shards import UNNAMED_FAMILY
 
 log = logging.getLogger("wan")
 
@@ -69,10 +68,10 @@ def _lacks_transformer(folder: Path) -> bool:
 
 
 def _family_of_vae(config: Path) -> Family:
-    """The family whose VAE a configuration is of; what no family knows is Wan2.1's, which says why it fails."""
+    """The family whose VAE a configuration is of; what no family knows is the first one's, which says why it fails."""
     kind = read_json_object(config).get("_class_name") if config.is_file() else None
     known = {family.load_training().vae: family for family in FAMILIES if family.training}
-    return known.get(kind) or next(family for family in FAMILIES if family.name == UNNAMED_FAMILY)
+    return known.get(kind, FIRST_FAMILY)
 
 
 def sampled_as(base: Checkpoint) -> dict[str, Any]:

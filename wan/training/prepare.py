@@ -20,6 +20,7 @@ from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
 from wan.files.atomic import atomic_path
 from wan.files.json_files import write_json
+from wan.models.registry import FIRST_FAMILY
 from wan.training.data_workers import load_items
 from wan.training.encoder import Encoder
 from wan.training.prepare_settings import PrepareSettings
@@ -30,7 +31,6 @@ from wan.training.shards import (
     NULL_CAPTION_FILE,
     SHARD_METADATA_KEY,
     SHARD_NAME,
-    UNNAMED_FAMILY,
     list_shards,
     read_shard_metadata,
 )
@@ -69,7 +69,7 @@ def prepare(
     # What the shards are made of, beside the settings; without fingerprints a change of it goes unnoticed.
     manifest |= source.fingerprints() if hasattr(source, "fingerprints") else {}
     manifest |= encoder.fingerprints
-    if encoder.family.name != UNNAMED_FAMILY:
+    if encoder.family.name != FIRST_FAMILY.name:
         manifest[FAMILY_KEY] = encoder.family.name
     _begin(out, manifest, settings, encoder, is_leader=rank == 0)
     if not hasattr(source, "__getitem__"):

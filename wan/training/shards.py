@@ -17,8 +17,8 @@ from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.files.plain_data import parse_json
 
 MANIFEST_FILE = "prepared.json"
-# Of the manifest: whose models made the clips. Without it those of the family that was alone once.
-FAMILY_KEY, UNNAMED_FAMILY = "family", "Wan2.1 text-to-video"
+# Of the manifest: whose models made the clips. Without it those of `FIRST_FAMILY`.
+FAMILY_KEY = "family"
 NULL_CAPTION_FILE = "dropped.safetensors"
 SHARD_NAME = "shard-{:06d}.safetensors"
 # Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.
