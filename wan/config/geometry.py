@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla import InputError
@@ -38,6 +39,11 @@ class Geometry:
         """(frames, rows, columns) of the tokens of latents of (frames, height, width)."""
         (frames, height, width), (t, h, w) = latents_size, self.patch
         return frames // t, height // h, width // w
+
+    def size_of(self, latents_size: Sequence[int]) -> tuple[int, int]:
+        """(width, height) in pixels of the video of latents of (frames, height, width)."""
+        (_, height, width), (_, h, w) = latents_size, self.vae_stride
+        return width * w, height * h
 
     def frames_of(self, latents: int) -> int:
         """Frames of the video of so many latent ones."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import InputError
+
+log = logging.getLogger("wan")
 
 # Of a text in a message.
 WORDS_SHOWN, LETTERS_SHOWN = 8, 60
@@ -22,6 +25,13 @@ def pad_rows(text: Tensor, length: int) -> Tensor:
     return F.pad(text, (0, 0, 0, length - rows))
 
 
+def require_negative(text: Tensor | None, guide_scale: float) -> Tensor:
+    """Negative text states, without which `InputError` is raised."""
+    if text is None:
+        raise InputError(f"guide_scale {guide_scale} needs negative text states; give them, or set it to 1")
+    return text
+
+
 def describe_cut(text: str, starts: Sequence[int], taken: int) -> str:
     """A line for a text of which a text encoder takes so many tokens: how many there are, and what is cut off.
 
@@ -32,3 +42,12 @@ def describe_cut(text: str, starts: Sequence[int], taken: int) -> str:
         f"the text {text[:LETTERS_SHOWN] + '...'!r} has {len(starts)} tokens, of which the text encoder "
         f"takes {taken}: cut off are {words + '...'!r}; say the important first, or shorten it"
     )
+
+
+def warn_of_cuts(prompts: Iterable[str], note: Callable[[str], str | None], said: set[str]) -> None:
+    """Log the note of each prompt that is cut, once: those in `said` were, and what is said now is added."""
+    for prompt in prompts:
+        line = None if prompt in said else note(prompt)
+        if line is not None:
+            said.add(prompt)
+            log.warning("warning: %s", line)

@@ -60,7 +60,7 @@ def test_one_frame_is_described_as_a_picture(pipe, monkeypatch):
 
 def test_a_video_begins_with_its_picture(pipe, monkeypatch, tmp_path):
     # The published sizes would take minutes here.
-    monkeypatch.setattr("wan.models.kandinsky.pipeline.fit_picture", lambda picture, size: size)
+    monkeypatch.setattr("wan.models.kandinsky.picture.fit_picture", lambda picture, size: size)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     seen, finish = [], pipe.finish
     monkeypatch.setattr(pipe, "finish", lambda *given: seen.append(given) or finish(*given))

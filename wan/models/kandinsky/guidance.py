@@ -11,7 +11,7 @@ from torch import Tensor
 from wan.parallel.distributed import DistributedContext
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-from wan.sampling.texts import pad_rows
+from wan.sampling.texts import pad_rows, require_negative
 
 
 class Encoders(Protocol):
@@ -56,6 +56,21 @@ class Guidance(NamedTuple):
 def rows_of(lengths: Tensor, most: int) -> Tensor:
     """Which of `most` rows are text, (B, most) bool, of texts of so many rows (B,)."""
     return torch.arange(most, device=lengths.device) < lengths[:, None]
+
+
+def given_conditions(
+    pipe: Encoders,
+    states: tuple[Tensor, Tensor],
+    negative: tuple[Tensor | None, Tensor | None],
+    first_frame: Tensor | None,
+    guide_scale: float,
+) -> Conditions:
+    """The branches of text states and pooled ones that are given, the negative ones where there is guidance."""
+    prompt = guidance_of(pipe, *states, first_frame)
+    if guide_scale == 1:
+        return Conditions(prompt)
+    text, pooled = (require_negative(x, guide_scale) for x in negative)
+    return Conditions(prompt, guidance_of(pipe, text, pooled, first_frame))
 
 
 def guidance_of(pipe: Encoders, text: Tensor, pooled: Tensor, first_frame: Tensor | None) -> Guidance:

@@ -6,9 +6,10 @@ import logging
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError
+from wan.config.settings import VideoSettings
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.vae import decode_windows, decoder_dtype, prepare_decoder, set_tiles
 
@@ -56,10 +57,17 @@ def glimpse(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
     return frame[:, :, 0].float().nan_to_num()
 
 
-def encode_picture(vae: AutoencoderKLHunyuanVideo, picture: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_noise(transformer: nn.Module, video: VideoSettings, seed: int, device: torch.device) -> Tensor:
+    """Float32 noise (1, C, T, h, w) for a video, drawn with channels last, as the published program does."""
+    shape = *video.latents_size, transformer.config.out_visual_dim
+    noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float32)
+    return channels_first(noise).contiguous()
+
+
+def encode_picture(vae: AutoencoderKLHunyuanVideo, picture: Tensor, seed: int | None = None) -> Tensor:
     """Float32 latents (B, C, 1, h, w) of a picture (B, 3, 1, height, width) in [-1, 1].
 
-    generator: draws them of the distribution that the encoder gives, as the published program does; None for its mean
+    seed: draws them of the distribution that the encoder gives, as the published program does; None for its mean
     Raises `InputError` for a size that the VAE would crop.
     """
     frames, height, width = picture.shape[2:]
@@ -69,8 +77,19 @@ def encode_picture(vae: AutoencoderKLHunyuanVideo, picture: Tensor, generator: t
     # An earlier video may have switched tiles on.
     vae.use_tiling = False
     distribution = vae.encode(picture.to(vae.encoder.conv_in.conv.weight.dtype)).latent_dist
-    latents = distribution.mode() if generator is None else distribution.sample(generator)
+    if seed is None:
+        latents = distribution.mode()
+    else:
+        latents = distribution.sample(torch.Generator(picture.device).manual_seed(seed))
     return latents.float() * vae.config.scaling_factor
+
+
+def begin_with(latents: Tensor, first_frame: Tensor) -> Tensor:
+    """Sampled latents (B, C, T, h, w) with those of a picture, (1 or B, C, 1, h, w), in the first frame, and the frames
+    after it in its colours.
+    """
+    first_frame = first_frame.to(latents).expand(len(latents), -1, -1, -1, -1)
+    return normalize_first_frame(torch.cat((first_frame, latents[:, :, 1:]), dim=2))
 
 
 def normalize_first_frame(latents: Tensor) -> Tensor:
@@ -89,6 +108,11 @@ def normalize_first_frame(latents: Tensor) -> Tensor:
     new_deviation = torch.clamp(others.std(all_others, keepdim=True), deviation + low, deviation + high)
     first = (first - mean) / deviation * new_deviation + new_mean
     return torch.cat((first, latents[:, :, FIRST_FRAMES:]), dim=2)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(T, h, w, C), or a batch of such, to (B, C, T, h, w)."""
+    return (x if x.ndim == 5 else x[None]).movedim(-1, 1)
 
 
 def _unscaled(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:

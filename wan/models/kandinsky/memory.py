@@ -8,19 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings, writers_of
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import Weights, Workload
+from wan.memory.placement import has_room_for
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weigh, weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.expand import language_model_of
 from wan.models.kandinsky.picture import HD_AREA
-from wan.models.kandinsky.processor import FLOAT32_MODULES, TRANSFORMER, rotation_bytes
+from wan.models.kandinsky.processor import FLOAT32_MODULES, TRANSFORMER, grid_of, rotation_bytes
 from wan.models.kandinsky.text import CLIP_DTYPE
 from wan.models.kandinsky.vae import decoding_of
 from wan.quantize.float8 import FLOAT8
@@ -102,3 +103,10 @@ def writing_bytes(config: Any, itemsize: int, settings: Settings) -> int:
     wide = 3 * config.intermediate_size + 8 * config.hidden_size
     # Scores of the last token, in float32: as they are, penalised, and sorted out.
     return rows * (kept + wide) * itemsize + 4 * config.vocab_size * 4
+
+
+def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
+    """Whether both guidance branches are so small beside the GPU that one batch of two fills it better."""
+    config = transformer.config
+    tokens = 2 * len(latents) * math.prod(grid_of(transformer, latents.shape[2:]))
+    return has_room_for(tokens, config.model_dim, config.ff_dim, transformer.dtype.itemsize, latents.device)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.config.settings import VideoSettings, changed
+from wan.files.picture import picture_of
 from wan.models.kandinsky.geometry import is_sd
 
 # Of the published program: how many pixels a video has, and what its sides are multiples of.
@@ -32,6 +34,18 @@ def check_takes_picture(transformer: nn.Module) -> None:
     """Raise `InputError` for a transformer that cannot be told which frames are given."""
     if not transformer.config.visual_cond:
         raise InputError("image is not taken: this transformer has no input for a given frame; leave it out")
+
+
+def start_from(image: object, video: VideoSettings, transformer: nn.Module) -> tuple[np.ndarray | None, VideoSettings]:
+    """The picture (height, width, 3) uint8 that a video begins with, and the video in its form; of None, no other.
+
+    image: what `picture_of` reads; raises `InputError` for one that cannot be read or is not taken
+    """
+    if image is None:
+        return None, video
+    picture = picture_of(image)
+    check_takes_picture(transformer)
+    return picture, changed(video, size=fit_picture((picture.shape[1], picture.shape[0]), video.size))
 
 
 def picture_pixels(picture: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nabla import InputError
 from wan.caches.applied import step_cache_of
 from wan.config.model_settings import LoraFile
 from wan.config.prompts import check_prompt
 from wan.config.settings import SamplingSettings, VideoSettings, changed
 from wan.files.picture import picture_of
-from wan.memory.placement import has_room_for, on_device
+from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky.components import transformer_component
 from wan.models.kandinsky.expand import Expander, expand
 from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
-from wan.models.kandinsky.guidance import Guidance, encode_request, guidance_of
-from wan.models.kandinsky.latents import decode, encode_picture, glimpse, normalize_first_frame
+from wan.models.kandinsky.guidance import Guidance, encode_request, given_conditions
+from wan.models.kandinsky.latents import begin_with, channels_first, decode, draw_noise, encode_picture, glimpse
 from wan.models.kandinsky.loading import load_models
-from wan.models.kandinsky.picture import check_takes_picture, fit_picture, picture_pixels
-from wan.models.kandinsky.processor import TRANSFORMER, grid_of, install_processors, velocity_of
+from wan.models.kandinsky.memory import has_room_for_both
+from wan.models.kandinsky.picture import picture_pixels, start_from
+from wan.models.kandinsky.processor import TRANSFORMER, install_processors, velocity_of
 from wan.models.kandinsky.text import cut_note, pooled_states, text_states, tokenize, tokenize_pooled, tokens_before
 from wan.observe.observer import Observer
 from wan.observe.recorder import with_progress
@@ -37,11 +36,10 @@ from wan.sampling.finite import check_decoded
 from wan.sampling.guided import make_video, sample_latents
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
+from wan.sampling.texts import warn_of_cuts
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
-
-log = logging.getLogger("wan")
 
 
 class Kandinsky5:
@@ -100,6 +98,8 @@ class Kandinsky5:
         self.plan: MemoryPlan | None = None
         self.lora: Sequence[LoraFile] = ()
         self._cut: set[str] = set()
+        # Of the rotary table, along the axis that has fewest.
+        self._positions = min(transformer.visual_rope_embeddings.max_pos)
         self.text_mask = install_processors(transformer)
 
     @classmethod
@@ -110,17 +110,12 @@ class Kandinsky5:
     def tokenize(self, prompts: str | list[str], still: bool = False) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (B, L) int64 each, for the language model: each prompt in the published template.
 
-        Too long ones are cut, which the log says once of each. still: in the template of single pictures, which
-        videos of one frame are
+        Too long ones are cut, which the log says once of each. still: in that of pictures, for videos of one frame
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        for prompt in prompts:
-            # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
-            is_said = prompt in self._cut or not self.is_leader
-            note = None if is_said else cut_note(self.tokenizer, prompt, self.text_length)
-            if note is not None:
-                self._cut.add(prompt)
-                log.warning("warning: %s", note)
+        # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
+        if self.is_leader:
+            warn_of_cuts(prompts, self._cut_note, self._cut)
         return tokenize(self.tokenizer, prompts, self.text_length, still)
 
     def tokenize_pooled(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
@@ -130,8 +125,7 @@ class Kandinsky5:
 
     def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
         """A line for each prompt that is longer than the language model takes."""
-        notes = (cut_note(self.tokenizer, prompt, self.text_length) for prompt in prompts)
-        return tuple(note for note in notes if note is not None)
+        return tuple(note for note in map(self._cut_note, prompts) if note is not None)
 
     def expand_prompt(self, prompt: str, image: object = None) -> str:
         """A prompt written out by the language model, on all processes that share a video; always the same.
@@ -166,9 +160,8 @@ class Kandinsky5:
 
         seed: draws them from what the encoder gives, as the published program does; None for its mean
         """
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         with on_device(self.vae, self.device, self.offload) as vae:
-            return encode_picture(vae, picture_pixels(picture, size).to(self.device), generator)
+            return encode_picture(vae, picture_pixels(picture, size).to(self.device), seed)
 
     def encode(self, request: VideoRequest) -> Conditions:
         """What guides a video, on all processes that share it: `Guidance` of each branch."""
@@ -199,45 +192,31 @@ class Kandinsky5:
         Raises `InputError` for settings outside what is allowed, and for latents not finite.
         """
         sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
-        if sampling.guide_scale != 1 and (negative_text is None or negative_pooled is None):
-            raise InputError(
-                f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
-            )
-        latents = _channels_first(noise).to(self.device, torch.float32)
-        first_frame = None if image_latents is None else _channels_first(image_latents).to(latents)
-        branches = [guidance_of(self, text, pooled, first_frame)]
-        if sampling.guide_scale != 1:
-            branches.append(guidance_of(self, negative_text, negative_pooled, first_frame))
-        conditions = Conditions(*branches)
+        latents = channels_first(noise).to(self.device, torch.float32)
+        first_frame = None if image_latents is None else channels_first(image_latents).to(latents)
+        given = (text, pooled), (negative_text, negative_pooled)
+        conditions = given_conditions(self, *given, first_frame, sampling.guide_scale)
         latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
         return latents.movedim(1, -1).reshape(noise.shape)
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
         text, rows, pooled, first_frame = guidance.expand(len(latents))
-        _, h, w = GEOMETRY.vae_stride
-        scale = rope_scale((latents.shape[4] * w, latents.shape[3] * h))
+        scale = rope_scale(GEOMETRY.size_of(latents.shape[2:]))
         with self.text_mask.of(rows):
             return velocity_of(self.transformer, latents, timestep, text, pooled, scale, first_frame)
 
     def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
         """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
-        config = self.transformer.config
-        tokens = 2 * len(latents) * torch.Size(grid_of(self.transformer, latents.shape[2:])).numel()
-        if not has_room_for(tokens, config.model_dim, config.ff_dim, self.transformer.dtype.itemsize, latents.device):
+        if not has_room_for_both(self.transformer, latents):
             return None
         prompt, negative = (branch.expand(len(latents)) for branch in conditions[:2])
         return prompt.beside(negative)
 
     def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        """Sampled latents (B, C, T, h, w) with the picture's in the first frame, and the frames after it in its
-        colours; those of text alone as they are.
-        """
+        """Sampled latents (B, C, T, h, w), those of a picture with it in front and the frames after in its colours."""
         first_frame = conditions.prompt.first_frame
-        if first_frame is None:
-            return latents
-        first_frame = first_frame.to(latents).expand(len(latents), -1, -1, -1, -1)
-        return normalize_first_frame(torch.cat((first_frame, latents[:, :, 1:]), dim=2))
+        return latents if first_frame is None else begin_with(latents, first_frame)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -246,7 +225,7 @@ class Kandinsky5:
 
         Tiled where memory asks for it, see `wan.models.kandinsky.latents`. Raises `InputError` if it is not finite.
         """
-        batch = latents if latents.ndim == 5 else _channels_first(latents)
+        batch = latents if latents.ndim == 5 else channels_first(latents)
         with on_device(self.vae, self.device, self.offload) as vae:
             video = decode(vae, batch.to(self.device))
         check_decoded(video, latents)
@@ -286,11 +265,7 @@ class Kandinsky5:
         outside what is allowed.
         """
         check_prompt(prompt)
-        video = changed(self.video, size=size, frame_num=frame_num)
-        picture = None if image is None else picture_of(image)
-        if picture is not None:
-            check_takes_picture(self.transformer)
-            video = changed(video, size=fit_picture((picture.shape[1], picture.shape[0]), video.size))
+        picture, video = start_from(image, changed(self.video, size=size, frame_num=frame_num), self.transformer)
         sampling = changed(
             self.sampling,
             negative_prompt=negative_prompt,
@@ -307,9 +282,7 @@ class Kandinsky5:
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video, drawn with channels last, as the published program does."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = *video.latents_size, self.transformer.config.out_visual_dim
-        return _channels_first(torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32))
+        return draw_noise(self.transformer, video, seed, self.device)
 
     @property
     def cache(self) -> StepCache | None:
@@ -326,12 +299,5 @@ class Kandinsky5:
         video.check_positions(self._positions)
         return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
 
-    @property
-    def _positions(self) -> int:
-        """Of the rotary table, along the axis that has fewest."""
-        return min(self.transformer.visual_rope_embeddings.max_pos)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """(T, h, w, C), or a batch of such, to (B, C, T, h, w)."""
-    return (x if x.ndim == 5 else x[None]).movedim(-1, 1)
+    def _cut_note(self, prompt: str) -> str | None:
+        return cut_note(self.tokenizer, prompt, self.text_length)

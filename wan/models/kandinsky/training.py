@@ -11,13 +11,12 @@ import torch
 from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
 from torch import Tensor, nn
 
-from wan.config.settings import VideoSettings
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
 from wan.models.kandinsky.encoder import KandinskyClipEncoder
 from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
-from wan.models.kandinsky.latents import decode
+from wan.models.kandinsky.latents import decode, draw_noise
 from wan.models.kandinsky.layout import POSITIONS
 from wan.models.kandinsky.processor import grid_of, install_processors, model_input
 from wan.models.training import Takes, TrainingSpec
@@ -47,7 +46,6 @@ def velocity(transformer: nn.Module, latents: Tensor, timestep: Tensor, texts: M
     text, grid = texts["text"], grid_of(own, latents.shape[2:])
     positions = torch.arange(text.shape[1], device=latents.device)
     install_processors(own).rows = positions < texts["rows"][:, None]
-    height, width = (n * stride for n, stride in zip(latents.shape[3:], GEOMETRY.vae_stride[1:]))
     out = transformer(
         model_input(own, latents, None),
         text,
@@ -55,7 +53,7 @@ def velocity(transformer: nn.Module, latents: Tensor, timestep: Tensor, texts: M
         texts["pooled"],
         [torch.arange(size, device=latents.device) for size in grid],
         positions,
-        scale_factor=rope_scale((width, height)),
+        scale_factor=rope_scale(GEOMETRY.size_of(latents.shape[2:])),
         return_dict=False,
     )
     return out.float().movedim(-1, 1)
@@ -77,13 +75,6 @@ def prepare(transformer: Kandinsky5Transformer3DModel) -> None:
 def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return type(module).forward(module, x.float())
-
-
-def draw_noise(transformer: nn.Module, video: VideoSettings, seed: int, device: torch.device) -> Tensor:
-    """What `Kandinsky5.draw_noise` draws, (1, C, T, h, w): channels last, as the published program does."""
-    shape = *video.latents_size, transformer.config.in_visual_dim
-    noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
-    return noise.movedim(-1, 0)[None].contiguous()
 
 
 def own_config(config: Mapping[str, Any], base: Checkpoint, algorithm: str | None) -> dict[str, Any]:

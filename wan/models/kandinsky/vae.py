@@ -80,9 +80,8 @@ def set_tiles(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
     # Larger latents may have switched it on before.
     vae.use_tiling = False
-    (_, _, frames, rows, columns), (_, h, w) = latents.shape, GEOMETRY.vae_stride
-    size = columns * w, rows * h
-    decoding = decoding_of(size, GEOMETRY.frames_of(frames), latents.dtype, vae.config.block_out_channels[0])
+    size, frames = GEOMETRY.size_of(latents.shape[2:]), GEOMETRY.frames_of(latents.shape[2])
+    decoding = decoding_of(size, frames, latents.dtype, vae.config.block_out_channels[0])
     tiles = tiles_for(decoding, latents.device)
     if tiles > 1:
         split_picture(vae, size, tiles)

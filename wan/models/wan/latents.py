@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
+from wan.config.settings import VideoSettings
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.vae import decoder_dtype, set_tiles, speed_up_decoder
 
@@ -32,6 +33,12 @@ def encode(
     moments = distribution.mode().float()
     mean, deviation = _statistics(vae, moments)
     return (moments - mean) / deviation
+
+
+def draw_noise(transformer: nn.Module, video: VideoSettings, seed: int, device: torch.device) -> Tensor:
+    """Float32 noise (1, C, T, h, w) for a video."""
+    shape = 1, transformer.config.in_channels, *video.latents_size
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float32)
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, memory
-from wan.models.wan.latents import decode, encode, glimpse
+from wan.models.wan.latents import decode, draw_noise, encode, glimpse
 from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER, velocity_of
 from wan.models.wan.text import cut_note, pad_text, tokenize
@@ -34,12 +33,10 @@ from wan.sampling.finite import check_decoded
 from wan.sampling.guided import make_video, sample_latents
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-from wan.sampling.texts import pad_rows
+from wan.sampling.texts import pad_rows, require_negative, warn_of_cuts
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
-
-log = logging.getLogger("wan")
 
 
 class WanT2V:
@@ -105,19 +102,14 @@ class WanT2V:
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer, so prompts cannot be read; download it again")
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        for prompt in prompts:
-            # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
-            is_said = prompt in self._cut or not self.is_leader
-            note = None if is_said else cut_note(self.tokenizer, prompt, self.text_length)
-            if note is not None:
-                self._cut.add(prompt)
-                log.warning("warning: %s", note)
+        # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
+        if self.is_leader:
+            warn_of_cuts(prompts, self._cut_note, self._cut)
         return tokenize(self.tokenizer, prompts, self.text_length)
 
     def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
         """A line for each prompt that is longer than the text encoder takes."""
-        notes = (cut_note(self.tokenizer, prompt, self.text_length) for prompt in prompts)
-        return tuple(note for note in notes if note is not None)
+        return tuple(note for note in map(self._cut_note, prompts) if note is not None)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -161,10 +153,8 @@ class WanT2V:
         outside what is allowed, and for latents not finite.
         """
         sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
-        if sampling.guide_scale != 1 and negative_context is None:
-            raise InputError(
-                f"guide_scale {sampling.guide_scale} needs negative text states; give them, or set it to 1"
-            )
+        if sampling.guide_scale != 1:
+            require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
         conditions = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
         latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
@@ -248,9 +238,7 @@ class WanT2V:
 
     def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = self.transformer.config.in_channels, *video.latents_size
-        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)[None]
+        return draw_noise(self.transformer, video, seed, self.device)
 
     @property
     def cache(self) -> StepCache | None:
@@ -266,6 +254,9 @@ class WanT2V:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self.transformer.config.rope_max_seq_len)
         return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
+
+    def _cut_note(self, prompt: str) -> str | None:
+        return cut_note(self.tokenizer, prompt, self.text_length)
 
     def _from_leader(self, x: Tensor) -> Tensor:
         return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.checkpoints.fingerprints import fingerprint_models
-from wan.config.settings import VideoSettings
 from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
 from wan.models.training import TEXT_LENGTH, Takes, TrainingSpec
 from wan.models.wan import components
 from wan.models.wan.diffusers_layout import write_component, write_index
-from wan.models.wan.latents import decode, encode
+from wan.models.wan.latents import decode, draw_noise, encode
 from wan.models.wan.new_transformer import new_transformer
 from wan.models.wan.text import cut_note, tokenize
 from wan.models.wan.vae import speed_up_encoder
@@ -83,12 +82,6 @@ def velocity(transformer: nn.Module, latents: Tensor, timestep: Tensor, text: Te
 
 def takes(config: Mapping[str, Any]) -> Takes:
     return Takes(config["in_channels"], {"text": config["text_dim"]}, config["rope_max_seq_len"])
-
-
-def draw_noise(transformer: nn.Module, video: VideoSettings, seed: int, device: torch.device) -> Tensor:
-    """What `WanT2V.draw_noise` draws, (1, C, T, h, w)."""
-    shape = 1, transformer.config.in_channels, *video.latents_size
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def embed_time_in_float32(transformer: WanTransformer3DModel) -> None:
