@@ -1,20 +1,24 @@
-"""A tokenizer as its `tokenizer.json` states it."""
+"""A tokenizer as its files state it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from wan.checkpoints.file_errors import CheckpointError, clear_errors
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder, which pads and cuts at the end; raises `CheckpointError` if it is damaged."""
+def read_tokenizer(folder: Path, kind: type[Any] = PreTrainedTokenizerFast) -> Any:
+    """The tokenizer in a folder, which pads and cuts at the end; raises `CheckpointError` if it is damaged.
+
+    kind: the class to read it by, where the folder has no `tokenizer.json`
+    """
     # tokenizers raises bare Exception for a damaged file
     with clear_errors(folder):
-        return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
+        return kind.from_pretrained(folder, local_files_only=True, padding_side="right", truncation_side="right")
 
 
 def check_vocabulary(

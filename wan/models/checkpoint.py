@@ -125,7 +125,17 @@ class Checkpoint:
         # One that is given may have it in itself or, as in diffusers' layout, beside it; or be a model alone.
         folder = self.folder_of(companion)
         places = [folder, folder.parent / name, *([] if self.published else [self.folder / name])]
-        return next((one for one in places if exists(one / TOKENIZER_FILE)), folder)
+        return next((one for one in places if self._tokenizer_files(one, name)), folder)
+
+    def tokenizer_files(self, name: str) -> tuple[Path, ...]:
+        """The files that say all of a tokenizer, by its folder in diffusers' layout; none if they are not there."""
+        return self._tokenizer_files(self._tokenizer_folder(name), name)
+
+    def _tokenizer_files(self, folder: Path, name: str) -> tuple[Path, ...]:
+        for parts in ((TOKENIZER_FILE,), self.family.tokenizer_parts.get(name, ())):
+            if parts and all(exists(folder / part) for part in parts):
+                return tuple(folder / part for part in parts)
+        return ()
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -139,8 +149,8 @@ class Checkpoint:
 
     def require_tokenizer(self) -> None:
         """Raise `CheckpointError` if there is no tokenizer, without which a prompt cannot be encoded."""
-        for folder in self.tokenizer_folders:
-            if not exists(folder / TOKENIZER_FILE):
+        for name, folder in zip(self.family.tokenizers, self.tokenizer_folders):
+            if not self.tokenizer_files(name):
                 raise CheckpointError(
                     f"{folder / TOKENIZER_FILE} is missing, so prompts cannot be read; download the checkpoint again"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +99,7 @@ class Family:
     hub_files: what is downloaded of a checkpoint
     components: the models of a checkpoint, the transformer first
     tokenizers: their folders in the published layout, by those in diffusers'
+    tokenizer_parts: files that together may stand for the one of a tokenizer, by its folder in diffusers' layout
     facts: reads what has to be known of a transformer off its configuration
     geometry: how it cuts pixels into latents and tokens
     naming: what files from anyone call the tensors of its transformer
@@ -142,6 +143,7 @@ class Family:
     features: frozenset[str] = FEATURES
     fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None
     training: str = ""
+    tokenizer_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def load_pipeline(self) -> type[Any]:
         """The class of `pipeline`."""

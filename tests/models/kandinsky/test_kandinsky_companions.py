@@ -144,3 +144,34 @@ def test_wan_takes_none(run, random_nano, kandinsky_nano, name):
     assert (code, said) == (2, f"error: {name} from elsewhere is not taken for Wan2.1 text-to-video; leave it out\n")
     with pytest.raises(InputError, match=f"^{name} from elsewhere is not taken for Wan2.1"):
         wan.from_pretrained(random_nano, **{name: kandinsky_nano})
+
+
+@pytest.fixture
+def older(kandinsky_diffusers, tmp_path):
+    """A checkpoint whose CLIP has a vocabulary and merges in place of a `tokenizer.json`, as older libraries saved."""
+    folder = Path(shutil.copytree(kandinsky_diffusers, tmp_path / "older"))
+    config = json.loads((folder / "text_encoder_2/config.json").read_text())
+    end = config.get("text_config", config)["eos_token_id"]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>"]
+    ids = {word: number for number, word in enumerate(words)} | {"<|startoftext|>": end - 1, "<|endoftext|>": end}
+    place = folder / "tokenizer_2"
+    (place / "tokenizer.json").unlink()
+    (place / "vocab.json").write_text(json.dumps(ids))
+    (place / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **marks}))
+    return folder
+
+
+def test_clip_reads_prompts_by_a_vocabulary_and_merges(run, older):
+    assert run("--ckpt_dir", older)[0] == 0
+    pipe = wan.from_pretrained(older)
+    ids, mask = pipe.tokenize_pooled("A  cat")
+    begin, a, cat, end = ids[0, :4].tolist()
+    assert mask[0].sum() == 4 and (a, cat, begin) == (26, 53, end - 1)
+    assert ids.shape == (1, 77) and (ids[0, 3:] == end).all()
+    assert pipe.tokenize_pooled("cat " * 100)[0][0, [0, -1]].tolist() == [begin, end]
+    (older / "tokenizer_2" / "merges.txt").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer_2/tokenizer.json is missing"):
+        wan.Checkpoint.open(older).require_tokenizer()

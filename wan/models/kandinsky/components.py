@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import Kandinsky5Transformer3DModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import CLIPTextModel, CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
@@ -19,12 +19,11 @@ from wan.checkpoints.lora import Adapter, merging
 from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.tokenizer import check_vocabulary, read_tokenizer
 from wan.checkpoints.weights import WeightFiles
-from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import published
 from wan.models.kandinsky.layout import (
     MODEL_FOLDER,
     NAME,
-    TOKENIZERS,
     TRANSFORMER_CLASS,
     refuse_gguf,
     transformer_files,
@@ -134,15 +133,18 @@ def _text_component(
 
 
 def load_tokenizer(checkpoint: Checkpoint, name: str, vocabulary: int) -> PreTrainedTokenizerFast | None:
-    """A tokenizer exactly as its `tokenizer.json` states it, or None if the checkpoint has none.
+    """A tokenizer exactly as its `tokenizer.json` states it, CLIP's also of a vocabulary and merges; None if the
+    checkpoint has none.
 
     name: as diffusers' pipeline calls it
     Raises `CheckpointError` if it is damaged or gives ids beyond the text encoder's vocabulary.
     """
-    folder = dict(zip(TOKENIZERS, checkpoint.tokenizer_folders))[name]
-    if not exists(folder / TOKENIZER_FILE):
+    files = checkpoint.tokenizer_files(name)
+    if not files:
         return None
-    tokenizer = read_tokenizer(folder)
+    folder = files[0].parent
+    # Of a vocabulary and merges its class has to say the rest.
+    tokenizer = read_tokenizer(folder, PreTrainedTokenizerFast if len(files) == 1 else CLIPTokenizerFast)
     check_vocabulary(tokenizer, vocabulary, folder)
     return tokenizer
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wan.checkpoints.fingerprints import fingerprint_models
-from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.layout import TOKENIZERS
@@ -55,7 +55,7 @@ class KandinskyClipEncoder:
             for name, encoder in zip(TOKENIZERS, (self.text_encoder, self.text_encoder_2))
         )
         # What else decides which tokens the encoders see.
-        files = b"".join((folder / TOKENIZER_FILE).read_bytes() for folder in checkpoint.tokenizer_folders)
+        files = b"".join(file.read_bytes() for name in TOKENIZERS for file in checkpoint.tokenizer_files(name))
         reading = files + str(self.length).encode()
         self.fingerprints["text_encoder"] = fingerprint_models(reading, self.text_encoder, self.text_encoder_2)
 

@@ -17,6 +17,7 @@ KANDINSKY = Family(
     components=layout.COMPONENTS,
     companions=layout.COMPANIONS,
     tokenizers=layout.TOKENIZERS,
+    tokenizer_parts=layout.TOKENIZER_PARTS,
     facts=layout.facts,
     layout_of_file=layout.layout_of_file,
     kinds_of=layout.kinds_of,

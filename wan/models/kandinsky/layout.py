@@ -37,6 +37,8 @@ COMPONENTS = (
     ComponentFiles("text_encoder_2", TRANSFORMERS_STEM, f"text_encoder2/{TRANSFORMERS_STEM}"),
 )
 TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder2"}
+# As older versions of transformers saved CLIP's, and diffusers' pipelines with it.
+TOKENIZER_PARTS = {"tokenizer_2": ("vocab.json", "merges.txt")}
 _TEXT_FILES = ("*.json", "*.txt", "model*.safetensors")
 COMPANIONS = (
     Companion("vae", "vae", "hunyuanvideo-community/HunyuanVideo", ("vae/*",), inner="vae"),

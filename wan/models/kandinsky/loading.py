@@ -80,7 +80,9 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     if options.is_leader:
         text_encoder_2 = _load_clip(clip, plan.text_encoder)
     vocabularies = language_model_of(qwen.model).config.vocab_size, clip.model.config.vocab_size
-    tokenizers = [components.load_tokenizer(checkpoint, *one) for one in zip(components.TOKENIZERS, vocabularies)]
+    tokenizers = [
+        components.load_tokenizer(checkpoint, *one) for one in zip(checkpoint.family.tokenizers, vocabularies)
+    ]
     if options.expand_prompt and options.is_leader:
         expander = make_expander(model, tokenizers[0], checkpoint)
     runs, offload = plan.text_encoder.runs, plan.offload

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from wan.checkpoints.file_errors import CheckpointError
 from wan.config.config_files import CONFIG_FOLDER, read_settings
-from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
+from wan.models.checkpoint import Checkpoint
 from wan.models.registry import FAMILIES
 from wan.tools.doctor.packages import IS_SOURCE, ROOT
 
@@ -64,7 +64,7 @@ def _problem_of(folder: Path) -> str:
                 files.find(folder, checkpoint.published)
             elif not (folder / files.published).is_file():
                 return f"{files.published} is missing"
-        if not elsewhere and not all((one / TOKENIZER_FILE).is_file() for one in checkpoint.tokenizer_folders):
+        if not elsewhere and not all(map(checkpoint.tokenizer_files, checkpoint.family.tokenizers)):
             return "without a tokenizer, so it cannot read prompts"
     except CheckpointError as error:
         return str(error)
