@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def training_of(transformer: nn.Module) -> TrainingSpec:
 
 def join_texts(join: Callable[[list[Tensor]], Tensor], texts: Sequence[Texts]) -> Texts:
     """Texts as one, such as those of several clips by `torch.stack`: each of their tensors with those of its name."""
-    first = texts[0]
-    if isinstance(first, Tensor):
-        return join(list(texts))
-    return {name: join([text[name] for text in texts]) for name in first}
+    if isinstance(texts[0], Tensor):
+        return join(cast(list[Tensor], list(texts)))
+    named = cast(Sequence[dict[str, Tensor]], texts)
+    return {name: join([text[name] for text in named]) for name in named[0]}
