@@ -75,12 +75,7 @@ def from_pretrained(
     components = {name: str(where) for name, where in given.items() if where is not None}
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, transformer, components)
     checkpoint.family.require(expand_prompt=expand_prompt)
-    own = checkpoint.family.load_pipeline()
-    if pipeline is not None and not issubclass(pipeline, own):
-        raise CheckpointError(
-            f"{checkpoint.name} is a checkpoint of {checkpoint.family.name}, which {pipeline.__name__} does not run; "
-            "use wan.from_pretrained"
-        )
+    made = _pipeline_class(checkpoint, pipeline)
     asked = components | {
         "dtype": dtype and str(dtype).removeprefix("torch."),
         "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
@@ -110,7 +105,18 @@ def from_pretrained(
         expand_pictures=expand_prompt and checkpoint.begins_with_picture(settings.model.kind) is not False,
         plan=plan,
     )
-    return (pipeline or own).from_settings(checkpoint, settings, options)
+    return made.from_settings(checkpoint, settings, options)
+
+
+def _pipeline_class(checkpoint: Checkpoint, wanted: type[Any] | None) -> type[Any]:
+    """The class that is wanted, or that of the family; raises `CheckpointError` for one that does not run it."""
+    own = checkpoint.family.load_pipeline()
+    if wanted is not None and not issubclass(wanted, own):
+        raise CheckpointError(
+            f"{checkpoint.name} is a checkpoint of {checkpoint.family.name}, which {wanted.__name__} does not run; "
+            "use wan.from_pretrained"
+        )
+    return wanted or own
 
 
 def from_settings(cls: type[Any], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> Any:
