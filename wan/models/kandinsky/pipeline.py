@@ -138,7 +138,7 @@ class Kandinsky5:
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor, still: bool = False) -> list[Tensor]:
-        """Text states (own rows, C) of each prompt, of ids and mask (B, L) that `tokenize` gave for the same `still`."""
+        """Text states (own rows, C) of each prompt, of ids and mask (B, L) as `tokenize` gave for the same `still`."""
         with on_device(self.text_encoder, self.text_device, self.offload) as encoder:
             ids, mask = ids.to(self.text_device), mask.to(self.text_device)
             states = text_states(encoder, ids, mask, tokens_before(self.tokenizer, still))
