@@ -27,7 +27,7 @@ from wan.models.wan.latents import decode
 from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, workload_for
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import make_quantizer
-from wan.tools.benchmark.transformer import random_inputs
+from wan.tools.benchmark.models import wan_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ def test_streamed_blocks_give_the_same_to_the_bit_and_two_are_there(kept, compil
     transformer = random_transformer("t2v-1.3B", torch.bfloat16, GPU, layers=LAYERS)
     fuse_gelu(transformer)
     apply_attention(transformer, NablaConfig(keep=0.3))
-    inputs = random_inputs(transformer, VideoSettings((256, 208), 9), 1)
+    inputs = wan_inputs(transformer, VideoSettings((256, 208), 9), 1)
     if compiled:
         compile_blocks(transformer.blocks)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_forward_keeps_to_its_estimate_under_a_limit(packing):
     limit(GPU, MemoryBudget(int(6 * GB), 0, 0))
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad(), stream.opened():
-        inputs = random_inputs(transformer, SMALL, 1)
+        inputs = wan_inputs(transformer, SMALL, 1)
         first = transformer(*inputs, return_dict=False)[0]
         again = transformer(*inputs, return_dict=False)[0]
     assert first.isfinite().all() and torch.equal(first, again)

@@ -41,7 +41,7 @@ def test_it_is_what_runs_if_nothing_is_named_and_shows_what_is_said(tmp_path, ca
 
 def test_a_task_or_a_config_still_names_its_own(tmp_path, monkeypatch, capsys):
     for flags, name in ((["--task", "t2v-1.3B"], "Wan-AI/Wan2.1-T2V-1.3B"), (["--config", "full.yaml"], "T2V-14B")):
-        monkeypatch.setattr(Checkpoint, "open", lambda name, with_transformer=True: pytest.fail(f"opens {name}"))
+        monkeypatch.setattr(Checkpoint, "open", lambda name, *_: pytest.fail(f"opens {name}"))
         with pytest.raises(pytest.fail.Exception, match=f"opens .*{name}"):
             generate.main(["--prompt", "a cat", "--device", "cpu", "--save_file", str(tmp_path / "out.mp4"), *flags])
 
