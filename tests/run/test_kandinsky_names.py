@@ -30,6 +30,8 @@ NATIVE = {
     "lite_t2v_sft_10s": (WINDOWED, 50, 5),
     "lite_t2v_distilled16steps_5s": (None, 16, 1),
     "lite_t2v_nocfg_5s": (None, 50, 1),
+    "lite_t2v_nocfg_10s": (WINDOWED, 50, 1),
+    "lite_t2v_distilled16steps_10s": (WINDOWED, 16, 1),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class Component:
         check_names(self.weights, {name: tuple(expected[own].shape) for name, own in self.names.items()})
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Memory that the weights take in a dtype."""
-        return self.weights.bytes(dtype)
+        """Memory that the weights take in a dtype, what stays in float32 counted as that."""
+        kept = (math.prod(self.weights.shapes[name]) for name, own in self.names.items() if self._is_kept(own))
+        return self.weights.bytes(dtype) + sum(kept) * (torch.float32.itemsize - dtype.itemsize)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors as they are stored, by their names in the model, one at a time."""
@@ -96,7 +98,10 @@ class Component:
         return self.model.requires_grad_(False).eval()
 
     def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if set(name.split(".")) & set(self.float32) else dtype
+        return torch.float32 if self._is_kept(name) else dtype
+
+    def _is_kept(self, name: str) -> bool:
+        return bool(set(name.split(".")) & set(self.float32))
 
 
 def _own_rows(tensor: Tensor, whole: DTensor) -> Tensor:

@@ -151,3 +151,14 @@ def test_without_the_hub_what_is_not_cached_is_named_with_what_to_do(hub, offlin
 def test_without_the_hub_and_its_cache_a_native_repository_cannot_be_had(offline):
     with pytest.raises(CheckpointError, match=f"checkpoint {LITE} is not a directory here and could not be downloaded"):
         Checkpoint.open(LITE)
+
+
+def test_lite_from_a_picture_is_told_by_its_file(kandinsky_nano, tmp_path):
+    folder = shutil.copytree(kandinsky_nano, tmp_path / "lite")
+    (file,) = (folder / "model").iterdir()
+    file.rename(file.with_name("kandinsky5lite_i2v_5s.safetensors"))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.begins_with_picture(None) and checkpoint.own_attention() is None
+    checkpoint.check_kind("kandinsky5-lite-i2v")
+    with pytest.raises(CheckpointError, match="the settings are for kandinsky5-lite-t2v"):
+        checkpoint.check_kind("kandinsky5-lite-t2v")

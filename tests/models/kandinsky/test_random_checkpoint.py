@@ -17,7 +17,8 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen2_5_VLConfi
 
 from nabla import InputError
 from wan.config.settings import VideoSettings
-from wan.models.kandinsky import published, random_checkpoint
+from wan.models.checkpoint import Checkpoint
+from wan.models.kandinsky import components, published, random_checkpoint
 from wan.models.kandinsky.family import KANDINSKY
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.random_sizes import (
@@ -236,3 +237,9 @@ def forward(transformer, text: torch.Tensor, pooled: torch.Tensor) -> torch.Tens
         return transformer(
             latents, text, torch.tensor([500.0]), pooled, grid, torch.arange(text.shape[1]), return_dict=False
         )
+
+
+def test_what_a_component_weighs_is_what_it_is_loaded_to(kandinsky_nano):
+    component = components.transformer_component(Checkpoint.open(kandinsky_nano))
+    weighed = component.bytes(torch.bfloat16)
+    assert weighed == sum(p.nbytes for p in component.load(torch.bfloat16, "cpu").parameters())

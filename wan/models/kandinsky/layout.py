@@ -41,7 +41,14 @@ TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder2"}
 TOKENIZER_PARTS = {"tokenizer_2": ("vocab.json", "merges.txt")}
 _TEXT_FILES = ("*.json", "*.txt", "model*.safetensors")
 COMPANIONS = (
-    Companion("vae", "vae", "hunyuanvideo-community/HunyuanVideo", ("vae/*",), inner="vae"),
+    # A repository that is given in its place may have it at its root.
+    Companion(
+        "vae",
+        "vae",
+        "hunyuanvideo-community/HunyuanVideo",
+        ("vae/*", CONFIG, f"{DIFFUSERS_STEM}*.safetensors"),
+        inner="vae",
+    ),
     Companion("text_encoder", "text_encoder", "Qwen/Qwen2.5-VL-7B-Instruct", _TEXT_FILES),
     Companion("text_encoder_2", "text_encoder2", "openai/clip-vit-large-patch14", _TEXT_FILES),
 )
@@ -65,7 +72,10 @@ SIZES = {"lite": (1792, 32), "pro": (4096, 60)}
 KINDS = frozenset(f"kandinsky5-{size}-{task}" for size in SIZES for task in ("t2v", "i2v"))
 PICTURE_KINDS = frozenset(kind for kind in KINDS if kind.endswith("i2v"))
 # The names of published files, such as kandinsky5lite_t2v_sft_10s.
-FILE_NAME = re.compile(r"kandinsky5(?P<size>lite|pro)_(?P<task>t2v|i2v)_(?P<training>[a-z0-9]+)_(?P<seconds>5|10)s")
+# Lite's from a picture leaves out its training.
+FILE_NAME = re.compile(
+    r"kandinsky5(?P<size>lite|pro)_(?P<task>t2v|i2v)(?:_(?P<training>[a-z]+[a-z0-9]*))?_(?P<seconds>5|10)s"
+)
 FPS = 24
 NEGATIVE_PROMPT = (
     "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
@@ -200,7 +210,7 @@ def facts(layout: Layout) -> TransformerFacts:
 def published_as(layout: Layout) -> Published | None:
     """What the name says that the transformer's file was published by, if it has such a one."""
     named = FILE_NAME.fullmatch(str(layout.config.get("published_as", "")))
-    return Published(named["size"], named["task"], named["training"], int(named["seconds"])) if named else None
+    return Published(named["size"], named["task"], named["training"] or "", int(named["seconds"])) if named else None
 
 
 def kinds_of(layout: Layout) -> frozenset[str]:
