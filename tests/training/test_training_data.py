@@ -250,6 +250,8 @@ def test_videos_are_scaled_cropped_and_cut_to_what_is_asked_for(videos, caplog):
         VideoFolder(str(videos), sizes=["64*48"])[0]
     with pytest.raises(InputError, match="good.mp4: its 5 frames are fewer than 9"):
         VideoFolder(str(videos), frame_nums=[9])[0]
+    with pytest.raises(InputError, match="good.mp4: its [23] frames at 8 a second are fewer than 5"):
+        VideoFolder(str(videos), frame_nums=[5], fps=8)[0]
 
 
 def test_a_video_that_is_turned_for_showing_is_taken_as_it_is_shown(tmp_path):

@@ -103,7 +103,8 @@ class VideoFolder:
             return frames
         possible = [n for n in self.frame_nums if n <= len(frames)]
         if not possible:
-            raise BadSample(f"its {len(frames)} frames are fewer than {self.frame_nums[-1]}")
+            rate = "" if self.fps is None else f" at {self.fps:g} a second"
+            raise BadSample(f"its {len(frames)} frames{rate} are fewer than {self.frame_nums[-1]}")
         return frames[: possible[0]]
 
     def _choose_size(self, own: tuple[int, int]) -> tuple[int, int] | None:
