@@ -450,3 +450,17 @@ def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("wan.serve.server.gr.Blocks.launch", interrupted)
     assert app.main(["--save_dir", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_presets_for_other_kinds_of_checkpoint_than_the_given_one_are_left_out(random_nano, kandinsky_nano):
+    for folder, there, gone in (
+        (random_nano, "nabla_0.7", "kandinsky5_lite_sft_5s"),
+        (kandinsky_nano, "kandinsky5_lite_sft_5s", "kandinsky5_pro_i2v_5s_hd"),
+    ):
+        presets = Presets({"checkpoint": str(folder)}, "x")
+        assert there in presets.names and gone not in presets.names
+        # All that are offered can be chosen.
+        assert all(map(presets.settings, presets.names))
+    asked = Presets({"checkpoint": str(random_nano)}, "x", "kandinsky5_lite_sft_5s.yaml")
+    with pytest.raises(InputError, match="the settings are for kandinsky5-lite-t2v"):
+        asked.settings(asked.first)

@@ -58,6 +58,12 @@ class Presets:
 
     def __post_init__(self) -> None:
         files = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
+        given = self.flags.get("checkpoint")
+        if given is not None and Path(given).expanduser().is_dir():
+            # It stands for that of every preset, of which some are for another kind. One that is asked for by name is
+            # kept, to be refused in words.
+            checkpoint = Checkpoint.open(given)
+            files = {name: path for name, path in files.items() if _is_for(path, checkpoint)}
         if self.config is not None:
             # For its errors alone: a wrong file is said at the start.
             read_settings(self.config)
@@ -111,6 +117,15 @@ class Presets:
             raise InputError(f"preset {name!r} is not known; use one of {', '.join(self.names)}")
         # Its file may have a prompt, as a sidecar does; the page's is a control that presets leave alone.
         return {key: value for key, value in read_settings(self.files[name]).items() if key != "prompt"}
+
+
+def _is_for(config: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a config is not for another kind of checkpoint."""
+    try:
+        checkpoint.check_kind(read_settings(config).get("kind"))
+    except CheckpointError:
+        return False
+    return True
 
 
 class LoraLibrary:
