@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla import InputError
 
@@ -27,6 +28,26 @@ def random_tensor(
     # Products of fan-in f scale by f^(-1/2).
     scale = math.prod(shape[1:]) ** -0.5 if scale is None else scale
     return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+
+def fill(
+    model: nn.Module,
+    dtype: torch.dtype,
+    float32: Collection[str],
+    draw: Callable[[str, tuple[int, ...], torch.dtype], Tensor],
+    place: Callable[[Any], Callable[[str, Tensor], Tensor]] | None = None,
+) -> None:
+    """Give a model on the meta device weights that are drawn, each in the type that `Component.load` would read it in.
+
+    float32: names of what stays in that; draw: makes a tensor of a name, shape and type
+    place: from the model to what is done with each tensor by its name, as it is drawn
+    """
+    placed = (lambda name, tensor: tensor) if place is None else place(model)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        kept = torch.float32 if set(name.split(".")) & set(float32) else dtype
+        state[name] = placed(name, draw(name, tuple(tensor.shape), kept))
+    model.load_state_dict(state, assign=True)
 
 
 def make_empty(folder: Path) -> None:

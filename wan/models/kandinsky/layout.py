@@ -17,10 +17,10 @@ from nabla.config import is_number
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
-from wan.checkpoints.naming import PREFIXES
 from wan.checkpoints.weights import WeightFiles
 from wan.files.formats import GGUF, SAFETENSORS
 from wan.models.family import Companion, HubFiles, Layout, TransformerFacts
+from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.sizes import FIRST_LAYER, Shapes, transformer_config
 
 NAME = "Kandinsky-5"
@@ -149,14 +149,8 @@ def refuse_gguf(file: Path) -> None:
 
 
 def _layout_of(file: Path) -> Layout | None:
-    shapes = {_plain(name): shape for name, shape in WeightFiles([file]).shapes.items()}
+    shapes = {NAMING.published_of(name): shape for name, shape in WeightFiles([file]).shapes.items()}
     return Layout(True, _native_config(file, shapes)) if FIRST_LAYER in shapes else None
-
-
-def _plain(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _native_config(file: Path, shapes: Shapes) -> dict[str, Any]:

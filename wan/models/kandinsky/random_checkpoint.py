@@ -70,14 +70,8 @@ def random_transformer(
     place: from the model to what is done with each tensor by its name, as it is drawn on the device
     """
     transformer = meta_transformer(MODELS[model], layers)
-    placed = (lambda name, tensor: tensor) if place is None else place(transformer)
-    generator = torch.Generator(device).manual_seed(seed)
-    state = {}
-    for name, tensor in transformer.state_dict().items():
-        # As `Component.load` does, so that memory and speed are those of a real checkpoint.
-        kept = torch.float32 if set(name.split(".")) & set(FLOAT32_MODULES) else dtype
-        state[name] = placed(name, random_tensor(name, tuple(tensor.shape), kept, generator))
-    transformer.load_state_dict(state, assign=True)
+    draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
+    random_weights.fill(transformer, dtype, FLOAT32_MODULES, draw, place)
     finish_transformer(transformer, device)
     return transformer.requires_grad_(False).eval()
 

@@ -77,15 +77,12 @@ def random_transformer(
     place: from the model to what is done with each tensor by its name, as it is drawn on the device
     """
     transformer = meta_transformer(MODELS[model], layers)
-    placed = (lambda name, tensor: tensor) if place is None else place(transformer)
     generator = torch.Generator(device).manual_seed(seed)
-    state = {}
-    for name, tensor in transformer.state_dict().items():
-        # As `Component.load` does, so that memory and speed are those of a real checkpoint.
-        kept = torch.float32 if set(name.split(".")) & set(transformer._keep_in_fp32_modules) else dtype
-        drawn = random_tensor(names.published(name, names.TRANSFORMER), tuple(tensor.shape), kept, generator)
-        state[name] = placed(name, drawn)
-    transformer.load_state_dict(state, assign=True)
+
+    def draw(name: str, shape: tuple[int, ...], kept: torch.dtype) -> Tensor:
+        return random_tensor(names.published(name, names.TRANSFORMER), shape, kept, generator)
+
+    random_weights.fill(transformer, dtype, transformer._keep_in_fp32_modules, draw, place)
     finish_transformer(transformer, device)
     return transformer.requires_grad_(False).eval()
 

@@ -61,7 +61,7 @@ def _problem_of(folder: Path) -> str:
                 continue
             # A pickle takes long to open.
             if not (checkpoint.published and files.is_one_file):
-                files.find(folder, checkpoint.published)
+                checkpoint.weights_of(files.name)
             elif not (folder / files.published).is_file():
                 return f"{files.published} is missing"
         if not elsewhere and not all(map(checkpoint.tokenizer_files, checkpoint.family.tokenizers)):
