@@ -65,8 +65,8 @@ class GuidedPipeline(ObservedPipeline, Protocol):
     def expand_prompt(self, prompt: str, image: Any = None) -> str:
         """The prompt as the language model writes it out, on all processes that share a video; of families that do."""
 
-    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
-        """Float32 noise (1, C, T, h, w) for a video."""
+    def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video, which conditions may ask more frames of."""
 
     def describe_attention(self, video: VideoSettings) -> str:
         """One line of the attention in a video of this size."""
@@ -86,7 +86,7 @@ def make_video(pipe: GuidedPipeline, request: VideoRequest, observer: Observer) 
             conditions = pipe.encode(request)
         with _stage(pipe, "sampling", observer):
             assert sampling.seed is not None, "a request has its seed drawn"
-            noise = pipe.draw_noise(request.video, sampling.seed)
+            noise = pipe.draw_noise(request.video, sampling.seed, conditions)
             if pipe.distributed is not None:
                 # Without a seed given, each process has drawn one of its own.
                 noise = pipe.distributed.broadcast_from_leader(noise.contiguous())

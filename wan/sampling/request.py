@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from wan.config.settings import SamplingSettings, VideoSettings
+
+# What a video may be made of beside a prompt, by the names of the settings and of a request's fields.
+INPUTS = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
 
 
 @dataclass(frozen=True)
 class VideoRequest:
     """A video to make, the same for pipelines of all families.
 
-    image: (height, width, 3) uint8 RGB, which it begins with, as large as it came; None for text alone
+    image, last_image: (height, width, 3) uint8 RGB, which it begins and ends with, as large as they came; None for text
+        alone
+    src_video, src_mask: a video to keep parts of, and where to make others; see the pipelines that take them
+    src_ref_images: pictures of what the video is to show
     """
 
     prompt: str
     video: VideoSettings
     sampling: SamplingSettings
     image: np.ndarray | None = None
+    last_image: np.ndarray | None = None
+    src_video: Any | None = None
+    src_mask: Any | None = None
+    src_ref_images: tuple[np.ndarray, ...] = ()

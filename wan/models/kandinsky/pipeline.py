@@ -277,7 +277,7 @@ class Kandinsky5:
             prompt = self.expand_prompt(prompt, picture)
         return make_video(self, VideoRequest(prompt, video, sampling, picture), with_progress(progress, observer))
 
-    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
+    def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video, drawn with channels last, as the published program does."""
         return draw_noise(self.transformer, video, seed, self.device)
 

@@ -37,7 +37,8 @@ def encode(
 
 def draw_noise(transformer: nn.Module, video: VideoSettings, seed: int, device: torch.device) -> Tensor:
     """Float32 noise (1, C, T, h, w) for a video."""
-    shape = 1, transformer.config.in_channels, *video.latents_size
+    # Not those that it takes, which may be more than the noise.
+    shape = 1, transformer.config.out_channels, *video.latents_size
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float32)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, memory
+from wan.models.wan.condition import Condition
+from wan.models.wan.inputs import read_inputs
 from wan.models.wan.latents import decode, draw_noise, encode, glimpse
 from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER, velocity_of
@@ -38,13 +41,18 @@ from wan.sampling.texts import pad_rows, require_negative, warn_of_cuts
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
 
+NO_INPUTS = "this checkpoint starts from text alone"
+
 
 class WanT2V:
     """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.models.pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
+    transformer_2: the expert of low noise, where `transformer` is that of high noise; None where there is one for all
+    boundary: from which share of the 1,000 timesteps on the expert of high noise runs
     vae: diffusers' `AutoencoderKLWan`, its encoder in float32
     text_encoder: transformers' `UMT5EncoderModel`
+    image_encoder: transformers' `CLIPVisionModel`, where the transformer sees pictures by it
     sampling, video: the settings that `generate` uses where it is given none
     processes: those that share the work, kept as `distributed`, or None for this one alone. Of those that share a
         video one leads: only it has a VAE, a text encoder unless that is sharded, and the result
@@ -71,8 +79,16 @@ class WanT2V:
         sampling: SamplingSettings,
         video: VideoSettings,
         processes: DistributedContext | None = None,
+        transformer_2: nn.Module | None = None,
+        boundary: float | None = None,
+        image_encoder: nn.Module | None = None,
     ):
         self.transformer = transformer
+        self.transformer_2 = transformer_2
+        self.boundary = boundary
+        # The one whose steps are being sampled, see `sample_latents`.
+        self.running = transformer
+        self.image_encoder = image_encoder
         self.vae = vae
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
@@ -87,7 +103,8 @@ class WanT2V:
         self.plan: MemoryPlan | None = None
         self.lora: Sequence[LoraFile] = ()
         self._cut: set[str] = set()
-        transformer.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
+        for one in self.transformers:
+            one.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, path: str | Path | Checkpoint, *args: Any, **options: Any) -> WanT2V:
@@ -128,7 +145,14 @@ class WanT2V:
         else:
             shape = len(prompts), self.text_length, self.transformer.config.text_dim
             states = torch.empty(shape, device=self.device, dtype=self.transformer.dtype)
-        return Conditions(*self._from_leader(states).split(1))
+        return self._guided(Conditions(*self._from_leader(states).split(1)), self._condition_of(request))
+
+    def condition(self, *, size: object = None, frame_num: int | None = None, **inputs: object) -> Condition:
+        """What stands beside the noise of a video that begins with more than text; here `InputError`, as nothing does.
+
+        size: (width, height) of the video, exactly; frame_num: its frames; inputs: as of `generate`
+        """
+        raise InputError(f"{NO_INPUTS}, so nothing stands beside the noise; use sample without conditions")
 
     @torch.no_grad()
     def sample(
@@ -143,31 +167,37 @@ class WanT2V:
         solver: str | None = None,
         progress: bool = False,
         observer: Observer | None = None,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         """Denoise float32 noise (B, C, T, h, w) to latents of the same shape, guided by text states (B, L, C).
 
         `negative_context` is needed unless guide_scale is 1. A single clip may be given, and is returned, unbatched.
         What is not given is taken from `self.sampling`: 50 steps of unipc, shift 5, guide_scale 5 unless the
         checkpoint says else. Processes that share a video must be given the same. progress: show a line, on the first
-        process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
-        outside what is allowed, and for latents not finite.
+        process; observer: is told what happens, see `wan.observe.observer`; conditions: what `condition` gave. Raises
+        `InputError` for settings outside what is allowed, and for latents not finite.
         """
         sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
         if sampling.guide_scale != 1:
             require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
-        conditions = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
-        latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
+        texts = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
+        guidance = self._guided(texts, conditions)
+        latents = sample_latents(self, latents, guidance, sampling, with_progress(progress, observer))
         return latents.view(noise.shape)
 
     def predict(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
-        return velocity_of(self.transformer, latents, timestep, context)
+        return velocity_of(self.running, latents, timestep, context)
 
     def batch_branches(self, conditions: Conditions, latents: Tensor) -> Tensor | None:
         """Text states of both guidance branches as one batch, where a GPU has so much room that this is faster."""
         has_room = memory.has_room_for_both(self.transformer, latents)
         return torch.cat((conditions.prompt, conditions.negative)) if has_room else None
+
+    def hold(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Latents, before the first step and after each, with what is given of them put back: here nothing is."""
+        return latents
 
     def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
         """Sampled latents as they are to be decoded: no otherwise than they are."""
@@ -210,19 +240,22 @@ class WanT2V:
         solver: str | None = None,
         progress: bool = False,
         observer: Observer | None = None,
-        image: object = None,
+        exact_size: bool | None = None,
+        **inputs: object,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
+        inputs: what `INPUTS` of `wan.sampling.request` names, of those that the checkpoint takes: pictures as paths,
+            PIL images or (height, width, 3) uint8. The video has their form then, in about the area of `size`;
+            exact_size: has `size` itself
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
         device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
-        first process; observer: is told what happens, see `wan.observe.observer`; image: is refused. Raises
-        `InputError` for settings outside what is allowed.
+        first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
+        outside what is allowed, and for inputs that are not taken or missing.
         """
         check_prompt(prompt)
-        if image is not None:
-            raise InputError("image is not taken: Wan2.1 starts from text alone here; leave it out")
+        self.check_inputs({name for name, value in inputs.items() if value is not None})
         video = changed(self.video, size=size, frame_num=frame_num)
         sampling = changed(
             self.sampling,
@@ -233,12 +266,28 @@ class WanT2V:
             guide_scale=guide_scale,
             solver=solver,
         ).with_seed()
-        video.check_positions(self.transformer.config.rope_max_seq_len)
-        return make_video(self, VideoRequest(prompt, video, sampling), with_progress(progress, observer))
+        request = VideoRequest(prompt, video, sampling, **read_inputs(inputs))
+        request = request if exact_size else replace(request, video=self.fit_size(request))
+        request.video.check_positions(self.transformer.config.rope_max_seq_len)
+        return make_video(self, request, with_progress(progress, observer))
 
-    def draw_noise(self, video: VideoSettings, seed: int) -> Tensor:
-        """Float32 noise (1, C, T, h, w) for a video."""
+    def check_inputs(self, given: Collection[str]) -> None:
+        """Raise `InputError` for inputs, by their names, that this pipeline does not take, or lacks one of them."""
+        if given:
+            raise InputError(f"{min(given)} is not taken: {NO_INPUTS}; leave it out")
+
+    def fit_size(self, request: VideoRequest) -> VideoSettings:
+        """The video in the form of what it begins with, where that is more than text."""
+        return request.video
+
+    def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
+        """Float32 noise (1, C, T, h, w) for a video, which conditions may ask more frames of."""
         return draw_noise(self.transformer, video, seed, self.device)
+
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """Those that there are, in the order in which they run."""
+        return (self.transformer,) if self.transformer_2 is None else (self.transformer, self.transformer_2)
 
     @property
     def cache(self) -> StepCache | None:
@@ -260,6 +309,19 @@ class WanT2V:
 
     def _from_leader(self, x: Tensor) -> Tensor:
         return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())
+
+    def _condition_of(self, request: VideoRequest) -> Condition | None:
+        """What `condition` makes of a request's inputs, on all processes that share the video; None of text alone."""
+        return None
+
+    def _guided(self, texts: Conditions, condition: Tensor | None) -> Conditions:
+        """What `predict` takes in each guidance branch, of its text states (B, L, C) and what stands beside the noise.
+
+        Raises `InputError` for a condition that is not taken, is missing or does not fit.
+        """
+        if condition is not None:
+            raise InputError(f"conditions are not taken: {NO_INPUTS}; leave them out")
+        return texts
 
     def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
         if text is None:
