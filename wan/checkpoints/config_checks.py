@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from nabla.config import is_count, is_number
 
 # Several times what any of the models here has; one of more would take long to build, even without memory.
 MAX_LAYERS = 400
 MAX_WIDTH = 2**20
+MAX_LISTED = 8
 
 
 def sizes_of(config: Mapping[str, object], keys: Iterable[str]) -> None:
@@ -32,6 +34,14 @@ def fraction(key: str, value: object) -> float:
     if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 and below 1")
     return float(value)
+
+
+def each(key: str, value: object, fits: Callable[[Any], bool], length: int | None, what: str) -> None:
+    """Raise `ValueError` unless a value is a list, of `length` if that is not None, of what fits, named by `what`."""
+    if not isinstance(value, (list, tuple)) or not all(map(fits, value)) or len(value) > MAX_LISTED:
+        raise ValueError(f"{key} is {value!r}, but must be a list of {what}")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{key} is {value!r}, but must be {length} {what}")
 
 
 def divides(key: str, value: int, of: str, whole: int) -> None:

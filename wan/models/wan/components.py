@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from nabla.config import is_count, is_number
+from nabla.config import is_count
 from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object, require_file
@@ -24,10 +24,11 @@ from wan.checkpoints.tokenizer import check_vocabulary, read_tokenizer
 from wan.checkpoints.weights import WeightFiles
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
-from wan.models.wan.component_configs import check_transformer, check_vae, text_config
+from wan.models.wan.component_configs import check_transformer, text_config
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.layout import COMPONENTS, OWN_KEYS
 from wan.models.wan.names import NAMING
+from wan.models.wan.vae_component import vae_component as vae_component
 
 TRANSFORMER, VAE, TEXT_ENCODER = COMPONENTS
 PAD_TOKEN = "<pad>"
@@ -103,29 +104,6 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
     # Its tables are not in the state dict, so that loading leaves them on the meta device.
     model.rope = WanRotaryPosEmbed(own.attention_head_dim, own.patch_size, own.rope_max_seq_len).to(device)
     model.condition_embedder.timesteps_proj = PublishedTimesteps(own.freq_dim)
-
-
-def vae_component(checkpoint: Checkpoint) -> Component:
-    """The VAE; without statistics of its latents in its configuration it has the published ones."""
-    weights = _find(checkpoint, VAE)
-    if checkpoint.published:
-        with fitting(AutoencoderKLWan.__name__, weights):
-            model = published.vae(weights.shapes)
-    else:
-        config = read_json_object(checkpoint.folder / VAE.name / CONFIG)
-        with fitting(AutoencoderKLWan.__name__, weights):
-            check_vae(config, weights.shapes)
-            model = _model(AutoencoderKLWan, config)
-    own, where = model.config, weights.files[0].parent
-    strides = own.scale_factor_temporal, own.scale_factor_spatial, own.scale_factor_spatial
-    if strides != GEOMETRY.vae_stride or own.patch_size is not None:
-        raise CheckpointError(f"{where} is not the VAE of Wan2.1: its strides must be {GEOMETRY.vae_stride}")
-    for name, values in (("latents_mean", own.latents_mean), ("latents_std", own.latents_std)):
-        if not isinstance(values, (list, tuple)) or len(values) != own.z_dim or not all(map(is_number, values)):
-            raise CheckpointError(f"{where}: the VAE's {name} is {values!r}, but must be {own.z_dim} numbers")
-    if min(own.latents_std) <= 0:
-        raise CheckpointError(f"{where}: the VAE's latents_std is {own.latents_std}, but must be above 0")
-    return _component(model, weights, checkpoint.published)
 
 
 def text_encoder_component(checkpoint: Checkpoint, dtype: torch.dtype) -> Component:

@@ -33,6 +33,7 @@ from wan.models.wan.diffusers_layout import SCHEDULER_FILE, cast, make_scheduler
 from wan.models.wan.family import WAN
 from wan.models.wan.latent_statistics import STATISTICS, fold_statistics
 from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
+from wan.models.wan.vae_component import vae_of_tensors
 
 LAYOUTS = ("published", "diffusers")
 # What two models of the same tensors may differ in without computing anything else.
@@ -170,7 +171,7 @@ def _check_published(checkpoint: Checkpoint, models: ConvertedModels[Component])
     try:
         read = ConvertedModels(
             published.transformer(config, _published_shapes(models.transformer)),
-            published.vae(_published_shapes(models.vae)),
+            vae_of_tensors(_published_shapes(models.vae)),
             published.text_encoder(_published_shapes(models.text_encoder)),
         )
     except (LookupError, ValueError) as error:

@@ -11,8 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan.config.settings import VideoSettings
-from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.vae import decoder_dtype, set_tiles, speed_up_decoder
+from wan.models.wan.vae import decoder_dtype, geometry_by, set_tiles, speed_up_decoder
 
 log = logging.getLogger("wan")
 
@@ -26,7 +25,9 @@ def encode(
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
     frames, height, width = video.shape[2:]
-    GEOMETRY.check_whole((width, height), frames)
+    geometry_by(vae).check_whole((width, height), frames)
+    # Decoding may have switched it on, and encodes in tiles too, which changes the latents.
+    vae.use_tiling = False
     video = video.to(vae.encoder.conv_in.weight.dtype)
     distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
     # The mean, not a sample, as in the published program.

@@ -50,43 +50,12 @@ TEXT_ENCODER: tuple[Rule, ...] = (
     (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
 )
 
-VAE: tuple[Rule, ...] = (
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."),
-    # Norm, SiLU, convolution.
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.", ".downsamples."),
-    # A residual is a Sequential: norm, SiLU, convolution, norm, SiLU, dropout, convolution.
-    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm1\.", r".\1.residual.0."),
-    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.conv1\.", r".\1.residual.2."),
-    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.norm2\.", r".\1.residual.3."),
-    (r"\.(downsamples\.\d+|upsamples\.\d+|middle\.[02])\.conv2\.", r".\1.residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-)
-
 
 def published(name: str, rules: Iterable[Rule]) -> str:
     """The published name of a library's tensor."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def published_vae(name: str, residuals: int) -> str:
-    """The published name of a tensor of `AutoencoderKLWan` with `residuals` residual blocks in a decoder stage.
-
-    The published decoder numbers its residual blocks and upsamplers through; diffusers numbers them by stage.
-    """
-    stage = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name)
-    if stage:
-        number = int(stage[1]) * (residuals + 1) + (int(stage[3]) if stage[2] == "resnets" else residuals)
-        name = f"decoder.upsamples.{number}." + name[stage.end() :]
-    return published(name, VAE)
 
 
 _USE = "use one made for Wan2.1 text-to-video"

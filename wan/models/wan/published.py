@@ -12,7 +12,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.checkpoints.config_checks import check_layers, fraction, numbers, positive
-from wan.models.wan import names
+from wan.models.wan import names, vae_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What says the same in the JSON and in diffusers' configuration.
@@ -30,8 +30,7 @@ CONFIG_KEYS = {*SAME_SIZE, "model_type", "dim", "text_len", "eps", "sparse_algo"
 def tensor_name(model: nn.Module) -> Callable[[str], str]:
     """From the name of a tensor in a model of diffusers or transformers to its published one."""
     if isinstance(model, AutoencoderKLWan):
-        # A stage of the decoder has one more residual block than one of the encoder, which the number is of.
-        return functools.partial(names.published_vae, residuals=model.config.num_res_blocks + 1)
+        return vae_names.published_name(model)
     rules = names.TRANSFORMER if isinstance(model, WanTransformer3DModel) else names.TEXT_ENCODER
     return functools.partial(names.published, rules=rules)
 
@@ -69,30 +68,6 @@ def transformer_config(model: WanTransformer3DModel, text_length: int) -> dict[s
         "text_len": text_length,
         "eps": own.eps,
     }
-
-
-def vae(shapes: Shapes) -> AutoencoderKLWan:
-    """The VAE of tensors of these shapes, on the meta device; the statistics of its latents are diffusers' defaults.
-
-    The encoder's list of stages is residual blocks, then one `resample` between stages.
-    """
-    base = shapes["encoder.conv1.weight"][0]
-    count = numbers(shapes, "encoder.downsamples.")
-    resamples = [n for n in range(count) if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
-    # As many residual blocks in each stage as before the first `resample`, which all stages but the last have.
-    if not resamples or count != (len(resamples) + 1) * (resamples[0] + 1) - 1:
-        raise ValueError(f"its encoder has {count} blocks, of which {resamples} change the size; stages differ")
-    # The width of a stage is that of its last residual block, whose last convolution is `residual.6`.
-    last_of_stage = [*(n - 1 for n in resamples), count - 1]
-    with torch.device("meta"):
-        return AutoencoderKLWan(
-            base_dim=base,
-            decoder_base_dim=shapes["decoder.head.0.gamma"][0],
-            z_dim=shapes["conv2.weight"][0],
-            dim_mult=[shapes[f"encoder.downsamples.{n}.residual.6.weight"][0] // base for n in last_of_stage],
-            num_res_blocks=resamples[0],
-            temperal_downsample=[f"encoder.downsamples.{n}.time_conv.weight" in shapes for n in resamples],
-        )
 
 
 def text_encoder(shapes: Shapes) -> UMT5EncoderModel:

@@ -26,6 +26,7 @@ from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
 from wan.models.wan.vae import decoding_of
+from wan.models.wan.vae_names import published_name
 
 FREQ_DIM = 256
 
@@ -168,8 +169,8 @@ def vae_shapes(sizes: Sizes) -> Shapes:
     """Published names and shapes of the VAE's tensors."""
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=sizes.vae_dim)
-    residuals = model.config.num_res_blocks + 1
-    return {names.published_vae(name, residuals): tuple(t.shape) for name, t in model.state_dict().items()}
+    rename = published_name(model)
+    return {rename(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | None = None, seed: int = 0) -> None:

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
 from torch import Tensor, nn
 
+from wan.config.geometry import Geometry
 from wan.memory.decoding import tiles_for
 from wan.memory.estimates import TILE_OVERLAP, Decoding, tile_width
-from wan.models.wan.geometry import GEOMETRY
 
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
@@ -55,6 +55,12 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
             if weight.ndim in (4, 5):
                 layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
                 weight.data = weight.data.contiguous(memory_format=layout)
+
+
+def geometry_by(vae: AutoencoderKLWan) -> Geometry:
+    """How a VAE cuts pixels into latents; its patches are no transformer's."""
+    rows = vae.config.scale_factor_spatial
+    return Geometry((vae.config.scale_factor_temporal, rows, rows), (1, 1, 1))
 
 
 def decoder_dtype(vae: AutoencoderKLWan) -> torch.dtype:
@@ -98,7 +104,8 @@ def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
     """Have a VAE decode latents (B, C, T, h, w) in as few columns as a GPU's memory asks for; says so if several."""
     # Larger latents may have switched it on before.
     vae.use_tiling = False
-    size, frames = GEOMETRY.size_of(latents.shape[2:]), GEOMETRY.frames_of(latents.shape[2])
+    geometry = geometry_by(vae)
+    size, frames = geometry.size_of(latents.shape[2:]), geometry.frames_of(latents.shape[2])
     decoding = decoding_of(size, frames, latents.dtype, vae.config.base_dim)
     tiles = tiles_for(decoding, latents.device)
     if tiles > 1:
