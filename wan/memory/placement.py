@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
 
     One whose weights are sharded stays where it is; of one whose blocks are streamed a few at a time are there.
     """
-    stream: Any = getattr(module, "block_stream", None)
+    stream = _stream_of(module)
     if stream is not None:
         with stream.opened():
             yield module
@@ -49,6 +49,68 @@ def on_device(module: nn.Module, device: torch.device, offload: bool) -> Iterato
                 parameter.data = data
                 owner._parameters[name] = parameter
         module.to("cpu")
+
+
+class Experts:
+    """Models that take turns, of which the one whose turn it is is on its device; see `experts_on_device`.
+
+    models: in the order in which they run; device, offload: as of `on_device`
+    """
+
+    def __init__(self, models: Sequence[nn.Module], device: torch.device, offload: bool):
+        self.models, self.device, self.offload = tuple(models), device, offload
+        self.now: int | None = None
+        self.place = ExitStack()
+
+    def turn_to(self, number: int) -> nn.Module:
+        """The model of that number on its device, the one before it gone where it waits. Nothing to do if it is."""
+        if number != self.now:
+            self.place.close()
+            self.now = None
+            self.place.enter_context(on_device(self.models[number], self.device, self.offload))
+            self.now = number
+        return self.models[number]
+
+    def prepare(self, number: int, forwards: int) -> None:
+        """Let the model of that number come as the one whose turn it is goes: called before the latter's last
+        `forwards` forwards (those of its last step), after which `turn_to` finds the next one's weights there.
+
+        Of models that move as a whole, or lie on the device in any case, there is nothing to prepare.
+        """
+        assert self.now is not None, "a model goes after its turn has come"
+        stream, heir = (_stream_of(self.models[n]) for n in (self.now, number))
+        if number != self.now and stream is not None and heir is not None:
+            stream.hand_over_to(heir, forwards)
+
+
+@contextmanager
+def experts_on_device(models: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[Experts]:
+    """One model after the other on the device that they run on, as `on_device` has a single one there.
+
+    For a walk down the steps, in which each runs for some and never two at once::
+
+        with experts_on_device(pipe.transformers, pipe.device, pipe.offload) as experts:
+            experts.turn_to(number[0])                          # before what depends on the memory that is left
+            for step in range(steps):
+                experts.turn_to(number[step])
+                if step + 1 < steps and number[step + 1] != number[step]:
+                    experts.prepare(number[step + 1], forwards)  # of this step: 2 with guidance, 1 as one batch
+                ...
+
+    Where nothing is offloaded all of them stay there. After an error, too, all are where they wait.
+    """
+    experts = Experts(models, device, offload)
+    try:
+        with experts.place:
+            yield experts
+    finally:
+        for stream in filter(None, map(_stream_of, models)):
+            # Of a walk that ended before the turn for which it was prepared.
+            stream.let_go()
+
+
+def _stream_of(module: nn.Module) -> Any:
+    return getattr(module, "block_stream", None)
 
 
 def free_bytes(device: torch.device) -> int:

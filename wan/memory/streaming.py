@@ -8,42 +8,17 @@ pinned already. Here a block is one piece of memory in either place, and the hos
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nabla import InputError
-from wan.memory.estimates import ALIGNMENT, GIB, pinned_chunks
-
-
-class Leaf(NamedTuple):
-    """A plain tensor of a block: attribute `name` of `owner`, at a place in the block's piece of memory."""
-
-    owner: Tensor
-    name: str
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    def view(self, memory: Tensor) -> Tensor:
-        """The tensor in a piece of memory (bytes,) uint8."""
-        # Tensors without gaps need no more bytes than their numbers, in whatever order of axes the strides say.
-        count = self.shape.numel()
-        return (
-            memory[self.start : self.start + count * self.dtype.itemsize]
-            .view(self.dtype)
-            .as_strided(self.shape, self.stride)
-        )
-
-    def put(self, memory: Tensor) -> None:
-        setattr(self.owner, self.name, self.view(memory))
+from wan.memory.estimates import GIB, pinned_chunks
+from wan.memory.pieces import bytes_of, leaves_of, tensors_of
 
 
 def stream_blocks(
@@ -84,11 +59,11 @@ class BlockStream:
         self.device = device
         self.kept = kept
         self.left_out, self.always = left_out, always
-        self.leaves = [_leaves(block) for block in blocks]
-        self.sizes = [_bytes(leaves) for leaves in self.leaves]
+        self.leaves = [leaves_of(block) for block in blocks]
+        self.sizes = [bytes_of(leaves) for leaves in self.leaves]
         # The model holds its stream, which in turn would keep it, and all weights, until Python looks for cycles.
         self.module = weakref.ref(module)
-        self.inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
+        self.inside = {id(tensor) for block in blocks for tensor in tensors_of(block)}
         self.host: list[Tensor] = []
         # From here on the blocks' tensors are views of these pieces; what they were before is freed.
         self._fill_host(pinned and device.type == "cuda")
@@ -96,16 +71,24 @@ class BlockStream:
             tensor.data = tensor.data.to("cpu")
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
-        self.whole: list[Tensor] = []
+        self.whole: dict[int, Tensor] = {}
         # What each buffer holds, and events of its last transfer and its last use.
         self.holds: list[int | None] = [None, None]
         self.arrived: list[torch.cuda.Event | None] = [None, None]
         self.used: list[torch.cuda.Event | None] = [None, None]
+        # To whom kept blocks are handed over and in how many forwards, how often each has run since; what was received.
+        self.heir: BlockStream | None = None
+        self.forwards = 0
+        self.runs: Counter[int] = Counter()
+        self.received: dict[int, Tensor] = {}
         for number, block in enumerate(blocks):
             if number >= kept:
                 # Before other hooks, which may look at weights, and outside of the compiled block; after errors, too.
                 block.register_forward_pre_hook(partial(self._before, number), prepend=True)
                 block.register_forward_hook(partial(self._after, number), always_call=True)
+            else:
+                block.register_forward_pre_hook(partial(self._before_kept, number), prepend=True)
+                block.register_forward_hook(partial(self._after_kept, number))
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -116,7 +99,10 @@ class BlockStream:
             for tensor, data in waiting:
                 tensor.data = data.to(self.device)
             for number in range(self.kept):
-                self.whole.append(self.host[number].to(self.device))
+                memory = self.received.pop(number, None)
+                if memory is None:
+                    memory = self.host[number][: self.sizes[number]].to(self.device, copy=True)
+                self.whole[number] = memory
                 self._put(number, self.whole[number])
             if self.kept < len(self.host):
                 # With one streamed block there is one buffer: the next block is always itself, and there already.
@@ -129,14 +115,32 @@ class BlockStream:
             for tensor, data in waiting:
                 tensor.data = data
 
+    def hand_over_to(self, heir: BlockStream, forwards: int = 1) -> None:
+        """Give the memory of kept blocks to those of another model of the same sizes, which is opened after this one.
+
+        Called while this is open, before its last `forwards` forwards. In the last of them each block, as soon as it
+        has run, leaves its memory to the heir's block of the same number, whose weights are brought there while later
+        blocks compute. So the heir opens at once, and both never take more than one of them. Blocks that no forward
+        calls any more, and those that are larger in the heir, are brought as it opens. An heir that is not opened after
+        all has to `let_go`, after this one was closed.
+        """
+        self.heir, self.forwards = heir, forwards
+        self.runs.clear()
+
+    def let_go(self) -> None:
+        """Free what was handed over to this one."""
+        self.received.clear()
+
     def _close(self) -> None:
         if self.copying is not None:
             # A transfer that still goes on would write into a buffer that has become other memory.
             torch.cuda.synchronize(self.device)
         for number, memory in enumerate(self.host):
             self._put(number, memory)
-        self.buffers, self.whole = [], []
+        self.buffers, self.whole = [], {}
         self.holds, self.arrived, self.used = [None, None], [None, None], [None, None]
+        self.heir = None
+        self.let_go()
 
     def _fill_host(self, pinned: bool) -> None:
         first = 0
@@ -167,7 +171,7 @@ class BlockStream:
         return module
 
     def _rest(self) -> list[Tensor]:
-        return [tensor for tensor in _tensors(self._model()) if id(tensor) not in self.inside]
+        return [tensor for tensor in tensors_of(self._model()) if id(tensor) not in self.inside]
 
     @torch.compiler.disable
     def _before(self, number: int, *_: object) -> None:
@@ -202,6 +206,32 @@ class BlockStream:
         # So that its buffer can be filled anew, and whoever looks at the weights between forwards finds them.
         self._put(number, self.host[number])
 
+    @torch.compiler.disable
+    def _before_kept(self, number: int, *_: object) -> None:
+        if self.heir is not None and number not in self.whole:
+            raise RuntimeError(f"block {number} runs again after it was handed over; say more forwards")
+
+    @torch.compiler.disable
+    def _after_kept(self, number: int, *_: object) -> None:
+        heir = self.heir
+        if heir is None:
+            return
+        self.runs[number] += 1
+        fits = number < heir.kept and heir.sizes[number] <= self.sizes[number]
+        if self.runs[number] < self.forwards or not fits:
+            return
+        size = heir.sizes[number]
+        memory = heir.received[number] = self.whole.pop(number)[:size]
+        self._put(number, self.host[number])
+        if self.copying is None:
+            memory.copy_(heir.host[number][:size])
+            return
+        # The transfer waits for the block, and `_close` for the transfer.
+        used = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.copying):
+            self.copying.wait_event(used)
+            memory.copy_(heir.host[number][:size], non_blocking=True)
+
     def _fetch(self, number: int, slot: int) -> None:
         """Start the transfer of a block, after what uses the buffer."""
         self.holds[slot] = number
@@ -218,34 +248,3 @@ class BlockStream:
             self.copying.wait_event(used)
             self.buffers[slot][:size].copy_(self.host[number][:size], non_blocking=True)
             self.arrived[slot] = self.copying.record_event()
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
-
-
-def _leaves(block: nn.Module) -> list[Leaf]:
-    leaves, start = [], 0
-    for owner, name in chain.from_iterable(_plain(tensor, "data") for tensor in _tensors(block)):
-        tensor = getattr(owner, name)
-        leaves.append(Leaf(owner, name, start, tensor.dtype, tensor.shape, tensor.stride()))
-        start += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
-    return leaves
-
-
-def _plain(tensor: Tensor, name: str) -> Iterator[tuple[Tensor, str]]:
-    """Where the plain tensors are that a tensor, or one of torchao that wraps several, is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor, name
-        return
-    for inner in tensor.__tensor_flatten__()[0]:
-        part = getattr(tensor, inner)
-        if is_traceable_wrapper_subclass(part):
-            yield from _plain(part, inner)
-        else:
-            yield tensor, inner
-
-
-def _bytes(leaves: list[Leaf]) -> int:
-    last = leaves[-1]
-    return -(-(last.start + last.shape.numel() * last.dtype.itemsize) // ALIGNMENT) * ALIGNMENT
