@@ -17,11 +17,14 @@ NAME = "Wan2.1 text-to-video"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 COMPONENTS = (
     ComponentFiles("transformer", DIFFUSERS_STEM, DIFFUSERS_STEM),
     ComponentFiles("vae", DIFFUSERS_STEM, VAE_FILE),
     ComponentFiles("text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_FILE),
 )
+# What transformers that see pictures have beside these.
+IMAGE_ENCODER = ComponentFiles("image_encoder", TRANSFORMERS_STEM, IMAGE_ENCODER_FILE)
 HUB_FILES = HubFiles(
     configurations=(CONFIG, INDEX, "transformer/config.json"),
     others=("*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", "defaults.yaml"),
