@@ -371,7 +371,9 @@ def test_the_fast_decoder_is_the_published_one_within_45_db():
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-4), (torch.float16, 2e-2)))
-def test_the_fast_layers_of_kandinsky_s_vae_are_diffusers(dtype, tolerance):
+def test_the_fast_layers_of_kandinsky_s_vae_are_diffusers(dtype, tolerance, monkeypatch):
+    # In TF32, the default of convolutions, two layouts of the same numbers are rounded to different results.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact = random_kandinsky_vae("kandinsky5-nano", torch.device("cuda"))
     fast = copy.deepcopy(exact)
     prepare_decoder(fast, dtype)
