@@ -37,7 +37,7 @@ def test_a_geometry_is_no_setting():
     assert coarse.video.geometry == COARSE and resolve(ROOM).video.geometry == DEFAULT_GEOMETRY
     assert "geometry" not in asdict(coarse.video) and "vae_stride" not in json.dumps(coarse.to_dict())
     assert resolve(coarse.to_dict()) == coarse
-    with pytest.raises(InputError, match="video has an unknown key 'geometry'; allowed are fps, frame_num, size"):
+    with pytest.raises(InputError, match="'geometry'; allowed are exact_size, fps, frame_num, size"):
         resolve(ROOM | {"video": {"geometry": 1}})
 
 

@@ -13,6 +13,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 MAX_STEPS = 1000
 # Ten times what anyone uses; far beyond, numbers overflow on the way.
 MAX_SHIFT = MAX_GUIDE_SCALE = 100
+MAX_CONTEXT_SCALE = 10
 # Characters of a text, a hundred times what text encoders take; some far longer ones take long to clean.
 MAX_TEXT = 50_000
 # Bytes of a name within a folder, and of a whole path.
@@ -44,6 +45,12 @@ def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) ->
             f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance) and at most "
             f"{MAX_GUIDE_SCALE}; 5.0 is usual"
         )
+
+
+def check_context_scale(scale: object) -> None:
+    """Raise `InputError` unless a value can be what a source's part in a video is multiplied by."""
+    if not is_number(scale) or not 0 <= scale <= MAX_CONTEXT_SCALE:
+        raise InputError(f"context_scale {scale!r} is not a number from 0 to {MAX_CONTEXT_SCALE}; 1.0 is usual")
 
 
 def absolute_path(name: str, file: object) -> str:

@@ -11,13 +11,14 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import (
-    absolute_path,
+    check_context_scale,
     check_keys,
     check_sampling,
     check_text,
     parse_size,
 )
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
+from wan.config.inputs import INPUTS, Files, inputs_of
 from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.prompts import check_expanded, check_prompt
 
@@ -45,7 +46,10 @@ _CHOICE = ("algorithm", "threshold", "keep", "window")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to walk from noise to latents. `seed` None or -1 draws one."""
+    """How to walk from noise to latents. `seed` None or -1 draws one.
+
+    context_scale: of what a source video adds in each layer, for checkpoints that take one
+    """
 
     solver: str = "unipc"
     steps: int = 50
@@ -53,9 +57,11 @@ class SamplingSettings:
     guide_scale: float = 5.0
     seed: int | None = None
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    context_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_sampling(self.solver, self.steps, self.shift, self.guide_scale)
+        check_context_scale(self.context_scale)
         if self.seed not in (None, -1) and not (is_count(self.seed) and self.seed < 2**63):
             raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1, or -1 to draw one")
         check_text("negative_prompt", self.negative_prompt)
@@ -64,17 +70,24 @@ class SamplingSettings:
         """The same with a seed drawn, if it says to draw one."""
         return replace(self, seed=secrets.randbelow(MAX_SEED)) if self.seed in (None, -1) else self
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what came later is left out by default, as of `Settings.to_dict`."""
+        return _without_default(self, "context_scale")
+
 
 @dataclass(frozen=True)
 class VideoSettings:
     """size: (width, height) in pixels; frame_num: frames; fps: frames a second.
 
+    exact_size: whether a video that begins with a picture, or is made of another, has this very size; else it has the
+        picture's form in about the same area
     geometry: of the family that makes it, which says what sizes and counts of frames there are
     """
 
     size: tuple[int, int] = (1280, 720)
     frame_num: int = 81
     fps: int = 16
+    exact_size: bool = False
     # No field, so that it is neither compared nor written to records; `replace` hands it on all the same.
     geometry: InitVar[Geometry] = DEFAULT_GEOMETRY
 
@@ -84,6 +97,12 @@ class VideoSettings:
         geometry.check_video(self.size, self.frame_num)
         if not is_count(self.fps) or not 1 <= self.fps <= MAX_FPS:
             raise InputError(f"fps {self.fps!r} is not a whole number from 1 to {MAX_FPS}; 16 is usual")
+        if not isinstance(self.exact_size, bool):
+            raise InputError(f"exact_size {self.exact_size!r} is neither true nor false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what came later is left out by default, as of `Settings.to_dict`."""
+        return _without_default(self, "exact_size")
 
     @property
     def latents_size(self) -> tuple[int, int, int]:
@@ -104,6 +123,12 @@ class VideoSettings:
         self._geometry.check_positions(self.size, self.frame_num, most)
 
 
+def _without_default(section: DataclassInstance, key: str) -> dict[str, Any]:
+    """The fields of a section by name, but one that has its default."""
+    usual = next(item.default for item in fields(section) if item.name == key)
+    return {name: value for name, value in asdict(section).items() if name != key or value != usual}
+
+
 def changed(settings: T, **values: Any) -> T:
     """Settings with other values, but for those that are None."""
     # What is the very value that they have was checked when they were made.
@@ -117,7 +142,9 @@ class Settings:
 
     Each of these was checked when it was made, so nothing is here: settings with another seed cost no second look.
     prompt: None where none is said yet, as in a preset
-    image: absolute path of the picture that the video begins with
+    image, last_image: absolute paths of the pictures that the video begins and ends with
+    src_video, src_mask: of a video that it keeps parts of, and of one that says by white where it makes others
+    src_ref_images: of pictures of what it shows
     expand_prompt: whether the checkpoint's language model rewrites the prompt first
     expanded_prompt: what it wrote, where that is known: the video is made of this text then, and none is written anew
     """
@@ -129,6 +156,15 @@ class Settings:
     image: str | None = None
     expand_prompt: bool = False
     expanded_prompt: str | None = None
+    last_image: str | None = None
+    src_video: str | None = None
+    src_mask: str | None = None
+    src_ref_images: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, Files]:
+        """The files that the video is made of beside its prompt, by the names of `INPUTS`."""
+        return {name: given for name in INPUTS if (given := getattr(self, name))}
 
     @property
     def writes_prompt(self) -> bool:
@@ -181,12 +217,12 @@ class Settings:
         model = asdict(self.model)
         values = {"checkpoint": model.pop("checkpoint"), "prompt": self.prompt} | model
         # Left out of settings without them, whose names and records stay what they were before there were these keys.
-        values |= {} if self.image is None else {"image": self.image}
+        values |= self.inputs
         values |= {"expand_prompt": True} if self.expand_prompt else {}
         values |= {} if self.expanded_prompt is None else {"expanded_prompt": self.expanded_prompt}
         # Where there is no cache, a layer below would say which.
         values |= {"cache": model["cache"] or "none", "attention": attention_to_dict(self.attention)}
-        return values | {"sampling": asdict(self.sampling), "video": asdict(self.video)}
+        return values | {"sampling": self.sampling.to_dict(), "video": self.video.to_dict()}
 
 
 def writers_of(several: Sequence[Settings]) -> tuple[bool, bool]:
@@ -203,24 +239,24 @@ def resolve(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY, n
     """Settings from layers in the schema of the YAML files, the first layer first in rank.
 
     geometry: of the family that makes the video
-    needs_prompt: else theirs is left out, and there need be none; so is what goes with it, its picture and its text
+    needs_prompt: else theirs is left out, and there need be none; so is what goes with it, its files and its text
     Raises `InputError` for unknown keys and values outside what is allowed.
     """
     merged = _merged(layers)
     attention = attention_config(merged.pop("attention"))
     sampling = SamplingSettings(**merged.pop("sampling"))
     video = VideoSettings(**merged.pop("video"), geometry=geometry)
-    prompt, image = merged.pop("prompt"), merged.pop("image")
+    prompt, files = merged.pop("prompt"), {name: merged.pop(name) for name in INPUTS}
     expand, expanded = merged.pop("expand_prompt"), merged.pop("expanded_prompt")
     if needs_prompt:
         # Before what opens files.
         check_prompt(prompt)
     check_expanded(expand, expanded)
-    image = None if image is None else absolute_path("image", image)
+    inputs: dict[str, Any] = dict(inputs_of(files))
     model = ModelSettings(**merged, attention=attention)
     if not needs_prompt:
         return Settings(model, None, sampling, video, expand_prompt=expand)
-    return Settings(model, prompt, sampling, video, image, expand, expanded)
+    return Settings(model, prompt, sampling, video, expand_prompt=expand, expanded_prompt=expanded, **inputs)
 
 
 def resolve_sampling(*layers: Mapping[str, Any]) -> SamplingSettings:
@@ -235,7 +271,8 @@ def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOME
 
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One layer of several, with a mapping for each section, whose keys are known."""
-    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, "image": None, **{name: {} for name in SECTIONS}}
+    merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}
+    merged |= dict.fromkeys(INPUTS)
     merged |= {"expand_prompt": False, "expanded_prompt": None}
     # From the lowest in rank upwards, so that each writes over those below. None is a flag that was not given.
     for layer in reversed(layers):

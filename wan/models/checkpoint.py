@@ -15,6 +15,7 @@ from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, expla
 from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
+from wan.config.inputs import INPUTS
 from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling
 from wan.models.companions import companion_folder, given_folder
 from wan.models.family import Family, Layout, TransformerFacts
@@ -175,11 +176,12 @@ class Checkpoint:
     def settings_layers(self) -> tuple[dict[str, Any], ...]:
         """The settings that a checkpoint brings, highest in rank first: its defaults file, and its own algorithm.
 
-        Raises `InputError` if the file is not a mapping of settings, or names a checkpoint, a prompt or a picture.
+        Raises `InputError` if the file is not a mapping of settings, or names a checkpoint, a prompt or what else a
+        single video is made of.
         """
         path = self.folder / DEFAULTS_FILE
         defaults = read_settings(path) if exists(path) else {}
-        if unfit := [name for name in ("checkpoint", "prompt", "image") if name in defaults]:
+        if unfit := [name for name in ("checkpoint", "prompt", *INPUTS) if name in defaults]:
             raise CheckpointError(f"{path} may not name {'an' if unfit[0] == 'image' else 'a'} {unfit[0]}; remove it")
         return defaults, self.own_algorithm
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from wan.observe.console import printable
+from wan.run.flag_types import files, scales, transformers
 from wan.run.request import Options, Request
+from wan.run.tasks import TASKS, checkpoint_of
 
 # As `nabla.config` has it, from where it would import torch.
 MAX_MESSAGE = 2000
@@ -21,12 +23,8 @@ ABOUT_SMALL = (
     "checkpoint: checkpoints/wan-shapes, a small model that knows moving shapes and comes with the program; "
     "for Wan2.1 14B add --config nabla_0.7.yaml (69 GB are downloaded once) or --ckpt_dir"
 )
-# As the published program names them. A picture is a video of one frame, by the same checkpoint.
-TASKS = {
-    "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
-    "t2v-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
-    "t2i-14B": "Wan-AI/Wan2.1-T2V-14B",
-}
+# As `wan.config.inputs` has them, from where it would import torch.
+INPUT_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
 # Flags that several programs have.
 SHARED: dict[str, dict[str, Any]] = {
     "--device": {"help": "cuda, cuda:1, cpu (default: cuda if there is one)"},
@@ -82,7 +80,7 @@ def _add_what_is_made(parser: Parser) -> None:
         const=True,
         help="have the checkpoint's language model write the prompt out first (Kandinsky-5); false, if a config does",
     )
-    add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
+    _add_inputs(parser)
     add(
         "--config",
         help="a YAML file, by path or by name in configs/; or the JSON file beside a video, to make it again",
@@ -90,22 +88,37 @@ def _add_what_is_made(parser: Parser) -> None:
     add(
         "--task",
         choices=TASKS,
-        help="t2v makes a video, t2i one picture; picks the checkpoint of Wan2.1 if nothing else names one",
+        help="as the published program names what a checkpoint is for; picks that if nothing else names one, and "
+        "refuses others; t2i makes one picture",
     )
     add("--ckpt_dir", help="checkpoint: a directory or a hub id (default: the small one in checkpoints/wan-shapes)")
-    add("--transformer", metavar="FILE", help="weights in place of the checkpoint's transformer: .safetensors or .gguf")
+    add(
+        "--transformer",
+        action="append",
+        metavar="[EXPERT:]FILE",
+        help="weights in place of the checkpoint's transformer: .safetensors or .gguf; of one of Wan2.2's two experts "
+        "with high: or low: before it, given once for each",
+    )
     add("--vae", metavar="DIR", help="the VAE, where the checkpoint has none or another is to be used; or its hub id")
     add("--text_encoder", metavar="DIR", help="the same of the text encoder, its tokenizer in the same folder")
     add("--text_encoder_2", metavar="DIR", help="the same of the second text encoder of Kandinsky-5, CLIP")
     add(
         "--lora",
         action="append",
-        metavar="FILE[:SCALE]",
-        help="a LoRA to merge into the transformer, .safetensors; may be given several times (default scale: 1)",
+        metavar="[EXPERT:]FILE[:SCALE]",
+        help="a LoRA to merge into the transformer, .safetensors; may be given several times (default scale: 1); "
+        "with high: or low: before it, into that expert of Wan2.2 alone",
     )
     add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
     add("--negative_prompt", help="what the video should not show")
-    add("--size", help="width*height in pixels, such as 1280*720; multiples of 16")
+    add("--size", help="width*height in pixels, such as 1280*720; multiples of 16; with a picture the area alone")
+    add(
+        "--exact_size",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="with a picture or a source video: --size is the very size, and not only the area",
+    )
     add("--frame_num", type=int, help="frames, 4n+1")
     add("--base_seed", type=int, help="seed of the noise; -1 draws one")
     add(
@@ -116,13 +129,35 @@ def _add_what_is_made(parser: Parser) -> None:
     add("--overwrite", action="store_true", help="make videos again that are there; else none takes another's place")
 
 
+def _add_inputs(parser: Parser) -> None:
+    """Flags of what a video is made of beside its prompt."""
+    add = parser.add_argument
+    add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
+    add("--last_image", metavar="FILE", help="a picture that it ends with, beside --image (FLF2V)")
+    add("--src_video", metavar="FILE", help="a video that it keeps what --src_mask says of, or follows (VACE)")
+    add("--src_mask", metavar="FILE", help="a video, white where --src_video is made anew and black where it is kept")
+    add(
+        "--src_ref_images",
+        type=files,
+        action="extend",
+        metavar="FILE,...",
+        help="pictures of what the video is to show (VACE), with commas between; may be given several times",
+    )
+
+
 def _add_sampling(parser: Parser) -> None:
     """Flags of the steps from noise to latents."""
     add = parser.add_argument
     add("--sample_solver", help="unipc, dpm++ or euler")
     add("--sample_steps", type=int)
     add("--sample_shift", type=float)
-    add("--sample_guide_scale", type=float, help="1 turns guidance off and halves the time")
+    add(
+        "--sample_guide_scale",
+        type=scales,
+        metavar="SCALE[,SCALE]",
+        help="1 turns guidance off and halves the time; for Wan2.2's two experts also two, of low noise and of high",
+    )
+    add("--context_scale", type=float, help="of the part that --src_video and its like have in a video (default: 1.0)")
 
 
 def _add_how_it_runs(parser: Parser) -> None:
@@ -186,6 +221,10 @@ def parse_args(argv: list[str] | None, description: str | None = None) -> argpar
         parser.error("--prompt_file has prompts and names of its own; leave --prompt and --save_file out")
     if args.save_dir is not None and args.prompt_file is None:
         parser.error("--save_dir is for --prompt_file; name a single video with --save_file")
+    try:
+        args.transformer = transformers(args.transformer)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -198,7 +237,7 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given(
         checkpoint=args.ckpt_dir,
         prompt=args.prompt,
-        image=args.image,
+        **{name: getattr(args, name) for name in INPUT_FLAGS},
         expand_prompt=args.expand_prompt,
         transformer=args.transformer,
         vae=args.vae,
@@ -217,8 +256,13 @@ def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
             guide_scale=args.sample_guide_scale,
             seed=args.base_seed,
             negative_prompt=args.negative_prompt,
+            context_scale=args.context_scale,
         ),
-        video=given(size=args.size, frame_num=1 if args.task == "t2i-14B" else args.frame_num),
+        video=given(
+            size=args.size,
+            exact_size=args.exact_size,
+            frame_num=1 if args.task == "t2i-14B" else args.frame_num,
+        ),
     )
 
 
@@ -242,7 +286,7 @@ def request_of(args: argparse.Namespace) -> Request:
         flag_settings(args),
         config=args.config,
         task=args.task,
-        default_checkpoint=SMALL_CHECKPOINT if args.task is None else TASKS[args.task],
+        default_checkpoint=SMALL_CHECKPOINT if args.task is None else checkpoint_of(args.task, args.size),
         about_default=ABOUT_SMALL if args.task is None else None,
         save_file=args.save_file,
         prompt_file=args.prompt_file,

@@ -28,7 +28,7 @@ from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
-from wan.run.pictures import open_picture
+from wan.run.pictures import open_inputs
 from wan.run.remaking import quantized_otherwise
 from wan.run.request import Options
 from wan.run.sidecars import Video, free_path
@@ -137,10 +137,10 @@ def generate_video(
     """
     detailed = options.log is not None or options.report is not None
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
-    picture, record = open_picture(settings)
+    inputs, record = open_inputs(settings)
     with _clear_about_memory(settings, options):
-        settings, expanding = _expanded(pipe, settings, picture)
-        frames = _frames(pipe, settings, picture, recorder if observer is None else Observers(recorder, observer))
+        settings, expanding = _expanded(pipe, settings, inputs.get("image"))
+        frames = _frames(pipe, settings, inputs, recorder if observer is None else Observers(recorder, observer))
     # Only the leader of those that share a video has its frames.
     if frames is None:
         return
@@ -176,7 +176,7 @@ def _expanded(
 
 
 def _frames(
-    pipe: GuidedPipeline, settings: Settings, picture: np.ndarray | None, observer: Observer
+    pipe: GuidedPipeline, settings: Settings, inputs: Mapping[str, Any], observer: Observer
 ) -> np.ndarray | None:
     """The video that settings describe, as `generate` of a pipeline gives it, after lines of what it will be."""
     video, sampling = settings.video, settings.sampling
@@ -184,10 +184,11 @@ def _frames(
     size = "x".join(map(str, video.size))
     walk = f"{sampling.steps} steps of {sampling.solver}, seed {sampling.seed}"
     log.info("video: %s, %d frames, %s", size, video.frame_num, walk)
-    given: dict[str, Any] = {"size": video.size, "frame_num": video.frame_num, **asdict(sampling)}
-    if picture is not None:
-        given["image"] = picture
-    return pipe.generate(settings.text, observer=observer, **given)
+    # Both say what not every family knows only where it is not the default.
+    made = video.to_dict() | sampling.to_dict()
+    # A video's own, not its making's.
+    del made["fps"]
+    return pipe.generate(settings.text, observer=observer, **made, **inputs)
 
 
 def _draw(recorder: Recorder, report: Path) -> None:

@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.config.checks import absolute_path
+from wan.config.inputs import INPUTS, inputs_of
 from wan.config.prompts import check_expanded, check_prompt
 from wan.config.settings import Settings, resolve_sampling, resolve_video
 from wan.files.hashes import text_hash
 from wan.files.plain_data import parse_json, read_text
 from wan.run.sidecars import comparable
 
-KEYS = ("prompt", "negative_prompt", "seed", "size", "frame_num", "image", "expand_prompt", "name")
-# Where each stands in the schema of the YAML files.
-SECTION = {"negative_prompt": "sampling", "seed": "sampling", "size": "video", "frame_num": "video"}
+# Where those stand in the schema of the YAML files that are in a section.
+SECTION = {
+    "negative_prompt": "sampling",
+    "seed": "sampling",
+    "context_scale": "sampling",
+    "size": "video",
+    "exact_size": "video",
+    "frame_num": "video",
+}
+KEYS = ("prompt", *SECTION, *INPUTS, "expand_prompt", "name")
 
 Layer = dict[str, Any]
 
@@ -28,8 +35,8 @@ Layer = dict[str, Any]
 def read_prompts(path: Path) -> list[tuple[Layer, str | None]]:
     """Settings that each line of a file of prompts makes, and the name that it gives its video's file, or None.
 
-    A line is a prompt, or a JSON object with "prompt" and any of "negative_prompt", "seed", "size", "frame_num",
-    "image", a path as in all settings, "expand_prompt", and "name", which has no ending; empty lines are skipped.
+    A line is a prompt, or a JSON object with "prompt" and any of `KEYS`: files are paths as in all settings, and "name"
+    has no ending; empty lines are skipped.
     Raises `InputError` with the line's number for anything else.
     """
     try:
@@ -64,8 +71,7 @@ def _job(path: Path, number: int, line: str) -> tuple[Layer, str | None]:
     try:
         # By themselves, so that the error can name the line; what they mean beside other settings is seen later.
         check_prompt(given.get("prompt"), "in this line")
-        if given.get("image") is not None:
-            absolute_path("image", given["image"])
+        inputs_of(given)
         if given.get("expand_prompt") is not None:
             check_expanded(given["expand_prompt"], None)
         resolve_sampling(layer)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nabla import InputError
-from wan.config.checks import absolute_path
 from wan.config.config_files import read_made_with
+from wan.config.inputs import Files, each_file, inputs_of
 from wan.config.settings import Settings
-from wan.files.picture import check_picture, picture_hash, read_picture
+from wan.files.picture import check_picture, read_picture
 from wan.models.checkpoint import Checkpoint
+from wan.run.records import VIDEOS, record_of, recorded_otherwise
 
 log = logging.getLogger("wan")
 
 
-def check_pictures(first: Settings, layers: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `InputError` for a picture of the first video, or of layers of single videos, that cannot be read."""
-    named = {absolute_path("image", layer["image"]) for layer in layers if layer.get("image") is not None}
-    for path in sorted(named | ({first.image} if first.image is not None else set())):
+def check_inputs(first: Settings, layers: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `InputError` for a file of the first video, or of layers of single videos, that cannot be read."""
+    for path in sorted({path for one in (first.inputs, *map(inputs_of, layers)) for _, path in each_file(one)}):
         check_picture(path)
 
 
@@ -53,21 +50,26 @@ def fit_to_picture(checkpoint: Checkpoint, settings: Settings) -> Settings:
     return replace(settings, video=replace(settings.video, size=size))
 
 
-def open_picture(settings: Settings) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """The picture of settings, (height, width, 3) uint8, and what a sidecar says of it; None and nothing without."""
-    if settings.image is None:
-        return None, {}
-    digest = picture_hash(settings.image)
-    return read_picture(settings.image), {"image": {"name": Path(settings.image).name, "sha256": digest}}
+def open_inputs(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a video is made of beside its prompt, read as `generate` takes it, and what a sidecar says of the files."""
+    inputs = settings.inputs
+    record = {name: record_of(name, given) for name, given in inputs.items()}
+    return {name: _opened(given) for name, given in inputs.items()}, record
 
 
-def other_picture(sidecar: str, settings: Settings) -> str | None:
-    """A line if a file of settings is the sidecar of a video that began with another picture than this one will."""
-    record = read_made_with(sidecar).get("image")
-    digest = record.get("sha256") if isinstance(record, dict) else None
-    if digest is None or settings.image is None or picture_hash(settings.image) == digest:
-        return None
-    return (
-        f"{sidecar} was made from another picture than {settings.image} is now, so this video will differ; "
-        "give that one as --image to have it again"
-    )
+def _opened(given: Files) -> Any:
+    return read_picture(given) if isinstance(given, str) else [read_picture(path) for path in given]
+
+
+def other_files(sidecar: str, settings: Settings) -> list[str]:
+    """A line for each input that is another file now than the video was made of whose sidecar gives the settings."""
+    lines = []
+    for name in recorded_otherwise(read_made_with(sidecar), settings.inputs):
+        kind, given = "video" if name in VIDEOS else "picture", settings.inputs[name]
+        is_one = isinstance(given, str)
+        other = f"another {kind} than {given} is" if is_one else f"other {kind}s than those of {name} are"
+        lines.append(
+            f"{sidecar} was made from {other} now, so this video will differ; "
+            f"give {'that one' if is_one else 'those'} as --{name} to have it again"
+        )
+    return lines

@@ -13,7 +13,7 @@ class Request:
     """What to make.
 
     flags: settings from the command line, in the schema of the YAML files, which rank above the file `config`
-    task: of Wan2.1, whose size the checkpoint that `config` names must have
+    task: of `wan.run.tasks`, which the checkpoint has to be for
     default_checkpoint: if nothing names one, and a line to log then
     save_file: of the one video; or prompt_file: a video a line, in folder save_dir
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.tensor_files import weight_file
 from wan.config.config_files import read_settings
 from wan.config.model_settings import ModelSettings
@@ -21,9 +23,10 @@ from wan.models.checkpoint import Checkpoint, family_of_file
 from wan.quantize.quantizer import check_quantization
 from wan.run.jobs import names_of, read_prompts
 from wan.run.outputs import check_output, ending
-from wan.run.pictures import check_pictures, fit_to_picture, other_picture
+from wan.run.pictures import check_inputs, fit_to_picture, other_files
 from wan.run.request import Request
 from wan.run.sidecars import Video
+from wan.run.tasks import TASKS, kind_of
 
 log = logging.getLogger("wan")
 
@@ -35,8 +38,8 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     """
     flags, config = request.flags, request.config
     from_file = {} if config is None else read_settings(config)
-    if "checkpoint" not in flags:
-        _check_task(request.task, config, from_file.get("checkpoint"))
+    if request.task is not None:
+        _check_task(request.task, config, from_file, named="checkpoint" in flags)
     jobs: list[tuple[dict[str, Any], str | None]] = [({}, None)]
     if request.prompt_file is not None:
         jobs = read_prompts(request.prompt_file)
@@ -44,8 +47,8 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     settings = resolve(jobs[0][0], flags, from_file, {"checkpoint": request.default_checkpoint})
     if request.save_file is not None:
         check_output(request.save_file)
-    check_pictures(settings, [layer for layer, _ in jobs])
-    if config is not None and (line := other_picture(config, settings)):
+    check_inputs(settings, [layer for layer, _ in jobs])
+    for line in [] if config is None else other_files(config, settings):
         log.warning("warning: %s", line)
     own_dtype = "float32" if device.type == "cpu" else "bfloat16"
     _check_weights(settings.model, device, getattr(torch, settings.dtype or own_dtype))
@@ -55,6 +58,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
     # Before what others have is downloaded.
     checkpoint.check_kind(settings.model.kind)
+    _check_task_of(checkpoint, request.task)
     checkpoint.require_companions()
     checkpoint.require_tokenizer()
     every = []
@@ -97,9 +101,26 @@ def _check_small(folder: Path) -> None:
         )
 
 
-def _check_task(task: str | None, config: str | None, named: object) -> None:
-    """Raise `InputError` if a task asks for a model of another size than the hub id that a config names."""
-    size = (task or "").rpartition("-")[2]
-    # Without a task the size is empty, which every name has; the name of a folder says nothing.
-    if isinstance(named, str) and size not in named and not os.path.isdir(named):
-        raise InputError(f"task {task}: config {config} names {named}; leave --task out, or choose with --ckpt_dir")
+def _check_task(task: str, config: str | None, from_file: Mapping[str, Any], named: bool) -> None:
+    """Raise `InputError` if a task asks for another model than a config is for, or names by a hub id.
+
+    named: whether a flag names the checkpoint, so that it does not matter which the config names
+    """
+    kind, hub = from_file.get("kind"), from_file.get("checkpoint")
+    if kind is not None and kind != TASKS[task].kind:
+        raise InputError(f"task {task}: config {config} is for {kind}; leave --task out, or give another --config")
+    # The name of a folder says nothing.
+    if named or not isinstance(hub, str) or os.path.isdir(hub):
+        return
+    if kind_of(hub) not in (None, TASKS[task].kind) or task.rpartition("-")[2] not in hub:
+        raise InputError(f"task {task}: config {config} names {hub}; leave --task out, or choose with --ckpt_dir")
+
+
+def _check_task_of(checkpoint: Checkpoint, task: str | None) -> None:
+    """Raise `CheckpointError` if a task is for another kind of checkpoint than this can be."""
+    possible = checkpoint.family.kinds_of(checkpoint.layout)
+    if task is not None and possible and TASKS[task].kind not in possible:
+        what = " or ".join(sorted(possible))
+        raise CheckpointError(
+            f"task {task}: checkpoint {checkpoint.name} is {what}; leave --task out, or choose with --ckpt_dir"
+        )

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
+from wan.config.inputs import INPUTS
 from wan.config.settings import Settings, resolve
 from wan.files.hashes import file_hash
-from wan.files.picture import picture_hash
 from wan.files.plain_data import read_json
 from wan.files.video import count_frames, sidecar_of
+from wan.run.records import input_digests, recorded_digests
 
 ENDINGS = (".mp4", ".png")
 
@@ -35,9 +36,8 @@ class Sidecar:
         try:
             content = read_json(path)
             made = _plain(resolve(content["settings"]))
-            if "image" in made:
-                # The file itself may have gone since, and its path may be anyone's.
-                made["image"] = content["made_with"]["image"]["sha256"]
+            # The files themselves may have gone since, and their paths may be anyone's.
+            made |= {name: recorded_digests(name, content["made_with"][name]) for name in INPUTS if name in made}
         except (OSError, ValueError, KeyError, TypeError):
             return None
         file = content.get("file")
@@ -128,12 +128,12 @@ def free_path(path: Path) -> Path:
 
 
 def comparable(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON has them, with one word for a seed that is drawn, and a picture by its digest.
+    """Settings as JSON has them, with one word for a seed that is drawn, and files that it is made of by their digests.
 
     So a video is the same wherever its picture lies, and another one if the file has changed. Raises `InputError` if
     it cannot be read.
     """
-    return _plain(settings) | ({} if settings.image is None else {"image": picture_hash(settings.image)})
+    return _plain(settings) | {name: input_digests(name, given) for name, given in settings.inputs.items()}
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

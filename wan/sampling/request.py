@@ -9,9 +9,6 @@ import numpy as np
 
 from wan.config.settings import SamplingSettings, VideoSettings
 
-# What a video may be made of beside a prompt, by the names of the settings and of a request's fields.
-INPUTS = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
-
 
 @dataclass(frozen=True)
 class VideoRequest:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan.config.inputs import inputs_of
 from wan.files.json_files import to_json
 
 # An absolute path of more than a name, on either kind of system.
@@ -41,7 +42,7 @@ def sidecar_to_share(sidecar: Mapping[str, Any]) -> str:
     for key in ("checkpoint", "transformer"):
         if key in settings:
             settings[key] = name_of(settings[key])
-    if settings.get("image") is not None:
-        settings["image"] = Path(settings["image"]).name
+    for key, given in inputs_of(settings).items():
+        settings[key] = Path(given).name if isinstance(given, str) else [Path(path).name for path in given]
     settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]
     return to_json(dict(sidecar, settings=settings))

@@ -16,6 +16,7 @@ from typing import Any
 
 from nabla import InputError
 from wan.caches.calibration import calibrated
+from wan.config.inputs import each_file
 from wan.config.settings import Settings
 from wan.files.json_files import write_json
 from wan.files.video import check_writable
@@ -77,8 +78,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     request = Request(flags, args.config, None, SMALL_CHECKPOINT, prompt_file=args.prompt_file)
     checkpoint, videos = settle(request, device)
     every = [settings for settings, _ in videos]
-    if pictures := [one.image for one in every if one.image is not None]:
-        raise InputError(f"image {pictures[0]}: ratios are measured on videos of text alone; leave it out")
+    if files := [file for one in every for file in each_file(one.inputs)]:
+        name, path = files[0]
+        raise InputError(f"{name} {path}: ratios are measured on videos of text alone; leave it out")
     for line in unexpected(checkpoint, every[0]):
         log.warning("warning: %s", line)
     pipe = load_pipeline(checkpoint, every, device, options)

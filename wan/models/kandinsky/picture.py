@@ -39,12 +39,15 @@ def check_takes_picture(transformer: nn.Module) -> None:
 def start_from(image: object, video: VideoSettings, transformer: nn.Module) -> tuple[np.ndarray | None, VideoSettings]:
     """The picture (height, width, 3) uint8 that a video begins with, and the video in its form; of None, no other.
 
+    One whose size is exact keeps it.
     image: what `picture_of` reads; raises `InputError` for one that cannot be read or is not taken
     """
     if image is None:
         return None, video
     picture = picture_of(image)
     check_takes_picture(transformer)
+    if video.exact_size:
+        return picture, video
     return picture, changed(video, size=fit_picture((picture.shape[1], picture.shape[0]), video.size))
 
 

@@ -249,12 +249,13 @@ class Kandinsky5:
         observer: Observer | None = None,
         image: object = None,
         expand_prompt: bool = False,
+        exact_size: bool | None = None,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
         image: the picture that it begins with: a path, a PIL image, or (height, width, 3) uint8; the video then has its
-            form, in about the size asked for
+            form, in about the size asked for, unless exact_size says that it is to have that very size
         expand_prompt: make it of what `expand_prompt` writes
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
         device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
@@ -262,7 +263,8 @@ class Kandinsky5:
         outside what is allowed.
         """
         check_prompt(prompt)
-        picture, video = start_from(image, changed(self.video, size=size, frame_num=frame_num), self.transformer)
+        video = changed(self.video, size=size, frame_num=frame_num, exact_size=exact_size)
+        picture, video = start_from(image, video, self.transformer)
         sampling = changed(
             self.sampling,
             negative_prompt=negative_prompt,

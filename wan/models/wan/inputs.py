@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nabla import InputError
+from wan.config.inputs import INPUTS
 from wan.files.picture import picture_of
-from wan.sampling.request import INPUTS
 
 
 def read_inputs(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class WanT2V:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
 
         size: (width, height) in pixels, multiples of 16; frame_num: 4n+1 frames
-        inputs: what `INPUTS` of `wan.sampling.request` names, of those that the checkpoint takes: pictures as paths,
+        inputs: what `INPUTS` of `wan.config.inputs` names, of those that the checkpoint takes: pictures as paths,
             PIL images or (height, width, 3) uint8. The video has their form then, in about the area of `size`;
             exact_size: has `size` itself
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
