@@ -20,7 +20,8 @@ from wan.memory.estimates import (
     pinned_chunks,
     tile_width,
 )
-from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose, slowdown
+from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
+from wan.memory.transfers import slowdown
 from wan.memory.weigh import weigh
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder, meta_transformer
 from wan.models.wan.vae import decoding_of

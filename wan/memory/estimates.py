@@ -32,7 +32,9 @@ LIST_BYTES = 2**28 * 8
 class Weights:
     """What a model weighs. One of its blocks: `linear` numbers in linear layers, and `other` bytes; the largest layer
     has `largest` numbers. Outside of its blocks: `rest` bytes. A number that is not quantised takes `itemsize` bytes.
-    stored: of a block as a GGUF file has quantised it, and of what runs beside it."""
+    stored: of a block as a GGUF file has quantised it, and of what runs beside it.
+    less_linear, less_other: where blocks are not alike and the largest stands for all, what the others have less, all
+    together."""
 
     blocks: int
     linear: int
@@ -41,20 +43,26 @@ class Weights:
     rest: int
     itemsize: int
     stored: int = 0
+    less_linear: int = 0
+    less_other: int = 0
 
     def block(self, quantization: str | None) -> int:
-        """Bytes of a block."""
-        each = self.itemsize if quantization is None else QUANTIZATIONS[quantization].bytes_per_weight
-        if each is None:
-            return self.stored
-        return math.ceil(self.linear * each) + self.other
+        """Bytes of the largest block."""
+        each = self._bytes_per_weight(quantization)
+        return self.stored if each is None else math.ceil(self.linear * each) + self.other
 
     def bytes(self, quantization: str | None) -> int:
-        return self.blocks * self.block(quantization) + self.rest
+        each = self._bytes_per_weight(quantization)
+        # What a file has quantised is known of its largest block alone.
+        less = 0 if each is None else int(self.less_linear * each) + self.less_other
+        return self.blocks * self.block(quantization) - less + self.rest
 
     def streamed(self, quantization: str | None, kept: int = 0) -> int:
         """Bytes on the GPU while all blocks but `kept` pass through two buffers."""
-        return self.rest + self.block(quantization) * min(kept + 2, self.blocks)
+        return min(self.bytes(quantization), self.rest + self.block(quantization) * (kept + 2))
+
+    def _bytes_per_weight(self, quantization: str | None) -> float | None:
+        return self.itemsize if quantization is None else QUANTIZATIONS[quantization].bytes_per_weight
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Workload:
     cached: copies of the hidden states that a step cache keeps
     writing: bytes that writing a prompt out takes beside the text encoder's weights, where it does
     beside: bytes of what else a forward holds, such as tables of rotations
+    encoding: bytes that pictures or a video which are given take beside the VAE's weights, while it encodes them
     """
 
     tokens: int
@@ -99,6 +108,7 @@ class Workload:
     cached: int = 0
     writing: int = 0
     beside: int = 0
+    encoding: int = 0
 
 
 def forward_bytes(workload: Workload) -> int:

@@ -1,9 +1,9 @@
 """How to run within a budget of memory: a pure function of what the models weigh and what the video is.
 
-Three stages follow each other: text, sampling, decoding. Either all models stay on the GPU, or each is there in its
-stage alone, the transformer's and the text encoder's blocks streamed through two buffers if even one model is too
-large. Of what fits, the plan that costs least is taken: a slowdown counts as it is, precision as
-`wan.quantize.table` says.
+Stages follow each other: text, a picture if one is given, sampling, decoding. Either all models stay on the GPU, or
+each is there in its stage alone, of several experts one at a time, the transformer's and the text encoder's blocks
+streamed through two buffers if even one model is too large. Of what fits, the plan that costs least is taken: a
+slowdown counts as it is, precision as `wan.quantize.table` says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from wan.memory.estimates import (
     pinned_bytes,
     text_bytes,
 )
+from wan.memory.transfers import kept_blocks, slowdown
 from wan.quantize.gguf import GGUF
 from wan.quantize.table import QUANTIZATIONS
 
@@ -36,11 +37,6 @@ SIDECAR_KEYS = {"quantization": "packing", "text_quantization": "text_packing"}
 COST_OF_TILES = 1.05
 # Of models that move between stages; small, since it is to decide between plans that are alike in all else.
 COST_OF_TURNS = 1.01
-# A block is computed from its weights once a token: this many tokens hide the transfer of half-precision weights from
-# pinned host memory. 16,000 is 800 TFLOP/s over 50 GB/s; slower GPUs have slower links too.
-TOKENS_TO_HIDE = 16_000
-# How many times slower transfers from pageable memory are taken to be.
-PAGEABLE = 4
 # Beyond a share of host memory pinning fails on some systems, and starves others.
 PINNED_SHARE = 0.5
 # Allocated memory that lies idle between tensors.
@@ -74,6 +70,7 @@ class MemoryPlan:
     pinned: whether weights that are moved wait in pinned host memory
     stages: the expected peak of each on the GPU, in bytes; host: the same of the host
     slowdown: expected, by transfers that computing does not hide
+    experts: transformers of one size that take turns while they sample
     """
 
     quantization: str | None
@@ -87,6 +84,7 @@ class MemoryPlan:
     stages: Mapping[str, int]
     host: int
     slowdown: float
+    experts: int = 1
 
     @property
     def peak(self) -> int:
@@ -105,6 +103,9 @@ class MemoryPlan:
     def to_sidecar(self) -> dict[str, Any]:
         """As a video's sidecar has it, by the keys that these always had."""
         own = asdict(self)
+        if self.experts == 1:
+            # As records are that were written before there were several.
+            del own["experts"]
         return {SIDECAR_KEYS.get(name, name): value for name, value in own.items()}
 
     def describe(self, budget: MemoryBudget, dtype: str) -> str:
@@ -112,7 +113,7 @@ class MemoryPlan:
         stages = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.stages.items())
         decoding = f"in {self.tiles} overlapping tiles" if self.tiles > 1 else "whole"
         return (
-            f"transformer {self.quantization or dtype}, {self.placement()}; "
+            f"{self._transformers()} {self.quantization or dtype}, {self.placement()}; "
             f"text encoder {self.text_quantization or dtype}, {self._text()}; decoding {decoding}; "
             f"expected peak {self.peak / GIB:.1f} of {budget.gpu / GIB:.1f} GiB ({stages}), "
             f"host {self.host / GIB:.1f} of {budget.host / GIB:.1f} GiB free"
@@ -120,14 +121,19 @@ class MemoryPlan:
 
     def placement(self) -> str:
         """Where the transformer is, in words."""
+        several = self.experts > 1
         if not self.in_turns:
-            return "on the GPU throughout"
+            return f"{'all ' if several else ''}on the GPU throughout"
         if self.kept == self.blocks:
-            return "on the GPU while it samples"
+            return f"{'one at a time ' if several else ''}on the GPU while it samples"
         memory = "pinned" if self.pinned else "pageable"
-        some = f", {self.kept} of {self.blocks} kept there" if self.kept else ""
+        of_each = " of each" if several else ""
+        some = f", {self.kept} of {self.blocks}{of_each} kept there" if self.kept else ""
         slow = f", about {self.slowdown:.1f} times as long" if self.slowdown > 1.05 else ", hidden behind computing"
         return f"blocks streamed from {memory} host memory{some}{slow}"
+
+    def _transformers(self) -> str:
+        return "transformer" if self.experts == 1 else f"{self.experts} experts in"
 
     def _text(self) -> str:
         return {"gpu": "whole on the GPU", "stream": "streamed by blocks", "cpu": "on the CPU"}[self.text]
@@ -142,15 +148,19 @@ def choose(
     quantization: str | None = None,
     can_quantize: bool = True,
     text_cpu: bool = False,
+    experts: int = 1,
+    picture_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan that costs least of those that fit.
 
+    transformer: or each of as many `experts`, if they differ the larger one
     quantization: of the transformer, if that is not open, that of GGUF if its file has done so
     can_quantize: whether others than the given one may be chosen
     text_cpu: the text encoder has to run on the CPU
+    picture_bytes: what the encoder of pictures weighs, where there is one
     Raises `InputError` if none fits, with what would.
     """
-    case = _Case(transformer, text, vae_bytes, workload, budget, text_cpu)
+    case = _Case(transformer, text, vae_bytes, workload, budget, text_cpu, experts, picture_bytes)
     own: list[str | None] = [quantization]
     of_text: list[str | None] = [None]
     if can_quantize:
@@ -173,6 +183,8 @@ class _Case:
     workload: Workload
     budget: MemoryBudget
     text_cpu: bool
+    experts: int
+    picture_bytes: int
 
     def plans(self, quantization: str | None, text_quantization: str | None) -> Iterator[MemoryPlan]:
         """All plans of a precision, those in which the models stay on the GPU first, in ever more columns."""
@@ -181,7 +193,7 @@ class _Case:
         # Quantised weights are unpacked as they are used, no more than one layer's at a time.
         forward = forward_bytes(self.workload) + _using_bytes(quantization) * transformer.largest
         encoding = text_bytes(self.workload) + _using_bytes(text_quantization) * self.text.largest
-        waiting = pinned_bytes(transformer.block(quantization), transformer.blocks)
+        waiting = pinned_bytes(transformer.block(quantization), transformer.blocks) * self.experts
         pinned = waiting <= PINNED_SHARE * self.budget.host_total
         kept = kept_blocks(transformer, quantization, self.workload, usable - forward, pinned)
         slower = COST_OF_TURNS * slowdown(transformer, quantization, self.workload, kept, pinned)
@@ -200,6 +212,7 @@ class _Case:
                 stages={},
                 host=self.host_bytes(quantization, text_quantization, in_turns),
                 slowdown=slower if in_turns else 1.0,
+                experts=self.experts,
             )
             yield replace(plan, stages=self.stages(plan, forward, encoding))
 
@@ -209,9 +222,11 @@ class _Case:
         on_gpu = {"gpu": text.bytes, "stream": text.streamed, "cpu": lambda _: 0}[plan.text]
         sizes = {
             "text": on_gpu(plan.text_quantization),
-            "sampling": transformer.bytes(plan.quantization),
+            "sampling": transformer.bytes(plan.quantization) * self.experts,
             "decoding": self.vae_bytes,
         }
+        # Either all models are there in every stage, or each in its own.
+        resident = 0 if plan.in_turns else sum(sizes.values()) + self.picture_bytes
         if plan.in_turns:
             sizes["sampling"] = transformer.streamed(plan.quantization, plan.kept)
         needs = {
@@ -219,9 +234,11 @@ class _Case:
             "sampling": forward,
             "decoding": decode_bytes(self.workload.decoding, plan.tiles),
         }
-        # Either all models are there in every stage, or each in its own.
-        resident = 0 if plan.in_turns else sum(sizes.values())
         stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
+        if pictures := self.workload.encoding:
+            # The encoder of pictures is gone before the VAE comes.
+            most = resident + pictures if resident else max(self.picture_bytes, self.vae_bytes + pictures)
+            stages = {"text": stages.pop("text"), "picture": most} | stages
         making = self.making_bytes(plan.quantization, plan.text_quantization)
         # On the large side: the last layer may be quantised when all else is there already.
         return {"loading": making + resident} | stages if making else stages
@@ -238,30 +255,10 @@ class _Case:
             # A GGUF file is read as a whole before it goes to the GPU.
             read = self.transformer.bytes(quantization) if quantization == GGUF.key else 0
             return PROCESS + max(read, text if self.text_cpu else 0)
-        waiting = pinned_bytes(self.transformer.block(quantization), self.transformer.blocks) + self.transformer.rest
+        one = pinned_bytes(self.transformer.block(quantization), self.transformer.blocks) + self.transformer.rest
         # While weights are copied to pinned memory, a chunk of them is there twice.
-        return PROCESS + waiting + min(CHUNK, self.transformer.bytes(quantization)) + text + self.vae_bytes
-
-
-def kept_blocks(transformer: Weights, quantization: str | None, workload: Workload, room: float, pinned: bool) -> int:
-    """Blocks to keep on the GPU in `room` bytes: all, or none if their transfer is hidden, or as many as fit."""
-    if transformer.bytes(quantization) <= room:
-        return transformer.blocks
-    if slowdown(transformer, quantization, workload, 0, pinned) == 1:
-        return 0
-    # The two buffers take the room of two blocks.
-    return max(0, int((room - transformer.rest) // transformer.block(quantization)) - 2)
-
-
-def slowdown(transformer: Weights, quantization: str | None, workload: Workload, kept: int, pinned: bool) -> float:
-    """How many times as long a forward takes as without transfers, which go on while it computes."""
-    share = 1 - kept / transformer.blocks
-    smaller = transformer.block(quantization) / transformer.block(None)
-    # Faster products hide less.
-    smaller *= 1.0 if quantization is None else QUANTIZATIONS[quantization].speed
-    hiding = TOKENS_TO_HIDE * (1 if pinned else PAGEABLE) * transformer.itemsize / 2
-    # Computing `hiding` tokens takes as long as transferring all blocks in the run's type.
-    return max(1.0, share * smaller * hiding / workload.tokens)
+        copied = min(CHUNK, self.transformer.bytes(quantization))
+        return PROCESS + one * self.experts + copied + text + self.vae_bytes + self.picture_bytes
 
 
 def _using_bytes(key: str | None) -> int:

@@ -22,8 +22,10 @@ log = logging.getLogger("wan")
 class Weighed(NamedTuple):
     """What a family says of a run before any weight is read.
 
+    transformer: or each of as many `experts`, if they differ the larger one
     vae: bytes of it as it is read; workloads: one for each of the videos
     quantization: the key of the transformer's that is asked for, or that its file has done
+    picture: bytes of the encoder of pictures, where there is one
     """
 
     transformer: Weights
@@ -31,12 +33,15 @@ class Weighed(NamedTuple):
     vae: int
     workloads: Sequence[Workload]
     quantization: str | None
+    experts: int = 1
+    picture: int = 0
 
 
 def _largest(workloads: Sequence[Workload]) -> Workload:
     """What stands for all of them: one plan serves them, since weights are loaded once."""
     largest = max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size)))
-    return replace(largest, writing=max(workload.writing for workload in workloads))
+    writing, encoding = (max(getattr(one, name) for one in workloads) for name in ("writing", "encoding"))
+    return replace(largest, writing=writing, encoding=encoding)
 
 
 def plan_run(
@@ -57,6 +62,8 @@ def plan_run(
         weighed.quantization,
         can_quantize=settings.dtype == "bfloat16" and has_torchao,
         text_cpu=t5_cpu,
+        experts=weighed.experts,
+        picture_bytes=weighed.picture,
     )
     log.info("memory: %s", plan.describe(budget, settings.dtype or "float32"))
     if not has_torchao:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,34 +33,50 @@ def weights_of(
 
 def _stored_layers(component: Component, weights: GgufFile, blocks: nn.ModuleList, dtype: torch.dtype) -> int:
     """Bytes of the linear layers of a GGUF file's largest block."""
-    prefix = next(f"{name}." for name, module in component.model.named_modules() if module is blocks)
-    layers = {f"{name}.weight" for name, module in component.model.named_modules() if isinstance(module, nn.Linear)}
+    inside, model = {id(block) for block in blocks}, component.model
+    prefixes = {f"{name}." for name, module in model.named_modules() if id(module) in inside}
+    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sizes: Counter[str] = Counter()
     for name, shape in weights.shapes.items():
         own = component.names[name]
-        if own.startswith(prefix) and own in layers:
-            number = own.removeprefix(prefix).partition(".")[0]
+        # The list's name and the number in it.
+        prefix = "".join(f"{part}." for part in own.split(".")[:2])
+        if own in layers and prefix in prefixes:
             # What the file has in float32 or float16 is not packed, and gets the run's type.
-            sizes[number] += weights.packed.get(name, math.prod(shape) * dtype.itemsize)
+            sizes[prefix] += weights.packed.get(name, math.prod(shape) * dtype.itemsize)
     return max(sizes.values())
 
 
 def weigh(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, float32: Sequence[str]) -> Weights:
-    """What a model, which may be on the meta device, weighs in a dtype; `float32`: names of what stays in that."""
+    """What a model, which may be on the meta device, weighs in a dtype.
+
+    blocks: those that are streamed and quantised, of one list of the model or of several
+    float32: names of what stays in that
+    """
 
     def is_kept(name: str) -> bool:
         return bool(set(name.split(".")) & set(float32))
 
-    def size(name: str, tensor: torch.Tensor) -> int:
-        return tensor.numel() * (4 if is_kept(name) else dtype.itemsize)
+    def size(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
+        return sum(one.numel() * (4 if is_kept(name) else dtype.itemsize) for name, one in parameters)
 
-    # One block stands for all, which are of the same sizes. Layers that stay in float32 are never quantised.
-    layers = [(name, module) for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)]
-    linear = [module.weight.numel() for name, module in layers if not is_kept(name)]
-
+    # Layers that stay in float32 are never quantised.
+    layers = [
+        [m.weight.numel() for name, m in block.named_modules() if isinstance(m, nn.Linear) and not is_kept(name)]
+        for block in blocks
+    ]
+    linear = [sum(numbers) for numbers in layers]
+    other = [size(block.named_parameters()) - n * dtype.itemsize for block, n in zip(blocks, linear)]
     inside = {id(parameter) for parameter in blocks.parameters()}
-    named = list(model.named_parameters())
-    in_blocks = sum(size(*item) for item in named if id(item[1]) in inside)
-    rest = sum(size(*item) for item in named if id(item[1]) not in inside)
-    other = in_blocks // len(blocks) - sum(linear) * dtype.itemsize
-    return Weights(len(blocks), sum(linear), max(linear), max(0, other), rest, dtype.itemsize)
+    rest = size(item for item in model.named_parameters() if id(item[1]) not in inside)
+    count = len(blocks)
+    return Weights(
+        count,
+        max(linear),
+        max(map(max, layers)),
+        max(other),
+        rest,
+        dtype.itemsize,
+        less_linear=count * max(linear) - sum(linear),
+        less_other=count * max(other) - sum(other),
+    )
