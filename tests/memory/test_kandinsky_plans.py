@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from counted import Counted
 
 from nabla import InputError
 from wan.config.settings import VideoSettings
@@ -34,27 +31,6 @@ def plan_for(
     sizes, budget = MODELS[model], replace(host, gpu=int(gpu * GB))
     workload = workload_for(sizes, video or VIDEOS[model], torch.bfloat16)
     return choose(*weigh_models(sizes, torch.bfloat16), workload, budget, **given)
-
-
-class Counted(TorchDispatchMode):
-    """Bytes of the tensors that are made within and there at once, on the meta device too, where they take none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.sizes: Counter[int] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        results = function(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            # Views are of memory that is counted already.
-            if isinstance(result, torch.Tensor) and (key := result.untyped_storage()._cdata) not in given:
-                if key not in self.sizes:
-                    self.sizes[key] = result.untyped_storage().nbytes()
-                    weakref.finalize(result.untyped_storage(), self.sizes.pop, key, None)
-                self.peak = max(self.peak, sum(self.sizes.values()))
-        return results
 
 
 def test_weights_are_those_of_the_published_models():

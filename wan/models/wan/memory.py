@@ -12,7 +12,7 @@ from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings
 from wan.memory.decoding import vae_dtype_of
-from wan.memory.estimates import Workload
+from wan.memory.estimates import FLOAT32_BYTES, Workload
 from wan.memory.placement import has_room_for
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
@@ -21,6 +21,14 @@ from wan.models.wan import components
 from wan.models.wan.vae import decoding_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
+
+MODULATIONS = 6
+# What the encoder's features take for a channel of the first ones and a place of theirs, by whether it is Wan2.2's:
+# counted in chunks of four frames, and a tenth more. The first frame is a chunk of its own.
+ENCODE_BYTES = {False: 160, True: 225}
+ONE_FRAME = 0.35
+# Of a video of grey frames, and of VACE's source, its mask, and what is kept and made of it.
+GIVEN_VIDEOS, VACE_VIDEOS = 2, 6
 
 
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
@@ -32,13 +40,18 @@ def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: boo
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     models = transformer.model, text.model, vae.model
     return Weighed(
-        weights_of(transformer, transformer.model.blocks, dtype, settings.lora),
+        weights_of(transformer, streamed_blocks(transformer.model), dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
         GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None,
     )
+
+
+def streamed_blocks(transformer: nn.Module) -> nn.ModuleList:
+    """The blocks of a transformer in the order in which they run: VACE's own run before the others."""
+    return nn.ModuleList([*getattr(transformer, "vace_blocks", ()), *transformer.blocks])
 
 
 def workload_of(
@@ -51,9 +64,9 @@ def workload_of(
     compiled: bool | None,
 ) -> Workload:
     """A video and the widths of the models that make it."""
-    own = transformer.config
+    own, tokens = transformer.config, math.prod(settings.video.token_grid)
     return Workload(
-        tokens=math.prod(settings.video.token_grid),
+        tokens=tokens,
         dim=own.num_attention_heads * own.attention_head_dim,
         ffn_dim=own.ffn_dim,
         heads=own.num_attention_heads,
@@ -62,8 +75,54 @@ def workload_of(
         itemsize=dtype.itemsize,
         # Plans are for GPUs, on which None compiles.
         compiled=compiled is not False,
-        mask_layers=own.num_layers if settings.attention.mask_refresh > 1 else 0,
+        mask_layers=len(streamed_blocks(transformer)) if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],
+        beside=hint_bytes(transformer, tokens, dtype) + modulation_bytes(transformer, vae, settings, tokens, dtype),
+        encoding=encoding_bytes(transformer, vae, settings),
+    )
+
+
+def hint_bytes(transformer: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+    """What VACE's own blocks leave for the others: a hint of each, and their states, as they were given and are."""
+    own = transformer.config
+    hints = len(own.get("vace_layers", ()))
+    return (hints + 2) * tokens * own.num_attention_heads * own.attention_head_dim * dtype.itemsize if hints else 0
+
+
+def modulation_bytes(
+    transformer: nn.Module, vae: nn.Module, settings: Settings, tokens: int, dtype: torch.dtype
+) -> int:
+    """What modulations take where each token has a timestep of its own: Wan2.2's 5B with a picture."""
+    if settings.image is None or not has_own_timesteps(vae):
+        return 0
+    own = transformer.config
+    each = tokens * own.num_attention_heads * own.attention_head_dim
+    # Six in the run's type, of all blocks, and in float32 those of the one that runs; and what they are made of.
+    return each * (MODULATIONS * (dtype.itemsize + FLOAT32_BYTES) + dtype.itemsize)
+
+
+def has_own_timesteps(vae: nn.Module) -> bool:
+    """Whether a picture is the first latent frame as it is, at a timestep of its own: with Wan2.2's VAE."""
+    return vae.config.is_residual
+
+
+def encoding_bytes(transformer: nn.Module, vae: nn.Module, settings: Settings) -> int:
+    """What encoding the pictures or the video that a run is given takes beside the VAE's weights, in float32."""
+    own, video = transformer.config, settings.video
+    if own.get("vace_layers"):
+        frames, copies = video.frame_num, VACE_VIDEOS
+    elif own.in_channels != own.out_channels:
+        # All frames, of which those that are not given are grey.
+        frames, copies = video.frame_num, GIVEN_VIDEOS
+    elif settings.image is not None and has_own_timesteps(vae):
+        frames, copies = 1, GIVEN_VIDEOS
+    else:
+        return 0
+    width, height = video.size
+    places = width * height / (vae.config.patch_size or 1) ** 2
+    features = places * vae.config.base_dim * ENCODE_BYTES[vae.config.is_residual]
+    return math.ceil(
+        features * (ONE_FRAME if frames == 1 else 1) + copies * frames * width * height * 3 * FLOAT32_BYTES
     )
 
 

@@ -1,0 +1,283 @@
+"""Plans of memory of all of Wan's models at their published sizes, and estimates against tensors that were counted."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from counted import Counted
+from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers.models.transformers import transformer_wan
+from torch import nn
+
+from nabla import InputError
+from wan.config.geometry import Geometry
+from wan.config.settings import Settings, VideoSettings, resolve
+from wan.memory.estimates import FLOAT32_BYTES, GIB, Workload, forward_bytes
+from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
+from wan.memory.weigh import weigh
+from wan.models.wan.memory import encoding_bytes, streamed_blocks, workload_of
+from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder
+from wan.quantize.table import QUANTIZATIONS
+
+HOST = MemoryBudget(0, 120 * GIB, 128 * GIB)
+LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+PICTURES = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+TRANSFORMERS = {
+    "i2v-14B": LARGE | PICTURES,
+    "flf2v-14B": LARGE | PICTURES | {"pos_embed_seq_len": 514},
+    "vace-1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "vace_layers": list(range(0, 30, 2))},
+    "vace-14B": LARGE | {"vace_layers": list(range(0, 40, 5))},
+    "t2v-A14B": LARGE,
+    "i2v-A14B": LARGE | {"in_channels": 36},
+    "ti2v-5B": {
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
+}
+VAE_22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+# CLIP's picture tower in float32.
+PICTURE_TOWER = 632_076_800 * FLOAT32_BYTES
+HD, SD = VideoSettings((1280, 720)), VideoSettings((832, 480))
+VIDEOS = dict.fromkeys(TRANSFORMERS, HD) | {
+    "vace-1.3B": SD,
+    "ti2v-5B": VideoSettings((1280, 704), 121, geometry=Geometry((4, 16, 16))),
+}
+
+
+def make_transformer(config: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return (WanVACETransformer3DModel if "vace_layers" in config else WanTransformer3DModel)(**config)
+
+
+@functools.cache
+def transformer_of(model: str) -> nn.Module:
+    return make_transformer(TRANSFORMERS[model])
+
+
+@functools.cache
+def vae_of(model: str) -> AutoencoderKLWan:
+    with torch.device("meta"):
+        return AutoencoderKLWan(**(VAE_22 if model == "ti2v-5B" else {}))
+
+
+@functools.cache
+def text_encoder() -> nn.Module:
+    return meta_text_encoder(MODELS["t2v-14B"])
+
+
+def settings_for(model: str, video: VideoSettings | None = None, picture: bool = True) -> Settings:
+    plain = resolve({"prompt": "a cat", "checkpoint": "here"})
+    return replace(plain, video=video or VIDEOS[model], image="a.png" if picture else None)
+
+
+def workload_for(model: str, picture: bool = True, transformer: nn.Module | None = None) -> Workload:
+    models = transformer or transformer_of(model), text_encoder(), vae_of(model)
+    return workload_of(*models, settings_for(model, picture=picture), torch.bfloat16, torch.float16, None)
+
+
+def plan_for(model: str, gpu: float, host: MemoryBudget = HOST, **given: int) -> MemoryPlan:
+    transformer, vae = transformer_of(model), vae_of(model)
+    beside = {
+        "experts": 2 if model.endswith("A14B") else 1,
+        "picture_bytes": PICTURE_TOWER if "image_dim" in TRANSFORMERS[model] else 0,
+    }
+    return choose(
+        weigh(transformer, streamed_blocks(transformer), torch.bfloat16, transformer._keep_in_fp32_modules),
+        weigh(text_encoder(), text_encoder().encoder.block, torch.bfloat16, ()),
+        sum(parameter.numel() for parameter in vae.parameters()) * FLOAT32_BYTES,
+        workload_for(model),
+        replace(host, gpu=int(gpu * GB)),
+        **beside | given,
+    )
+
+
+@pytest.mark.parametrize(
+    "model, gib",
+    (
+        ("i2v-14B", 30.5),
+        ("flf2v-14B", 30.5),
+        ("vace-1.3B", 4.0),
+        ("vace-14B", 32.3),
+        ("t2v-A14B", 26.6),
+        ("i2v-A14B", 26.6),
+        ("ti2v-5B", 9.3),
+    ),
+)
+def test_weights_are_those_of_the_published_models(model, gib):
+    """In bfloat16 but for what diffusers keeps in float32."""
+    transformer = transformer_of(model)
+    blocks = streamed_blocks(transformer)
+    weights = weigh(transformer, blocks, torch.bfloat16, transformer._keep_in_fp32_modules)
+    assert weights.bytes(None) / GIB == pytest.approx(gib, abs=0.1)
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    assert 2 * largest < weights.block(None) < 2.02 * largest
+    assert (
+        weights.streamed(None) < weights.streamed(None, 10) < weights.streamed(None, len(blocks)) == weights.bytes(None)
+    )
+
+
+def test_blocks_of_vace_count_as_they_are_and_the_largest_is_what_buffers_hold():
+    transformer = transformer_of("vace-14B")
+    own, all_of_them = transformer.blocks, streamed_blocks(transformer)
+    assert [len(blocks) for blocks in (own, all_of_them)] == [40, 48] and all_of_them[0] is transformer.vace_blocks[0]
+    plain, both = (weigh(transformer, blocks, torch.bfloat16, ()) for blocks in (own, all_of_them))
+    # A projection of its input, and of its output, more.
+    assert both.linear == plain.linear + 2 * 5120**2 and both.less_linear == (2 * 40 + 7) * 5120**2
+    assert both.bytes(None) == plain.bytes(None)
+    # Quantised, what plain blocks do not have is not counted either.
+    linear = sum(m.weight.numel() for m in all_of_them.modules() if isinstance(m, nn.Linear))
+    half = both.bytes("int8") - both.bytes(None)
+    assert half == pytest.approx((QUANTIZATIONS["int8"].bytes_per_weight - 2) * linear, rel=1e-3)
+
+
+# Where a model goes on a GPU of so many GB: whether models take turns, how many blocks are kept, how the text encoder
+# runs, and in how many columns the video is decoded; None where it does not fit.
+PLANS = {
+    ("i2v-14B", 12): None,
+    ("i2v-14B", 16): None,
+    ("i2v-14B", 24): (True, 0, "gpu", 1),
+    ("i2v-14B", 48): (True, 40, "gpu", 1),
+    ("flf2v-14B", 12): None,
+    ("flf2v-14B", 16): None,
+    ("flf2v-14B", 24): (True, 0, "gpu", 1),
+    ("flf2v-14B", 48): (True, 40, "gpu", 1),
+    ("vace-1.3B", 12): (True, 45, "stream", 1),
+    ("vace-1.3B", 16): (True, 45, "gpu", 1),
+    ("vace-1.3B", 24): (True, 45, "gpu", 1),
+    ("vace-1.3B", 48): (False, 45, "gpu", 1),
+    ("vace-14B", 12): None,
+    ("vace-14B", 16): None,
+    ("vace-14B", 24): (True, 0, "gpu", 1),
+    ("vace-14B", 48): (True, 0, "gpu", 1),
+    ("t2v-A14B", 12): (True, 0, "stream", 1),
+    ("t2v-A14B", 16): (True, 0, "gpu", 1),
+    ("t2v-A14B", 24): (True, 0, "gpu", 1),
+    ("t2v-A14B", 48): (True, 40, "gpu", 1),
+    ("i2v-A14B", 12): None,
+    ("i2v-A14B", 16): None,
+    ("i2v-A14B", 24): (True, 0, "gpu", 1),
+    ("i2v-A14B", 48): (True, 40, "gpu", 1),
+    ("ti2v-5B", 12): (True, 0, "stream", 4),
+    ("ti2v-5B", 16): (True, 30, "gpu", 2),
+    ("ti2v-5B", 24): (True, 30, "gpu", 1),
+    ("ti2v-5B", 48): (False, 30, "gpu", 1),
+}
+
+
+@pytest.mark.parametrize("model, gpu", PLANS)
+def test_each_card_gets_a_plan_in_full_precision_or_a_line_with_what_would_do(model, gpu):
+    expected = PLANS[model, gpu]
+    if expected is None:
+        with pytest.raises(InputError, match=f"do not fit into {gpu}.0 GB") as refused:
+            plan_for(model, gpu)
+        needed = float(str(refused.value).split("free; ")[1].split(" GB of the GPU (for picture)")[0])
+        assert gpu < needed < 24 and plan_for(model, needed).peak <= needed * GB
+        return
+    plan = plan_for(model, gpu)
+    assert (plan.in_turns, plan.kept, plan.text, plan.tiles) == expected
+    assert plan.quantization is None and plan.text_quantization is None and plan.slowdown < 1.05
+    assert plan.peak * (1 + FRAGMENTS) <= gpu * GB and plan.host <= HOST.host
+    assert set(plan.stages) == {"text", "sampling", "decoding"} | ({"picture"} if model != "t2v-A14B" else set())
+
+
+def test_of_two_experts_one_is_on_the_gpu_at_a_time_and_both_are_on_the_host():
+    one, two = (plan_for("t2v-A14B", 48, experts=experts) for experts in (1, 2))
+    assert one.stages == two.stages and two.host - one.host > 26.6 * GIB
+    assert "2 experts in bfloat16, one at a time on the GPU while it samples; " in two.describe(HOST, "bfloat16")
+    assert (two.to_sidecar()["experts"], "experts" in one.to_sidecar()) == (2, False)
+    one, two = (plan_for("t2v-A14B", 100, experts=experts) for experts in (1, 2))
+    assert two.stages["sampling"] - one.stages["sampling"] > 26.6 * GIB
+    assert not two.in_turns and "2 experts in bfloat16, all on the GPU throughout; " in two.describe(HOST, "bfloat16")
+
+
+def test_little_host_memory_takes_quantised_experts():
+    found = {}
+    for free in (80, 64, 48, 40):
+        plan = plan_for("i2v-A14B", 24, MemoryBudget(0, free * GIB, 2 * free * GIB))
+        assert plan.host <= free * GIB and plan.pinned
+        found[free] = plan.quantization, plan.text_quantization
+    assert found == {80: (None, None), 64: ("int8", None), 48: ("int8", "int8"), 40: ("int4", None)}
+
+
+def test_an_encoder_of_pictures_is_gone_before_the_vae_comes():
+    with_tower, without = (plan_for("i2v-14B", 24, picture_bytes=size) for size in (PICTURE_TOWER, 0))
+    assert with_tower.stages == without.stages and with_tower.host == without.host + PICTURE_TOWER
+    huge = plan_for("i2v-14B", 24, picture_bytes=18 * GB)
+    assert huge.stages["picture"] == 18 * GB
+    resident, other = (plan_for("i2v-14B", 80, picture_bytes=size) for size in (PICTURE_TOWER, 0))
+    assert {resident.stages[stage] - other.stages[stage] for stage in other.stages} == {PICTURE_TOWER}
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+@torch.no_grad()
+def test_a_forward_takes_less_than_its_estimate(model, monkeypatch):
+    """Two blocks, not compiled and dense, attention itself left out, which needs no more than its result."""
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", lambda q, k, v, **_: torch.empty_like(q))
+    video, layers = VIDEOS[model], 2
+    config = TRANSFORMERS[model] | {"num_layers": layers}
+    if "vace_layers" in config:
+        config["vace_layers"] = [0, 1]
+    transformer = make_transformer(config)
+    kept = set(transformer._keep_in_fp32_modules)
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if set(name.split(".")) & kept else torch.bfloat16)
+    own = transformer.config
+    half = {"device": "meta", "dtype": torch.bfloat16}
+    workload = replace(workload_for(model, transformer=transformer), compiled=False)
+    has_own = model == "ti2v-5B"
+    pictures = 2 if own.pos_embed_seq_len else 1
+    given = {"encoder_hidden_states_image": torch.empty(pictures, 257, 1280, **half)} if own.image_dim else {}
+    if own.get("vace_layers"):
+        given["control_hidden_states"] = torch.empty(1, 96, *video.latents_size, **half)
+    with Counted() as counted:
+        transformer(
+            torch.empty(1, own.in_channels, *video.latents_size, **half),
+            torch.empty((1, workload.tokens) if has_own else (1,), device="meta"),
+            torch.empty(1, 512, 4096, **half),
+            **given,
+            return_dict=False,
+        )
+    assert counted.peak <= forward_bytes(workload) < 1.5 * counted.peak
+
+
+@pytest.mark.parametrize("frames", (1, 61))
+@pytest.mark.parametrize("model", ("i2v-14B", "ti2v-5B"))
+@torch.no_grad()
+def test_encoding_takes_less_than_its_estimate(model, frames, monkeypatch):
+    video = replace(VIDEOS[model], frame_num=frames)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)
+    width, height = video.size
+    with Counted() as counted:
+        vae_of(model).encode(torch.empty(1, 3, frames, height, width, device="meta"))
+    # As for a picture, where it is encoded alone, or with all grey frames.
+    expected = encoding_bytes(transformer_of("i2v-14B"), vae_of(model), settings_for(model, video))
+    assert counted.peak <= expected < 1.7 * counted.peak
+
+
+def test_a_picture_costs_what_it_needs_where_one_is_given():
+    given, without = workload_for("ti2v-5B"), workload_for("ti2v-5B", picture=False)
+    assert without.beside == without.encoding == 0 and given.encoding < 3 * GIB
+    # 27,280 tokens, six modulations of 3072 numbers each, in bfloat16 and in float32.
+    assert given.tokens == 27_280 and given.beside == 27_280 * 3072 * (6 * 6 + 2)
+    assert workload_for("t2v-A14B").encoding == 0
+    # Wan2.1's encoder sees grey frames too.
+    assert workload_for("i2v-14B").encoding > 13 * GB and workload_for("vace-14B").beside > 6 * GB
