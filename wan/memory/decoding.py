@@ -17,12 +17,15 @@ def vae_dtype_of(given: torch.dtype | None, dtype: torch.dtype, device: str = "c
     return given or (torch.float32 if dtype == torch.float32 or device == "cpu" else torch.float16)
 
 
-def tiles_for(decoding: Decoding, device: torch.device) -> int:
-    """In how few columns a GPU's free memory lets a video be decoded; says so if several. 1 on other devices."""
+def tiles_for(decoding: Decoding, device: torch.device, doing: str = "decoding") -> int:
+    """In how few columns a GPU's free memory lets a video be decoded; says so if several. 1 on other devices.
+
+    doing: what it says that is, where a video is encoded instead
+    """
     if device.type != "cuda":
         return 1
     free, needs = free_bytes(device), [decode_bytes(decoding, n + 1) for n in range(MOST_TILES)]
     tiles = next((n + 1 for n, need in enumerate(needs) if need <= free), MOST_TILES)
     if tiles > 1:
-        log.info("decoding in %d tiles: at once needs %.1f GiB, %.1f are free", tiles, needs[0] / GIB, free / GIB)
+        log.info("%s in %d tiles: at once needs %.1f GiB, %.1f are free", doing, tiles, needs[0] / GIB, free / GIB)
     return tiles

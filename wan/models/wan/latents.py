@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan.config.settings import VideoSettings
-from wan.models.wan.vae import decoder_dtype, geometry_by, set_tiles, speed_up_decoder
+from wan.models.wan.vae import decoder_dtype, geometry_by, set_encoding_tiles, set_tiles, speed_up_decoder
 
 log = logging.getLogger("wan")
 
@@ -22,13 +22,14 @@ def encode(
     """Float32 latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1].
 
     posterior: gives the latents' distribution in another way than `vae.encode`, by chunks of four frames
+    Where a GPU has too little memory left it is encoded in overlapping tiles, which changes them slightly; a line of
+    the log says so.
     Raises `InputError` for frames or sizes that the VAE would drop or crop.
     """
     frames, height, width = video.shape[2:]
     geometry_by(vae).check_whole((width, height), frames)
-    # Decoding may have switched it on, and encodes in tiles too, which changes the latents.
-    vae.use_tiling = False
     video = video.to(vae.encoder.conv_in.weight.dtype)
+    set_encoding_tiles(vae, video)
     distribution = vae.encode(video).latent_dist if posterior is None else posterior(vae, video)
     # The mean, not a sample, as in the published program.
     moments = distribution.mode().float()

@@ -71,7 +71,7 @@ def workload_of(
         ffn_dim=own.ffn_dim,
         heads=own.num_attention_heads,
         text_dim=text.config.d_model,
-        decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, vae.config.base_dim),
+        decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, vae.config),
         itemsize=dtype.itemsize,
         # Plans are for GPUs, on which None compiles.
         compiled=compiled is not False,

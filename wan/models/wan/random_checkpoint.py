@@ -160,7 +160,7 @@ def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Work
         ffn_dim=sizes.ffn_dim,
         heads=sizes.heads,
         text_dim=sizes.text_dim,
-        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), sizes.vae_dim),
+        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), {"base_dim": sizes.vae_dim}),
         itemsize=dtype.itemsize,
     )
 

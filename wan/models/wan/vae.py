@@ -7,6 +7,8 @@ written takes ten, and every convolution copies its input to pad it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,29 @@ from torch import Tensor, nn
 
 from wan.config.geometry import Geometry
 from wan.memory.decoding import tiles_for
-from wan.memory.estimates import TILE_OVERLAP, Decoding, tile_width
+from wan.memory.estimates import TILE_OVERLAP, Decoding, decode_bytes, tile_width
 
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
 ONEDNN_LEAST = 2**20 if torch.backends.mkldnn.is_available() else float("inf")
 
-# What the decoder's features take for a pixel of a frame: measured on the published VAE, base width 96, in float32.
-DECODE_BYTES, DECODE_WIDTH = 21_000, 96
+
+class Features(NamedTuple):
+    """What the features of a part of a VAE take for each pixel of a frame, in float32 bytes, at a base width."""
+
+    pixel_bytes: float
+    width: int
+
+    def at(self, width: int, dtype: torch.dtype) -> float:
+        return self.pixel_bytes * dtype.itemsize / torch.float32.itemsize * width / self.width
+
+
+# Of Wan2.1's and of Wan2.2's. That of Wan2.1's decoder was measured on a GPU; it is 1.14 times what the tensors take
+# that are there at once, and so are the others.
+DECODER_FEATURES = {False: Features(21_000, 96), True: Features(22_000, 256)}
+ENCODER_FEATURES = {False: Features(15_000, 96), True: Features(8_000, 160)}
+# Of a first frame, which is encoded on its own, as a picture is.
+FIRST_FRAME = 0.4
 
 
 def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
@@ -94,10 +111,32 @@ def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)
 
 
-def decoding_of(size: tuple[int, int], frames: int, dtype: torch.dtype, width: int = DECODE_WIDTH) -> Decoding:
-    """What a decoder of a base width makes, in a dtype. size: (width, height) of the picture in pixels"""
-    features = DECODE_BYTES * dtype.itemsize / torch.float32.itemsize * width / DECODE_WIDTH
-    return Decoding(size, frames, dtype.itemsize, features)
+def decoding_of(
+    size: tuple[int, int], frames: int, dtype: torch.dtype, config: Mapping[str, Any] | None = None
+) -> Decoding:
+    """What a VAE of a configuration, None: the published one of Wan2.1, decodes in a dtype.
+
+    size: (width, height) of the picture in pixels
+    """
+    own = config or {}
+    features = DECODER_FEATURES[own.get("is_residual", False)]
+    width = own.get("decoder_base_dim") or own.get("base_dim", features.width)
+    return Decoding(size, frames, dtype.itemsize, features.at(width, dtype))
+
+
+def encoding_of(
+    size: tuple[int, int], frames: int, dtype: torch.dtype, config: Mapping[str, Any] | None = None
+) -> Decoding:
+    """The same of what it encodes, which is of use to `wan.memory.estimates.decode_bytes` alike."""
+    own = config or {}
+    features = ENCODER_FEATURES[own.get("is_residual", False)]
+    pixel_bytes = features.at(own.get("base_dim", features.width), dtype)
+    return Decoding(size, frames, dtype.itemsize, pixel_bytes * (FIRST_FRAME if frames == 1 else 1))
+
+
+def encoding_bytes(size: tuple[int, int], frames: int, config: Mapping[str, Any] | None = None, tiles: int = 1) -> int:
+    """What encoding a clip, or one frame, in float32 takes beside the weights, for a plan of memory."""
+    return decode_bytes(encoding_of(size, frames, torch.float32, config), tiles)
 
 
 def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
@@ -106,14 +145,27 @@ def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
     vae.use_tiling = False
     geometry = geometry_by(vae)
     size, frames = geometry.size_of(latents.shape[2:]), geometry.frames_of(latents.shape[2])
-    decoding = decoding_of(size, frames, latents.dtype, vae.config.base_dim)
-    tiles = tiles_for(decoding, latents.device)
+    tiles = tiles_for(decoding_of(size, frames, latents.dtype, vae.config), latents.device)
     if tiles > 1:
         split_picture(vae, size, tiles)
 
 
-def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int) -> None:
-    """Have a VAE decode pictures of (width, height) in overlapping columns, which changes them slightly."""
+def set_encoding_tiles(vae: AutoencoderKLWan, video: Tensor) -> None:
+    """The same for a video (B, 3, frames, height, width) that is to be encoded."""
+    # Decoding may have switched it on, and encodes in tiles too.
+    vae.use_tiling = False
+    frames, height, width = video.shape[2:]
+    tiles = tiles_for(encoding_of((width, height), frames, video.dtype, vae.config), video.device, "encoding")
+    if tiles > 1:
+        # diffusers counts in what it has cut a picture into, here alone.
+        split_picture(vae, (width, height), tiles, vae.config.patch_size or 1)
+
+
+def split_picture(vae: AutoencoderKLWan, size: tuple[int, int], tiles: int, unit: int = 1) -> None:
+    """Have a VAE work on pictures of (width, height) in overlapping columns, which changes them slightly.
+
+    unit: pixels to what tiles are counted in
+    """
     # As high as the picture, so that tiles are columns; then how far apart they begin.
     width, height = tile_width(size[0], tiles), size[1]
-    vae.enable_tiling(height, width, height, width - TILE_OVERLAP)
+    vae.enable_tiling(height, width // unit, height, (width - TILE_OVERLAP) // unit)

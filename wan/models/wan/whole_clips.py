@@ -6,7 +6,14 @@ import functools
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanRMS_norm, WanUpsample
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanRMS_norm,
+    WanUpsample,
+    patchify,
+    unpatchify,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
@@ -39,12 +46,18 @@ def take_whole_clips(vae: nn.Module) -> None:
 
 def posterior(vae: AutoencoderKLWan, video: Tensor) -> DiagonalGaussianDistribution:
     """The distribution of latents (B, C, T, h, w) of a video (B, 3, 4 T - 3, height, width) in [-1, 1], in float32."""
+    if vae.config.patch_size is not None:
+        video = patchify(video, vae.config.patch_size)
     return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(video)).float())
 
 
 def reconstruction(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """The float32 video (B, 3, 4 T - 3, height, width) of latents; not clamped, which would stop gradients."""
-    return vae.decoder(vae.post_quant_conv(latents)).float()
+    # The clip begins with it, which shortcuts past stages of Wan2.2's have to know.
+    video = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, vae.config.patch_size)
+    return video.float()
 
 
 def _halve_frames(resample: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
