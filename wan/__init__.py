@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from wan.models.checkpoint import Checkpoint
     from wan.models.kandinsky.pipeline import Kandinsky5
     from wan.models.pretrained import from_pretrained
+    from wan.models.wan.image_to_video import WanI2V
     from wan.models.wan.pipeline import WanT2V
+    from wan.models.wan.text_image_to_video import WanTI2V
     from wan.observe.observer import Observer
     from wan.observe.recorder import Recorder
 
@@ -21,7 +23,9 @@ __all__ = [
     "Kandinsky5",
     "Observer",
     "Recorder",
+    "WanI2V",
     "WanT2V",
+    "WanTI2V",
     "apply_attention",
     "from_pretrained",
     "remove_attention",
@@ -33,7 +37,9 @@ _MODULES = {
     "Kandinsky5": "models.kandinsky.pipeline",
     "Observer": "observe.observer",
     "Recorder": "observe.recorder",
+    "WanI2V": "models.wan.image_to_video",
     "WanT2V": "models.wan.pipeline",
+    "WanTI2V": "models.wan.text_image_to_video",
     "apply_attention": "models.attention",
     "from_pretrained": "models.pretrained",
     "remove_attention": "models.attention",

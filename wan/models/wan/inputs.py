@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nabla import InputError
@@ -26,3 +26,14 @@ def _read(name: str, value: Any) -> Any:
             raise InputError(f"src_ref_images {value!r} is no list of pictures; put even one in brackets")
         return tuple(picture_of(one) for one in value)
     return picture_of(value)
+
+
+def check_given(given: Collection[str], required: Collection[str] = (), optional: Collection[str] = ()) -> None:
+    """Raise `InputError` for inputs, by their names, that are not taken, and for one that is required and missing."""
+    for name in required:
+        if name not in given:
+            raise InputError(f"{name} is missing: this checkpoint's videos are made of one; give it")
+    for name in sorted(given):
+        if name not in (*required, *optional):
+            taken = " and ".join((*required, *optional))
+            raise InputError(f"{name} is not taken by this checkpoint, which takes {taken}; leave it out")

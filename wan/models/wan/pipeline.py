@@ -147,12 +147,23 @@ class WanT2V:
             states = torch.empty(shape, device=self.device, dtype=self.transformer.dtype)
         return self._guided(Conditions(*self._from_leader(states).split(1)), self._condition_of(request))
 
-    def condition(self, *, size: object = None, frame_num: int | None = None, **inputs: object) -> Condition:
-        """What stands beside the noise of a video that begins with more than text; here `InputError`, as nothing does.
+    def condition(
+        self, image: object = None, *, size: object = None, frame_num: int | None = None, **inputs: object
+    ) -> Condition:
+        """What stands beside the noise of a video that is made of more than text, on all processes that share it.
 
-        size: (width, height) of the video, exactly; frame_num: its frames; inputs: as of `generate`
+        image, inputs: as of `generate`; frame_num: of the video; size: its (width, height), exactly, or None for one in
+            the form of what is given, of about the area of `self.video`
+        Raises `InputError` as `generate` does, and where nothing is given.
         """
-        raise InputError(f"{NO_INPUTS}, so nothing stands beside the noise; use sample without conditions")
+        given = {name: value for name, value in {"image": image, **inputs}.items() if value is not None}
+        self.check_inputs(given)
+        video = changed(self.video, size=size, frame_num=frame_num)
+        request = VideoRequest("", video, self.sampling, **read_inputs(given))
+        made = self._condition_of(request if size else replace(request, video=self.fit_size(request)))
+        if made is None:
+            raise InputError("no input is given, so nothing stands beside the noise; use sample without conditions")
+        return made
 
     @torch.no_grad()
     def sample(
@@ -182,7 +193,7 @@ class WanT2V:
             require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
-        guidance = self._guided(texts, conditions)
+        guidance = self._guided(texts, conditions, latents)
         latents = sample_latents(self, latents, guidance, sampling, with_progress(progress, observer))
         return latents.view(noise.shape)
 
@@ -314,9 +325,10 @@ class WanT2V:
         """What `condition` makes of a request's inputs, on all processes that share the video; None of text alone."""
         return None
 
-    def _guided(self, texts: Conditions, condition: Tensor | None) -> Conditions:
+    def _guided(self, texts: Conditions, condition: Tensor | None, noise: Tensor | None = None) -> Conditions:
         """What `predict` takes in each guidance branch, of its text states (B, L, C) and what stands beside the noise.
 
+        noise: (B, C, T, h, w), where it is there already
         Raises `InputError` for a condition that is not taken, is missing or does not fit.
         """
         if condition is not None:

@@ -64,9 +64,12 @@ def forward_inputs(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     return ForwardInputs(grid, timestep, len(latents), latents.device, latents.dtype)
 
 
-def velocity_of(transformer: nn.Module, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-    """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
-    return transformer(latents.to(transformer.dtype), timestep, context, return_dict=False)[0].float()
+def velocity_of(transformer: nn.Module, latents: Tensor, timestep: Tensor, context: Tensor, **more: Any) -> Tensor:
+    """The velocity in float32 of latents (B, C, T, h, w), guided by text states (B, L, C).
+
+    timestep: (B,), or (B, tokens) with one for each token; more: what else the transformer takes, by name
+    """
+    return transformer(latents.to(transformer.dtype), timestep, context, return_dict=False, **more)[0].float()
 
 
 # Functions with names, since a transformer that has them in its state can be pickled.
