@@ -15,6 +15,7 @@ from wan.config.settings import (
     attention_config,
     attention_to_dict,
 )
+from wan.training.objective_settings import ObjectiveSettings
 from wan.training.schema import (
     ComponentPlaces,
     check_choice,
@@ -31,7 +32,6 @@ from wan.training.schema import (
 )
 
 MODES = ("pretrain", "finetune", "distill")
-TIMESTEPS = ("logit_normal", "uniform")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
@@ -73,28 +73,6 @@ class DataSettings:
         object.__setattr__(self, "train", folders)
         check_texts(self, *(["validation"] if self.validation is not None else []))
         check_counts(self, "clips")
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """How noise levels are drawn, and how often a clip goes without its text.
-
-    timesteps: distribution before shifting: uniform, or logistic of a normal of `mean` and std `deviation`
-    shift: as in sampling, sigma = shift s / (1 + (shift - 1) s)
-    text_dropout: share of clips that see the states of an empty text instead of their own
-    """
-
-    timesteps: str = "logit_normal"
-    mean: float = 0.0
-    deviation: float = 1.0
-    shift: float = 5.0
-    text_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_choice(self, "timesteps", TIMESTEPS)
-        check_numbers(self, "mean")
-        check_numbers(self, "deviation", "shift", above=0)
-        check_numbers(self, "text_dropout", least=0, most=1)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from nabla import InputError
 from wan.models.training import Texts, join_texts
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.clips import Clips
-from wan.training.config import ObjectiveSettings
 from wan.training.data_workers import load_items
 from wan.training.objective import sigmas_from_quantiles
+from wan.training.objective_settings import ObjectiveSettings
 
 # Streams of random numbers of one seed that must not meet.
 ORDER, BUCKET, DRAW, VALIDATION = range(4)

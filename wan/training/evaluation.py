@@ -20,10 +20,11 @@ from wan.run.jobs import words_of
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import TRAIN_TIMESTEPS, make_solver
 from wan.training.clips import Clips
-from wan.training.config import ObjectiveSettings, ResolvedSamples
+from wan.training.config import ResolvedSamples
 from wan.training.data import LatentBatch, validation_batch
 from wan.training.encoder import Encoder
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
+from wan.training.objective_settings import ObjectiveSettings
 from wan.training.shutdown import Diverged
 from wan.training.write_errors import collective_write
 
