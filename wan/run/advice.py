@@ -49,7 +49,24 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
-    return [*lines, *_without_guidance(checkpoint, settings), *filter(None, [measured_otherwise(settings)])]
+    others_say = _hidden_picture(settings), measured_otherwise(settings)
+    return [*lines, *_without_guidance(checkpoint, settings), *filter(None, others_say)]
+
+
+def _hidden_picture(settings: Settings) -> str | None:
+    """What a window alone does to videos from pictures, of which each frame then sees only those near to it."""
+    chosen, begins = settings.attention, settings.image is not None or bool(settings.src_ref_images)
+    if chosen.kind != "sta" or chosen.window is None or not begins:
+        return None
+    near, blocks = chosen.window[0] // 2, [n // chosen.tile[0] for n in range(settings.video.token_grid[0])]
+    ends = [0] if settings.last_image is None else [0, blocks[-1]]
+    hidden = sum(all(abs(block - end) > near for end in ends) for block in blocks)
+    if not hidden:
+        return None
+    return (
+        f"{chosen.algorithm} is a window alone, by which {hidden} of {len(blocks)} latent frames do not see a given "
+        f"picture's; add a threshold, as in nabla-0.7_{chosen.algorithm}"
+    )
 
 
 def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
