@@ -16,10 +16,10 @@ from torch import nn
 from nabla import InputError
 from wan.config.geometry import Geometry
 from wan.config.settings import Settings, VideoSettings, resolve
-from wan.memory.estimates import FLOAT32_BYTES, GIB, Workload, forward_bytes
+from wan.memory.estimates import FLOAT32_BYTES, GIB, Workload, decode_bytes, forward_bytes
 from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.weigh import weigh
-from wan.models.wan.memory import encoding_bytes, streamed_blocks, workload_of
+from wan.models.wan.memory import streamed_blocks, workload_of
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder
 from wan.quantize.table import QUANTIZATIONS
 
@@ -149,54 +149,58 @@ def test_blocks_of_vace_count_as_they_are_and_the_largest_is_what_buffers_hold()
     assert half == pytest.approx((QUANTIZATIONS["int8"].bytes_per_weight - 2) * linear, rel=1e-3)
 
 
-# Where a model goes on a GPU of so many GB: whether models take turns, how many blocks are kept, how the text encoder
-# runs, and in how many columns the video is decoded; None where it does not fit.
+# On a GPU of so many GB: whether models take turns, how many blocks are kept, how the text encoder runs, and in how
+# many columns what is given is encoded and the video decoded; None where it does not fit.
 PLANS = {
-    ("i2v-14B", 12): None,
-    ("i2v-14B", 16): None,
-    ("i2v-14B", 24): (True, 0, "gpu", 1),
-    ("i2v-14B", 48): (True, 40, "gpu", 1),
-    ("flf2v-14B", 12): None,
-    ("flf2v-14B", 16): None,
-    ("flf2v-14B", 24): (True, 0, "gpu", 1),
-    ("flf2v-14B", 48): (True, 40, "gpu", 1),
-    ("vace-1.3B", 12): (True, 45, "stream", 1),
-    ("vace-1.3B", 16): (True, 45, "gpu", 1),
-    ("vace-1.3B", 24): (True, 45, "gpu", 1),
-    ("vace-1.3B", 48): (False, 45, "gpu", 1),
+    ("i2v-14B", 12): (True, 0, "stream", 3, 2),
+    ("i2v-14B", 16): (True, 0, "gpu", 2, 1),
+    ("i2v-14B", 24): (True, 0, "gpu", 1, 1),
+    ("i2v-14B", 48): (True, 40, "gpu", 1, 1),
+    ("flf2v-14B", 12): (True, 0, "stream", 3, 2),
+    ("flf2v-14B", 16): (True, 0, "gpu", 2, 1),
+    ("flf2v-14B", 24): (True, 0, "gpu", 1, 1),
+    ("flf2v-14B", 48): (True, 40, "gpu", 1, 1),
+    ("vace-1.3B", 12): (True, 45, "stream", 1, 1),
+    ("vace-1.3B", 16): (True, 45, "gpu", 1, 1),
+    ("vace-1.3B", 24): (True, 45, "gpu", 1, 1),
+    ("vace-1.3B", 48): (False, 45, "gpu", 1, 1),
     ("vace-14B", 12): None,
     ("vace-14B", 16): None,
-    ("vace-14B", 24): (True, 0, "gpu", 1),
-    ("vace-14B", 48): (True, 0, "gpu", 1),
-    ("t2v-A14B", 12): (True, 0, "stream", 1),
-    ("t2v-A14B", 16): (True, 0, "gpu", 1),
-    ("t2v-A14B", 24): (True, 0, "gpu", 1),
-    ("t2v-A14B", 48): (True, 40, "gpu", 1),
-    ("i2v-A14B", 12): None,
-    ("i2v-A14B", 16): None,
-    ("i2v-A14B", 24): (True, 0, "gpu", 1),
-    ("i2v-A14B", 48): (True, 40, "gpu", 1),
-    ("ti2v-5B", 12): (True, 0, "stream", 4),
-    ("ti2v-5B", 16): (True, 30, "gpu", 2),
-    ("ti2v-5B", 24): (True, 30, "gpu", 1),
-    ("ti2v-5B", 48): (False, 30, "gpu", 1),
+    ("vace-14B", 24): (True, 0, "gpu", 1, 1),
+    ("vace-14B", 48): (True, 0, "gpu", 1, 1),
+    ("t2v-A14B", 12): (True, 0, "stream", 1, 2),
+    ("t2v-A14B", 16): (True, 0, "gpu", 1, 1),
+    ("t2v-A14B", 24): (True, 0, "gpu", 1, 1),
+    ("t2v-A14B", 48): (True, 40, "gpu", 1, 1),
+    ("i2v-A14B", 12): (True, 0, "stream", 3, 2),
+    ("i2v-A14B", 16): (True, 0, "gpu", 2, 1),
+    ("i2v-A14B", 24): (True, 0, "gpu", 1, 1),
+    ("i2v-A14B", 48): (True, 40, "gpu", 1, 1),
+    ("ti2v-5B", 12): (True, 0, "stream", 1, 3),
+    ("ti2v-5B", 16): (True, 30, "gpu", 1, 1),
+    ("ti2v-5B", 24): (True, 30, "gpu", 1, 1),
+    ("ti2v-5B", 48): (False, 30, "gpu", 1, 1),
 }
+# CUDA's own memory, which `--memory` counts too, and torch cannot give out.
+BESIDES = 0.7
 
 
 @pytest.mark.parametrize("model, gpu", PLANS)
 def test_each_card_gets_a_plan_in_full_precision_or_a_line_with_what_would_do(model, gpu):
-    expected = PLANS[model, gpu]
+    expected, free = PLANS[model, gpu], gpu - BESIDES
     if expected is None:
-        with pytest.raises(InputError, match=f"do not fit into {gpu}.0 GB") as refused:
-            plan_for(model, gpu)
-        needed = float(str(refused.value).split("free; ")[1].split(" GB of the GPU (for picture)")[0])
-        assert gpu < needed < 24 and plan_for(model, needed).peak <= needed * GB
+        with pytest.raises(InputError, match=f"do not fit into {free} GB") as refused:
+            plan_for(model, free)
+        needed = float(str(refused.value).split("free; ")[1].split(" GB of the GPU (for sampling)")[0])
+        assert needed == pytest.approx(15.7, abs=0.2) and plan_for(model, needed).peak <= needed * GB
         return
-    plan = plan_for(model, gpu)
-    assert (plan.in_turns, plan.kept, plan.text, plan.tiles) == expected
+    plan = plan_for(model, free)
+    assert (plan.in_turns, plan.kept, plan.text, plan.encoding_tiles, plan.tiles) == expected
     assert plan.quantization is None and plan.text_quantization is None and plan.slowdown < 1.05
-    assert plan.peak * (1 + FRAGMENTS) <= gpu * GB and plan.host <= HOST.host
+    assert plan.peak * (1 + FRAGMENTS) <= free * GB and plan.host <= HOST.host
     assert set(plan.stages) == {"text", "sampling", "decoding"} | ({"picture"} if model != "t2v-A14B" else set())
+    tiled = f"encoding in {plan.encoding_tiles} overlapping tiles; "
+    assert (tiled in plan.describe(HOST, "bfloat16")) is (plan.encoding_tiles > 1)
 
 
 def test_of_two_experts_one_is_on_the_gpu_at_a_time_and_both_are_on_the_host():
@@ -206,7 +210,7 @@ def test_of_two_experts_one_is_on_the_gpu_at_a_time_and_both_are_on_the_host():
     assert (two.to_sidecar()["experts"], "experts" in one.to_sidecar()) == (2, False)
     one, two = (plan_for("t2v-A14B", 100, experts=experts) for experts in (1, 2))
     assert two.stages["sampling"] - one.stages["sampling"] > 26.6 * GIB
-    assert not two.in_turns and "2 experts in bfloat16, all on the GPU throughout; " in two.describe(HOST, "bfloat16")
+    assert not two.in_turns and "2 experts in bfloat16, on the GPU throughout; " in two.describe(HOST, "bfloat16")
 
 
 def test_little_host_memory_takes_quantised_experts():
@@ -259,25 +263,11 @@ def test_a_forward_takes_less_than_its_estimate(model, monkeypatch):
     assert counted.peak <= forward_bytes(workload) < 1.5 * counted.peak
 
 
-@pytest.mark.parametrize("frames", (1, 61))
-@pytest.mark.parametrize("model", ("i2v-14B", "ti2v-5B"))
-@torch.no_grad()
-def test_encoding_takes_less_than_its_estimate(model, frames, monkeypatch):
-    video = replace(VIDEOS[model], frame_num=frames)
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)
-    width, height = video.size
-    with Counted() as counted:
-        vae_of(model).encode(torch.empty(1, 3, frames, height, width, device="meta"))
-    # As for a picture, where it is encoded alone, or with all grey frames.
-    expected = encoding_bytes(transformer_of("i2v-14B"), vae_of(model), settings_for(model, video))
-    assert counted.peak <= expected < 1.7 * counted.peak
-
-
 def test_a_picture_costs_what_it_needs_where_one_is_given():
     given, without = workload_for("ti2v-5B"), workload_for("ti2v-5B", picture=False)
-    assert without.beside == without.encoding == 0 and given.encoding < 3 * GIB
+    assert without.beside == 0 and without.encoding is None and given.encoding.frames == 1
     # 27,280 tokens, six modulations of 3072 numbers each, in bfloat16 and in float32.
     assert given.tokens == 27_280 and given.beside == 27_280 * 3072 * (6 * 6 + 2)
-    assert workload_for("t2v-A14B").encoding == 0
+    assert workload_for("t2v-A14B").encoding is None
     # Wan2.1's encoder sees grey frames too.
-    assert workload_for("i2v-14B").encoding > 13 * GB and workload_for("vace-14B").beside > 6 * GB
+    assert decode_bytes(workload_for("i2v-14B").encoding) > 13 * GB and workload_for("vace-14B").beside > 6 * GB

@@ -67,7 +67,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a VAE's decoder makes.
+    """What a VAE's decoder makes, or what its encoder is given.
 
     size: (width, height) in pixels
     itemsize: bytes of a number of its activations
@@ -93,7 +93,7 @@ class Workload:
     cached: copies of the hidden states that a step cache keeps
     writing: bytes that writing a prompt out takes beside the text encoder's weights, where it does
     beside: bytes of what else a forward holds, such as tables of rotations
-    encoding: bytes that pictures or a video which are given take beside the VAE's weights, while it encodes them
+    encoding: what the VAE encodes of what is given, where anything is; given: bytes that lie beside it meanwhile
     """
 
     tokens: int
@@ -108,7 +108,8 @@ class Workload:
     cached: int = 0
     writing: int = 0
     beside: int = 0
-    encoding: int = 0
+    encoding: Decoding | None = None
+    given: int = 0
 
 
 def forward_bytes(workload: Workload) -> int:
@@ -133,7 +134,7 @@ def text_bytes(workload: Workload, rows: int = 512, prompts: int = 2) -> int:
 
 
 def decode_bytes(decoding: Decoding, tiles: int = 1) -> int:
-    """What decoding takes beside the weights, in columns that overlap."""
+    """What decoding, or encoding, takes beside the weights, in columns that overlap."""
     width, height = decoding.size
     column = min(width, tile_width(width, tiles))
     features = column * height * decoding.pixel_bytes

@@ -71,6 +71,7 @@ class MemoryPlan:
     stages: the expected peak of each on the GPU, in bytes; host: the same of the host
     slowdown: expected, by transfers that computing does not hide
     experts: transformers of one size that take turns while they sample
+    encoding_tiles: columns that what is given is encoded in, of which the VAE makes as few as it can
     """
 
     quantization: str | None
@@ -85,6 +86,7 @@ class MemoryPlan:
     host: int
     slowdown: float
     experts: int = 1
+    encoding_tiles: int = 1
 
     @property
     def peak(self) -> int:
@@ -98,23 +100,23 @@ class MemoryPlan:
             cost *= QUANTIZATIONS[self.quantization].cost or 1.0
         if self.text_quantization is not None:
             cost *= QUANTIZATIONS[self.text_quantization].text_cost or 1.0
-        return cost * (COST_OF_TILES if self.tiles > 1 else 1)
+        return cost * math.prod(COST_OF_TILES for tiles in (self.tiles, self.encoding_tiles) if tiles > 1)
 
     def to_sidecar(self) -> dict[str, Any]:
         """As a video's sidecar has it, by the keys that these always had."""
-        own = asdict(self)
-        if self.experts == 1:
-            # As records are that were written before there were several.
-            del own["experts"]
-        return {SIDECAR_KEYS.get(name, name): value for name, value in own.items()}
+        # As records are that were written before there were several of these.
+        alone = {name for name in ("experts", "encoding_tiles") if getattr(self, name) == 1}
+        return {SIDECAR_KEYS.get(name, name): value for name, value in asdict(self).items() if name not in alone}
 
     def describe(self, budget: MemoryBudget, dtype: str) -> str:
         """One line: what was chosen, and the expected peaks beside what there is."""
         stages = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.stages.items())
-        decoding = f"in {self.tiles} overlapping tiles" if self.tiles > 1 else "whole"
+        tiled = "in {} overlapping tiles".format
+        decoding = tiled(self.tiles) if self.tiles > 1 else "whole"
+        encoding = f"encoding {tiled(self.encoding_tiles)}; " if self.encoding_tiles > 1 else ""
         return (
             f"{self._transformers()} {self.quantization or dtype}, {self.placement()}; "
-            f"text encoder {self.text_quantization or dtype}, {self._text()}; decoding {decoding}; "
+            f"text encoder {self.text_quantization or dtype}, {self._text()}; {encoding}decoding {decoding}; "
             f"expected peak {self.peak / GIB:.1f} of {budget.gpu / GIB:.1f} GiB ({stages}), "
             f"host {self.host / GIB:.1f} of {budget.host / GIB:.1f} GiB free"
         )
@@ -123,7 +125,7 @@ class MemoryPlan:
         """Where the transformer is, in words."""
         several = self.experts > 1
         if not self.in_turns:
-            return f"{'all ' if several else ''}on the GPU throughout"
+            return "on the GPU throughout"
         if self.kept == self.blocks:
             return f"{'one at a time ' if several else ''}on the GPU while it samples"
         memory = "pinned" if self.pinned else "pageable"
@@ -214,10 +216,10 @@ class _Case:
                 slowdown=slower if in_turns else 1.0,
                 experts=self.experts,
             )
-            yield replace(plan, stages=self.stages(plan, forward, encoding))
+            yield self.staged(plan, forward, encoding)
 
-    def stages(self, plan: MemoryPlan, forward: int, encoding: int) -> dict[str, int]:
-        """The peak of each stage on the GPU. forward, encoding: what these take beside weights"""
+    def staged(self, plan: MemoryPlan, forward: int, encoding: int) -> MemoryPlan:
+        """A plan with the peak of each stage on the GPU. forward, encoding: what these take beside weights"""
         transformer, text = self.transformer, self.text
         on_gpu = {"gpu": text.bytes, "stream": text.streamed, "cpu": lambda _: 0}[plan.text]
         sizes = {
@@ -235,13 +237,23 @@ class _Case:
             "decoding": decode_bytes(self.workload.decoding, plan.tiles),
         }
         stages = {stage: needs[stage] + (resident or sizes[stage]) for stage in sizes}
-        if pictures := self.workload.encoding:
+        tiles, given = self.given(resident or self.vae_bytes)
+        if given:
             # The encoder of pictures is gone before the VAE comes.
-            most = resident + pictures if resident else max(self.picture_bytes, self.vae_bytes + pictures)
-            stages = {"text": stages.pop("text"), "picture": most} | stages
-        making = self.making_bytes(plan.quantization, plan.text_quantization)
-        # On the large side: the last layer may be quantised when all else is there already.
-        return {"loading": making + resident} | stages if making else stages
+            stages = {"text": stages.pop("text"), "picture": max(given, self.picture_bytes)} | stages
+        if making := self.making_bytes(plan.quantization, plan.text_quantization):
+            # On the large side: the last layer may be quantised when all else is there already.
+            stages = {"loading": making + resident} | stages
+        return replace(plan, stages=stages, encoding_tiles=tiles)
+
+    def given(self, there: int) -> tuple[int, int]:
+        """In how few columns what is given can be encoded beside bytes that are there, and the peak; 0 without any."""
+        encoding = self.workload.encoding
+        if encoding is None:
+            return 1, 0
+        peaks = [there + self.workload.given + decode_bytes(encoding, tiles + 1) for tiles in range(MOST_TILES)]
+        usable = self.budget.gpu / (1 + FRAGMENTS)
+        return next(((n + 1, peak) for n, peak in enumerate(peaks) if peak <= usable), (MOST_TILES, peaks[-1]))
 
     def making_bytes(self, quantization: str | None, text_quantization: str | None) -> int:
         """What quantising the largest layer takes."""

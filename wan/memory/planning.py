@@ -13,7 +13,7 @@ import torch
 
 from wan.config.settings import Settings
 from wan.memory.budget import budget_of, limit
-from wan.memory.estimates import Weights, Workload
+from wan.memory.estimates import Weights, Workload, decode_bytes
 from wan.memory.planner import MemoryPlan, choose
 
 log = logging.getLogger("wan")
@@ -40,8 +40,9 @@ class Weighed(NamedTuple):
 def _largest(workloads: Sequence[Workload]) -> Workload:
     """What stands for all of them: one plan serves them, since weights are loaded once."""
     largest = max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size)))
-    writing, encoding = (max(getattr(one, name) for one in workloads) for name in ("writing", "encoding"))
-    return replace(largest, writing=writing, encoding=encoding)
+    given = max(workloads, key=lambda one: one.given + (decode_bytes(one.encoding) if one.encoding else 0))
+    writing = max(workload.writing for workload in workloads)
+    return replace(largest, writing=writing, encoding=given.encoding, given=given.given)
 
 
 def plan_run(

@@ -12,23 +12,19 @@ from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings
 from wan.memory.decoding import vae_dtype_of
-from wan.memory.estimates import FLOAT32_BYTES, Workload
+from wan.memory.estimates import FLOAT32_BYTES, Decoding, Workload
 from wan.memory.placement import has_room_for
 from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
-from wan.models.wan.vae import decoding_of
+from wan.models.wan.vae import decoding_of, encoding_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
 
 MODULATIONS = 6
-# What the encoder's features take for a channel of the first ones and a place of theirs, by whether it is Wan2.2's:
-# counted in chunks of four frames, and a tenth more. The first frame is a chunk of its own.
-ENCODE_BYTES = {False: 160, True: 225}
-ONE_FRAME = 0.35
-# Of a video of grey frames, and of VACE's source, its mask, and what is kept and made of it.
-GIVEN_VIDEOS, VACE_VIDEOS = 2, 6
+# VACE's source, its mask, and what of it is kept and what made, while the latter two are encoded one after the other.
+VACE_VIDEOS = 4
 
 
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
@@ -65,6 +61,7 @@ def workload_of(
 ) -> Workload:
     """A video and the widths of the models that make it."""
     own, tokens = transformer.config, math.prod(settings.video.token_grid)
+    encoding, given = encoding_for(transformer, vae, settings)
     return Workload(
         tokens=tokens,
         dim=own.num_attention_heads * own.attention_head_dim,
@@ -78,7 +75,8 @@ def workload_of(
         mask_layers=len(streamed_blocks(transformer)) if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],
         beside=hint_bytes(transformer, tokens, dtype) + modulation_bytes(transformer, vae, settings, tokens, dtype),
-        encoding=encoding_bytes(transformer, vae, settings),
+        encoding=encoding,
+        given=given,
     )
 
 
@@ -106,24 +104,22 @@ def has_own_timesteps(vae: nn.Module) -> bool:
     return vae.config.is_residual
 
 
-def encoding_bytes(transformer: nn.Module, vae: nn.Module, settings: Settings) -> int:
-    """What encoding the pictures or the video that a run is given takes beside the VAE's weights, in float32."""
+def encoding_for(transformer: nn.Module, vae: nn.Module, settings: Settings) -> tuple[Decoding | None, int]:
+    """What the VAE encodes of what a run is given, and bytes of what else of it lies beside."""
     own, video = transformer.config, settings.video
+    width, height = video.size
+    given = 0
     if own.get("vace_layers"):
-        frames, copies = video.frame_num, VACE_VIDEOS
+        frames = video.frame_num
+        given = VACE_VIDEOS * frames * width * height * 3 * FLOAT32_BYTES
     elif own.in_channels != own.out_channels:
         # All frames, of which those that are not given are grey.
-        frames, copies = video.frame_num, GIVEN_VIDEOS
+        frames = video.frame_num
     elif settings.image is not None and has_own_timesteps(vae):
-        frames, copies = 1, GIVEN_VIDEOS
+        frames = 1
     else:
-        return 0
-    width, height = video.size
-    places = width * height / (vae.config.patch_size or 1) ** 2
-    features = places * vae.config.base_dim * ENCODE_BYTES[vae.config.is_residual]
-    return math.ceil(
-        features * (ONE_FRAME if frames == 1 else 1) + copies * frames * width * height * 3 * FLOAT32_BYTES
-    )
+        return None, 0
+    return encoding_of(video.size, frames, torch.float32, vae.config), given
 
 
 def has_room_for_both(transformer: nn.Module, latents: Tensor) -> bool:
