@@ -21,9 +21,9 @@ from wan.models.wan.image_encoder import (
     PREFIX,
     clip_pixels,
     config_of_tensors,
-    finish_image_encoder,
     image_states,
     layers_of,
+    load_image_encoder,
     published_tensors,
     read_image_encoder,
 )
@@ -34,12 +34,6 @@ SINGLE = f"{TRANSFORMERS_STEM}.safetensors"
 FILE = DATA / "i2v-nano" / "checkpoint" / IMAGE_ENCODER_FILE
 
 
-def load(component):
-    model = component.load(torch.float32, "cpu")
-    finish_image_encoder(model, "cpu")
-    return model
-
-
 @pytest.fixture
 def published():
     return read_image_encoder(WeightFiles([FILE]), None)
@@ -48,7 +42,7 @@ def published():
 @pytest.fixture
 def saved(published, tmp_path):
     """The folder of the tower in diffusers' layout, as the installed transformers writes it."""
-    load(published).save_pretrained(tmp_path / "image_encoder")
+    load_image_encoder(published, "cpu").save_pretrained(tmp_path / "image_encoder")
     return tmp_path / "image_encoder"
 
 
@@ -60,7 +54,8 @@ def read(folder, **changes):
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_seen_as_the_published_program_sees_them(name):
     exact = load_file(DATA / name / "expected.safetensors")
-    encoder = load(read_image_encoder(WeightFiles([DATA / name / "checkpoint" / IMAGE_ENCODER_FILE]), None))
+    component = read_image_encoder(WeightFiles([DATA / name / "checkpoint" / IMAGE_ENCODER_FILE]), None)
+    encoder = load_image_encoder(component, "cpu")
     pictures = [Image.open(DATA / name / "inputs" / f"{one}.png").convert("RGB") for one in PICTURES[name]]
     pixels = torch.cat([clip_pixels(np.asarray(one), encoder.config.image_size) for one in pictures])
     assert relative_error(pixels, exact["cond.clip.pixels"]) < 1e-5
@@ -100,7 +95,7 @@ def test_the_text_tower_is_not_read(published, monkeypatch):
             return self.opened.__exit__(*failure)
 
     monkeypatch.setattr(weight_files, "open_tensors", Spy)
-    load(published)
+    load_image_encoder(published, "cpu")
     assert len(seen) == 7 + 12 * len(layers_of(published.model))
     assert all(name.startswith("visual.") and name != "visual.head" for name in seen)
     assert published.bytes(torch.float32) == 4 * sum(x.numel() for x in published.model.parameters())
@@ -113,7 +108,10 @@ def test_names_with_and_without_a_prefix_are_read(published, saved, prefix):
     tensors[f"{prefix}embeddings.position_ids"] = torch.arange(17)[None]
     save_file(tensors, saved / SINGLE)
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(image_states(load(read(saved)), pixels), image_states(load(published), pixels))
+    assert torch.equal(
+        image_states(load_image_encoder(read(saved), "cpu"), pixels),
+        image_states(load_image_encoder(published, "cpu"), pixels),
+    )
 
 
 @pytest.mark.parametrize(

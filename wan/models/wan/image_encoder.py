@@ -23,6 +23,8 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan.layout import IMAGE_ENCODER
 
 Shapes = Mapping[str, tuple[int, ...]]
+# The published program runs it in float16; it is small, and what it gives steers all layers.
+DTYPE = torch.float32
 # The published file has no word for heads; all of its kind are so wide.
 HEAD = 80
 EPS = 1e-5
@@ -84,6 +86,13 @@ def read_image_encoder(weights: WeightFiles, config: Mapping[str, Any] | None) -
         prefix = PREFIX if any(name.startswith(PREFIX) for name in weights.shapes) else ""
         names = {prefix + name.removeprefix(PREFIX): name for name in model.state_dict()}
     return Component(model, weights, names)
+
+
+def load_image_encoder(component: Component, device: torch.device | str) -> CLIPVisionModel:
+    """The weights of `image_encoder_component`, in `DTYPE`, and what is not saved with them."""
+    model = component.load(DTYPE, device)
+    finish_image_encoder(model, device)
+    return model
 
 
 def finish_image_encoder(model: CLIPVisionModel, device: torch.device | str) -> None:

@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, WanUpsample
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResidualDownBlock,
+    WanResidualUpBlock,
+    WanRMS_norm,
+    WanUpsample,
+)
 from torch import Tensor, nn
 
 from wan.config.geometry import Geometry
 from wan.memory.decoding import tiles_for
-from wan.memory.estimates import TILE_OVERLAP, Decoding, decode_bytes, tile_width
+from wan.memory.estimates import TILE_OVERLAP, Decoding, tile_width
 
 # From how many numbers on a convolution on a CPU is oneDNN's. Torch goes by batch, channels, frames and rows alone, and
 # leaves the middle layers of a clip to kernels that take five times as long.
@@ -37,10 +43,10 @@ class Features(NamedTuple):
 
 # Of Wan2.1's and of Wan2.2's. That of Wan2.1's decoder was measured on a GPU; it is 1.14 times what the tensors take
 # that are there at once, and so are the others.
-DECODER_FEATURES = {False: Features(21_000, 96), True: Features(22_000, 256)}
-ENCODER_FEATURES = {False: Features(15_000, 96), True: Features(8_000, 160)}
+DECODER_FEATURES = {False: Features(21_000, 96), True: Features(20_000, 256)}
+ENCODER_FEATURES = {False: Features(15_200, 96), True: Features(7_500, 160)}
 # Of a first frame, which is encoded on its own, as a picture is.
-FIRST_FRAME = 0.4
+FIRST_FRAME = 0.36
 
 
 def speed_up_decoder(vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
@@ -68,6 +74,10 @@ def _speed_up(dtype: torch.dtype, *parts: nn.Module) -> None:
             elif isinstance(module, WanUpsample):
                 # Nearest neighbours are exact in every precision, so there is no need for diffusers' float32.
                 module.forward = functools.partial(nn.Upsample.forward, module)
+            elif isinstance(module, WanResidualDownBlock):
+                module.forward = functools.partial(_down_block, module)
+            elif isinstance(module, WanResidualUpBlock):
+                module.forward = functools.partial(_up_block, module)
         for weight in part.parameters():
             if weight.ndim in (4, 5):
                 layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
@@ -111,6 +121,25 @@ def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), eps=1e-24).movedim(-1, 1)
 
 
+def _down_block(block: WanResidualDownBlock, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+    # Without the copy of its input that diffusers makes: no layer writes into it.
+    hidden = x
+    for layer in (*block.resnets, block.downsampler):
+        if layer is not None:
+            hidden = layer(hidden, feat_cache=feat_cache, feat_idx=feat_idx)
+    return hidden + block.avg_shortcut(x)
+
+
+def _up_block(
+    block: WanResidualUpBlock, x: Tensor, feat_cache: Any = None, feat_idx: Any = None, first_chunk: bool = False
+) -> Tensor:
+    hidden = x
+    for layer in (*block.resnets, block.upsampler):
+        if layer is not None:
+            hidden = layer(hidden, feat_cache=feat_cache, feat_idx=feat_idx)
+    return hidden if block.avg_shortcut is None else hidden + block.avg_shortcut(x, first_chunk=first_chunk)
+
+
 def decoding_of(
     size: tuple[int, int], frames: int, dtype: torch.dtype, config: Mapping[str, Any] | None = None
 ) -> Decoding:
@@ -132,11 +161,6 @@ def encoding_of(
     features = ENCODER_FEATURES[own.get("is_residual", False)]
     pixel_bytes = features.at(own.get("base_dim", features.width), dtype)
     return Decoding(size, frames, dtype.itemsize, pixel_bytes * (FIRST_FRAME if frames == 1 else 1))
-
-
-def encoding_bytes(size: tuple[int, int], frames: int, config: Mapping[str, Any] | None = None, tiles: int = 1) -> int:
-    """What encoding a clip, or one frame, in float32 takes beside the weights, for a plan of memory."""
-    return decode_bytes(encoding_of(size, frames, torch.float32, config), tiles)
 
 
 def set_tiles(vae: AutoencoderKLWan, latents: Tensor) -> None:
