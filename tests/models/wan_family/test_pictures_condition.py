@@ -8,33 +8,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from picture_pipelines import FRAMES, LATENTS, SIZE, picture, pipeline
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
-from wan.config.settings import SamplingSettings, VideoSettings
+from wan.config.settings import VideoSettings
 from wan.models.wan.condition import Condition
-from wan.models.wan.image_to_video import WanI2V
-from wan.models.wan.text_image_to_video import WanTI2V, token_timesteps
+from wan.models.wan.text_image_to_video import token_timesteps
 from wan.sampling.request import VideoRequest
-
-SIZE, FRAMES = (32, 48), 5
-LATENTS = (2, 6, 4)
-
-
-def pipeline(cls, text_length=512, **changes):
-    """Of random weights, and sizes as small as they may be."""
-    torch.manual_seed(0)
-    sizes = dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2)
-    channels = dict(in_channels=36 if cls is WanI2V else 16, out_channels=16)
-    transformer = WanTransformer3DModel(**sizes | channels | changes).requires_grad_(False).eval()
-    vae = AutoencoderKLWan(base_dim=4).requires_grad_(False).eval()
-    cpu, form = torch.device("cpu"), (SamplingSettings(steps=2), VideoSettings(SIZE, FRAMES))
-    return cls(transformer, vae, None, None, cpu, cpu, text_length, False, *form)
-
-
-def picture(width: int = 32, height: int = 48) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def test_a_condition_is_a_tensor_whose_results_are_plain():
@@ -52,7 +33,7 @@ def test_a_condition_is_a_tensor_whose_results_are_plain():
 
 
 def test_a_video_with_a_condition_has_the_noises_shape_and_a_tensor_stands_for_one():
-    pipe = pipeline(WanI2V)
+    pipe = pipeline("i2v-A14B")
     condition = pipe.condition(picture(), size=SIZE, frame_num=FRAMES)
     assert condition.shape == (20, *LATENTS) and condition.clip is None
     context, noise = torch.randn(1, 7, 32), torch.randn(2, 16, *LATENTS)
@@ -66,7 +47,7 @@ def test_a_video_with_a_condition_has_the_noises_shape_and_a_tensor_stands_for_o
 
 
 def test_without_a_size_a_video_has_the_pictures_form():
-    pipe = pipeline(WanI2V)
+    pipe = pipeline("i2v-A14B")
     assert pipe.condition(image=picture(96, 48)).shape == (20, 2, 2, 6)
     request = VideoRequest("", VideoSettings((832, 480), 81), pipe.sampling, picture(832, 480))
     assert pipe.fit_size(request).size == (832, 464)
@@ -86,20 +67,20 @@ def test_without_a_size_a_video_has_the_pictures_form():
 def test_conditions_that_do_not_fit_are_refused(conditions, said):
     context = torch.randn(1, 7, 32)
     with pytest.raises(InputError, match=said):
-        pipeline(WanI2V).sample(context, context, noise=torch.randn(1, 16, *LATENTS), conditions=conditions)
+        pipeline("i2v-A14B").sample(context, context, noise=torch.randn(1, 16, *LATENTS), conditions=conditions)
 
 
 @pytest.mark.parametrize(
-    "places, states, said",
+    "kind, states, said",
     (
-        (None, None, "lack states of pictures.*pipe.condition"),
-        (None, (2, 5, 24), r"\(2, 5, 24\), but must be of \(1, 5, 24\)"),
-        (None, (1, 5, 23), r"must be of \(1, 5, 24\)"),
-        (10, (1, 5, 24), r"must be of \(2, 5, 24\)"),
+        ("i2v", None, "lack states of pictures.*pipe.condition"),
+        ("i2v", (2, 5, 24), r"\(2, 5, 24\), but must be of \(1, 5, 24\)"),
+        ("i2v", (1, 5, 23), r"must be of \(1, 5, 24\)"),
+        ("flf2v", (1, 5, 24), r"must be of \(2, 5, 24\)"),
     ),
 )
-def test_states_of_pictures_that_a_transformer_does_not_see_are_refused(places, states, said):
-    pipe = pipeline(WanI2V, image_dim=24, added_kv_proj_dim=24, pos_embed_seq_len=places)
+def test_states_of_pictures_that_a_transformer_does_not_see_are_refused(kind, states, said):
+    pipe = pipeline(kind)
     y, context = torch.zeros(20, *LATENTS), torch.randn(1, 7, 32)
     given = y if states is None else Condition.of(y, torch.zeros(states))
     with pytest.raises(InputError, match=said):
@@ -107,24 +88,24 @@ def test_states_of_pictures_that_a_transformer_does_not_see_are_refused(places, 
 
 
 def test_inputs_that_are_missing_or_not_taken_are_refused():
-    two = pipeline(WanI2V, image_dim=24, added_kv_proj_dim=24, pos_embed_seq_len=10)
+    two = pipeline("flf2v")
     for pipe, given, said in (
-        (pipeline(WanI2V), {}, "image is missing"),
-        (pipeline(WanI2V), {"image": picture(), "last_image": picture()}, "last_image is not taken.*leave it out"),
+        (pipeline("i2v-A14B"), {}, "image is missing"),
+        (pipeline("i2v-A14B"), {"image": picture(), "last_image": picture()}, "last_image is not taken.*leave it out"),
         (two, {"image": picture()}, "last_image is missing"),
-        (pipeline(WanTI2V), {"last_image": picture()}, "last_image is not taken"),
-        (pipeline(WanTI2V), {}, "nothing stands beside the noise"),
+        (pipeline("ti2v-5B"), {"last_image": picture()}, "last_image is not taken"),
+        (pipeline("ti2v-5B"), {}, "nothing stands beside the noise"),
     ):
         with pytest.raises(InputError, match=said):
             pipe.condition(**given)
     with pytest.raises(InputError, match="image is missing"):
-        pipeline(WanI2V).generate("a cat")
+        pipeline("i2v-A14B").generate("a cat")
 
 
 def test_pictures_before_text_of_other_than_512_rows_are_refused():
-    pipeline(WanI2V, text_length=256)
+    pipeline("i2v-A14B", text_length=256)
     with pytest.raises(CheckpointError, match="text_len is 256, but must be 512"):
-        pipeline(WanI2V, text_length=256, image_dim=24, added_kv_proj_dim=24)
+        pipeline("i2v", text_length=256)
 
 
 def test_only_the_first_frames_tokens_are_clean():
@@ -134,7 +115,7 @@ def test_only_the_first_frames_tokens_are_clean():
 
 
 def test_what_is_held_stands_in_the_first_frame_and_the_rest_is_untouched():
-    pipe = pipeline(WanTI2V)
+    pipe = pipeline("ti2v-5B")
     condition = pipe.condition(picture(), size=SIZE)
     assert condition.shape == (16, 1, 6, 4)
     latents = torch.randn(2, 16, *LATENTS)
@@ -146,7 +127,7 @@ def test_what_is_held_stands_in_the_first_frame_and_the_rest_is_untouched():
 
 
 def test_one_timestep_for_all_is_that_of_every_token():
-    pipe = pipeline(WanTI2V)
+    pipe = pipeline("ti2v-5B")
     latents, context = torch.randn(1, 16, *LATENTS), torch.randn(1, 512, 32)
     timestep = torch.tensor([700.0])
     with torch.no_grad():
