@@ -22,6 +22,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from PIL import Image
@@ -37,7 +39,7 @@ from wan.attention.steps import StepCounter
 CONFIG = NablaConfig(threshold=0.4, window=(1, 1, 1), tile=(1, 4, 4))
 
 
-def tiny_transformer(seed: int, **changes) -> WanTransformer3DModel:
+def tiny_transformer(seed: int, kind=WanTransformer3DModel, **changes):
     torch.manual_seed(seed)
     settings = dict(
         num_attention_heads=2,
@@ -49,7 +51,7 @@ def tiny_transformer(seed: int, **changes) -> WanTransformer3DModel:
         ffn_dim=32,
         num_layers=2,
     )
-    return WanTransformer3DModel(**settings | changes).eval()
+    return kind(**settings | changes).eval()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,19 @@ def i2v(vae):
     return pipe, [transformer], {"image": image}
 
 
+def vace(vae):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    transformer = tiny_transformer(0, WanVACETransformer3DModel, num_layers=3, vace_layers=[0, 2])
+    pipe = WanVACEPipeline(None, None, vae, scheduler, transformer=transformer)
+    frames = np.random.default_rng(0).integers(0, 255, (9, 96, 80, 3), dtype=np.uint8)
+    masks = [Image.fromarray(np.where(frame > 128, 255, 0).astype(np.uint8)) for frame in frames]
+    return pipe, [transformer], {"video": [Image.fromarray(frame) for frame in frames], "mask": masks}
+
+
+def blocks_of(transformer) -> list:
+    return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
+
+
 class OracleProcessor(WanAttnProcessor):
     """diffusers' own processor with the kept blocks as a token mask, on the grid that the test's video has."""
 
@@ -117,7 +132,7 @@ class OracleProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, None, mask, rotary_emb)
 
 
-@pytest.mark.parametrize("make", (t2v, i2v, two_experts))
+@pytest.mark.parametrize("make", (t2v, i2v, two_experts, vace))
 def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     pipe, transformers, inputs = make(vae)
     dense = run(pipe, **inputs)
@@ -125,9 +140,9 @@ def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     sparse = run(pipe, **inputs)
     wan.remove_attention(transformers)
     assert np.array_equal(dense, run(pipe, **inputs))
-    assert all(type(block.attn1.processor) is WanAttnProcessor for t in transformers for block in t.blocks)
+    assert all(type(block.attn1.processor) is WanAttnProcessor for t in transformers for block in blocks_of(t))
     for transformer in transformers:
-        for block in transformer.blocks:
+        for block in blocks_of(transformer):
             block.attn1.set_processor(OracleProcessor())
     oracle = run(pipe, **inputs)
     assert np.abs(sparse - oracle).max() < 1e-4

@@ -19,7 +19,8 @@ from wan.config.settings import Settings, VideoSettings, resolve
 from wan.memory.estimates import FLOAT32_BYTES, GIB, Workload, decode_bytes, forward_bytes
 from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.weigh import weigh
-from wan.models.wan.memory import streamed_blocks, workload_of
+from wan.models.wan.memory import workload_of
+from wan.models.wan.processor import blocks_of
 from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder
 from wan.quantize.table import QUANTIZATIONS
 
@@ -101,7 +102,7 @@ def plan_for(model: str, gpu: float, host: MemoryBudget = HOST, **given: int) ->
         "picture_bytes": PICTURE_TOWER if "image_dim" in TRANSFORMERS[model] else 0,
     }
     return choose(
-        weigh(transformer, streamed_blocks(transformer), torch.bfloat16, transformer._keep_in_fp32_modules),
+        weigh(transformer, blocks_of(transformer), torch.bfloat16, transformer._keep_in_fp32_modules),
         weigh(text_encoder(), text_encoder().encoder.block, torch.bfloat16, ()),
         sum(parameter.numel() for parameter in vae.parameters()) * FLOAT32_BYTES,
         workload_for(model),
@@ -125,7 +126,7 @@ def plan_for(model: str, gpu: float, host: MemoryBudget = HOST, **given: int) ->
 def test_weights_are_those_of_the_published_models(model, gib):
     """In bfloat16 but for what diffusers keeps in float32."""
     transformer = transformer_of(model)
-    blocks = streamed_blocks(transformer)
+    blocks = blocks_of(transformer)
     weights = weigh(transformer, blocks, torch.bfloat16, transformer._keep_in_fp32_modules)
     assert weights.bytes(None) / GIB == pytest.approx(gib, abs=0.1)
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
@@ -137,7 +138,7 @@ def test_weights_are_those_of_the_published_models(model, gib):
 
 def test_blocks_of_vace_count_as_they_are_and_the_largest_is_what_buffers_hold():
     transformer = transformer_of("vace-14B")
-    own, all_of_them = transformer.blocks, streamed_blocks(transformer)
+    own, all_of_them = transformer.blocks, blocks_of(transformer)
     assert [len(blocks) for blocks in (own, all_of_them)] == [40, 48] and all_of_them[0] is transformer.vace_blocks[0]
     plain, both = (weigh(transformer, blocks, torch.bfloat16, ()) for blocks in (own, all_of_them))
     # A projection of its input, and of its output, more.

@@ -121,7 +121,7 @@ class AppliedAttention:
     @torch.compiler.disable
     def _before_forward(
         self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    ) -> tuple[tuple, dict[str, Any]]:
         if self.patched:
             with setting:
                 self.forwards += 1
@@ -130,7 +130,10 @@ class AppliedAttention:
                 given = chain(args, kwargs.values(), transformer.parameters())
                 trains = torch.is_grad_enabled() and any(x.requires_grad for x in given if isinstance(x, Tensor))
                 self._set_layers(self.spec.inputs(transformer, args, kwargs), trains, transformer.training)
-        return None if self.spec.in_raster_order is None else self.spec.in_raster_order(args, kwargs)
+        # Only now, since steps are counted by the timesteps of all tokens.
+        if self.sequence_parallel:
+            args, kwargs = self.sequence_parallel.with_own_timesteps(args, kwargs)
+        return (args, kwargs) if self.spec.in_raster_order is None else self.spec.in_raster_order(args, kwargs)
 
     def _set_layers(self, inputs: ForwardInputs, trains: bool, training: bool) -> None:
         config, device = self.config, inputs.device

@@ -44,18 +44,25 @@ class StepCache(ABC):
     leading = 0
 
     def __init__(self, transformer: ModelMixin, settings: CacheSettings, spec: TransformerSpec):
+        spec.check_cache(settings.kind)
         self.transformer, self.settings, self.blocks = transformer, settings, spec.blocks_of(transformer)
         if len(self.blocks) < 2:
             raise InputError("a cache needs a transformer of 2 blocks or more; leave it out")
         self.forwards = self.reused = 0
         # As FSDP makes a class of its own, which diffusers does not know.
         known = TransformerBlockRegistry.get(spec.block)
-        TransformerBlockRegistry.register(type(self.blocks[0]), BlockArguments(**vars(known)))
+        TransformerBlockRegistry.register(type(self.blocks[-1]), BlockArguments(**vars(known)))
 
     @classmethod
     def leader(cls, first_block: nn.Module) -> Any:
         """diffusers' hook that decides, once it is on."""
-        return HookRegistry.check_if_exists_or_initialize(first_block).get_hook(cls.hook)
+        hook = HookRegistry.check_if_exists_or_initialize(first_block).get_hook(cls.hook)
+        if hook is None:
+            raise InputError(
+                f"{cls.config_class.__name__} of diffusers passes by the first blocks of this transformer; "
+                "disable its cache"
+            )
+        return hook
 
     @classmethod
     def computes(cls, first_block: nn.Module) -> bool:

@@ -25,7 +25,7 @@ class TaylorSeer(StepCache):
             # By default diffusers rounds what it keeps to bfloat16, whatever the model's dtype.
             taylor_factors_dtype=torch.float32,
             # What its light form chooses by names that not all families have.
-            skip_predict_identifiers=[rf"{spec.blocks}\.\d+"],
+            skip_predict_identifiers=[rf"{blocks.name}\.\d+" for blocks in spec.blocks],
             cache_identifiers=[spec.output],
         )
         transformer.enable_cache(config)

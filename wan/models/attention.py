@@ -33,7 +33,7 @@ def remove_attention(transformer: nn.Module | Iterable[nn.Module]) -> None:
 
 def spec_of(transformer: nn.Module) -> TransformerSpec:
     """What the machinery has to know of a transformer; raises `InputError` for one of no family."""
-    specs = [family.load_transformer_spec() for family in FAMILIES]
+    specs = [spec for family in FAMILIES for spec in family.load_transformer_specs()]
     for spec in specs:
         if isinstance(transformer, spec.kind):
             return spec

@@ -103,8 +103,9 @@ class Family:
     facts: reads what has to be known of a transformer off its configuration
     geometry: how it cuts pixels into latents and tokens
     naming: what files from anyone call the tensors of its transformer
-    transformer: the `TransformerSpec`, as "module:name"; imported when a transformer is there, since it names classes
-        of diffusers, whose import takes seconds
+    transformers: a `TransformerSpec` for each class that its transformers are of, as "module:name", first that of
+        those which are trained; imported when a transformer is there, since they name classes of diffusers, whose
+        import takes seconds
     pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
         pipeline opens checkpoints itself and so stands above the list of families
     memory: what its models and videos take, for a plan of memory, as "module:function", see `wan.memory.planning`
@@ -129,7 +130,7 @@ class Family:
     tokenizers: Mapping[str, str]
     facts: Callable[[Layout], TransformerFacts]
     naming: TransformerNaming
-    transformer: str
+    transformers: tuple[str, ...]
     pipeline: str
     memory: str
     geometry: Geometry = DEFAULT_GEOMETRY
@@ -149,9 +150,9 @@ class Family:
         """The class of `pipeline`."""
         return _imported(self.pipeline)
 
-    def load_transformer_spec(self) -> TransformerSpec:
-        """What `transformer` names."""
-        return _imported(self.transformer)
+    def load_transformer_specs(self) -> tuple[TransformerSpec, ...]:
+        """What `transformers` name."""
+        return tuple(map(_imported, self.transformers))
 
     def load_training(self) -> Any:
         """What `training` names; raises `InputError` if it names nothing."""

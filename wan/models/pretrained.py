@@ -128,6 +128,8 @@ def from_settings(cls: type[Any], checkpoint: Checkpoint, settings: Settings, op
     """
     if options.compiles:
         check_compiler(options.device)
+    if settings.cache is not None:
+        cls.transformer_spec.check_cache(settings.cache.kind)
     models = cls.load_models(checkpoint, settings.model, options)
     pipe: Any = cls(
         **models._asdict(),

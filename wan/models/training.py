@@ -100,12 +100,13 @@ class TrainingSpec:
 
 
 def training_of(transformer: nn.Module) -> TrainingSpec:
-    """How a transformer is trained, which may be within DDP's wrapper; raises `InputError` if it is of no family."""
+    """How a transformer is trained, which may be within DDP's wrapper; raises `InputError` if none can."""
     own = getattr(transformer, "module", transformer)
     for family in FAMILIES:
-        if isinstance(own, family.load_transformer_spec().kind):
+        # Its other classes run with more than texts, which clips are not prepared with.
+        if isinstance(own, family.load_transformer_specs()[0].kind):
             return family.load_training()
-    raise InputError(f"{type(own).__name__} is of no family that is known, so it cannot be trained")
+    raise InputError(f"{type(own).__name__} is of no class that is known to train, so it cannot be trained")
 
 
 def join_texts(join: Callable[[list[Tensor]], Tensor], texts: Sequence[Texts]) -> Texts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nabla import InputError
-from wan.attention.spec import TransformerSpec
+from wan.attention.spec import Argument, TransformerSpec
 from wan.parallel.collectives import all_gather
 from wan.parallel.head_balance import assign_heads, interleaved, split_sizes
 from wan.parallel.peers import PeerBuffers, are_peers, make_peer_buffers
@@ -25,7 +26,8 @@ def apply_sequence_parallel(transformer: nn.Module, mesh: DeviceMesh, spec: Tran
     """Split the tokens of a transformer over a mesh of one dimension, in place; before `apply_attention`.
 
     Every process is given the same input and gets the same output. Blocks see a process's own tokens; attention sees
-    all tokens of its own heads. Neither number has to be divisible. For inference, with one timestep a sample.
+    all tokens of its own heads. Neither number has to be divisible. For inference, with one timestep a sample or one a
+    token.
     """
     transformer.sequence_parallel = SequenceParallel(transformer, mesh, spec)  # type: ignore[assignment]
 
@@ -65,7 +67,9 @@ class SequenceParallel:
         # Hooks stay outside the compiled graphs of blocks. Most output layers, too, treat each token by itself, and
         # what they make of one is less to gather.
         transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        blocks[0].register_forward_pre_hook(self._split, with_kwargs=True)
+        for one in spec.blocks:
+            first = getattr(transformer, one.name)[0]
+            first.register_forward_pre_hook(partial(self._split, states=one.states), with_kwargs=True)
         last = blocks[-1] if spec.output_needs_grid else spec.output_of(transformer)
         last.register_forward_hook(self._gather)
 
@@ -118,25 +122,37 @@ class SequenceParallel:
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # A forward that failed on its way has left what was asked for it.
         self.is_attended = False
-        timestep = self.spec.inputs(transformer, args, kwargs).timestep
-        if timestep.ndim > 1 or torch.is_grad_enabled():
-            raise InputError(
-                "a transformer split by apply_sequence_parallel takes one timestep a sample, without gradients"
-            )
+        if torch.is_grad_enabled():
+            raise InputError("a transformer split by apply_sequence_parallel runs without gradients")
 
-    def _split(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The first block's tokens (B, tokens, C), of which it gets this process's own, (B, own tokens, C)."""
+    def with_own_timesteps(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of a forward of the transformer, with those timesteps alone that are of this process's tokens.
+
+        Where each token has its own, (B, tokens), all that is made of them is as long.
+        """
+        timestep = self.spec.timestep.of(args, kwargs)
+        return self.spec.timestep.put(self._own(timestep), args, kwargs) if timestep.ndim > 1 else (args, kwargs)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """This process's part of what has a column a token, (B, tokens, ...)."""
+        return x.split(split_sizes(x.shape[1], self.size), dim=1)[self.rank]
+
+    def _split(
+        self, _: nn.Module, args: tuple, kwargs: dict[str, Any], states: tuple[Argument, ...]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The states (B, tokens, C) that a list's first block is given, of each this process's own tokens."""
         # The hook of `apply_attention` on the transformer has run by now, and has asked for all-to-alls.
         if not self.is_attended:
             raise InputError(
                 "after apply_sequence_parallel, blocks attend to a process's own tokens alone; use apply_attention"
             )
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.tokens = hidden.shape[1]
-        if self.tokens < self.size:
-            raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
-        own = hidden.split(split_sizes(self.tokens, self.size), dim=1)[self.rank].contiguous()
-        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
+        for state in states:
+            x = state.of(args, kwargs)
+            self.tokens = x.shape[1]
+            if self.tokens < self.size:
+                raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
+            args, kwargs = state.put(self._own(x).contiguous(), args, kwargs)
+        return args, kwargs
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
         """(B, own tokens, C) of the output layer or the last block -> (B, tokens, C), the same on all processes."""

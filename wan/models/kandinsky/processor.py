@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nabla.rotary import Rotary, rotate
 from wan.attention.apply import applied_attention
 from wan.attention.layer import LayerState
-from wan.attention.spec import ForwardInputs, TransformerSpec
+from wan.attention.spec import Argument, BlockList, ForwardInputs, TransformerSpec
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 
 # diffusers' own, and norms of q and k, which are taken in float32 anyhow, with other weights by a slower kernel.
@@ -284,7 +284,8 @@ TRANSFORMER = TransformerSpec(
     inputs=forward_inputs,
     heads=_heads,
     head_size=_head_size,
-    blocks="visual_transformer_blocks",
+    blocks=(BlockList("visual_transformer_blocks", (Argument(0, "visual_embed"),)),),
+    timestep=Argument(2, "timestep"),
     self_attention="self_attention",
     output="out_layer",
     output_needs_grid=True,

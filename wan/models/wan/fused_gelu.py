@@ -9,6 +9,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.activations import GELU
 from torch import Tensor, nn
 
+from wan.models.wan.processor import blocks_of
+
 
 def fuse_gelu(transformer: WanTransformer3DModel) -> None:
     """Fuse GELU into the first product of every feed-forward on a GPU, in place; in training nothing is fused."""
@@ -21,7 +23,7 @@ def unfuse_gelu(transformer: WanTransformer3DModel) -> None:
 
 
 def _replace(transformer: WanTransformer3DModel, old: type[GELU], new: type[GELU]) -> None:
-    for block in transformer.blocks:
+    for block in blocks_of(transformer):
         gelu = block.ffn.net[0]
         if type(gelu) is old and gelu.approximate == "tanh":
             # Not a forward of the instance, for which the compiler would make a graph a block.

@@ -23,6 +23,7 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.names import NAMING
+from wan.models.wan.processor import blocks_of
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.float8 import FLOAT8
 
@@ -87,7 +88,7 @@ def _load_vae(component: Component, placement: Placement, decoder_dtype: torch.d
 def _load_transformer(
     component: Component, placement: Placement, dtype: torch.dtype, adapters: Sequence[Adapter], packed: bool
 ) -> WanTransformer3DModel:
-    quantizer, shard = changes_of(component, component.model.blocks, placement)
+    quantizer, shard = changes_of(component, blocks_of(component.model), placement)
     transformer = components.load_transformer(component, dtype, placement.reads_to, shard, adapters, quantizer)
     for adapter in adapters:
         log.info("lora: %s, %s the weights", adapter.describe(), "beside" if packed else "merged into")
@@ -95,7 +96,7 @@ def _load_transformer(
     fuse_gelu(transformer)
     if quantizer is not None:
         log.info("transformer: %s", quantizer.describe(placement.asked))
-    move_to_wait(transformer, transformer.blocks, placement, blocks_left_out)
+    move_to_wait(transformer, blocks_of(transformer), placement, blocks_left_out)
     return transformer
 
 

@@ -18,6 +18,7 @@ from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
+from wan.models.wan.processor import blocks_of
 from wan.models.wan.vae import decoding_of, encoding_of
 from wan.quantize.float8 import FLOAT8
 from wan.quantize.gguf import GGUF
@@ -36,18 +37,13 @@ def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: boo
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     models = transformer.model, text.model, vae.model
     return Weighed(
-        weights_of(transformer, streamed_blocks(transformer.model), dtype, settings.lora),
+        weights_of(transformer, blocks_of(transformer.model), dtype, settings.lora),
         weights_of(text, text.model.encoder.block, dtype),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
         GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None,
     )
-
-
-def streamed_blocks(transformer: nn.Module) -> nn.ModuleList:
-    """The blocks of a transformer in the order in which they run: VACE's own run before the others."""
-    return nn.ModuleList([*getattr(transformer, "vace_blocks", ()), *transformer.blocks])
 
 
 def workload_of(
@@ -72,7 +68,7 @@ def workload_of(
         itemsize=dtype.itemsize,
         # Plans are for GPUs, on which None compiles.
         compiled=compiled is not False,
-        mask_layers=len(streamed_blocks(transformer)) if settings.attention.mask_refresh > 1 else 0,
+        mask_layers=len(blocks_of(transformer)) if settings.attention.mask_refresh > 1 else 0,
         cached=0 if settings.cache is None else COPIES[settings.cache.kind],
         beside=hint_bytes(transformer, tokens, dtype) + modulation_bytes(transformer, vae, settings, tokens, dtype),
         encoding=encoding,

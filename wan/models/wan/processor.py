@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
 from nabla.rotary import Rotary
 from wan.attention.layer import LayerState
-from wan.attention.spec import ForwardInputs, TransformerSpec
+from wan.attention.spec import Argument, BlockList, ForwardInputs, TransformerSpec
 
 
 class SparseWanProcessor(WanAttnProcessor):
@@ -91,3 +92,20 @@ TRANSFORMER = TransformerSpec(
     heads=_heads,
     head_size=_head_size,
 )
+# Its own blocks run first, each on the control states that the one before it gave; what they give is added to the
+# states behind some of the others, outside of these, which caches of what blocks add would add twice.
+VACE_TRANSFORMER = replace(
+    TRANSFORMER,
+    kind=WanVACETransformer3DModel,
+    blocks=(
+        BlockList("vace_blocks", (Argument(0, "hidden_states"), Argument(2, "control_hidden_states"))),
+        BlockList("blocks"),
+    ),
+    caches=frozenset({"taylorseer"}),
+)
+
+
+def blocks_of(transformer: nn.Module) -> nn.ModuleList:
+    """All blocks of a transformer of either class, in the order in which they run."""
+    spec = VACE_TRANSFORMER if isinstance(transformer, VACE_TRANSFORMER.kind) else TRANSFORMER
+    return spec.blocks_of(transformer)
