@@ -177,7 +177,7 @@ PLANS = {
     ("i2v-A14B", 16): (True, 0, "gpu", 2, 1),
     ("i2v-A14B", 24): (True, 0, "gpu", 1, 1),
     ("i2v-A14B", 48): (True, 40, "gpu", 1, 1),
-    ("ti2v-5B", 12): (True, 0, "stream", 1, 3),
+    ("ti2v-5B", 12): (True, 0, "stream", 1, 2),
     ("ti2v-5B", 16): (True, 30, "gpu", 1, 1),
     ("ti2v-5B", 24): (True, 30, "gpu", 1, 1),
     ("ti2v-5B", 48): (False, 30, "gpu", 1, 1),
