@@ -17,6 +17,7 @@ DATA = Path(__file__).parent / "data"
 SLOWEST = (
     "parallel",
     "kandinsky_parallel",
+    "pictures_parallel",
     "kandinsky_training",
     "kandinsky_transformer",
     "kandinsky_caches",
