@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from counted import Counted
-from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from torch import nn
 
@@ -21,63 +19,35 @@ from wan.memory.planner import FRAGMENTS, GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.weigh import weigh
 from wan.models.wan.memory import workload_of
 from wan.models.wan.processor import blocks_of
-from wan.models.wan.random_checkpoint import MODELS, meta_text_encoder
+from wan.models.wan.random_sizes import (
+    MODELS,
+    meta_picture_tower,
+    meta_text_encoder,
+    meta_transformer,
+    meta_vae,
+    others_of,
+    weigh_models,
+)
+from wan.models.wan.random_sizes import workload_for as largest_workload
 from wan.quantize.table import QUANTIZATIONS
 
 HOST = MemoryBudget(0, 120 * GIB, 128 * GIB)
-LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-PICTURES = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
-TRANSFORMERS = {
-    "i2v-14B": LARGE | PICTURES,
-    "flf2v-14B": LARGE | PICTURES | {"pos_embed_seq_len": 514},
-    "vace-1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "vace_layers": list(range(0, 30, 2))},
-    "vace-14B": LARGE | {"vace_layers": list(range(0, 40, 5))},
-    "t2v-A14B": LARGE,
-    "i2v-A14B": LARGE | {"in_channels": 36},
-    "ti2v-5B": {
-        "num_attention_heads": 24,
-        "ffn_dim": 14336,
-        "num_layers": 30,
-        "in_channels": 48,
-        "out_channels": 48,
-    },
-}
-VAE_22 = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "temperal_downsample": [False, True, True],
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
-# CLIP's picture tower in float32.
-PICTURE_TOWER = 632_076_800 * FLOAT32_BYTES
 HD, SD = VideoSettings((1280, 720)), VideoSettings((832, 480))
-VIDEOS = dict.fromkeys(TRANSFORMERS, HD) | {
+NAMES = ("i2v-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B")
+VIDEOS = dict.fromkeys(NAMES, HD) | {
     "vace-1.3B": SD,
     "ti2v-5B": VideoSettings((1280, 704), 121, geometry=Geometry((4, 16, 16))),
 }
 
 
-def make_transformer(config: dict[str, Any]) -> nn.Module:
-    with torch.device("meta"):
-        return (WanVACETransformer3DModel if "vace_layers" in config else WanTransformer3DModel)(**config)
+@functools.cache
+def transformer_of(model: str, layers: int | None = None) -> nn.Module:
+    return meta_transformer(MODELS[model], layers)
 
 
 @functools.cache
-def transformer_of(model: str) -> nn.Module:
-    return make_transformer(TRANSFORMERS[model])
-
-
-@functools.cache
-def vae_of(model: str) -> AutoencoderKLWan:
-    with torch.device("meta"):
-        return AutoencoderKLWan(**(VAE_22 if model == "ti2v-5B" else {}))
+def vae_of(model: str) -> nn.Module:
+    return meta_vae(MODELS[model])
 
 
 @functools.cache
@@ -96,19 +66,8 @@ def workload_for(model: str, picture: bool = True, transformer: nn.Module | None
 
 
 def plan_for(model: str, gpu: float, host: MemoryBudget = HOST, **given: int) -> MemoryPlan:
-    transformer, vae = transformer_of(model), vae_of(model)
-    beside = {
-        "experts": 2 if model.endswith("A14B") else 1,
-        "picture_bytes": PICTURE_TOWER if "image_dim" in TRANSFORMERS[model] else 0,
-    }
-    return choose(
-        weigh(transformer, blocks_of(transformer), torch.bfloat16, transformer._keep_in_fp32_modules),
-        weigh(text_encoder(), text_encoder().encoder.block, torch.bfloat16, ()),
-        sum(parameter.numel() for parameter in vae.parameters()) * FLOAT32_BYTES,
-        workload_for(model),
-        replace(host, gpu=int(gpu * GB)),
-        **beside | given,
-    )
+    sizes, budget = MODELS[model], replace(host, gpu=int(gpu * GB))
+    return choose(*weigh_models(sizes, torch.bfloat16), workload_for(model), budget, **others_of(sizes) | given)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +141,8 @@ PLANS = {
     ("ti2v-5B", 24): (True, 30, "gpu", 1, 1),
     ("ti2v-5B", 48): (False, 30, "gpu", 1, 1),
 }
+# CLIP's picture tower in float32.
+TOWER = 632_076_800 * FLOAT32_BYTES
 # CUDA's own memory, which `--memory` counts too, and torch cannot give out.
 BESIDES = 0.7
 
@@ -224,24 +185,21 @@ def test_little_host_memory_takes_quantised_experts():
 
 
 def test_an_encoder_of_pictures_is_gone_before_the_vae_comes():
-    with_tower, without = (plan_for("i2v-14B", 24, picture_bytes=size) for size in (PICTURE_TOWER, 0))
-    assert with_tower.stages == without.stages and with_tower.host == without.host + PICTURE_TOWER
+    with_tower, without = (plan_for("i2v-14B", 24, picture_bytes=size) for size in (TOWER, 0))
+    assert with_tower.stages == without.stages and with_tower.host == without.host + TOWER
     huge = plan_for("i2v-14B", 24, picture_bytes=18 * GB)
     assert huge.stages["picture"] == 18 * GB
-    resident, other = (plan_for("i2v-14B", 80, picture_bytes=size) for size in (PICTURE_TOWER, 0))
-    assert {resident.stages[stage] - other.stages[stage] for stage in other.stages} == {PICTURE_TOWER}
+    resident, other = (plan_for("i2v-14B", 80, picture_bytes=size) for size in (TOWER, 0))
+    assert {resident.stages[stage] - other.stages[stage] for stage in other.stages} == {TOWER}
 
 
-@pytest.mark.parametrize("model", TRANSFORMERS)
+@pytest.mark.parametrize("model", NAMES)
 @torch.no_grad()
 def test_a_forward_takes_less_than_its_estimate(model, monkeypatch):
     """Two blocks, not compiled and dense, attention itself left out, which needs no more than its result."""
     monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", lambda q, k, v, **_: torch.empty_like(q))
-    video, layers = VIDEOS[model], 2
-    config = TRANSFORMERS[model] | {"num_layers": layers}
-    if "vace_layers" in config:
-        config["vace_layers"] = [0, 1]
-    transformer = make_transformer(config)
+    video = VIDEOS[model]
+    transformer = meta_transformer(MODELS[model], layers=2)
     kept = set(transformer._keep_in_fp32_modules)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if set(name.split(".")) & kept else torch.bfloat16)
@@ -272,3 +230,19 @@ def test_a_picture_costs_what_it_needs_where_one_is_given():
     assert workload_for("t2v-A14B").encoding is None
     # Wan2.1's encoder sees grey frames too.
     assert decode_bytes(workload_for("i2v-14B").encoding) > 13 * GB and workload_for("vace-14B").beside > 6 * GB
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_random_models_are_of_the_published_sizes(model):
+    """By the numbers of their parameters."""
+    published = {"t2v-A14B": 14_288_491_584, "i2v-A14B": 14_288_901_184, "i2v-14B": 16_394_878_784}
+    published |= {"flf2v-14B": 16_395_536_704, "vace-1.3B": 2_153_972_032, "vace-14B": 17_337_592_896}
+    published |= {"ti2v-5B": 4_999_787_712}
+    assert transformer_of(model).num_parameters() == published[model]
+    if (tower := MODELS[model].tower) is not None:
+        # The published file has, beside what is needed, its head's norm.
+        assert TOWER - 4 * meta_picture_tower(tower).num_parameters() in range(0, 4 * 2 * 1280 * 1280)
+    if model == "ti2v-5B":
+        assert vae_of(model).num_parameters() == 704_688_668
+    # Of those that may be given a picture, that of a run without one is smaller.
+    assert largest_workload(MODELS[model], VIDEOS[model], torch.bfloat16) == workload_for(model)

@@ -24,7 +24,8 @@ from wan.memory.weigh import weigh
 from wan.models.attention import apply_attention
 from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.latents import decode
-from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae, workload_for
+from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_vae
+from wan.models.wan.random_sizes import workload_for
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import make_quantizer
 from wan.tools.benchmark.models import wan_inputs

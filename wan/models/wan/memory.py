@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
-from wan.config.settings import Settings
+from wan.config.settings import Settings, VideoSettings
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import FLOAT32_BYTES, Decoding, Workload
 from wan.memory.placement import has_room_for
@@ -55,22 +56,40 @@ def workload_of(
     vae_dtype: torch.dtype,
     compiled: bool | None,
 ) -> Workload:
-    """A video and the widths of the models that make it."""
-    own, tokens = transformer.config, math.prod(settings.video.token_grid)
-    encoding, given = encoding_for(transformer, vae, settings)
+    """What a run's settings ask for, and the widths of the models that do it."""
+    return replace(
+        video_workload(transformer, text, vae, settings.video, settings.image is not None, dtype, vae_dtype),
+        # Plans are for GPUs, on which None compiles.
+        compiled=compiled is not False,
+        mask_layers=len(blocks_of(transformer)) if settings.attention.mask_refresh > 1 else 0,
+        cached=0 if settings.cache is None else COPIES[settings.cache.kind],
+    )
+
+
+def video_workload(
+    transformer: nn.Module,
+    text: nn.Module,
+    vae: nn.Module,
+    video: VideoSettings,
+    has_picture: bool,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+) -> Workload:
+    """A video, of a picture or not, and the widths of the models that make it, their blocks compiled."""
+    own, tokens = transformer.config, math.prod(video.token_grid)
+    # A picture is the first latent frame as it is, whose tokens have a timestep of their own, with Wan2.2's VAE.
+    is_frame = has_picture and vae.config.is_residual
+    modulations = modulation_bytes(transformer, tokens, dtype) if is_frame else 0
+    encoding, given = encoding_for(transformer, vae, video, is_frame)
     return Workload(
         tokens=tokens,
         dim=own.num_attention_heads * own.attention_head_dim,
         ffn_dim=own.ffn_dim,
         heads=own.num_attention_heads,
         text_dim=text.config.d_model,
-        decoding=decoding_of(settings.video.size, settings.video.frame_num, vae_dtype, vae.config),
+        decoding=decoding_of(video.size, video.frame_num, vae_dtype, vae.config),
         itemsize=dtype.itemsize,
-        # Plans are for GPUs, on which None compiles.
-        compiled=compiled is not False,
-        mask_layers=len(blocks_of(transformer)) if settings.attention.mask_refresh > 1 else 0,
-        cached=0 if settings.cache is None else COPIES[settings.cache.kind],
-        beside=hint_bytes(transformer, tokens, dtype) + modulation_bytes(transformer, vae, settings, tokens, dtype),
+        beside=hint_bytes(transformer, tokens, dtype) + modulations,
         encoding=encoding,
         given=given,
     )
@@ -83,38 +102,29 @@ def hint_bytes(transformer: nn.Module, tokens: int, dtype: torch.dtype) -> int:
     return (hints + 2) * tokens * own.num_attention_heads * own.attention_head_dim * dtype.itemsize if hints else 0
 
 
-def modulation_bytes(
-    transformer: nn.Module, vae: nn.Module, settings: Settings, tokens: int, dtype: torch.dtype
-) -> int:
-    """What modulations take where each token has a timestep of its own: Wan2.2's 5B with a picture."""
-    if settings.image is None or not has_own_timesteps(vae):
-        return 0
+def modulation_bytes(transformer: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+    """What modulations take where each token has a timestep of its own."""
     own = transformer.config
     each = tokens * own.num_attention_heads * own.attention_head_dim
     # Six in the run's type, of all blocks, and in float32 those of the one that runs; and what they are made of.
     return each * (MODULATIONS * (dtype.itemsize + FLOAT32_BYTES) + dtype.itemsize)
 
 
-def has_own_timesteps(vae: nn.Module) -> bool:
-    """Whether a picture is the first latent frame as it is, at a timestep of its own: with Wan2.2's VAE."""
-    return vae.config.is_residual
+def encoding_for(
+    transformer: nn.Module, vae: nn.Module, video: VideoSettings, is_frame: bool
+) -> tuple[Decoding | None, int]:
+    """What the VAE encodes of what is given for a video, and bytes of what else of that lies beside.
 
-
-def encoding_for(transformer: nn.Module, vae: nn.Module, settings: Settings) -> tuple[Decoding | None, int]:
-    """What the VAE encodes of what a run is given, and bytes of what else of it lies beside."""
-    own, video = transformer.config, settings.video
-    width, height = video.size
-    given = 0
+    is_frame: whether a picture is given that is the first frame
+    """
+    own, frames, given = transformer.config, video.frame_num, 0
     if own.get("vace_layers"):
-        frames = video.frame_num
-        given = VACE_VIDEOS * frames * width * height * 3 * FLOAT32_BYTES
-    elif own.in_channels != own.out_channels:
-        # All frames, of which those that are not given are grey.
-        frames = video.frame_num
-    elif settings.image is not None and has_own_timesteps(vae):
+        given = VACE_VIDEOS * frames * math.prod(video.size) * 3 * FLOAT32_BYTES
+    elif is_frame:
         frames = 1
-    else:
+    elif own.in_channels == own.out_channels:
         return None, 0
+    # Else all frames, of which those that are not given are grey.
     return encoding_of(video.size, frames, torch.float32, vae.config), given
 
 

@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from wan.checkpoints import random_weights
 from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.random_weights import captions, make_empty
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
-from wan.config.settings import VideoSettings
-from wan.memory.decoding import vae_dtype_of
-from wan.memory.estimates import Weights, Workload
-from wan.memory.weigh import weigh
 from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.models.wan.vae import decoding_of
+from wan.models.wan.random_sizes import MODELS, Sizes, meta_text_encoder, meta_transformer, meta_vae, vae_config
 from wan.models.wan.vae_names import published_name
-
-FREQ_DIM = 256
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that tell Wan2.1's models apart; all else is common to them."""
-
-    dim: int
-    heads: int
-    layers: int
-    ffn_dim: int
-    text_dim: int = 4096
-    text_heads: int = 64
-    text_layers: int = 24
-    text_ffn_dim: int = 10240
-    vocabulary: int = 256384
-    vae_dim: int = 96
-
-
-MODELS = {
-    "nano": Sizes(
-        128, 2, 2, 256, text_dim=64, text_heads=4, text_layers=2, text_ffn_dim=128, vocabulary=512, vae_dim=8
-    ),
-    "t2v-1.3B": Sizes(1536, 12, 30, 8960),
-    "t2v-14B": Sizes(5120, 40, 40, 13824),
-}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -88,38 +55,11 @@ def random_transformer(
     return transformer.requires_grad_(False).eval()
 
 
-def meta_transformer(sizes: Sizes, layers: int | None = None) -> WanTransformer3DModel:
-    """The transformer on the meta device, with so many layers instead of its own."""
-    with torch.device("meta"):
-        return WanTransformer3DModel(
-            num_attention_heads=sizes.heads,
-            attention_head_dim=sizes.dim // sizes.heads,
-            text_dim=sizes.text_dim,
-            freq_dim=FREQ_DIM,
-            ffn_dim=sizes.ffn_dim,
-            num_layers=sizes.layers if layers is None else layers,
-        )
-
-
 def random_vae(model: str, device: torch.device, seed: int = 0) -> AutoencoderKLWan:
     """The VAE of `model` with random weights, in float32."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoencoderKLWan(base_dim=MODELS[model].vae_dim).eval().requires_grad_(False)
-
-
-def meta_text_encoder(sizes: Sizes) -> UMT5EncoderModel:
-    """The text encoder on the meta device."""
-    config = UMT5Config(
-        vocab_size=sizes.vocabulary,
-        d_model=sizes.text_dim,
-        d_kv=sizes.text_dim // sizes.text_heads,
-        d_ff=sizes.text_ffn_dim,
-        num_layers=sizes.text_layers,
-        num_heads=sizes.text_heads,
-    )
-    with torch.device("meta"):
-        return UMT5EncoderModel(config)
+        return AutoencoderKLWan(**vae_config(MODELS[model])).eval().requires_grad_(False)
 
 
 def text_encoder_shapes(sizes: Sizes) -> Shapes:
@@ -141,34 +81,9 @@ def random_text_encoder(model: str, dtype: torch.dtype, device: torch.device, se
     return encoder.requires_grad_(False).eval()
 
 
-@functools.cache
-def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) -> tuple[Weights, Weights, int]:
-    """What `planner.choose` has to know of the models: transformer, text encoder, and bytes of the VAE in float32."""
-    transformer, text = meta_transformer(sizes, layers), meta_text_encoder(sizes)
-    return (
-        weigh(transformer, transformer.blocks, dtype, transformer._keep_in_fp32_modules),
-        weigh(text, text.encoder.block, dtype, ()),
-        sum(map(math.prod, vae_shapes(sizes).values())) * torch.float32.itemsize,
-    )
-
-
-def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
-    """And of a video that they make on a GPU, their blocks compiled."""
-    return Workload(
-        tokens=math.prod(video.token_grid),
-        dim=sizes.dim,
-        ffn_dim=sizes.ffn_dim,
-        heads=sizes.heads,
-        text_dim=sizes.text_dim,
-        decoding=decoding_of(video.size, video.frame_num, vae_dtype_of(None, dtype), {"base_dim": sizes.vae_dim}),
-        itemsize=dtype.itemsize,
-    )
-
-
 def vae_shapes(sizes: Sizes) -> Shapes:
     """Published names and shapes of the VAE's tensors."""
-    with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=sizes.vae_dim)
+    model = meta_vae(sizes)
     rename = published_name(model)
     return {rename(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

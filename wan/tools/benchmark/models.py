@@ -29,6 +29,7 @@ from wan.models.kandinsky.text import TOKENS_BEFORE
 from wan.models.wan import latents as wan_latents
 from wan.models.wan import processor as wan_processor
 from wan.models.wan import random_checkpoint as wan
+from wan.models.wan import random_sizes
 from wan.models.wan import vae as wan_vae
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.geometry import GEOMETRY as WAN_GEOMETRY
@@ -172,8 +173,8 @@ WAN = BenchmarkFamily(
     sampled=_wan_sampled,
     solver="unipc",
     all_blocks=wan_processor.TRANSFORMER.blocks_of,
-    weigh_models=wan.weigh_models,
-    workload_for=wan.workload_for,
+    weigh_models=random_sizes.weigh_models,
+    workload_for=random_sizes.workload_for,
     random_text_encoder=wan.random_text_encoder,
     text_blocks=lambda encoder: encoder.encoder.block,
     encode=lambda encoder, ids: encoder(ids, torch.ones_like(ids)).last_hidden_state,

@@ -15,7 +15,7 @@ from wan.memory.placement import crowds
 from wan.memory.planner import MemoryBudget, MemoryPlan, choose
 from wan.models.kandinsky import random_checkpoint as kandinsky
 from wan.models.kandinsky.random_sizes import workload_for as kandinsky_workload
-from wan.models.wan import random_checkpoint as wan
+from wan.models.wan import random_sizes as wan
 
 DTYPE = torch.bfloat16
 
