@@ -29,7 +29,7 @@ OTHER = replace(
     hub_files=replace(WAN.hub_files, configurations=("other.json",), others=("other.*",), transformer=("other.s*",)),
     tokenizers={"tokenizer": "first", "tokenizer_2": "second"},
     facts=lambda layout: TransformerFacts(layout.config["heads"], 128, 256),
-    defaults=lambda layout: {"sampling": {"steps": 16, "shift": 3.0}, "video": {"fps": 24}},
+    defaults=lambda layout, size=None: {"sampling": {"steps": 16, "shift": 3.0}, "video": {"fps": 24}},
     features=FEATURES - {"lora"},
 )
 
@@ -48,9 +48,12 @@ def other(tmp_path, two_families):
 
 def test_each_family_is_whole():
     assert FAMILIES == (WAN, KANDINSKY)
-    assert (WAN.load_pipeline(), KANDINSKY.load_pipeline()) == (WanT2V, Kandinsky5)
+    assert (WAN.load_pipeline(Layout(True, {}, "t2v")), KANDINSKY.load_pipeline(Layout(True, {}))) == (
+        WanT2V,
+        Kandinsky5,
+    )
     for family in FAMILIES:
-        assert family.features <= FEATURES and family.components[0].name == "transformer"
+        assert family.features <= FEATURES and family.components_of(Layout(True, {}, ""))[0].name == "transformer"
         assert family.naming.to_published(family.naming.first_weight) == family.naming.first_weight
         assert set(family.tokenizers) <= {"tokenizer", "tokenizer_2"}
 

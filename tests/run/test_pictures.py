@@ -15,6 +15,7 @@ from wan import WanT2V
 from wan.config.settings import resolve
 from wan.files.picture import picture_hash
 from wan.models import checkpoint as checkpoints
+from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.jobs import name_of, read_prompts
 from wan.run.sidecars import Sidecar, comparable
@@ -22,7 +23,7 @@ from wan.run.sidecars import Sidecar, comparable
 SMALL = "--frame_num 1 --sample_steps 1 --sample_guide_scale 1 --device cpu --size 64*48".split()
 
 
-def upright(picture, size):
+def upright(layout, picture, size):
     """A video of the asked width or height, whichever makes it lie as the picture does."""
     return tuple(sorted(size, reverse=picture[0] >= picture[1]))
 
@@ -38,8 +39,15 @@ def given(monkeypatch):
         return make(self, prompt, **values)
 
     monkeypatch.setattr(WanT2V, "generate", remembered)
-    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
-    monkeypatch.setattr(checkpoints, "FAMILIES", (replace(WAN, fit_picture=upright, **kinds),))
+    image = frozenset({"image"})
+    inputs = {"text": MediaInputs(), "pictured": MediaInputs(required=image), None: MediaInputs(optional=image)}
+    family = replace(
+        WAN,
+        kinds_of=lambda layout: frozenset({"text", "pictured"}),
+        inputs_of=lambda layout, kind: inputs[kind],
+        fit_size=upright,
+    )
+    monkeypatch.setattr(checkpoints, "FAMILIES", (family,))
     return seen
 
 
@@ -116,7 +124,7 @@ def test_names_belong_to_the_picture_s_content_and_records_open_no_picture(tall,
 def test_what_takes_no_picture_refuses_it_before_anything_is_loaded(run, tall, monkeypatch):
     monkeypatch.setattr(WanT2V, "from_settings", None)
     said = run("--prompt", "A cat", "--image", "tall.png", code=2)
-    assert said.endswith("is not taken by Wan2.1 text-to-video, which starts from text alone; leave it out\n")
+    assert said.endswith("is not taken by t2v, which starts from text alone; leave it out\n")
 
 
 def test_a_picture_that_cannot_be_read_is_said_before_the_checkpoint_is_looked_for(run, tmp_path):

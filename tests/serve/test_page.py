@@ -20,6 +20,7 @@ from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.settings import Settings, VideoSettings, resolve
 from wan.files.picture import picture_hash
 from wan.models import checkpoint as checkpoints
+from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
@@ -210,8 +211,13 @@ def test_the_picture_of_a_record_is_never_opened_and_that_of_the_page_stays(tmp_
 
 def pictured_family():
     """One whose checkpoints may make videos of text or of pictures."""
-    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
-    return replace(WAN, fit_picture=lambda picture, size: size, **kinds)
+    inputs = {"text": MediaInputs(), "pictured": MediaInputs(required=frozenset({"image"}))}
+    either = MediaInputs(optional=frozenset({"image"}))
+    return replace(
+        WAN,
+        kinds_of=lambda layout: frozenset(inputs),
+        inputs_of=lambda layout, kind: inputs.get(kind, MediaInputs() if layout is None else either),
+    )
 
 
 def kind_of(settings, kind):

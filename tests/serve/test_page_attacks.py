@@ -19,6 +19,7 @@ from nabla import InputError
 from wan import WanT2V
 from wan.config.settings import resolve
 from wan.models import checkpoint as checkpoints
+from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.request import Options
 from wan.serve import sources
@@ -299,8 +300,12 @@ def test_a_picture_is_shown_used_and_named_but_not_served(page, monkeypatch):
         return make(self, prompt, **values)
 
     monkeypatch.setattr(WanT2V, "generate", remembered)
-    kinds = {"kinds_of": lambda layout: frozenset({"text", "pictured"}), "picture_kinds": frozenset({"pictured"})}
-    family = replace(WAN, fit_picture=lambda picture, size: (64, 32), **kinds)
+    family = replace(
+        WAN,
+        kinds_of=lambda layout: frozenset({"text", "pictured"}),
+        inputs_of=lambda layout, kind: MediaInputs(optional=frozenset({"image"})),
+        fit_size=lambda layout, given, asked: (64, 32),
+    )
     monkeypatch.setattr(checkpoints, "FAMILIES", (family,))
     path = page.upload(picture(), "cat.png")
     told = page.give("begin", path, "pictured")
@@ -337,7 +342,7 @@ def test_a_picture_for_what_takes_none_is_refused_when_a_video_is_asked_for(page
     assert "Begins with" in page.give("begin", page.upload(picture("green"), "cat.png"), "none")
     assert page.generate("none") == 200
     told = page.hear("none")
-    assert "image cat.png is not taken by Wan2.1 text-to-video" in told and "Made in" not in told
+    assert "image cat.png is not taken by t2v" in told and "Made in" not in told
 
 
 def test_a_preset_beyond_the_limits_is_shown_within_them_and_says_so():

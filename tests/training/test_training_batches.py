@@ -11,6 +11,7 @@ import torch
 from starting import Forked, finish
 
 from nabla import InputError
+from wan.models.wan.geometry import GEOMETRY
 from wan.training.clips import Clips
 from wan.training.config import ObjectiveSettings
 from wan.training.data import MicroBatches, validation_batch
@@ -57,9 +58,9 @@ def test_texts_longer_than_the_transformer_takes_are_refused_before_a_run(prepar
 def test_clips_larger_than_the_rotary_table_are_refused_before_a_run(prepared):
     clips = Clips([str(prepared)], 512)
     config = {"in_channels": 16, "text_dim": 64, "rope_max_seq_len": 3}
-    clips.check_fit(config)
+    clips.check_fit(config, GEOMETRY)
     with pytest.raises(InputError, match=r"sample 1: its latents of \(2, 4, 6\) are too large for rope_max_seq_len 2"):
-        clips.check_fit(config | {"rope_max_seq_len": 2})
+        clips.check_fit(config | {"rope_max_seq_len": 2}, GEOMETRY)
 
 
 def test_an_error_in_a_worker_ends_the_program(tmp_path):

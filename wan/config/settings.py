@@ -269,6 +269,13 @@ def resolve_video(*layers: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOME
     return VideoSettings(**_merged(layers)["video"], geometry=geometry)
 
 
+def size_in(layers: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """The (width, height) that the first of layers to say one has; None where none does."""
+    sections = [layer.get("video") for layer in layers]
+    sizes = [video["size"] for video in sections if isinstance(video, Mapping) and video.get("size") is not None]
+    return parse_size(sizes[0]) if sizes else None
+
+
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One layer of several, with a mapping for each section, whose keys are known."""
     merged: dict[str, Any] = {"checkpoint": None, "prompt": None, **{name: {} for name in SECTIONS}}

@@ -10,13 +10,15 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
+from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder, list_files
 from wan.checkpoints.single_file import open_transformer
 from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
+from wan.config.geometry import Geometry
 from wan.config.inputs import INPUTS
-from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling
+from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling, size_in
 from wan.models.companions import companion_folder, given_folder
 from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.registry import FAMILIES
@@ -31,8 +33,9 @@ class Checkpoint:
 
     name: what it was opened by, a directory made absolute
     published: in its family's own layout, else in diffusers'
-    config: of the transformer, as its JSON says, or its tensors
+    config: of the transformer, as its JSON says, or its tensors; of the first of two
     components: directories or hub ids of those that are taken from elsewhere, by their names
+    kind, boundary: as of `Layout`
     """
 
     name: str
@@ -41,6 +44,8 @@ class Checkpoint:
     config: dict[str, Any]
     family: Family
     components: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
+    boundary: float | None = None
 
     @classmethod
     def open(
@@ -62,7 +67,9 @@ class Checkpoint:
         family, layout = recognise(folder) if transformer is None else _recognise_with(folder, Path(transformer))
         if components and (unfit := components.keys() - {one.name for one in family.companions}):
             raise InputError(f"{min(unfit)} from elsewhere is not taken for {family.name}; leave it out")
-        return cls(name, folder, *layout, family, components or {})
+        return cls(
+            name, folder, layout.published, layout.config, family, components or {}, layout.kind, layout.boundary
+        )
 
     @property
     def text_length(self) -> int:
@@ -88,7 +95,17 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.published, self.config)
+        return Layout(self.published, self.config, self.kind, self.boundary)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it cuts pixels into latents and tokens."""
+        return self.family.geometry_of(self.layout)
+
+    @property
+    def component_files(self) -> tuple[ComponentFiles, ...]:
+        """Of its models, the transformers first."""
+        return self.family.components_of(self.layout)
 
     def folder_of(self, component: str) -> Path:
         """The folder of a component that has one in either layout: the checkpoint's own, or where else it lies.
@@ -106,7 +123,7 @@ class Checkpoint:
 
     def weights_of(self, component: str) -> WeightFiles:
         """The tensors of a component; raises `CheckpointError` if they are not all there."""
-        files = next(one for one in self.family.components if one.name == component)
+        files = next(one for one in self.component_files if one.name == component)
         if any(one.name == component for one in self.family.companions):
             return WeightFiles.find(self.folder_of(component), files.stem)
         return files.find(self.folder, self.published)
@@ -168,9 +185,8 @@ class Checkpoint:
 
     def begins_with_picture(self, kind: str | None) -> bool | None:
         """Whether videos begin with a picture, of a kind that settings name; None if they may."""
-        possible = self.family.kinds_of(self.layout) if kind is None else {kind}
-        pictured = possible & self.family.picture_kinds
-        return bool(pictured) if possible and pictured in (possible, set()) else None
+        inputs = self.family.inputs_of(self.layout, kind)
+        return None if "image" in inputs.optional else "image" in inputs.required
 
     @property
     def settings_layers(self) -> tuple[dict[str, Any], ...]:
@@ -191,12 +207,12 @@ class Checkpoint:
         needs_prompt: as of `wan.config.settings.resolve`
         """
         try:
+            layers = *above, *self.settings_layers
             settings = resolve(
                 {"checkpoint": self.name},
-                *above,
-                *self.settings_layers,
-                self.family.defaults(self.layout),
-                geometry=self.family.geometry,
+                *layers,
+                self.family.defaults(self.layout, size_in(layers)),
+                geometry=self.geometry,
                 needs_prompt=needs_prompt,
             )
         except InputError:
@@ -223,7 +239,8 @@ class Checkpoint:
 
     def own_sampling(self) -> SamplingSettings:
         """How the checkpoint is sampled where nothing says else."""
-        return resolve_sampling(*self.settings_layers, self.family.defaults(self.layout))
+        layers = self.settings_layers
+        return resolve_sampling(*layers, self.family.defaults(self.layout, size_in(layers)))
 
 
 def _family_on_hub(name: str) -> Family:

@@ -22,11 +22,26 @@ class Layout(NamedTuple):
     """What a family reads off a folder that holds one of its checkpoints.
 
     published: in the layout in which the family's weights were published, else in diffusers'
-    config: of the transformer, as its JSON says, or as its tensors do where there is none
+    config: of the transformer, as its JSON says, or as its tensors do where there is none; of the first of two
+    kind: of the family's kinds of checkpoints; empty where that is not told
+    boundary: share of the timesteps from which on the first of two transformers runs; None where there is one
     """
 
     published: bool
     config: dict[str, Any]
+    kind: str = ""
+    boundary: float | None = None
+
+
+class MediaInputs(NamedTuple):
+    """What is given beside the prompt, by the names that it has in settings."""
+
+    required: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+
+    @property
+    def taken(self) -> frozenset[str]:
+        return self.required | self.optional
 
 
 class TransformerFacts(NamedTuple):
@@ -73,9 +88,24 @@ class Companion:
     inner: str = ""
 
 
-def no_defaults(layout: Layout) -> Mapping[str, Any]:
+def no_defaults(layout: Layout, size: tuple[int, int] | None = None) -> Mapping[str, Any]:
     """Of a family whose defaults are the program's own."""
     return {}
+
+
+def default_geometry(layout: Layout) -> Geometry:
+    """Of a family which cuts videos as most do."""
+    return DEFAULT_GEOMETRY
+
+
+def text_alone(layout: Layout | None, kind: str | None = None) -> MediaInputs:
+    """Of a family that makes videos of text alone."""
+    return MediaInputs()
+
+
+def as_asked(layout: Layout, given: tuple[int, int], asked: tuple[int, int]) -> tuple[int, int]:
+    """Of a family whose videos have the size that is asked for, whatever the size of what is given."""
+    return asked
 
 
 def any_kind(layout: Layout) -> frozenset[str]:
@@ -97,28 +127,30 @@ class Family:
         another family may know; raises `CheckpointError` for what is of this one but cannot be used, saying why
     landmarks: files that together are in no folder but one in the family's published layout; for messages alone
     hub_files: what is downloaded of a checkpoint
-    components: the models of a checkpoint, the transformer first
+    components_of: the models of a checkpoint, the transformers first
     tokenizers: their folders in the published layout, by those in diffusers'
     tokenizer_parts: files that together may stand for the one of a tokenizer, by its folder in diffusers' layout
     facts: reads what has to be known of a transformer off its configuration
-    geometry: how it cuts pixels into latents and tokens
+    geometry_of: how a checkpoint cuts pixels into latents and tokens
     naming: what files from anyone call the tensors of its transformer
     transformers: a `TransformerSpec` for each class that its transformers are of, as "module:name", first that of
         those which are trained; imported when a transformer is there, since they name classes of diffusers, whose
         import takes seconds
-    pipeline: the class that makes videos, as "module:class"; imported when the first model is loaded, since a
-        pipeline opens checkpoints itself and so stands above the list of families
+    pipeline_of: the class that makes a checkpoint's videos, as "module:class"; imported when the first model is
+        loaded, since a pipeline opens checkpoints itself and so stands above the list of families
     memory: what its models and videos take, for a plan of memory, as "module:function", see `wan.memory.planning`
-    defaults: of a checkpoint, a layer of settings below those that it brings itself
+    defaults: of a checkpoint, a layer of settings below those that it brings itself; for a video of a size
+        (width, height) that is asked for, None where none is
     companions: what its published layout leaves to other repositories
     layout_of_file: the layout that a single file of weights tells, where the published one has no configuration
     kinds_of: which kinds of checkpoint one may be, as `kind` in the settings has them
-    picture_kinds: those of its kinds that begin with a picture
+    inputs_of: what a checkpoint is given beside the prompt, by its layout, or by the kind that settings name, or both;
+        where neither tells, what it may be given is optional
     algorithms_at_other_sizes: attention that a checkpoint was published to run with, beside its own
     hub_landmarks: patterns of files that only its repositories have, for those without any configuration
     features: those of `FEATURES` that it supports
-    fit_picture: the size of a video that begins with a picture, from the picture's size and the one asked for, each
-        (width, height); of its own result, asked for again, it gives the same. None: it makes videos of text alone
+    fit_size: the size of a checkpoint's video, from that of the picture or video that it is given and the one asked
+        for, each (width, height)
     training: the `TrainingSpec`, as "module:name", by name for the same reasons; empty for what cannot be trained
     """
 
@@ -126,29 +158,29 @@ class Family:
     recognise: Callable[[Path], Layout | None]
     landmarks: tuple[str, ...]
     hub_files: HubFiles
-    components: tuple[ComponentFiles, ...]
+    components_of: Callable[[Layout], tuple[ComponentFiles, ...]]
     tokenizers: Mapping[str, str]
     facts: Callable[[Layout], TransformerFacts]
     naming: TransformerNaming
     transformers: tuple[str, ...]
-    pipeline: str
+    pipeline_of: Callable[[Layout], str]
     memory: str
-    geometry: Geometry = DEFAULT_GEOMETRY
-    defaults: Callable[[Layout], Mapping[str, Any]] = no_defaults
+    geometry_of: Callable[[Layout], Geometry] = default_geometry
+    defaults: Callable[..., Mapping[str, Any]] = no_defaults
     companions: tuple[Companion, ...] = ()
     layout_of_file: Callable[[Path], Layout] | None = None
     kinds_of: Callable[[Layout], frozenset[str]] = any_kind
-    picture_kinds: frozenset[str] = frozenset()
+    inputs_of: Callable[[Layout | None, str | None], MediaInputs] = text_alone
     algorithms_at_other_sizes: Callable[[Layout], tuple[str, ...]] = none_other
     hub_landmarks: tuple[str, ...] = ()
     features: frozenset[str] = FEATURES
-    fit_picture: Callable[[tuple[int, int], tuple[int, int]], tuple[int, int]] | None = None
+    fit_size: Callable[[Layout, tuple[int, int], tuple[int, int]], tuple[int, int]] = as_asked
     training: str = ""
     tokenizer_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def load_pipeline(self) -> type[Any]:
-        """The class of `pipeline`."""
-        return _imported(self.pipeline)
+    def load_pipeline(self, layout: Layout) -> type[Any]:
+        """The class that makes a checkpoint's videos."""
+        return _imported(self.pipeline_of(layout))
 
     def load_transformer_specs(self) -> tuple[TransformerSpec, ...]:
         """What `transformers` name."""

@@ -110,7 +110,7 @@ def from_pretrained(
 
 def _pipeline_class(checkpoint: Checkpoint, wanted: type[Any] | None) -> type[Any]:
     """The class that is wanted, or that of the family; raises `CheckpointError` for one that does not run it."""
-    own = checkpoint.family.load_pipeline()
+    own = checkpoint.family.load_pipeline(checkpoint.layout)
     if wanted is not None and not issubclass(wanted, own):
         raise CheckpointError(
             f"{checkpoint.name} is a checkpoint of {checkpoint.family.name}, which {wanted.__name__} does not run; "

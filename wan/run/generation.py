@@ -94,7 +94,7 @@ def load_pipeline(
         plan=plan,
     )
     with _clear_about_memory(settings, options):
-        pipe = checkpoint.family.load_pipeline().from_settings(checkpoint, settings, how)
+        pipe = checkpoint.family.load_pipeline(checkpoint.layout).from_settings(checkpoint, settings, how)
     place = settings.checkpoint, device, settings.dtype
     decoder = ""
     if pipe.vae is not None:

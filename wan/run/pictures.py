@@ -30,19 +30,19 @@ def fit_to_picture(checkpoint: Checkpoint, settings: Settings) -> Settings:
     Raises `InputError` if the checkpoint takes no picture or begins with one that is not given, or this one cannot be
     read.
     """
-    family, kind = checkpoint.family, settings.model.kind
+    kind = settings.model.kind
     begins = checkpoint.begins_with_picture(kind)
     if settings.image is None and not begins:
         return settings
     if settings.image is None:
         raise InputError(f"videos of {kind or checkpoint.name} begin with a picture; give one with --image FILE")
-    if family.fit_picture is None or begins is False:
-        own = family.name if family.fit_picture is None else checkpoint.name
+    if begins is False:
         raise InputError(
-            f"image {settings.image} is not taken by {kind or own}, which starts from text alone; leave it out"
+            f"image {settings.image} is not taken by {kind or checkpoint.kind or checkpoint.name}, "
+            "which starts from text alone; leave it out"
         )
     picture, asked = check_picture(settings.image), settings.video.size
-    size = family.fit_picture(picture, asked)
+    size = checkpoint.family.fit_size(checkpoint.layout, picture, asked)
     if size == asked:
         return settings
     said = ("x".join(map(str, one)) for one in (size, picture, asked))

@@ -243,8 +243,8 @@ def takes_picture(settings: Settings) -> bool:
     kind = settings.model.kind
     if Path(settings.checkpoint).expanduser().is_dir():
         checkpoint = Checkpoint.open(settings.checkpoint)
-        return checkpoint.family.fit_picture is not None and checkpoint.begins_with_picture(kind) is not False
-    return any(kind in family.picture_kinds for family in FAMILIES)
+        return checkpoint.begins_with_picture(kind) is not False
+    return any("image" in family.inputs_of(None, kind).taken for family in FAMILIES)
 
 
 def thumbnail_of(upload: Path) -> np.ndarray:

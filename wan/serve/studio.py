@@ -247,7 +247,7 @@ class Studio:
         if self._pipe is None or weights != self._weights or outgrown or unable:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
-                kind = checkpoint.family.load_pipeline()
+                kind = checkpoint.family.load_pipeline(checkpoint.layout)
                 model = kind.transformer_component(checkpoint, settings.transformer).model
                 for file in settings.lora:
                     read_lora(file, model, checkpoint.family.naming)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nabla import InputError
+from wan.config.geometry import Geometry
 from wan.models.family import Family
 from wan.models.registry import FAMILIES, FIRST_FAMILY
 from wan.models.training import Texts
@@ -130,7 +131,7 @@ class Clips:
                 "prepare the data with the run's checkpoint"
             )
 
-    def check_fit(self, config: Mapping[str, Any]) -> None:
+    def check_fit(self, config: Mapping[str, Any], geometry: Geometry) -> None:
         """Raise `InputError` unless a transformer of the family, of this configuration, takes the clips."""
         takes = self.training.takes(config)
         states = self.first.null_states
@@ -143,7 +144,7 @@ class Clips:
                 )
         most = takes.positions
         for size, numbers in self.buckets.items():
-            if max(self.family.geometry.grid_of(size)) > most:
+            if max(geometry.grid_of(size)) > most:
                 raise InputError(
                     f"{self.clips[numbers[0]].file}, sample {self.clips[numbers[0]].index}: its latents of {size} are "
                     f"too large for rope_max_seq_len {most}, the positions of the transformer's rotary table"

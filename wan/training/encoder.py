@@ -25,7 +25,7 @@ class Encoder:
         whole_clips: bool = False,
     ):
         checkpoint.require_tokenizer()
-        self.device, self.family = device, checkpoint.family
+        self.device, self.family, self.geometry = device, checkpoint.family, checkpoint.geometry
         self.own: ClipEncoder = self.family.load_training().open_encoder(checkpoint, device, vae_dtype, whole_clips)
         self.vae, self.fingerprints = self.own.vae, self.own.fingerprints
         self.cut_notes = self.own.cut_notes

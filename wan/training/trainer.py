@@ -91,7 +91,7 @@ class Trainer(TrainingLoop):
         self.checkpoints = CheckpointManager(self.folder, settings.keep_last, self.accelerator)
         self._build_models()
         for clips in filter(None, (self.clips, self.validation)):
-            clips.check_fit(self.transformer.config)
+            clips.check_fit(self.transformer.config, self.base.geometry)
         self.inputs = run_inputs(settings, self.base, self.clips, self.validation)
         # After `_build_models`: a state is read in place, into weights and optimizers that are sharded already.
         last = self.checkpoints.last()
@@ -173,7 +173,7 @@ class Trainer(TrainingLoop):
         # The only wait for the GPU, once it has all of the step to do: a run that diverged ends before it is saved.
         row = {"step": self.step + 1, "lr": lr} | self._gather(torch.cat(losses).detach(), norm)
         self.step = self.state.step = self.step + 1
-        tokens = math.prod(self.base.family.geometry.grid_of(batch.latents.shape[2:]))
+        tokens = math.prod(self.base.geometry.grid_of(batch.latents.shape[2:]))
         row |= speed(settings.batch_size, tokens, time.perf_counter() - start)
         return row | {"waited": waited, "memory_gib": peak_bytes(self.device) / GIB}
 

@@ -19,7 +19,7 @@ from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, read_jso
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.checkpoints.weights import WeightFiles
 from wan.files.formats import GGUF, SAFETENSORS
-from wan.models.family import Companion, HubFiles, Layout, TransformerFacts
+from wan.models.family import Companion, HubFiles, Layout, MediaInputs, TransformerFacts
 from wan.models.kandinsky.names import NAMING
 from wan.models.kandinsky.sizes import FIRST_LAYER, Shapes, transformer_config
 
@@ -216,6 +216,15 @@ def kinds_of(layout: Layout) -> frozenset[str]:
     return frozenset(f"kandinsky5-{size}-{task}" for size in sizes for task in tasks)
 
 
+def inputs_of(layout: Layout | None, kind: str | None) -> MediaInputs:
+    """See `Family.inputs_of`."""
+    possible = {kind} & KINDS if kind is not None or layout is None else kinds_of(layout)
+    pictured, image = possible & PICTURE_KINDS, frozenset({"image"})
+    if not pictured:
+        return MediaInputs()
+    return MediaInputs(required=image) if pictured == possible else MediaInputs(optional=image)
+
+
 def algorithms_at_other_sizes(layout: Layout) -> tuple[str, ...]:
     """See `Family.algorithms_at_other_sizes`."""
     named = published_as(layout)
@@ -225,7 +234,7 @@ def algorithms_at_other_sizes(layout: Layout) -> tuple[str, ...]:
     return tuple(PRO_AT_SD.values()) if named is None else (PRO_AT_SD[named.seconds],)
 
 
-def defaults_of(layout: Layout) -> dict[str, Any]:
+def defaults_of(layout: Layout, size: tuple[int, int] | None = None) -> dict[str, Any]:
     """See `Family.defaults`: what the native program's configuration of a published file says."""
     named = published_as(layout)
     is_pro = layout.config.get("model_dim") == SIZES["pro"][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from wan.checkpoints.locate import CONFIG
 from wan.models.family import FEATURES, Family
 from wan.models.wan import layout
-from wan.models.wan.geometry import GEOMETRY
+from wan.models.wan.kinds import kind_of
 from wan.models.wan.names import NAMING
 
 WAN = Family(
@@ -13,14 +13,17 @@ WAN = Family(
     recognise=layout.recognise,
     landmarks=(CONFIG, layout.VAE_FILE),
     hub_files=layout.HUB_FILES,
-    components=layout.COMPONENTS,
+    components_of=lambda own: layout.COMPONENTS,
     tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
     facts=layout.facts,
     naming=NAMING,
+    kinds_of=layout.kinds_of,
+    inputs_of=layout.inputs_of,
     transformers=("wan.models.wan.processor:TRANSFORMER", "wan.models.wan.processor:VACE_TRANSFORMER"),
-    pipeline="wan.models.wan.pipeline:WanT2V",
+    pipeline_of=lambda own: kind_of(own).pipeline,
     memory="wan.models.wan.memory:weigh_run",
-    geometry=GEOMETRY,
+    geometry_of=lambda own: kind_of(own).geometry,
+    defaults=layout.defaults_of,
     training="wan.models.wan.training:TRAINING",
     features=FEATURES - {"expand_prompt"},
 )

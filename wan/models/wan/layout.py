@@ -11,7 +11,8 @@ from nabla.config import is_count
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
-from wan.models.family import HubFiles, Layout, TransformerFacts
+from wan.models.family import HubFiles, Layout, MediaInputs, TransformerFacts
+from wan.models.wan.kinds import KINDS, kind_of
 
 NAME = "Wan2.1 text-to-video"
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -62,7 +63,7 @@ def recognise(folder: Path) -> Layout | None:
         return None
     _check_text_to_video(folder, config)
     _check_lengths(folder / CONFIG, config)
-    return Layout(True, config)
+    return Layout(True, config, "t2v")
 
 
 def _recognise_diffusers(folder: Path) -> Layout | None:
@@ -77,7 +78,7 @@ def _recognise_diffusers(folder: Path) -> Layout | None:
     if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS or config.get("image_dim"):
         raise CheckpointError(f"{file.parent} is not a text-to-video {TRANSFORMER_CLASS}")
     _check_lengths(file, config)
-    return Layout(False, config)
+    return Layout(False, config, "t2v")
 
 
 def _check_text_to_video(folder: Path, config: Mapping[str, Any]) -> None:
@@ -110,3 +111,24 @@ def facts(layout: Layout) -> TransformerFacts:
         positions=ROTARY_POSITIONS if layout.published else config.get("rope_max_seq_len", ROTARY_POSITIONS),
         text_length=config.get("text_len", TEXT_LENGTH),
     )
+
+
+def kinds_of(layout: Layout) -> frozenset[str]:
+    """See `Family.kinds_of`: its tensors tell."""
+    return frozenset({kind_of(layout).name})
+
+
+def inputs_of(layout: Layout | None, kind: str | None) -> MediaInputs:
+    """See `Family.inputs_of`."""
+    if layout is not None:
+        return kind_of(layout).inputs
+    return KINDS[kind].inputs if kind in KINDS else MediaInputs()
+
+
+def defaults_of(layout: Layout, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """See `Family.defaults`: what the published program of its kind has otherwise than this one."""
+    kind = kind_of(layout)
+    own = {section: dict(values) for section, values in kind.defaults.items()}
+    if size in kind.shifts:
+        own["sampling"]["shift"] = kind.shifts[size]
+    return own

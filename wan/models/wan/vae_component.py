@@ -33,7 +33,7 @@ def vae_component(checkpoint: Checkpoint) -> Component:
     weights = checkpoint.weights_of("vae")
     config = None if checkpoint.published else read_json_object(checkpoint.folder / "vae" / CONFIG)
     component = read_vae(weights, config)
-    own, (frames, rows, _) = component.model.config, checkpoint.family.geometry.vae_stride
+    own, (frames, rows, _) = component.model.config, checkpoint.geometry.vae_stride
     if (own.scale_factor_temporal, own.scale_factor_spatial) != (frames, rows):
         raise CheckpointError(
             f"{weights.where}: the VAE takes {own.scale_factor_temporal} frames and {own.scale_factor_spatial} pixels "

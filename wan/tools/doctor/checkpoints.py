@@ -56,7 +56,7 @@ def _problem_of(folder: Path) -> str:
         checkpoint = Checkpoint.open(folder)
         # What others have is asked for when a run needs it, and downloaded then.
         elsewhere = {one.name for one in checkpoint.family.companions if checkpoint.published}
-        for files in checkpoint.family.components:
+        for files in checkpoint.component_files:
             if files.name in elsewhere:
                 continue
             # A pickle takes long to open.

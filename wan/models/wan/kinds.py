@@ -1,0 +1,136 @@
+"""The kinds of Wan's video models: what each is shown, what runs it, and how its published program samples it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wan.config.geometry import Geometry
+from wan.config.settings import DEFAULT_NEGATIVE_PROMPT
+from wan.models.family import Layout, MediaInputs
+from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind, as `kind` in settings names it.
+
+    what: it is, in messages
+    hub_ids: repositories of its checkpoints in the published layout, the smallest first
+    pipeline: the class that makes its videos, as "module:class"
+    diffusers_pipeline: the class of diffusers that its checkpoints in diffusers' layout name
+    channels: that its transformer takes and gives
+    inputs: what stands beside the prompt
+    geometry: how it cuts pixels into latents and tokens
+    boundary: share of the timesteps from which on the first of two transformers runs; None: there is one
+    defaults: a layer of settings for what its published program has otherwise than this one does
+    shifts: the same of the shift of timesteps, by sizes (width, height)
+    """
+
+    name: str
+    what: str
+    hub_ids: tuple[str, ...]
+    pipeline: str
+    diffusers_pipeline: str
+    channels: tuple[int, int] = (16, 16)
+    inputs: MediaInputs = MediaInputs()
+    geometry: Geometry = GEOMETRY
+    boundary: float | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    shifts: Mapping[tuple[int, int], float] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of its transformers in the order in which they run, where there are two."""
+        return () if self.boundary is None else EXPERTS
+
+
+# In the order in which they run: of the noisy steps, then of the others.
+EXPERTS = ("high", "low")
+_PICTURE = MediaInputs(required=frozenset({"image"}))
+_PIPELINE = "wan.models.wan.{}".format
+_TEXT, _IMAGE = _PIPELINE("pipeline:WanT2V"), _PIPELINE("image_to_video:WanI2V")
+_SMALL = ((832, 480), (480, 832))
+_ALL = (
+    Kind(
+        "t2v",
+        "Wan2.1 text-to-video",
+        ("Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"),
+        _TEXT,
+        "WanPipeline",
+    ),
+    Kind(
+        "i2v",
+        "Wan2.1 image-to-video",
+        ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P"),
+        _IMAGE,
+        "WanImageToVideoPipeline",
+        channels=(36, 16),
+        inputs=_PICTURE,
+        defaults={"sampling": {"steps": 40, "shift": 5.0, "negative_prompt": "镜头晃动，" + DEFAULT_NEGATIVE_PROMPT}},
+        shifts=dict.fromkeys(_SMALL, 3.0),
+    ),
+    Kind(
+        "flf2v",
+        "Wan2.1 first-and-last-frame-to-video",
+        ("Wan-AI/Wan2.1-FLF2V-14B-720P",),
+        _IMAGE,
+        "WanImageToVideoPipeline",
+        channels=(36, 16),
+        inputs=MediaInputs(required=frozenset({"image", "last_image"})),
+        defaults={
+            "sampling": {
+                "steps": 50,
+                "shift": 16.0,
+                "negative_prompt": "镜头切换，镜头晃动，" + DEFAULT_NEGATIVE_PROMPT,
+            }
+        },
+    ),
+    Kind(
+        "vace",
+        "Wan2.1 VACE",
+        ("Wan-AI/Wan2.1-VACE-1.3B", "Wan-AI/Wan2.1-VACE-14B"),
+        _PIPELINE("vace_pipeline:WanVACE"),
+        "WanVACEPipeline",
+        inputs=MediaInputs(optional=frozenset({"src_video", "src_mask", "src_ref_images"})),
+        defaults={"sampling": {"steps": 50, "shift": 16.0}},
+    ),
+    Kind(
+        "t2v-A14B",
+        "Wan2.2 text-to-video",
+        ("Wan-AI/Wan2.2-T2V-A14B",),
+        _TEXT,
+        "WanPipeline",
+        boundary=0.875,
+        defaults={"sampling": {"steps": 40, "shift": 12.0, "guide_scale": [3.0, 4.0]}},
+    ),
+    Kind(
+        "i2v-A14B",
+        "Wan2.2 image-to-video",
+        ("Wan-AI/Wan2.2-I2V-A14B",),
+        _IMAGE,
+        "WanImageToVideoPipeline",
+        channels=(36, 16),
+        inputs=_PICTURE,
+        boundary=0.9,
+        defaults={"sampling": {"steps": 40, "shift": 5.0, "guide_scale": 3.5}},
+    ),
+    Kind(
+        "ti2v-5B",
+        "Wan2.2 TI2V-5B",
+        ("Wan-AI/Wan2.2-TI2V-5B",),
+        _PIPELINE("text_image_to_video:WanTI2V"),
+        "WanPipeline",
+        channels=(48, 48),
+        inputs=MediaInputs(optional=frozenset({"image"})),
+        geometry=GEOMETRY_5B,
+        defaults={"video": {"size": (1280, 704), "frame_num": 121, "fps": 24}},
+    ),
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
+
+
+def kind_of(layout: Layout) -> Kind:
+    """Of a checkpoint's layout. A folder without a transformer has none: what is trained beside it begins from text."""
+    return KINDS[layout.kind or "t2v"]
