@@ -32,7 +32,7 @@ from wan.models.wan.components import TIED
 from wan.models.wan.diffusers_layout import SCHEDULER_FILE, cast, make_scheduler, write_component, write_index
 from wan.models.wan.family import WAN
 from wan.models.wan.latent_statistics import STATISTICS, fold_statistics
-from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
+from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER
 from wan.models.wan.vae_component import vae_of_tensors
 
 LAYOUTS = ("published", "diffusers")
@@ -145,7 +145,8 @@ def _write_published(
     vae, own = dict(models.vae.tensors()), models.vae.model.config
     if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
         vae |= fold_statistics(vae, own, constants)
-    save_pickle(dict(_renamed(models.vae.model, cast(vae.items(), dtype))), folder / VAE_FILE)
+    file = next(one.published for one in checkpoint.component_files if one.name == "vae")
+    save_pickle(dict(_renamed(models.vae.model, cast(vae.items(), dtype))), folder / file)
 
 
 def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
