@@ -9,6 +9,8 @@ from PIL import Image
 
 from nabla import InputError
 from wan.config.settings import VideoSettings
+from wan.models.family import Layout
+from wan.models.wan.family import WAN
 from wan.models.wan.picture import covering, given_frames, given_mask, pixels_of, stretched
 from wan.models.wan.sizes import area_size, best_output_size
 
@@ -44,6 +46,20 @@ def test_a_size_of_about_an_area(picture, area, size):
 )
 def test_a_size_within_an_area(picture, area, size):
     assert best_output_size(picture, area, (32, 32)) == size
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    (
+        ("t2v", (832, 480)),
+        ("i2v", (832, 464)),
+        ("flf2v", (832, 464)),
+        ("i2v-A14B", (832, 464)),
+        ("ti2v-5B", (832, 480)),
+    ),
+)
+def test_each_kind_has_its_rule(kind, size):
+    assert WAN.fit_size(Layout(True, {}, kind), (1280, 720), (832, 480)) == size
 
 
 @pytest.mark.parametrize("picture", ((10, 30000), (30000, 10)))

@@ -23,6 +23,7 @@ WAN = Family(
     pipeline_of=lambda own: kind_of(own).pipeline,
     memory="wan.models.wan.memory:weigh_run",
     geometry_of=lambda own: kind_of(own).geometry,
+    fit_size=lambda own, given, asked: kind_of(own).fit(given, asked),
     defaults=layout.defaults_of,
     training="wan.models.wan.training:TRAINING",
     features=FEATURES - {"expand_prompt"},

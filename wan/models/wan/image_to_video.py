@@ -17,10 +17,11 @@ from wan.models.wan import memory
 from wan.models.wan.condition import Condition, Guidance, both_branches, fitting, from_leader, guidance_of
 from wan.models.wan.image_encoder import clip_pixels, image_states
 from wan.models.wan.inputs import check_given
+from wan.models.wan.kinds import KINDS
 from wan.models.wan.picture import given_frames, given_mask
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.processor import velocity_of
-from wan.models.wan.sizes import area_size
+from wan.models.wan.sizes import fit_area
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
 
@@ -53,12 +54,11 @@ class WanI2V(WanT2V):
         return self.transformer.config.pos_embed_seq_len is not None
 
     def check_inputs(self, given: Collection[str]) -> None:
-        check_given(given, required=("image", "last_image") if self.sees_last else ("image",))
+        check_given(given, KINDS["flf2v" if self.sees_last else "i2v"].inputs)
 
     def fit_size(self, request: VideoRequest) -> VideoSettings:
         height, width, _ = request.image.shape
-        across, down = request.video.size
-        return changed(request.video, size=area_size((width, height), across * down))
+        return changed(request.video, size=fit_area((width, height), request.video.size))
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""

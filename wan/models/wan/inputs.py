@@ -8,6 +8,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.inputs import INPUTS
 from wan.files.picture import picture_of
+from wan.models.family import MediaInputs
 
 
 def read_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,12 +29,12 @@ def _read(name: str, value: Any) -> Any:
     return picture_of(value)
 
 
-def check_given(given: Collection[str], required: Collection[str] = (), optional: Collection[str] = ()) -> None:
+def check_given(given: Collection[str], taken: MediaInputs) -> None:
     """Raise `InputError` for inputs, by their names, that are not taken, and for one that is required and missing."""
-    for name in required:
+    for name in sorted(taken.required):
         if name not in given:
             raise InputError(f"{name} is missing: this checkpoint's videos are made of one; give it")
     for name in sorted(given):
-        if name not in (*required, *optional):
-            taken = " and ".join((*required, *optional))
-            raise InputError(f"{name} is not taken by this checkpoint, which takes {taken}; leave it out")
+        if name not in taken.taken:
+            takes = " and ".join(sorted(taken.taken))
+            raise InputError(f"{name} is not taken by this checkpoint, which takes {takes}; leave it out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from wan.config.geometry import Geometry
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT
 from wan.models.family import Layout, MediaInputs
 from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
+from wan.models.wan.sizes import Size, as_asked, fit_area, fit_within
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Kind:
     channels: that its transformer takes and gives
     inputs: what stands beside the prompt
     geometry: how it cuts pixels into latents and tokens
+    fit: the size of a video, from that of what is given and the one asked for
     boundary: share of the timesteps from which on the first of two transformers runs; None: there is one
     defaults: a layer of settings for what its published program has otherwise than this one does
     shifts: the same of the shift of timesteps, by sizes (width, height)
@@ -36,6 +38,7 @@ class Kind:
     channels: tuple[int, int] = (16, 16)
     inputs: MediaInputs = MediaInputs()
     geometry: Geometry = GEOMETRY
+    fit: Callable[[Size, Size], Size] = as_asked
     boundary: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     shifts: Mapping[tuple[int, int], float] = field(default_factory=dict)
@@ -68,6 +71,7 @@ _ALL = (
         "WanImageToVideoPipeline",
         channels=(36, 16),
         inputs=_PICTURE,
+        fit=fit_area,
         defaults={"sampling": {"steps": 40, "shift": 5.0, "negative_prompt": "镜头晃动，" + DEFAULT_NEGATIVE_PROMPT}},
         shifts=dict.fromkeys(_SMALL, 3.0),
     ),
@@ -79,6 +83,7 @@ _ALL = (
         "WanImageToVideoPipeline",
         channels=(36, 16),
         inputs=MediaInputs(required=frozenset({"image", "last_image"})),
+        fit=fit_area,
         defaults={
             "sampling": {
                 "steps": 50,
@@ -113,6 +118,7 @@ _ALL = (
         "WanImageToVideoPipeline",
         channels=(36, 16),
         inputs=_PICTURE,
+        fit=fit_area,
         boundary=0.9,
         defaults={"sampling": {"steps": 40, "shift": 5.0, "guide_scale": 3.5}},
     ),
@@ -125,6 +131,7 @@ _ALL = (
         channels=(48, 48),
         inputs=MediaInputs(optional=frozenset({"image"})),
         geometry=GEOMETRY_5B,
+        fit=fit_within,
         defaults={"video": {"size": (1280, 704), "frame_num": 121, "fps": 24}},
     ),
 )

@@ -6,10 +6,27 @@ import math
 
 from nabla import InputError
 from wan.config.geometry import Geometry
-from wan.models.wan.geometry import GEOMETRY
+from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
+
+Size = tuple[int, int]
 
 
-def area_size(picture: tuple[int, int], max_area: int, geometry: Geometry = GEOMETRY) -> tuple[int, int]:
+def as_asked(given: Size, asked: Size) -> Size:
+    """The size that is asked for, whatever the size of what is given."""
+    return asked
+
+
+def fit_area(given: Size, asked: Size) -> Size:
+    """That of a picture's form of about the area asked for, see `area_size`."""
+    return area_size(given, asked[0] * asked[1])
+
+
+def fit_within(given: Size, asked: Size) -> Size:
+    """That of nearly a picture's form of at most the area asked for, see `best_output_size`."""
+    return best_output_size(given, asked[0] * asked[1], GEOMETRY_5B.multiples)
+
+
+def area_size(picture: Size, max_area: int, geometry: Geometry = GEOMETRY) -> Size:
     """(width, height) of a video of a picture's form, (width, height), of about an area.
 
     As Wan2.1's image-to-video has it: each side is rounded down by itself. Raises `InputError` if one is left with
@@ -27,7 +44,7 @@ def area_size(picture: tuple[int, int], max_area: int, geometry: Geometry = GEOM
     return width, height
 
 
-def best_output_size(picture: tuple[int, int], max_area: int, multiples: tuple[int, int]) -> tuple[int, int]:
+def best_output_size(picture: Size, max_area: int, multiples: tuple[int, int]) -> Size:
     """(width, height) of a video of nearly a picture's form, (width, height), of at most an area.
 
     As Wan2.2's TI2V-5B has it: one side is rounded down, and the other is what the area then leaves; first the width
@@ -45,14 +62,14 @@ def best_output_size(picture: tuple[int, int], max_area: int, multiples: tuple[i
     by_width = width, int(max_area / width // rows * rows)
     by_height = int(max_area / height // columns * columns), height
 
-    def stretch(size: tuple[int, int]) -> float:
+    def stretch(size: Size) -> float:
         own = size[0] / size[1]
         return max(ratio / own, own / ratio)
 
     return by_width if stretch(by_width) < stretch(by_height) else by_height
 
 
-def _check_left(picture: tuple[int, int], max_area: int, width: int, height: int) -> None:
+def _check_left(picture: Size, max_area: int, width: int, height: int) -> None:
     if not width or not height:
         raise InputError(
             f"a picture of {picture[0]}x{picture[1]} leaves nothing of its {'height' if width else 'width'} in an area "

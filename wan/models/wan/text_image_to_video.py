@@ -11,10 +11,11 @@ from wan.config.settings import VideoSettings, changed
 from wan.models.wan import memory
 from wan.models.wan.condition import Condition, Guidance, both_branches, fitting, from_leader, guidance_of
 from wan.models.wan.inputs import check_given
+from wan.models.wan.kinds import KINDS
 from wan.models.wan.picture import covering
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.processor import grid_of, velocity_of
-from wan.models.wan.sizes import best_output_size
+from wan.models.wan.sizes import fit_within
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
 
@@ -28,15 +29,13 @@ class WanTI2V(WanT2V):
     """
 
     def check_inputs(self, given: Collection[str]) -> None:
-        check_given(given, optional=("image",))
+        check_given(given, KINDS["ti2v-5B"].inputs)
 
     def fit_size(self, request: VideoRequest) -> VideoSettings:
         if request.image is None:
             return request.video
         height, width, _ = request.image.shape
-        across, down = request.video.size
-        size = best_output_size((width, height), across * down, request.video.geometry.multiples)
-        return changed(request.video, size=size)
+        return changed(request.video, size=fit_within((width, height), request.video.size))
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch.
