@@ -35,8 +35,27 @@ class Takes(NamedTuple):
     positions: int
 
 
+class TrainingFacts(NamedTuple):
+    """What of training differs from checkpoint to checkpoint of a family.
+
+    lora_targets: names, or ends of names, of the layers that LoRA adapts unless a run says else
+    transformer: the folder, in diffusers' layout, of the transformer that is trained
+    parts: those of the other components, which stand beside it
+    prepared_for: what clips are prepared for where they are not as those of the family's other checkpoints
+    beside: names of tensors that are stored of a clip beside its latents and its caption
+    may_give_first: whether the transformer takes a first latent frame without noise
+    """
+
+    lora_targets: tuple[str, ...]
+    parts: tuple[str, ...]
+    transformer: str = "transformer"
+    prepared_for: str = ""
+    beside: tuple[str, ...] = ()
+    may_give_first: bool = False
+
+
 class ClipEncoder(Protocol):
-    """The VAE and the text encoders that clips are prepared with.
+    """The VAE and the other encoders that clips are prepared with.
 
     fingerprints: what tells its VAE's encoder and its text encoders with their tokenizers from others
     """
@@ -46,6 +65,9 @@ class ClipEncoder(Protocol):
 
     def encode(self, video: Tensor) -> Tensor:
         """Float32 latents (B, C, T, h, w) of a video (B, 3, frames, height, width) in [-1, 1]."""
+
+    def beside(self, videos: Tensor) -> list[dict[str, Tensor]]:
+        """Of each of uint8 videos (B, frames, height, width, 3) what `TrainingFacts.beside` names, on the CPU."""
 
     def states(self, captions: list[str]) -> list[dict[str, Tensor]]:
         """Of each caption the tensors that are stored, on the CPU; "text" is (L, C), without rows past its end."""
@@ -58,43 +80,45 @@ class ClipEncoder(Protocol):
 class TrainingSpec:
     """How a family's transformer is trained.
 
-    parts: the other components of a checkpoint, by their folders in diffusers' layout
+    facts: what differs of a checkpoint, or of the expert of that name where it has several transformers. Raises
+        `InputError` for one that cannot be trained
     vae: diffusers' class of the VAE, by which a folder without a transformer is told
-    lora_targets: names, or ends of names, of the layers that LoRA adapts unless a run says else
     open_encoder: the `ClipEncoder` of a checkpoint, which needs no transformer; on a device, its VAE's encoder in a
         type, and whether clips are encoded in one pass rather than by chunks of frames
-    ready: what `velocity` takes of one clip, from what is stored of its caption and the rows of text that there may be
-    velocity: the float32 velocity of noisy latents (B, C, T, h, w) at timesteps (B,) of 0 to 1000, guided by texts;
-        the transformer may be within a wrapper, such as DDP's, through which the forward has to go
+    ready: what `velocity` takes of one clip, from what is stored of its caption and beside its latents, and the rows of
+        text that there may be
+    velocity: the float32 velocity of noisy latents (B, C, T, h, w) at timesteps of 0 to 1000, guided by texts: (B,), or
+        (B, T) of latent frames where `may_give_first`; the transformer may be within a wrapper, such as DDP's, through
+        which the forward has to go
     takes: reads what a transformer takes off its configuration
     draw_noise: float32 noise (1, C, T, h, w) of a seed on a device, as generate.py draws it, for a transformer
     decode: the VAE and latents to a float32 video (B, 3, frames, height, width) in [-1, 1]
-    component: the transformer of a checkpoint
+    component: the transformer of a checkpoint, of several the expert of that name
     load: reads the weights of that into a type, on a device; and shards it on the way, if there is what does
     prepare: changes a transformer that is loaded so that it computes, under autocast, what inference does
     own_config: the configuration to write for a transformer that was trained beside a checkpoint, for an algorithm of
         attention, or None where it is dense
-    write_part: writes one of `parts` of a checkpoint in the published layout to a folder, in diffusers' layout
-    write_index: writes the files that tell diffusers' layout, for the defaults of sampling
+    write_part: writes one of the parts of a checkpoint in the published layout to a folder, in diffusers' layout
+    write_index: writes the files that tell diffusers' layout, of what was trained beside a checkpoint, for the defaults
+        of sampling
     write_lora: writes adapters' weights, by the names of layers, and their configuration, as diffusers does
     new: a transformer with the weights that training begins with, from sizes, see the family's; None: cannot be had
     """
 
-    parts: tuple[str, ...]
+    facts: Callable[[Checkpoint, str | None], TrainingFacts]
     vae: str
-    lora_targets: tuple[str, ...]
     open_encoder: Callable[[Checkpoint, torch.device, torch.dtype, bool], ClipEncoder]
     ready: Callable[[Mapping[str, Tensor], int], Texts]
     velocity: Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
     takes: Callable[[Mapping[str, Any]], Takes]
     draw_noise: Callable[[nn.Module, VideoSettings, int, torch.device], Tensor]
     decode: Callable[[nn.Module, Tensor], Tensor]
-    component: Callable[[Checkpoint], Component]
+    component: Callable[[Checkpoint, str | None], Component]
     load: Callable[[Component, torch.dtype, torch.device | str, Callable[[nn.Module], None] | None], nn.Module]
     prepare: Callable[[nn.Module], None]
     own_config: Callable[[Mapping[str, Any], Checkpoint, str | None], dict[str, Any]]
     write_part: Callable[[Checkpoint, str, Path], None]
-    write_index: Callable[[Path, Mapping[str, Any]], None]
+    write_index: Callable[[Path, Checkpoint, Mapping[str, Any]], None]
     write_lora: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]
     new: Callable[[dict[str, Any], torch.device], nn.Module] | None = None
 

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.config.geometry import Geometry
+from wan.models.checkpoint import Checkpoint
 from wan.models.family import Family
 from wan.models.registry import FAMILIES, FIRST_FAMILY
-from wan.models.training import Texts
+from wan.models.training import Texts, TrainingFacts
 from wan.training.shards import (
+    BESIDE_KEY,
     FAMILY_KEY,
+    KIND_KEY,
     MANIFEST_FILE,
     NULL_CAPTION_FILE,
     Clip,
@@ -30,7 +33,7 @@ from wan.training.shards import (
 # To open a shard takes as long as to read many small clips; an open one is a mapping of the file and no file handle.
 OPEN_SHARDS = 1024
 # What a folder's manifest names by fingerprints, and clips that are trained on together must share.
-MADE_BY = ("vae", "text_encoder")
+MADE_BY = ("vae", "text_encoder", "image_encoder")
 
 
 class PreparedFolder(NamedTuple):
@@ -49,8 +52,23 @@ class PreparedFolder(NamedTuple):
             raise InputError(f"{self.folder}/{MANIFEST_FILE} names the family {name!r}; known are {known}")
         return own
 
+    @property
+    def prepared_for(self) -> str:
+        """What for, where that differs within the family."""
+        return str(self.manifest.get(KIND_KEY, ""))
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of the tensors that each clip has beside its latents and its caption."""
+        return tuple(self.manifest.get(BESIDE_KEY, ()))
+
     def check_like(self, other: PreparedFolder) -> None:
         """Raise `InputError` unless both were made by the same models, as far as they say."""
+        if self.prepared_for != other.prepared_for or self.beside != other.beside:
+            raise InputError(
+                f"{self.folder} and {other.folder} were prepared for other kinds of checkpoints, "
+                f"{self.prepared_for or 'text to video'} and {other.prepared_for or 'text to video'}; prepare one anew"
+            )
         mine, theirs = self.null_states, other.null_states
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
             raise InputError(
@@ -64,7 +82,7 @@ class PreparedFolder(NamedTuple):
 
 
 class Clips:
-    """The prepared clips of folders, and their null caption as `load` gives captions; `files` hold both.
+    """The prepared clips of folders, and their null caption; `files` hold both.
 
     family: that of the models which prepared them
     beside: clips that these must have been prepared like, those of training for a validation's
@@ -82,7 +100,7 @@ class Clips:
             if not (path / NULL_CAPTION_FILE).is_file():
                 raise InputError(f"{folder} holds no prepared clips; make them with scripts/prepare_data.py")
             own = PreparedFolder(folder, check_shards(path), read_null_caption(path / NULL_CAPTION_FILE))
-            found = list_clips(path, also=own.null_states.keys() - {"text"})
+            found = list_clips(path, also=(*(own.null_states.keys() - {"text"}), *own.beside))
             if not found:
                 raise InputError(f"{folder} holds no clips; see why its samples were skipped, and prepare others")
             self.clips += found
@@ -93,7 +111,6 @@ class Clips:
         self.family = first.family
         self.training = self.family.load_training()
         self._check_lengths()
-        self.null_caption = self.ready(first.null_states)
         # Clips by size, sizes in the order in which they come first: what a seed draws goes by that order.
         self.buckets: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for number, clip in enumerate(self.clips):
@@ -112,29 +129,45 @@ class Clips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def load(self, number: int) -> tuple[Tensor, Texts]:
-        """Float32 latents (C, T, h, w) and caption of a clip, as the family's transformer takes it."""
+    def load(self, number: int, drops_caption: bool = False) -> tuple[Tensor, Texts]:
+        """Float32 latents (C, T, h, w) of a clip, and what guides it as the family's transformer takes it.
+
+        drops_caption: in place of its own caption with the null caption
+        """
         clip = self.clips[number]
         file = _opened(clip.file)
-        states = {name: file.get_tensor(f"{clip.index}.{name}") for name in self.first.null_states}
-        return file.get_tensor(f"{clip.index}.latents").float(), self.ready(states)
+        states = dict(self.first.null_states)
+        if not drops_caption:
+            states = {name: file.get_tensor(f"{clip.index}.{name}") for name in states}
+        return file.get_tensor(f"{clip.index}.latents").float(), self.ready(states | self.beside(number))
+
+    def beside(self, number: int) -> dict[str, Tensor]:
+        """What is stored of a clip beside its latents and its caption."""
+        clip = self.clips[number]
+        return {name: _opened(clip.file).get_tensor(f"{clip.index}.{name}") for name in self.first.beside}
 
     def ready(self, states: Mapping[str, Tensor]) -> Texts:
-        """A caption as the family's transformer takes it, of its states as they are stored."""
+        """What guides a clip as the family's transformer takes it, of its caption's states, and what is beside its
+        latents, as they are stored.
+        """
         return self.training.ready(states, self.text_length)
 
-    def check_made_for(self, family: Family) -> None:
-        """Raise `InputError` unless the models of this family prepared the clips."""
-        if self.family is not family:
-            raise InputError(
-                f"{self.first.folder} was prepared for {self.family.name}, and the checkpoint is of {family.name}; "
-                "prepare the data with the run's checkpoint"
-            )
+    def check_made_for(self, base: Checkpoint, facts: TrainingFacts) -> None:
+        """Raise `InputError` unless the clips were prepared for such a checkpoint, which the facts are of."""
+        for theirs, own in (
+            (self.family.name, base.family.name),
+            (self.first.prepared_for or "text to video", facts.prepared_for or "text to video"),
+        ):
+            if theirs != own:
+                raise InputError(
+                    f"{self.first.folder} was prepared for {theirs}, and the checkpoint is of {own}; "
+                    "prepare the data with the run's checkpoint"
+                )
 
     def check_fit(self, config: Mapping[str, Any], geometry: Geometry) -> None:
         """Raise `InputError` unless a transformer of the family, of this configuration, takes the clips."""
         takes = self.training.takes(config)
-        states = self.first.null_states
+        states = self.first.null_states | self.beside(0)
         columns = ((f"columns of {name} states", states[name].shape[-1], own) for name, own in takes.columns.items())
         for name, own, wanted in (("channels of latents", len(self.load(0)[0]), takes.channels), *columns):
             if own != wanted:

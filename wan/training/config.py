@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
+from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.prompts import check_prompt
 from wan.config.settings import (
     SamplingSettings,
@@ -34,6 +35,8 @@ from wan.training.schema import (
 MODES = ("pretrain", "finetune", "distill")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
+# Of a checkpoint of two transformers, by the noise of the steps in which they run.
+EXPERTS = ("high", "low")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "pretrain": {},
@@ -168,8 +171,11 @@ class SampleSettings:
         if seed in (None, -1):
             raise InputError(f"samples seed {seed!r} would change from sample to sample; give a number")
 
-    def over(self, defaults: Mapping[str, Any]) -> ResolvedSamples:
-        """These over a checkpoint's defaults. Raises `InputError` for what is unknown or not allowed in either."""
+    def over(self, defaults: Mapping[str, Any], geometry: Geometry = DEFAULT_GEOMETRY) -> ResolvedSamples:
+        """These over a checkpoint's defaults, of its geometry.
+
+        Raises `InputError` for what is unknown or not allowed in either.
+        """
         made: dict[str, Any] = {}
         for name, kind in (("sampling", SamplingSettings), ("video", VideoSettings)):
             lower = defaults.get(name) or {}
@@ -178,6 +184,7 @@ class SampleSettings:
             # alone.
             seed = {"seed": 0} if name == "sampling" else {}
             made[name] = from_mapping(kind, {**lower, **seed, **getattr(self, name)}, name, {})
+        made["video"] = replace(made["video"], geometry=geometry)
         return ResolvedSamples(self.prompts, **made)
 
 
@@ -188,6 +195,7 @@ class TrainingSettings(ComponentPlaces):
     checkpoint: where the run starts: directory or hub id of weights, VAE and text encoder
     transformer: for `pretrain`, the sizes of a new transformer (keys of diffusers' class); without it, training goes on
         from the checkpoint's weights
+    expert: of a checkpoint of two transformers, which is trained, "high" or "low"
     attention: of what is trained; the teacher of `distill` is dense
     matrix_lr: the learning rate of the blocks' matrices by Muon, beside that of `optimizer` for all else; None: all by
         AdamW
@@ -204,6 +212,7 @@ class TrainingSettings(ComponentPlaces):
     steps: int
     data: DataSettings
     transformer: dict[str, Any] | None = None
+    expert: str | None = None
     attention: NablaConfig = NablaConfig()
     lora: LoraSettings | None = None
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -230,6 +239,8 @@ class TrainingSettings(ComponentPlaces):
         check_counts(self, "workers", least=0)
         check_whole("seed", self.seed)
         check_flags(self, "gradient_checkpointing", "compile", "shard")
+        if self.expert is not None:
+            check_choice(self, "expert", EXPERTS)
         if self.ema is not None:
             check_numbers(self, "ema", above=0, most=1)
         if self.transformer is not None and (self.mode != "pretrain" or not isinstance(self.transformer, Mapping)):

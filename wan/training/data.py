@@ -16,15 +16,17 @@ from wan.models.training import Texts, join_texts
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 from wan.training.clips import Clips
 from wan.training.data_workers import load_items
-from wan.training.objective import sigmas_from_quantiles
+from wan.training.objective import frame_levels, sigmas_from_quantiles
 from wan.training.objective_settings import ObjectiveSettings
 
 # Streams of random numbers of one seed that must not meet.
-ORDER, BUCKET, DRAW, VALIDATION = range(4)
+ORDER, BUCKET, DRAW, VALIDATION, FIRST_FRAME = range(5)
 
 
 class LatentBatch(NamedTuple):
-    """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32; text: as the model takes captions."""
+    """latents, noise: (B, C, T, h, w) float32; sigmas: (B,) float32, or (B, T) where some clips' first frames are given
+    and so without noise; text: as the model takes captions.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -45,6 +47,7 @@ class Draw(NamedTuple):
 
     sigma: Tensor
     drops_caption: bool
+    gives_first_frame: bool
     generator: torch.Generator
 
 
@@ -96,7 +99,10 @@ class MicroBatches(Dataset):
         # distribution's quantiles are infinite.
         quantile, chance = torch.rand(2, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         sigma = sigmas_from_quantiles(quantile, self.objective)
-        return Draw(sigma, chance.item() < self.objective.text_dropout, generator)
+        # By numbers of its own: all else is drawn as it is without.
+        chance_of_first = np.random.default_rng((self.seed, FIRST_FRAME, step, place)).random()
+        gives_first = chance_of_first < self.objective.first_frame
+        return Draw(sigma, chance.item() < self.objective.text_dropout, gives_first, generator)
 
     def describe(self, step: int, place: int) -> str:
         """The clip at a place of a step's batch and its noise level, in words."""
@@ -110,11 +116,12 @@ class MicroBatches(Dataset):
         numbers = self.numbers(step)
         rows = []
         for place in range(first, first + self.micro_batch):
-            latents, text = self.clips.load(numbers[place])
-            sigma, drops_caption, generator = self.draw(step, place)
+            sigma, drops_caption, gives_first, generator = self.draw(step, place)
+            latents, text = self.clips.load(numbers[place], drops_caption)
             # On the CPU, whose numbers are the same for every device and number of workers.
             noise = torch.randn(latents.shape, generator=generator)
-            rows.append((latents, noise, sigma, self.clips.null_caption if drops_caption else text))
+            sigmas = levels_of(self.objective, sigma, latents, gives_first)
+            rows.append((latents, noise, sigmas, text))
         return LatentBatch.joined(torch.stack, rows)
 
     def load(self, first_step: int, last_step: int, workers: int) -> Generator[LatentBatch, None, None]:
@@ -133,13 +140,26 @@ class MicroBatches(Dataset):
 def validation_batch(clips: Clips, objective: ObjectiveSettings, number: int, count: int) -> LatentBatch:
     """The batch of one clip, `number` of `count`, for validation: always with the same noise at the same level.
 
-    The levels of all are spread evenly over the distribution that training draws from.
+    The levels of all are spread evenly over the distribution that training draws from, and so are those whose first
+    frame is given over all.
     """
     latents, text = clips.load(number)
     generator = torch.Generator().manual_seed(seed_of(VALIDATION, number))
     noise = torch.randn(latents.shape, generator=generator)
     quantile = torch.tensor((number + 0.5) / count, dtype=torch.float64)
-    return LatentBatch.joined(torch.stack, [(latents, noise, sigmas_from_quantiles(quantile, objective), text)])
+    gives_first = int((number + 1) * objective.first_frame) > int(number * objective.first_frame)
+    sigmas = levels_of(objective, sigmas_from_quantiles(quantile, objective), latents, gives_first)
+    return LatentBatch.joined(torch.stack, [(latents, noise, sigmas, text)])
+
+
+def levels_of(objective: ObjectiveSettings, sigma: Tensor, latents: Tensor, gives_first: bool) -> Tensor:
+    """The noise level () of a clip's latents (C, T, h, w), or its frames' (T,) where the first may be given.
+
+    Of a single frame nothing would be left to learn, so it never is.
+    """
+    frames = latents.shape[1]
+    # Either in all batches of a run: blocks are compiled for one of the two.
+    return frame_levels(sigma, frames, gives_first and frames > 1) if objective.first_frame else sigma
 
 
 def seed_of(*numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""The VAE's encoder and the text encoders that clips are prepared with, and prompts of samples encoded."""
+"""The encoders that clips are prepared with, and prompts of samples encoded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.models.checkpoint import Checkpoint
-from wan.models.training import ClipEncoder
+from wan.models.training import ClipEncoder, TrainingSpec
 
 
 class Encoder:
@@ -26,7 +26,9 @@ class Encoder:
     ):
         checkpoint.require_tokenizer()
         self.device, self.family, self.geometry = device, checkpoint.family, checkpoint.geometry
-        self.own: ClipEncoder = self.family.load_training().open_encoder(checkpoint, device, vae_dtype, whole_clips)
+        training: TrainingSpec = self.family.load_training()
+        self.facts = training.facts(checkpoint, None)
+        self.own: ClipEncoder = training.open_encoder(checkpoint, device, vae_dtype, whole_clips)
         self.vae, self.fingerprints = self.own.vae, self.own.fingerprints
         self.cut_notes = self.own.cut_notes
 
@@ -38,6 +40,10 @@ class Encoder:
         if not latents.isfinite().all():
             raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
         return latents
+
+    def beside(self, videos: Tensor) -> list[dict[str, Tensor]]:
+        """What is stored beside the latents of each of uint8 videos (B, frames, H, W, 3), by name, on the CPU."""
+        return self.own.beside(videos)
 
     def text(self, captions: list[str]) -> list[dict[str, Tensor]]:
         """What is stored of each caption, on the CPU: "text" (L, C) without rows past its end, and others."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from wan.config.settings import VideoSettings, changed
 from wan.files.video import make_folder, to_frames, write_image, write_video
 from wan.models.checkpoint import Checkpoint
 from wan.models.training import Texts, TrainingSpec, join_texts
@@ -63,7 +65,7 @@ def validation_losses(
                 # The same noise by dense attention and by sparse, so that their losses differ by the attention alone.
                 applied.switched_off = switched_off
                 prediction = predict_velocity(transformer, latents, batch.sigmas, batch.text)
-                losses[n, own[:counted]] = mse_per_clip(prediction, batch.noise - batch.latents)[:counted]
+                losses[n, own[:counted]] = mse_per_clip(prediction, batch.noise - batch.latents, batch.sigmas)[:counted]
     applied.switched_off = False
     of_all = dict(zip(variants, accelerator.reduce(losses).cpu()))
     _check_finite(of_all, clips, objective, step)
@@ -75,7 +77,7 @@ def _check_finite(losses: dict[str, Tensor], clips: Clips, objective: ObjectiveS
     bad = []
     for name, own in losses.items():
         for number in (~own.isfinite()).nonzero().flatten().tolist():
-            sigma = validation_batch(clips, objective, number, len(own)).sigmas.item()
+            sigma = validation_batch(clips, objective, number, len(own)).sigmas.max()
             bad.append(f"{name} {own[number]} at timestep {TRAIN_TIMESTEPS * sigma:.1f} of {clips.describe(number)}")
     if bad:
         raise Diverged(f"after step {step}: the validation loss is not finite: {'; '.join(bad)}")
@@ -95,27 +97,32 @@ def rank_batches(numbers: list[int], most: int, rank: int, processes: int) -> li
     return [(part + numbers[-1:] * (size - len(part)), len(part)) for part in parts]
 
 
+class Guide(NamedTuple):
+    """A sample video, and what guides it in both branches, as the transformer takes it."""
+
+    prompt: Texts
+    negative: Texts
+    video: VideoSettings
+
+
 class Sampler:
     """Makes the sample videos of a run: the same sentences every time, each with a noise of its own.
 
-    texts: each prompt, as the transformer takes it; negative: the negative one
+    guides: one for each prompt
     """
 
-    def __init__(
-        self, settings: ResolvedSamples, training: TrainingSpec, vae: nn.Module, texts: list[Texts], negative: Texts
-    ):
-        self.settings, self.training, self.vae = settings, training, vae
-        self.texts, self.negative = texts, negative
+    def __init__(self, settings: ResolvedSamples, training: TrainingSpec, vae: nn.Module, guides: list[Guide]):
+        self.settings, self.training, self.vae, self.guides = settings, training, vae, guides
 
     @torch.no_grad()
     def write(self, transformer: nn.Module, folder: Path, accelerator: Accelerator) -> None:
         """Write a video a prompt into a folder. All processes walk, as sharded weights need; the first one decodes."""
         sampling, device = self.settings.sampling, accelerator.device
-        for number, (prompt, text) in enumerate(zip(self.settings.prompts, self.texts)):
+        for number, (prompt, guide) in enumerate(zip(self.settings.prompts, self.guides)):
             latents = denoise(
                 partial(self.training.velocity, transformer),
-                self.training.draw_noise(transformer, self.settings.video, sampling.seed + number, device),
-                Conditions(_alone(text, device), _alone(self.negative, device)),
+                self.training.draw_noise(transformer, guide.video, sampling.seed + number, device),
+                Conditions(_alone(guide.prompt, device), _alone(guide.negative, device)),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, device),
                 sampling.guide_scale,
                 before_step=transformer.nabla.steps.set_step,
@@ -125,18 +132,18 @@ class Sampler:
             name = folder / f"{number:02d}-{words_of(prompt)}"
             with collective_write(accelerator, name):
                 if accelerator.is_main_process:
-                    self._write(name, latents, device)
+                    self._write(name, latents, guide.video)
 
-    def _write(self, name: Path, latents: Tensor, device: torch.device) -> None:
+    def _write(self, name: Path, latents: Tensor, video: VideoSettings) -> None:
         """Decode latents (1, C, T, h, w) into a file of that name and an ending of its own."""
         make_folder(name.parent)
         # The VAE is float32, and this is called within the transformer's autocast.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(latents.device.type, enabled=False):
             frames = to_frames(self.training.decode(self.vae, latents)[0])
-        if self.settings.video.frame_num == 1:
+        if video.frame_num == 1:
             write_image(name.with_suffix(".png"), frames[0])
         else:
-            write_video(name.with_suffix(".mp4"), frames, self.settings.video.fps)
+            write_video(name.with_suffix(".mp4"), frames, video.fps)
 
 
 def _alone(text: Texts, device: torch.device) -> Texts:
@@ -151,17 +158,26 @@ def build_sampler(
     clips: Clips,
     device: torch.device,
 ) -> Sampler:
-    """The sampler of prompts, which are encoded as the clips were; raises `InputError` for too large a video."""
+    """The sampler of prompts, which are encoded as the clips were; raises `InputError` for too large a video.
+
+    Where more than text stands beside the noise each prompt has that of a clip, and so its size and length.
+    """
     training = clips.training
     samples.video.check_positions(training.takes(transformer.config).positions)
     encoder = Encoder(base, device)
     for note in encoder.cut_notes([samples.sampling.negative_prompt, *samples.prompts]):
         log.info("warning: samples: %s", note)
     # The text encoder goes when `encoder` does: the sampler keeps states and the VAE.
-    negative, *texts = [
-        clips.ready(encoder.text([one])[0]) for one in (samples.sampling.negative_prompt, *samples.prompts)
-    ]
-    return Sampler(samples, training, encoder.vae, texts, negative)
+    negative, *texts = [encoder.text([one])[0] for one in (samples.sampling.negative_prompt, *samples.prompts)]
+    guides = []
+    for number, text in enumerate(texts):
+        own, video = number % len(clips), samples.video
+        beside = clips.beside(own)
+        if beside:
+            size = clips.clips[own].size
+            video = changed(video, size=base.geometry.size_of(size), frame_num=base.geometry.frames_of(size[0]))
+        guides.append(Guide(clips.ready(text | beside), clips.ready(negative | beside), video))
+    return Sampler(samples, training, encoder.vae, guides)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.config.settings import attention_to_dict
 from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
-from wan.models.training import training_of
+from wan.models.training import TrainingFacts, training_of
 from wan.training.config import TrainingSettings
 from wan.training.schema import merge_settings, to_plain
 
 
-def provide_components(base: Checkpoint, folder: Path, anew: bool) -> None:
-    """The VAE, text encoders and tokenizers of a checkpoint in diffusers' layout: links to such, else copies.
+def provide_components(base: Checkpoint, parts: Sequence[str], folder: Path, anew: bool) -> None:
+    """Components of a checkpoint in diffusers' layout, such as its VAE: links to such, else copies.
 
     anew: in place of those that are there, which may be another checkpoint's
     """
     training = base.family.load_training()
-    for name in training.parts:
+    for name in parts:
         if anew:
             remove(folder / name)
         # A link that leads nowhere does not exist, and is made anew.
@@ -53,28 +53,29 @@ def write_checkpoint(
     folder: Path,
     config: Mapping[str, Any],
     base: Checkpoint,
+    facts: TrainingFacts,
     state: dict[str, Tensor],
     parts_folder: Path,
     defaults: Mapping[str, Any],
 ) -> None:
     """A checkpoint in diffusers' layout of a transformer's weights, and links to its other components.
 
-    config: the transformer's; base: the checkpoint that it was trained beside
+    config: the transformer's; base: the checkpoint that it was trained beside, and what `facts` are of
     defaults: the settings of sampling and attention that generate.py takes from it
     """
-    training, own = base.family.load_training(), folder / "transformer"
+    training, own = base.family.load_training(), folder / facts.transformer
     own.mkdir(parents=True)
     # As safetensors wants them.
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, own / f"{DIFFUSERS_STEM}.safetensors", {"format": "pt"})
     config = training.own_config(config, base, defaults.get("attention", {}).get("algorithm"))
     (own / "config.json").write_text(json.dumps(config, indent=2))
-    for name in training.parts:
+    for name in facts.parts:
         # Relative, so that a run's folder can be moved.
         (folder / name).symlink_to(os.path.relpath(parts_folder / name, folder))
     (folder / DEFAULTS_FILE).write_text(yaml.safe_dump(dict(defaults), allow_unicode=True, sort_keys=False))
     # It tells the layout, so a folder without it is no checkpoint.
-    training.write_index(folder, defaults)
+    training.write_index(folder, base, defaults)
 
 
 def checkpoint_defaults(settings: TrainingSettings, base: Checkpoint) -> dict[str, Any]:
@@ -100,11 +101,14 @@ def write_lora(folder: Path, transformer: nn.Module, state: dict[str, Tensor]) -
     training_of(transformer).write_lora(folder, layers, transformer.peft_config["default"].to_dict())
 
 
-def merged_lora_state_dict(base: Checkpoint, lora: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU."""
+def merged_lora_state_dict(base: Checkpoint, expert: str | None, lora: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint's transformer with a LoRA file added to them, in float32 on the CPU.
+
+    expert: of two, the one that it is for
+    """
     # A bfloat16 model would get its factors rounded to bfloat16 before they are added.
     training = base.family.load_training()
-    transformer = training.load(training.component(base), torch.float32, "cpu", None)
+    transformer = training.load(training.component(base, expert), torch.float32, "cpu", None)
     transformer.load_lora_adapter(lora, use_safetensors=True)
     transformer.fuse_lora()
     transformer.unload_lora()
@@ -116,6 +120,7 @@ def write_weights(
     transformer: nn.Module,
     state: dict[str, Tensor],
     base: Checkpoint,
+    facts: TrainingFacts,
     settings: TrainingSettings,
     provided: Path,
     is_last: bool,
@@ -130,5 +135,5 @@ def write_weights(
         if not is_last:
             return
         # In a folder that generate.py takes without the checkpoint beneath.
-        state = merged_lora_state_dict(base, folder / "lora")
-    write_checkpoint(folder, transformer.config, base, state, provided, checkpoint_defaults(settings, base))
+        state = merged_lora_state_dict(base, settings.expert, folder / "lora")
+    write_checkpoint(folder, transformer.config, base, facts, state, provided, checkpoint_defaults(settings, base))

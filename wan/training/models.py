@@ -27,10 +27,11 @@ from wan.models.attention import apply_attention, spec_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.family import Family
 from wan.models.registry import FAMILIES, FIRST_FAMILY
-from wan.models.training import TEXT_LENGTH, TrainingSpec, training_of
+from wan.models.training import TEXT_LENGTH, TrainingFacts, TrainingSpec
 from wan.parallel.fsdp import apply_fsdp, is_sharded
-from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
+from wan.training.config import EXPERTS, LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
+from wan.training.objective_settings import ALL_TIMESTEPS
 from wan.training.schema import merge_settings
 
 log = logging.getLogger("wan")
@@ -79,11 +80,54 @@ def sampled_as(base: Checkpoint) -> dict[str, Any]:
     return merge_settings(dict(base.family.defaults(base.layout)), base.settings_layers[0])
 
 
-def with_usual_targets(settings: TrainingSettings, base: Checkpoint) -> TrainingSettings:
-    """Settings with the layers that LoRA adapts in a checkpoint's family where they name none."""
-    if settings.lora is None or settings.lora.targets is not None:
-        return settings
-    return replace(settings, lora=replace(settings.lora, targets=base.family.load_training().lora_targets))
+def settle(settings: TrainingSettings, base: Checkpoint) -> tuple[TrainingSettings, TrainingFacts]:
+    """Settings with what a checkpoint decides where they leave it open, and what of training it decides alone.
+
+    Of LoRA the layers that it adapts, and of an expert the timesteps at which it runs. Raises `InputError` for what
+    the checkpoint cannot be trained with.
+    """
+    check_expert(settings, base)
+    facts = base.family.load_training().facts(base, settings.expert)
+    check_beginning(settings, base, facts)
+    if settings.lora is not None and settings.lora.targets is None:
+        settings = replace(settings, lora=replace(settings.lora, targets=facts.lora_targets))
+    if base.boundary is not None:
+        name = "min_timestep" if settings.expert == "high" else "max_timestep"
+        if getattr(settings.objective, name) is None:
+            objective = replace(settings.objective, **{name: ALL_TIMESTEPS * base.boundary})
+            settings = replace(settings, objective=objective)
+    return settings, facts
+
+
+def check_expert(settings: TrainingSettings, base: Checkpoint) -> None:
+    """Raise `InputError` unless settings name the transformer to train of a checkpoint of two, or of others none."""
+    if base.boundary is None:
+        if settings.expert is not None:
+            raise InputError(f"expert {settings.expert!r} is none of {base.name}, of one transformer; leave it out")
+        return
+    if settings.expert is None:
+        raise InputError(
+            f"{base.name} has two transformers, of which a run trains one; set expert to {' or '.join(EXPERTS)}"
+        )
+    if settings.samples is not None and settings.samples.prompts:
+        raise InputError(
+            f"samples: a video needs both transformers of {base.name}, and a run has one; leave prompts out, and see "
+            "what it wrote with generate.py"
+        )
+
+
+def check_beginning(settings: TrainingSettings, base: Checkpoint, facts: TrainingFacts) -> None:
+    """Raise `InputError` for what settings ask of how clips, and a transformer, begin, which a checkpoint has not."""
+    if settings.objective.first_frame and not facts.may_give_first:
+        raise InputError(
+            f"first_frame {settings.objective.first_frame} is for a transformer that takes a first frame without "
+            f"noise, which that of {base.name} does not; leave it out"
+        )
+    if settings.transformer is not None and (facts.beside or base.boundary is not None):
+        raise InputError(
+            f"transformer: a new one begins from text alone, and has no other beside it, unlike that of {base.name}; "
+            "leave it out"
+        )
 
 
 def warn_of_another_attention(base: Checkpoint, attention: NablaConfig) -> None:
@@ -114,7 +158,7 @@ def build_student(
         # Adapters have to be there before their blocks are sharded.
         shard = _sharding(mesh) if settings.lora is None else None
         # Sharded while it is still without weights, so that each process reads its own rows alone.
-        transformer = training.load(training.component(base), dtype, device, shard)
+        transformer = training.load(training.component(base, settings.expert), dtype, device, shard)
     transformer.train().requires_grad_(settings.lora is None)
     training.prepare(transformer)
     blocks = spec_of(transformer).blocks_of(transformer)
@@ -140,7 +184,8 @@ def build_teacher(
 ) -> nn.Module:
     """The dense transformer of `distill`, frozen, in the run's precision; sharded over a mesh, if there is one."""
     training: TrainingSpec = base.family.load_training()
-    teacher = training.load(training.component(base), getattr(torch, settings.precision), device, _sharding(mesh))
+    component = training.component(base, settings.expert)
+    teacher = training.load(component, getattr(torch, settings.precision), device, _sharding(mesh))
     training.prepare(teacher)
     if settings.compile:
         compile_blocks(spec_of(teacher).blocks_of(teacher))
@@ -201,17 +246,20 @@ def build_optimizers(
 
 
 def add_lora(transformer: nn.Module, settings: LoraSettings) -> None:
-    """Put trainable float32 adapters on a frozen transformer; raises `InputError` if peft or a target is missing."""
-    usual = training_of(transformer).lora_targets
+    """Put trainable float32 adapters on `targets` of a frozen transformer.
+
+    Raises `InputError` if peft is missing or one of the targets is.
+    """
+    assert settings.targets is not None, "`settle` names those that are usual"
     if importlib.util.find_spec("peft") is None:
         raise InputError("LoRA needs peft; install it with pip install peft")
     from peft import LoraConfig
 
-    targets = list(settings.targets or usual)
+    targets = list(settings.targets)
     for target in targets:
         named = [module for name, module in transformer.named_modules() if name.endswith(f".{target}")]
         if not named or not all(isinstance(module, nn.Linear) for module in named):
-            raise InputError(f"lora target {target!r} names no linear layers alone; {', '.join(usual[:3])} are usual")
+            raise InputError(f"lora target {target!r} names no linear layers alone; leave targets out for usual ones")
     transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
     # diffusers' add_adapter leaves them in the type of the weights beneath, where small steps would be rounded away.
     cast_training_params(transformer, torch.float32)

@@ -48,17 +48,35 @@ def _share_below(sigma: float, settings: ObjectiveSettings) -> float:
     return drawn.item()
 
 
+def frame_levels(sigma: Tensor, frames: int, is_first_given: bool) -> Tensor:
+    """Noise levels (frames,) of a clip's latent frames, of its own (), where the first, if it is given, has none."""
+    levels = sigma.repeat(frames)
+    if is_first_given:
+        levels[0] = 0
+    return levels
+
+
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Latents (B, C, T, h, w) with noise mixed in at sigmas (B,)."""
-    sigmas = sigmas.view(-1, 1, 1, 1, 1)
+    """Latents (B, C, T, h, w) with noise mixed in at sigmas, (B,), or (B, T) of latent frames."""
+    sigmas = sigmas.view(len(sigmas), 1, -1, 1, 1)
     return (1 - sigmas) * latents + sigmas * noise
 
 
 def predict_velocity(transformer: nn.Module, latents: Tensor, sigmas: Tensor, text: Texts) -> Tensor:
-    """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) at sigmas (B,) and texts."""
+    """The float32 velocity that a transformer predicts for noisy latents (B, C, T, h, w) at sigmas and texts.
+
+    sigmas: (B,), or (B, T) of latent frames
+    """
     return training_of(transformer).velocity(transformer, latents, TRAIN_TIMESTEPS * sigmas, text)
 
 
-def mse_per_clip(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each sample, (B,)."""
-    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+def mse_per_clip(prediction: Tensor, target: Tensor, sigmas: Tensor | None = None) -> Tensor:
+    """The mean squared error of each sample, (B,).
+
+    sigmas: if it is (B, T), frames that have no noise, since they are given, do not count
+    """
+    errors = F.mse_loss(prediction, target, reduction="none")
+    if sigmas is None or sigmas.ndim == 1:
+        return errors.flatten(1).mean(1)
+    counts = (sigmas > 0).float()
+    return (errors.mean((1, 3, 4)) * counts).sum(1) / counts.sum(1)

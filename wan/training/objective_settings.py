@@ -21,6 +21,8 @@ class ObjectiveSettings:
     min_timestep, max_timestep: of 0 to 1000, those between which levels are drawn, as often among themselves as ever;
         None: no limit, and of an expert's training that of its own range
     text_dropout: share of clips that see the states of an empty text instead of their own
+    first_frame: share of clips whose first latent frame is given, without noise, as of a video that begins with a
+        picture; what is learned is the others. For transformers that take such
     """
 
     timesteps: str = "logit_normal"
@@ -30,12 +32,13 @@ class ObjectiveSettings:
     min_timestep: float | None = None
     max_timestep: float | None = None
     text_dropout: float = 0.1
+    first_frame: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice(self, "timesteps", TIMESTEPS)
         check_numbers(self, "mean")
         check_numbers(self, "deviation", "shift", above=0)
-        check_numbers(self, "text_dropout", least=0, most=1)
+        check_numbers(self, "text_dropout", "first_frame", least=0, most=1)
         for name in ("min_timestep", "max_timestep"):
             if getattr(self, name) is not None:
                 check_numbers(self, name, least=0, most=ALL_TIMESTEPS)

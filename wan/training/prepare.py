@@ -26,7 +26,9 @@ from wan.training.encoder import Encoder
 from wan.training.prepare_settings import PrepareSettings
 from wan.training.samples import CheckedDataset, Sample, SequentialDataset
 from wan.training.shards import (
+    BESIDE_KEY,
     FAMILY_KEY,
+    KIND_KEY,
     MANIFEST_FILE,
     NULL_CAPTION_FILE,
     SHARD_METADATA_KEY,
@@ -43,6 +45,7 @@ FINGERPRINTS = {
     "files": "files of other sizes or times of change",
     "vae": "another VAE",
     "text_encoder": "another text encoder, tokenizer or text_len",
+    "image_encoder": "another image encoder",
 }
 
 
@@ -71,6 +74,8 @@ def prepare(
     manifest |= encoder.fingerprints
     if encoder.family.name != FIRST_FAMILY.name:
         manifest[FAMILY_KEY] = encoder.family.name
+    if encoder.facts.prepared_for:
+        manifest |= {KIND_KEY: encoder.facts.prepared_for, BESIDE_KEY: list(encoder.facts.beside)}
     _begin(out, manifest, settings, encoder, is_leader=rank == 0)
     if not hasattr(source, "__getitem__"):
         source = SequentialDataset(source)
@@ -102,7 +107,9 @@ def _begin(out: Path, manifest: dict[str, Any], settings: PrepareSettings, encod
     path = out / MANIFEST_FILE
     # The first process may not have written it yet, to whom the others' would be equal.
     earlier = read_json_object(path, "choose another out") if path.is_file() else manifest
-    _check_same(out, earlier, manifest)
+    # Without a word of them they are these.
+    silent = {FAMILY_KEY: FIRST_FAMILY.name, KIND_KEY: ""}
+    _check_same(out, silent | earlier, silent | manifest)
     if not is_leader:
         return
     if unknown := sorted(manifest.keys() - earlier.keys()):
@@ -143,11 +150,12 @@ def _write_shard(path: Path, samples: Iterable[Sample], encoder: Encoder, settin
     dtype = getattr(torch, settings.dtype)
 
     def encode_all(group: list[Sample]) -> None:
-        latents = encoder.latents(torch.stack([sample.video for sample in group])).to(dtype).cpu()
+        videos = torch.stack([sample.video for sample in group])
+        latents, beside = encoder.latents(videos).to(dtype).cpu(), encoder.beside(videos)
         texts = encoder.text([sample.caption for sample in group])
-        for sample, clip, states in zip(group, latents, texts):
+        for sample, clip, given, states in zip(group, latents, beside, texts):
             tensors[f"{sample.index}.latents"] = clip.contiguous()
-            for name, state in states.items():
+            for name, state in (given | states).items():
                 tensors[f"{sample.index}.{name}"] = state.to(dtype).contiguous()
 
     for sample in samples:

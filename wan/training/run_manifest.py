@@ -34,7 +34,7 @@ def run_inputs(
     if validation is not None:
         inputs["data.validation"] = {"lies": settings.data.validation, "is": fingerprint_files(validation.files)}
     if settings.lora is not None or settings.mode == "distill":
-        weights = base.family.load_training().component(base).weights
+        weights = base.family.load_training().component(base, settings.expert).weights
         inputs["checkpoint"] = {"lies": str(base.folder), "is": fingerprint_files(weights.files)}
     return inputs
 

@@ -19,6 +19,8 @@ from wan.files.plain_data import parse_json
 MANIFEST_FILE = "prepared.json"
 # Of the manifest: whose models made the clips. Without it those of `FIRST_FAMILY`.
 FAMILY_KEY = "family"
+# What for, where that differs within the family, and the tensors that each clip has beside its latents and caption.
+KIND_KEY, BESIDE_KEY = "prepared_for", "beside"
 NULL_CAPTION_FILE = "dropped.safetensors"
 SHARD_NAME = "shard-{:06d}.safetensors"
 # Of a shard's metadata, whose keys safetensors writes in any order: only one makes the same file of the same data.

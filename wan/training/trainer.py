@@ -38,8 +38,8 @@ from wan.training.models import (
     no_gradient_sync,
     open_components,
     sampled_as,
+    settle,
     warn_of_another_attention,
-    with_usual_targets,
 )
 from wan.training.objective import add_noise, mse_per_clip, predict_velocity
 from wan.training.run_manifest import check_manifest, run_inputs, write_manifest
@@ -67,8 +67,8 @@ class Trainer(TrainingLoop):
         if settings.compile:
             check_compiler(self.device)
         self.base = open_components(settings.checkpoint, settings.transformer, settings.components)
-        self.settings = settings = with_usual_targets(settings, self.base)
-        samples = None if settings.samples is None else settings.samples.over(sampled_as(self.base))
+        self.settings, self.facts = settings, _ = settle(settings, self.base)
+        samples = None if settings.samples is None else settings.samples.over(sampled_as(self.base), self.base.geometry)
         # What the videos on the way will need is looked for now, rather than after an hour.
         if samples is not None and samples.prompts and samples.video.frame_num > 1:
             check_encoder()
@@ -77,7 +77,7 @@ class Trainer(TrainingLoop):
         self.clips = Clips(settings.data.train, self.base.text_length)
         held_out = settings.data.validation
         self.validation = None if held_out is None else Clips([held_out], self.base.text_length, self.clips)
-        self.clips.check_made_for(self.base.family)
+        self.clips.check_made_for(self.base, self.facts)
         self.batches = MicroBatches(
             self.clips,
             settings.objective,
@@ -102,7 +102,8 @@ class Trainer(TrainingLoop):
             log.info("going on from %s", last)
         self.sampler = None
         if samples is not None and samples.prompts:
-            self.sampler = build_sampler(samples, self.base, self.transformer, self.clips, self.device)
+            shown = self.validation or self.clips
+            self.sampler = build_sampler(samples, self.base, self.transformer, shown, self.device)
 
     def close(self) -> None:
         """Let go of what processes share; nothing is trained afterwards."""
@@ -140,7 +141,7 @@ class Trainer(TrainingLoop):
         with collective_write(self.accelerator, self.folder):
             if self.accelerator.is_main_process:
                 write_manifest(self.folder, settings, self.inputs)
-                provide_components(self.base, self.folder / "parts", anew=self.step == 0)
+                provide_components(self.base, self.facts.parts, self.folder / "parts", anew=self.step == 0)
                 self.metrics = Metrics(self.folder, self.step)
         batches = self.batches.load(self.step, settings.steps, settings.workers)
         with self.signal, many_compiles(), contextlib.closing(batches):
@@ -186,7 +187,7 @@ class Trainer(TrainingLoop):
             else:
                 with torch.no_grad():
                     target = predict_velocity(self.teacher, *inputs)
-            return mse_per_clip(predict_velocity(self.model, *inputs), target)
+            return mse_per_clip(predict_velocity(self.model, *inputs), target, batch.sigmas)
 
     def _gather(self, losses: Tensor, norm: Tensor) -> dict[str, float]:
         """The mean loss of the whole batch, the gradient's norm, and unless dense the share of blocks kept.
@@ -274,7 +275,7 @@ class Trainer(TrainingLoop):
         with collective_write(self.accelerator, self.checkpoints.folder):
             if self.accelerator.is_main_process:
                 provided, is_last = self.folder / "parts", self.step == self.steps
-                write_weights(folder, self.transformer, state, self.base, self.settings, provided, is_last)
+                write_weights(folder, self.transformer, state, self.base, self.facts, self.settings, provided, is_last)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

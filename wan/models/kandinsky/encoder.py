@@ -84,6 +84,10 @@ class KandinskyClipEncoder:
         )
         return [{"text": text.cpu(), "pooled": own.to("cpu", text.dtype)} for text, own in zip(texts, pooled)]
 
+    def beside(self, videos: Tensor) -> list[dict[str, Tensor]]:
+        """Of each video what is stored beside its latents: nothing."""
+        return [{} for _ in videos]
+
     def cut_notes(self, captions: list[str]) -> list[str]:
         """A line for each caption that is longer than the language model takes."""
         return [note for one in captions if (note := cut_note(self.tokenizer, one, self.length)) is not None]

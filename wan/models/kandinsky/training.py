@@ -11,6 +11,7 @@ import torch
 from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
 from torch import Tensor, nn
 
+from wan.checkpoints.component import Component
 from wan.models.checkpoint import Checkpoint
 from wan.models.kandinsky import components
 from wan.models.kandinsky.diffusers_layout import config_of, write_index
@@ -19,7 +20,7 @@ from wan.models.kandinsky.geometry import GEOMETRY, rope_scale
 from wan.models.kandinsky.latents import decode, draw_noise
 from wan.models.kandinsky.layout import POSITIONS
 from wan.models.kandinsky.processor import grid_of, install_processors, model_input
-from wan.models.training import Takes, TrainingSpec
+from wan.models.training import Takes, TrainingFacts, TrainingSpec
 from wan.sampling.texts import pad_rows
 
 # All linear layers of the blocks, of text too, but for modulations, as diffusers names them.
@@ -28,6 +29,16 @@ LORA_TARGETS = tuple(
     for attention in ("self_attention", "cross_attention")
     for layer in ("to_query", "to_key", "to_value", "out_layer")
 ) + ("feed_forward.in_layer", "feed_forward.out_layer")
+
+PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+def facts(base: Checkpoint, expert: str | None = None) -> TrainingFacts:
+    return TrainingFacts(LORA_TARGETS, PARTS)
+
+
+def component(base: Checkpoint, expert: str | None = None) -> Component:
+    return components.transformer_component(base)
 
 
 def ready(states: Mapping[str, Tensor], text_length: int) -> dict[str, Tensor]:
@@ -102,20 +113,19 @@ def write_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]
 
 
 TRAINING = TrainingSpec(
-    parts=("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    facts=facts,
     vae="AutoencoderKLHunyuanVideo",
-    lora_targets=LORA_TARGETS,
     open_encoder=KandinskyClipEncoder,
     ready=ready,
     velocity=velocity,
     takes=takes,
     draw_noise=draw_noise,
     decode=decode,
-    component=components.transformer_component,
+    component=component,
     load=components.load_transformer,
     prepare=prepare,
     own_config=own_config,
     write_part=write_part,
-    write_index=write_index,
+    write_index=lambda folder, base, defaults: write_index(folder, defaults),
     write_lora=write_lora,
 )

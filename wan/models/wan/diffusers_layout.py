@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
-from transformers import UMT5EncoderModel
+from transformers import PreTrainedModel
 
 from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import read_json_object
@@ -42,7 +42,7 @@ def write_component(
     also: entries of the configuration that the model does not know
     """
     folder.mkdir()
-    if isinstance(component.model, UMT5EncoderModel):
+    if isinstance(component.model, PreTrainedModel):
         component.model.config.save_pretrained(folder)
     else:
         component.model.save_config(folder)

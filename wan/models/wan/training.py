@@ -1,4 +1,4 @@
-"""How Wan2.1's transformer is trained: what its clips are prepared with, what it sees of them, what is written."""
+"""How Wan's transformers are trained: what they see of clips, what of them differs by kind, what is written."""
 
 from __future__ import annotations
 
@@ -11,77 +11,100 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
+from nabla import InputError
+from wan.checkpoints.component import Component
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
-from wan.checkpoints.fingerprints import fingerprint_models
-from wan.models.checkpoint import TOKENIZER_FILE, Checkpoint
-from wan.models.training import TEXT_LENGTH, Takes, TrainingSpec
+from wan.config.settings import VideoSettings
+from wan.models.checkpoint import Checkpoint
+from wan.models.training import TEXT_LENGTH, Takes, Texts, TrainingFacts, TrainingSpec
 from wan.models.wan import components
+from wan.models.wan.clip_encoder import WanClipEncoder
 from wan.models.wan.diffusers_layout import write_component, write_index
-from wan.models.wan.latents import decode, draw_noise, encode
+from wan.models.wan.geometry import GEOMETRY
+from wan.models.wan.image_encoder import image_encoder_component
+from wan.models.wan.image_to_video import TEXT_ROWS
+from wan.models.wan.kinds import EXPERTS, kind_of
+from wan.models.wan.latents import decode, draw_noise
+from wan.models.wan.layout import IMAGE_ENCODER
 from wan.models.wan.new_transformer import new_transformer
-from wan.models.wan.text import cut_note, tokenize
-from wan.models.wan.vae import speed_up_encoder
-from wan.models.wan.whole_clips import posterior, take_whole_clips
+from wan.models.wan.picture import given_mask
+from wan.models.wan.processor import grid_of
 from wan.sampling.texts import pad_rows
 
 # All linear layers of a block as diffusers names them, those of self- and cross-attention alike.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+# Those by which a block sees states of pictures.
+PICTURE_TARGETS = ("add_k_proj", "add_v_proj")
+PARTS = ("vae", "text_encoder", "tokenizer")
+TRANSFORMERS = dict(zip(EXPERTS, ("transformer", "transformer_2")))
 
 
-class WanClipEncoder:
-    """The VAE, its encoder in `vae_dtype`, text encoder and tokenizer; a `wan.models.training.ClipEncoder`.
+def facts(base: Checkpoint, expert: str | None = None) -> TrainingFacts:
+    """As of `TrainingSpec`."""
+    kind = kind_of(base.layout)
+    if kind.name == "vace":
+        raise InputError(f"vace cannot be trained here, and {base.name} is of it; take a checkpoint of another kind")
+    sees_states = IMAGE_ENCODER in base.component_files
+    if sees_states and base.text_length != TEXT_ROWS:
+        raise InputError(
+            f"text_len is {base.text_length}, but must be {TEXT_ROWS} in a model that sees pictures before the text"
+        )
+    own = TRANSFORMERS.get(expert, "transformer")
+    return TrainingFacts(
+        lora_targets=LORA_TARGETS + (PICTURE_TARGETS if sees_states else ()),
+        parts=PARTS
+        + ((IMAGE_ENCODER.name,) if sees_states else ())
+        + tuple(name for name in TRANSFORMERS.values() if base.boundary is not None and name != own),
+        transformer=own,
+        # Both kinds from text alone have one VAE.
+        prepared_for="" if kind.name in ("t2v", "t2v-A14B") else kind.name,
+        beside=(("given",) if kind.inputs.required else ()) + (("pictures",) if sees_states else ()),
+        may_give_first="image" in kind.inputs.optional,
+    )
 
-    whole_clips: encode clips in one pass rather than by chunks of four frames
+
+def component(base: Checkpoint, expert: str | None = None) -> Component:
+    return components.transformer_component(base)
+
+
+def ready(states: Mapping[str, Tensor], text_length: int) -> Texts:
+    """Text states (L, C) as float32 (text length, C), zeros past their end.
+
+    Of a clip that begins with a picture several: "text", "given", what stands beside the noise, (20, T, h, w), and
+    "pictures", where there are states of them.
     """
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, vae_dtype: torch.dtype, whole_clips: bool):
-        self.device, self.length = device, checkpoint.text_length
-        self.vae = components.vae_component(checkpoint).load(torch.float32, device)
-        # Latents are normalised by them, so clips of other statistics are others. Before the encoder is made faster,
-        # which changes types and layouts.
-        statistics = repr((list(self.vae.config.latents_mean), list(self.vae.config.latents_std)))
-        self.fingerprints = {"vae": fingerprint_models(statistics.encode(), self.vae.encoder, self.vae.quant_conv)}
-        speed_up_encoder(self.vae, vae_dtype)
-        self.posterior = posterior if whole_clips else None
-        if whole_clips:
-            take_whole_clips(self.vae.encoder)
-        # CPUs may have no instructions for bfloat16, in which it takes a hundred times as long.
-        text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.text_encoder = components.text_encoder_component(checkpoint, text_dtype).load(text_dtype, device)
-        self.tokenizer = components.load_tokenizer(checkpoint, self.text_encoder.config.vocab_size)
-        # What else decides which tokens the encoder sees.
-        reading = (checkpoint.tokenizer_folder / TOKENIZER_FILE).read_bytes() + str(self.length).encode()
-        self.fingerprints["text_encoder"] = fingerprint_models(reading, self.text_encoder)
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """Float32 latents (B, C, T, h, w) of a video (B, 3, 4 T - 3 frames, height, width) in [-1, 1]."""
-        return encode(self.vae, video, self.posterior)
-
-    @torch.no_grad()
-    def states(self, captions: list[str]) -> list[dict[str, Tensor]]:
-        """The text states of each caption, (L, C) on the CPU, without the rows past its end."""
-        ids, mask = tokenize(self.tokenizer, captions, self.length)
-        states = self.text_encoder(ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
-        return [{"text": state[: row.sum()]} for state, row in zip(states, mask)]
-
-    def cut_notes(self, captions: list[str]) -> list[str]:
-        """A line for each caption that is longer than the text encoder takes."""
-        return [note for one in captions if (note := cut_note(self.tokenizer, one, self.length)) is not None]
+    text = pad_rows(states["text"].float()[None], text_length)[0]
+    if "given" not in states:
+        return text
+    given = states["given"].float()
+    video = VideoSettings(GEOMETRY.size_of(given.shape[1:]), GEOMETRY.frames_of(given.shape[1]))
+    mask = given_mask(video, last=len(states.get("pictures", ())) > 1)[0]
+    seen = {"text": text, "given": torch.cat((mask, given))}
+    return seen | ({"pictures": states["pictures"].float()} if "pictures" in states else {})
 
 
-def ready(states: Mapping[str, Tensor], text_length: int) -> Tensor:
-    """Text states (L, C) as float32 (text length, C), zeros past their end."""
-    return pad_rows(states["text"].float()[None], text_length)[0]
-
-
-def velocity(transformer: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """As `TrainingSpec.velocity`, of text states (B, L, C). Types are left to autocast."""
-    return transformer(latents, timestep, text, return_dict=False)[0].float()
+def velocity(transformer: nn.Module, latents: Tensor, timestep: Tensor, texts: Texts) -> Tensor:
+    """As `TrainingSpec.velocity`, of a batch of what `ready` gives. Types are left to autocast."""
+    if timestep.ndim == 2:
+        _, rows, columns = grid_of(getattr(transformer, "module", transformer), latents.shape[2:])
+        # Of each token, as those of a frame follow one another.
+        timestep = timestep.repeat_interleave(rows * columns, dim=1)
+    if isinstance(texts, Tensor):
+        return transformer(latents, timestep, texts, return_dict=False)[0].float()
+    latents = torch.cat((latents, texts["given"]), dim=1)
+    # Those of a clip one after the other, as diffusers puts two together.
+    states = texts["pictures"].flatten(0, 1) if "pictures" in texts else None
+    out = transformer(latents, timestep, texts["text"], encoder_hidden_states_image=states, return_dict=False)
+    return out[0].float()
 
 
 def takes(config: Mapping[str, Any]) -> Takes:
-    return Takes(config["in_channels"], {"text": config["text_dim"]}, config["rope_max_seq_len"])
+    columns = {"text": config["text_dim"]}
+    if config.get("image_dim"):
+        columns["pictures"] = config["image_dim"]
+    # What stands beside the noise has channels of its own.
+    channels = config.get("out_channels") or config["in_channels"]
+    return Takes(channels, columns, config["rope_max_seq_len"])
 
 
 def embed_time_in_float32(transformer: WanTransformer3DModel) -> None:
@@ -105,6 +128,11 @@ def write_part(base: Checkpoint, name: str, folder: Path) -> None:
         write_component(components.vae_component(base), folder, DIFFUSERS_STEM)
     elif name == "text_encoder":
         write_component(components.text_encoder_component(base, torch.float32), folder, TRANSFORMERS_STEM)
+    elif name == IMAGE_ENCODER.name:
+        write_component(image_encoder_component(base), folder, TRANSFORMERS_STEM)
+    elif name in TRANSFORMERS.values():
+        expert = next(expert for expert, own in TRANSFORMERS.items() if own == name)
+        write_component(component(base, expert), folder, DIFFUSERS_STEM)
     else:
         shutil.copytree(base.tokenizer_folder, folder)
 
@@ -114,21 +142,20 @@ def write_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]
 
 
 TRAINING = TrainingSpec(
-    parts=("vae", "text_encoder", "tokenizer"),
+    facts=facts,
     vae="AutoencoderKLWan",
-    lora_targets=LORA_TARGETS,
     open_encoder=WanClipEncoder,
     ready=ready,
     velocity=velocity,
     takes=takes,
     draw_noise=draw_noise,
     decode=decode,
-    component=components.transformer_component,
+    component=component,
     load=components.load_transformer,
     prepare=embed_time_in_float32,
     own_config=own_config,
     write_part=write_part,
-    write_index=write_index,
+    write_index=lambda folder, base, defaults: write_index(folder, defaults),
     write_lora=write_lora,
     new=new_transformer,
 )
