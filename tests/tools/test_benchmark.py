@@ -14,9 +14,12 @@ from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnPr
 from starting import Forked, finish, fork
 
 import wan
+from nabla import NablaConfig
 from scripts import benchmark
 from wan.config.cache_settings import KINDS
 from wan.config.settings import VideoSettings
+from wan.memory.planner import FRAGMENTS, MemoryBudget, choose
+from wan.models.attention import apply_attention
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.program import parse_args
@@ -103,6 +106,55 @@ def test_kandinsky_s_baseline_is_diffusers_own_model():
     family.as_diffusers(transformer)
     with torch.no_grad():
         assert processors() == plain and torch.equal(family.forward(transformer, video)(), baseline)
+
+
+NANO = [model for model in MODELS if "nano" in model and not model.startswith("kandinsky")]
+
+
+@pytest.mark.parametrize("model", NANO)
+@torch.no_grad()
+def test_each_of_wan_s_models_runs_as_diffusers_has_it_and_as_ours(model):
+    family, video = MODELS[model], VideoSettings((64, 64), 5, geometry=MODELS[model].geometry)
+    transformer = family.random_transformer(model, torch.float32, torch.device("cpu"), layers=1)
+    forward = family.forward(transformer, video)
+    baseline = forward()
+    family.as_ours(transformer)
+    apply_attention(transformer, NablaConfig(keep=1.0))
+    assert torch.allclose(forward(), baseline, atol=1e-4) and baseline.isfinite().all()
+    latents, predict, conditions = family.sampled(transformer, video)
+    assert baseline.shape == latents.shape == (1, family.models[model].latent_channels, *video.latents_size)
+    assert predict(latents, torch.tensor([500]), conditions.prompt).shape == latents.shape
+    assert len(family.all_blocks(transformer)) == (2 if "vace" in model else 1)
+    if "picture" in model:
+        # The first frame is clean, which the rest of it sees.
+        plain = MODELS[model.removesuffix("-picture")].forward(transformer, video)
+        assert not torch.equal(plain(), forward())
+    assert family.decode(family.random_vae(model, torch.device("cpu")), latents).shape[2:] == (5, 64, 64)
+
+
+def test_wan_s_models_are_measured_at_the_sizes_that_they_were_published_for():
+    found = {model: parse_args(["forward", "--model", model]) for model in ("vace-1.3B", "ti2v-5B-picture")}
+    assert [(args.size, args.frame_num) for args in found.values()] == [(["832*480"], [81]), (["1280*704"], [121])]
+
+
+def test_experts_take_turns_within_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    family, video, host = MODELS["i2v-A14B-nano"], VideoSettings((64, 64), 5), MemoryBudget(10**15, 10**15, 10**15)
+    sizes, dtype = family.models["i2v-A14B-nano"], torch.float32
+    models, workload = family.weigh_models(sizes, dtype), family.workload_for(sizes, video, dtype)
+    resident = choose(*models, workload, host, can_quantize=False, **family.others_of(sizes)).peak
+    # A little less than what all models take at once.
+    budget = str((1 + FRAGMENTS) * resident / 1e9 - 1e-5)
+    flags = ["memory", "--quick", "--model", "i2v-A14B-nano", "--size", "64*64", "--frame_num", "5", "--budget", budget]
+    code, out, said = finish(Forked(SCRIPT, *flags, "--device", "cpu", cwd=tmp_path))
+    assert code == 0, said
+    *table, record = out.splitlines()
+    found = {row["what"].removeprefix("64x64x5: "): row for row in json.loads(record)["rows"]}
+    steps = ["expert 1", "expert 2", "the next expert as the one before finishes", "the next expert after it"]
+    stages = ["text", "picture", *(f"sampling, {step}" for step in steps), "decoding"]
+    assert [what.removeprefix("no limit, ") for what in list(found)[:7]] == stages and len(found) == 14
+    assert "2 experts in float32, one at a time on the GPU while it samples" in table[8]
+    assert found["no limit, sampling, expert 2"]["step_s"] > 0 and found["no limit, picture"]["frames"] == 5
 
 
 def test_a_mode_that_does_not_measure_a_model_is_one_line(capsys):

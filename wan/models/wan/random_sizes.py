@@ -198,7 +198,7 @@ def others_of(sizes: Sizes) -> dict[str, int]:
     return {"experts": sizes.experts, "picture_bytes": tower}
 
 
-def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype) -> Workload:
-    """And of a video that they make on a GPU, their blocks compiled, of a picture where they can be given one."""
+def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype, has_picture: bool = True) -> Workload:
+    """And of a video that they make on a GPU, their blocks compiled, of a picture if it may be of one."""
     models = meta_transformer(sizes), meta_text_encoder(sizes), meta_vae(sizes)
-    return video_workload(*models, video, True, dtype, vae_dtype_of(None, dtype))
+    return video_workload(*models, video, has_picture, dtype, vae_dtype_of(None, dtype))

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -23,13 +23,13 @@ from wan.memory.budget import budget_of, limit
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes
-from wan.memory.placement import on_device
+from wan.memory.placement import Experts, experts_on_device, on_device
 from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.streaming import stream_blocks
 from wan.models.attention import apply_attention
 from wan.quantize.quantizer import check_quantization, make_quantizer
 from wan.tools.benchmark.models import MODELS
-from wan.tools.benchmark.timing import Row, label, sparse_configs, synchronize, timed
+from wan.tools.benchmark.timing import Row, label, row_of, sparse_configs, synchronize, timed
 from wan.tools.benchmark.transformer import random_latents
 
 # A budget that no machine has, for devices without a limit.
@@ -54,21 +54,31 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
                     print(f"{name}: {error}")
                     continue
                 print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
-                # Each makes a model of its own, measures it and drops it.
-                stages = {"text": _text_row, "sampling": partial(_forward_row, config=config), "decoding": _decode_row}
-                for stage, measure in stages.items():
-                    row = _stage_row(args, device, f"{name}, {stage}", partial(measure, args, video, device, plan))
-                    if row is None:
-                        continue
-                    if plan.in_turns:
-                        # Else models that stay would count too, and each stage is measured alone.
-                        row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
-                    row["budget_gib"] = round(budget.gpu / GIB, 2)
-                    if given is None:
-                        free[stage] = row["ms"]
-                    if stage in free:
-                        row["times_no_limit"] = round(row["ms"] / free[stage], 3)
-                    yield row
+                for stage, measure in _stages(plan, config).items():
+                    for row in _stage_rows(
+                        args, device, f"{name}, {stage}", partial(measure, args, video, device, plan)
+                    ):
+                        if plan.in_turns:
+                            # Else models that stay would count too, and each stage is measured alone.
+                            row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
+                        row["budget_gib"] = round(budget.gpu / GIB, 2)
+                        what = row["what"].removeprefix(name)
+                        if given is None:
+                            free[what] = row["ms"]
+                        if free.get(what):
+                            row["times_no_limit"] = round(row["ms"] / free[what], 3)
+                        yield row
+
+
+def _stages(plan: MemoryPlan, config: NablaConfig) -> dict[str, Callable[..., Iterator[Row]]]:
+    """What measures each stage of a plan. Each makes models of its own, measures them and drops them."""
+    of_stages = {
+        "text": _text_rows,
+        "picture": _picture_rows,
+        "sampling": partial(_forward_rows, config=config),
+        "decoding": _decode_rows,
+    }
+    return {stage: measure for stage, measure in of_stages.items() if stage in plan.stages}
 
 
 @contextlib.contextmanager
@@ -96,26 +106,30 @@ def _plan(args: argparse.Namespace, video: VideoSettings, budget: MemoryBudget, 
         budget,
         "fp8" if args.fp8 else None,
         can_quantize=dtype == torch.bfloat16,
+        **family.others_of(sizes),
     )
     for quantization in (plan.quantization, plan.text_quantization):
         check_quantization(quantization, device, dtype)
     return plan
 
 
-def _stage_row(args: argparse.Namespace, device: torch.device, name: str, measure: Callable[[str], Row]) -> Row | None:
-    """What a stage measures, or None and a line if it does not fit."""
+def _stage_rows(
+    args: argparse.Namespace, device: torch.device, name: str, measure: Callable[[str], Iterator[Row]]
+) -> Iterator[Row]:
+    """What a stage measures, and a line where it does not fit."""
     _clean(device)
     try:
-        return measure(name)
+        yield from measure(name)
     # Not OutOfMemoryError alone: pinned host memory that cannot be had is an error of CUDA's.
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
         print(f"{name}: FAILED, out of memory: {' '.join(str(error).split())[:300]}", flush=True)
-        return None
 
 
-def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str) -> Row:
+def _text_rows(
+    args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
+) -> Iterator[Row]:
     """Two prompts, the weights' way to the GPU included."""
     family = MODELS[args.model]
     encoder = family.random_text_encoder(args.model, getattr(torch, args.dtype), device)
@@ -137,34 +151,76 @@ def _text_row(args: argparse.Namespace, video: VideoSettings, device: torch.devi
         with on_device(encoder, device, plan.in_turns):
             return family.encode(encoder, ids)
 
-    return _measured(args, name, encode, device)
+    yield _measured(args, name, encode, device)
 
 
-def _forward_row(
+def _picture_rows(
+    args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
+) -> Iterator[Row]:
+    """What is given, encoded, the VAE alone: the encoder of pictures takes no time beside it."""
+    family = MODELS[args.model]
+    vae, (width, height) = family.random_vae(args.model, device), video.size
+    encoding = family.workload_for(family.models[args.model], video, getattr(torch, args.dtype)).encoding
+    pixels = torch.zeros(1, 3, encoding.frames, height, width, device=device)
+    row = _measured(args, name, lambda: family.encode_video(vae, pixels), device)
+    yield row | {"frames": encoding.frames, "tiles": plan.encoding_tiles}
+
+
+def _forward_rows(
     args: argparse.Namespace,
     video: VideoSettings,
     device: torch.device,
     plan: MemoryPlan,
     name: str,
     config: NablaConfig,
-) -> Row:
-    """Forwards of a batch of one; a guided step is two."""
-    transformer = _transformer(args, device, plan)
-    apply_attention(transformer, config)
-    with on_device(transformer, device, plan.in_turns):
-        predict = MODELS[args.model].forward(transformer, video)
+) -> Iterator[Row]:
+    """Forwards of a batch of one, of which a guided step is two; of experts, those of each and what is between."""
+    family, times = MODELS[args.model], []
+    transformers = [_transformer(args, device, plan, seed) for seed in range(plan.experts)]
+    facts = {"attention": config.algorithm, "packing": plan.quantization or args.dtype, "kept_blocks": plan.kept}
+    for transformer in transformers:
+        apply_attention(transformer, config)
 
-        def forward() -> Tensor:
-            out = predict()
-            if not out.isfinite().all():
-                raise RuntimeError(f"{name}: the forward's result is not finite")
-            return out
+    def forward(predict: Callable[[], Tensor]) -> Tensor:
+        out = predict()
+        if not out.isfinite().all():
+            raise RuntimeError(f"{name}: the forward's result is not finite")
+        return out
 
-        row = _measured(args, name, forward, device)
-    return row | {"attention": config.algorithm, "packing": plan.quantization or args.dtype, "kept_blocks": plan.kept}
+    forwards = []
+    with experts_on_device(transformers, device, plan.in_turns) as experts:
+        for number in range(plan.experts):
+            # Its inputs go where it is now.
+            predict = family.forward(experts.turn_to(number), video)
+            forwards.append(partial(forward, predict))
+            what = f"{name}, expert {number + 1}" if plan.experts > 1 else name
+            row = _measured(args, what, forwards[-1], device)
+            times.append(row["ms"])
+            yield row | {"step_s": round(2 * row["ms"] / 1000, 2)} | facts
+        for prepares in (True, False) if plan.experts > 1 else ():
+            lost = [_switch_ms(args, experts, forwards, prepares) - sum(times) for _ in range(args.repeats)]
+            how = "as the one before finishes" if prepares else "after it"
+            yield row_of(f"{name}, the next expert {how}", [max(0.0, ms) for ms in lost]) | facts
 
 
-def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan) -> nn.Module:
+def _switch_ms(
+    args: argparse.Namespace, experts: Experts, forwards: Sequence[Callable[[], Tensor]], prepares: bool
+) -> float:
+    """Of the last forward of the first expert and the first of the second, with what is between."""
+    experts.turn_to(0)
+    forwards[0]()
+    synchronize(args)
+    start = time.perf_counter()
+    if prepares:
+        experts.prepare(1, forwards=1)
+    forwards[0]()
+    experts.turn_to(1)
+    forwards[1]()
+    synchronize(args)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan, seed: int) -> nn.Module:
     family = MODELS[args.model]
     home = torch.device("cpu") if plan.in_turns else device
 
@@ -180,7 +236,7 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
         return placed_one
 
     dtype = getattr(torch, args.dtype)
-    transformer = family.random_transformer(args.model, dtype, device, layers=args.layers, place=place)
+    transformer = family.random_transformer(args.model, dtype, device, seed, layers=args.layers, place=place)
     compiled, blocks = family.spec.blocks_of(transformer), family.all_blocks(transformer)
     family.as_ours(transformer)
     compile_blocks(compiled)
@@ -190,15 +246,15 @@ def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPla
     return transformer
 
 
-def _decode_row(
+def _decode_rows(
     args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
-) -> Row:
+) -> Iterator[Row]:
     family = MODELS[args.model]
     vae = family.random_vae(args.model, device)
     family.prepare_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype)))
     latents = random_latents(vae, video, device)
     row = _measured(args, name, lambda: family.decode(vae, latents), device)
-    return row | {"tiles": plan.tiles}
+    yield row | {"tiles": plan.tiles}
 
 
 def _measured(args: argparse.Namespace, name: str, function: Callable[[], Tensor], device: torch.device) -> Row:

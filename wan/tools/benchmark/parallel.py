@@ -30,8 +30,8 @@ from wan.parallel.layout import ParallelLayout
 from wan.parallel.sequence_parallel import apply_sequence_parallel
 from wan.sampling.loop import Conditions, denoise
 from wan.sampling.solvers import make_solver
-from wan.tools.benchmark.models import wan_inputs
 from wan.tools.benchmark.timing import Row, label, peak_memory, reset_peak, sparse_configs, timed
+from wan.tools.benchmark.wan_models import wan_inputs
 
 # Half of the heads keep about the first share of blocks, half the second, in order of their numbers.
 UNEVEN_DENSITIES = 0.05, 0.35

@@ -19,8 +19,8 @@ from wan.config.settings import VideoSettings
 from wan.models.attention import apply_attention
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.benchmark.attention import random_qkv
-from wan.tools.benchmark.models import wan_inputs
 from wan.tools.benchmark.timing import Row, dense_kernels, label, peak_memory, reset_peak, sparse_configs, timed
+from wan.tools.benchmark.wan_models import wan_inputs
 
 # Of a model that trains over several GPUs one block stands for all.
 LAYERS = {"t2v-14B": 1}
