@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from nabla import InputError
@@ -32,7 +32,23 @@ def parse_size(size: object) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) -> None:
+def parse_guide_scale(given: object) -> object:
+    """A number, or a pair of them, from `5.0`, `3.0,4.0` or a list; what is none of these is left to be refused."""
+    if isinstance(given, str):
+        try:
+            numbers = tuple(float(part) for part in given.split(","))
+        except ValueError:
+            return given
+        return numbers[0] if len(numbers) == 1 else numbers
+    return tuple(given) if isinstance(given, list) else given
+
+
+def guide_scale_text(scale: float | Sequence[float]) -> str:
+    """As a person reads and writes it: 5, or 3,4 of a pair."""
+    return ",".join(f"{one:g}" for one in scale) if isinstance(scale, Sequence) else f"{scale:g}"
+
+
+def check_sampling(solver: str, steps: int, shift: float, guide_scale: float | tuple[float, float]) -> None:
     """Raise `InputError` for a solver that is not known or numbers outside what is allowed."""
     if solver not in SOLVERS:
         raise InputError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
@@ -40,11 +56,17 @@ def check_sampling(solver: str, steps: int, shift: float, guide_scale: float) ->
         raise InputError(f"steps {steps!r} is not a whole number from 1 to {MAX_STEPS}; 50 is usual")
     if not is_number(shift) or not 0 < shift <= MAX_SHIFT:
         raise InputError(f"shift {shift!r} is not a positive number up to {MAX_SHIFT}; 5.0 is usual")
-    if not is_number(guide_scale) or not 1 <= guide_scale <= MAX_GUIDE_SCALE:
+    several = isinstance(guide_scale, tuple)
+    if isinstance(guide_scale, tuple) and len(guide_scale) != 2:
         raise InputError(
-            f"guide_scale {guide_scale!r} is not a number of at least 1 (1 means no guidance) and at most "
-            f"{MAX_GUIDE_SCALE}; 5.0 is usual"
+            f"guide_scale {list(guide_scale)} is not two numbers: of the low-noise expert, and of the high"
         )
+    for scale in guide_scale if isinstance(guide_scale, tuple) else (guide_scale,):
+        if not is_number(scale) or not 1 <= scale <= MAX_GUIDE_SCALE:
+            raise InputError(
+                f"guide_scale {scale!r} is not a number of at least 1 (1 means no guidance) and at most "
+                f"{MAX_GUIDE_SCALE}; {'3.0,4.0' if several else '5.0'} is usual"
+            )
 
 
 def check_context_scale(scale: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from wan.files.formats import SAFETENSORS
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LORA_SCALE = 100
+# Of a checkpoint of two transformers, by the noise of the steps in which they run, in the order in which they do.
+EXPERTS = ("high", "low")
 # What may come from elsewhere than the checkpoint.
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 # As diffusers names it.
@@ -26,10 +29,12 @@ class LoraFile:
     """A LoRA and the scale of what it adds to the weights. The path is made absolute.
 
     file: or a folder that has one of training's: a checkpoint of a run, or the folder `lora` in it
+    expert: the one of `EXPERTS` whose weights it is for; None for those of all transformers that there are
     """
 
     file: str
     scale: float = 1.0
+    expert: str | None = None
 
     def __post_init__(self) -> None:
         given = Path(absolute_path("lora file", self.file))
@@ -39,28 +44,85 @@ class LoraFile:
         if not is_number(self.scale) or abs(self.scale) > MAX_LORA_SCALE:
             limits = f"from -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"
             raise InputError(f"lora scale {self.scale!r} is not a number {limits}; 1.0 is usual")
+        if self.expert not in (None, *EXPERTS):
+            raise InputError(f"lora expert {self.expert!r} is not known; use {' or '.join(EXPERTS)}, or leave it out")
 
     @classmethod
     def parse(cls, given: object) -> LoraFile:
-        """From `file`, `file:scale`, or a mapping of both."""
+        """From `file`, `file:scale`, `high:file:scale` of one of two experts, or a mapping of these."""
         if isinstance(given, cls):
             return given
         if isinstance(given, Mapping):
-            check_keys("lora", given, {"file", "scale"})
+            check_keys("lora", given, {"file", "scale", "expert"})
             # A mapping without a file gets the line about paths, not a TypeError.
             return cls(**{"file": None, **given})
         if not isinstance(given, str):
             raise InputError(f"lora {given!r} is neither a file, nor file:scale, nor a mapping of file and scale")
+        expert, path = split_expert(given)
         # Paths may hold colons: the last one counts, and only before a number; else it is the path's own.
-        file, _, scale = given.rpartition(":")
+        file, _, scale = path.rpartition(":")
         try:
             number = float(scale)
         except ValueError:
             # After the ending of a file only a scale can be meant.
             if file.endswith(SAFETENSORS) and not scale.endswith(SAFETENSORS):
                 raise InputError(f"lora {given!r}: scale {scale!r} is not a number; write {file}:0.8") from None
-            return cls(given)
-        return cls(file, number)
+            return cls(path, expert=expert)
+        return cls(file, number, expert)
+
+    @property
+    def text(self) -> str:
+        """As a person writes it."""
+        return f"{expert_text(self.expert)}{self.file}:{self.scale:g}"
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """Files of weights in place of those of a checkpoint's experts; None for one that has its own. Made absolute."""
+
+    high: str | None = None
+    low: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.high is None and self.low is None:
+            raise InputError(f"transformer names no file; give one of {' or '.join(EXPERTS)}, or leave it out")
+        for expert in EXPERTS:
+            if (file := getattr(self, expert)) is not None:
+                object.__setattr__(self, expert, absolute_path(f"transformer of {expert} noise", file))
+
+
+def expert_text(expert: str | None) -> str:
+    """What stands before the file of an expert, where it is one's."""
+    return "" if expert is None else f"{expert}:"
+
+
+def split_expert(given: str) -> tuple[str | None, str]:
+    """The expert that `high:FILE` or `low:FILE` names, and the file; None for any other text, which is a file."""
+    expert, colon, file = given.partition(":")
+    return (expert, file) if colon and expert in EXPERTS else (None, given)
+
+
+def parse_transformer(given: object) -> str | ExpertFiles | None:
+    """The file of a transformer made absolute, or those of experts: from a mapping, or `high:FILE,low:FILE`.
+
+    Raises `InputError` for what is none of these.
+    """
+    if given is None or isinstance(given, ExpertFiles):
+        return given
+    if isinstance(given, Mapping):
+        check_keys("transformer", given, EXPERTS)
+        return ExpertFiles(**given)
+    if isinstance(given, str) and split_expert(given)[0] is not None:
+        files = {}
+        # A comma is a path's own unless an expert comes behind it.
+        for part in re.split(rf",(?=(?:{'|'.join(EXPERTS)}):)", given):
+            expert, file = split_expert(part)
+            assert expert is not None
+            if expert in files:
+                raise InputError(f"transformer {given!r} names the {expert} expert twice; give one file each")
+            files[expert] = file
+        return ExpertFiles(**files)
+    return absolute_path("transformer", given)
 
 
 @dataclass(frozen=True)
@@ -68,6 +130,7 @@ class ModelSettings:
     """What runs.
 
     checkpoint: directory or hub id; transformer, lora: files; dtype None: the device's
+    transformer: one file, or those of experts; it may be given in any form that `parse_transformer` takes
     kind: of checkpoint that the settings are for, as its family calls it; None for any
     vae, text_encoder, text_encoder_2: directories or hub ids of what its layout leaves to others, or of what stands in
         for its own; named as diffusers' pipelines name them
@@ -75,7 +138,7 @@ class ModelSettings:
 
     checkpoint: str
     kind: str | None = None
-    transformer: str | None = None
+    transformer: str | ExpertFiles | None = None
     vae: str | None = None
     text_encoder: str | None = None
     text_encoder_2: str | None = None
@@ -90,8 +153,7 @@ class ModelSettings:
         if not isinstance(self.checkpoint, str) or not self.checkpoint:
             raise InputError(f"checkpoint {self.checkpoint!r} is not a directory or a hub id")
         check_path("checkpoint", self.checkpoint)
-        if self.transformer is not None:
-            object.__setattr__(self, "transformer", absolute_path("transformer", self.transformer))
+        object.__setattr__(self, "transformer", parse_transformer(self.transformer))
         if self.kind is not None:
             check_text("kind", self.kind)
         for name, given in self.components.items():
@@ -105,6 +167,29 @@ class ModelSettings:
         if not isinstance(self.fp8, bool):
             raise InputError(f"fp8 {self.fp8!r} is neither true nor false")
         object.__setattr__(self, "cache", CacheSettings.parse(self.cache))
+
+    @property
+    def transformer_files(self) -> dict[str | None, str]:
+        """The files that stand in for a transformer's weights, by its expert; None is that of the only transformer."""
+        if not isinstance(self.transformer, ExpertFiles):
+            return {} if self.transformer is None else {None: self.transformer}
+        files = {expert: getattr(self.transformer, expert) for expert in EXPERTS}
+        return {expert: file for expert, file in files.items() if file is not None}
+
+    def check_experts(self, count: int) -> None:
+        """Raise `InputError` for files of experts where there is one transformer, and for one where there are two."""
+        files = self.transformer_files
+        if count == 1 and (named := [one for one in files if one] + [one.expert for one in self.lora if one.expert]):
+            what = "transformer" if any(files) else "lora"
+            raise InputError(
+                f"{what} {named[0]}:... is for a checkpoint of two experts, and this one has one transformer; "
+                f"leave {named[0]}: out"
+            )
+        if count > 1 and None in files:
+            raise InputError(
+                f"transformer {files[None]} could stand in for either expert of this checkpoint, high or low noise; "
+                f"write {' or '.join(f'{expert}:FILE' for expert in EXPERTS)}"
+            )
 
     @property
     def components(self) -> dict[str, str]:

@@ -15,11 +15,13 @@ from wan.config.checks import (
     check_keys,
     check_sampling,
     check_text,
+    guide_scale_text,
+    parse_guide_scale,
     parse_size,
 )
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.inputs import INPUTS, Files, inputs_of
-from wan.config.model_settings import LoraFile, ModelSettings
+from wan.config.model_settings import ExpertFiles, LoraFile, ModelSettings
 from wan.config.prompts import check_expanded, check_prompt
 
 if TYPE_CHECKING:
@@ -48,23 +50,52 @@ _CHOICE = ("algorithm", "threshold", "keep", "window")
 class SamplingSettings:
     """How to walk from noise to latents. `seed` None or -1 draws one.
 
+    guide_scale: of all steps, or that of the low-noise expert's and that of the high-noise expert's, as published
     context_scale: of what a source video adds in each layer, for checkpoints that take one
     """
 
     solver: str = "unipc"
     steps: int = 50
     shift: float = 5.0
-    guide_scale: float = 5.0
+    guide_scale: float | tuple[float, float] = 5.0
     seed: int | None = None
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     context_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guide_scale", parse_guide_scale(self.guide_scale))
         check_sampling(self.solver, self.steps, self.shift, self.guide_scale)
         check_context_scale(self.context_scale)
         if self.seed not in (None, -1) and not (is_count(self.seed) and self.seed < 2**63):
             raise InputError(f"seed {self.seed!r} is not a whole number from 0 to 2^63-1, or -1 to draw one")
         check_text("negative_prompt", self.negative_prompt)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step runs with guidance, so that there has to be a negative prompt."""
+        return any(scale != 1 for scale in self.guide_scales)
+
+    @property
+    def guide_scales(self) -> tuple[float, ...]:
+        """That of all experts or, where they have their own, of each, in the order in which these run."""
+        return self.guide_scale[::-1] if isinstance(self.guide_scale, tuple) else (self.guide_scale,)
+
+    @property
+    def plain_guide_scale(self) -> float | list[float]:
+        """As JSON has it."""
+        return list(self.guide_scale) if isinstance(self.guide_scale, tuple) else self.guide_scale
+
+    def guide_scale_of(self, expert: int) -> float:
+        """That of the steps of an expert, by its place in the order in which they run."""
+        return self.guide_scales[min(expert, len(self.guide_scales) - 1)]
+
+    def check_experts(self, count: int) -> None:
+        """Raise `InputError` for a pair of scales where there is one transformer for all steps."""
+        if count == 1 and len(self.guide_scales) > 1:
+            raise InputError(
+                f"guide_scale {guide_scale_text(self.guide_scale)} is for a checkpoint of two experts, and this one "
+                f"has one transformer; give one number, such as {self.guide_scale_of(0):g}"
+            )
 
     def with_seed(self) -> SamplingSettings:
         """The same with a seed drawn, if it says to draw one."""
@@ -181,7 +212,7 @@ class Settings:
         return self.model.checkpoint
 
     @property
-    def transformer(self) -> str | None:
+    def transformer(self) -> str | ExpertFiles | None:
         return self.model.transformer
 
     @property
@@ -214,7 +245,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the schema of the YAML files; `resolve` reads them back to equal settings."""
-        model = asdict(self.model)
+        model = _plain_model(self.model)
         values = {"checkpoint": model.pop("checkpoint"), "prompt": self.prompt} | model
         # Left out of settings without them, whose names and records stay what they were before there were these keys.
         values |= self.inputs
@@ -223,6 +254,15 @@ class Settings:
         # Where there is no cache, a layer below would say which.
         values |= {"cache": model["cache"] or "none", "attention": attention_to_dict(self.attention)}
         return values | {"sampling": self.sampling.to_dict(), "video": self.video.to_dict()}
+
+
+def _plain_model(settings: ModelSettings) -> dict[str, Any]:
+    """As plain values, without those of experts where none are named: records without them stay what they were."""
+    values = asdict(settings)
+    if isinstance(settings.transformer, ExpertFiles):
+        values["transformer"] = dict(settings.transformer_files)
+    without = [{key: value for key, value in one.items() if key != "expert" or value} for one in values["lora"]]
+    return values | {"lora": tuple(without)}
 
 
 def writers_of(several: Sequence[Settings]) -> tuple[bool, bool]:

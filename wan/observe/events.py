@@ -49,7 +49,7 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
         "solver": sampling.solver,
         "steps": sampling.steps,
         "shift": sampling.shift,
-        "guide_scale": sampling.guide_scale,
+        "guide_scale": sampling.plain_guide_scale,
         "attention": own.algorithm,
         "window": None if own.window is None else list(own.window),
         "tile": list(own.tile),
@@ -89,6 +89,7 @@ def step_events(trace: StepTrace, timed: bool) -> list[Event]:
     step = {
         "kind": "step",
         "step": trace.step,
+        **({} if trace.expert is None else {"expert": trace.expert}),
         "kept": rounded(sum(means) / len(means)) if means else None,
         "layers_run": len(means),
         "blocks": _origin(trace),

@@ -1,4 +1,4 @@
-"""What a transformer does in each sampling step: densities of its block masks, times of its blocks, example masks.
+"""What transformers do in each sampling step: densities of their block masks, times of blocks, example masks.
 
 Nothing waits for a GPU while a step is under way. Times are those between events on the GPU, put down by hooks around
 the blocks, which stay outside compiled graphs, and by the operators within them (`nabla.probe`); densities are written
@@ -7,7 +7,7 @@ by the graphs themselves. All is read back when the next step has been asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from nabla import Plan, probe
 from wan.attention.apply import applied_attention
+from wan.attention.spec import TransformerSpec
 from wan.caches.applied import step_cache_of
 from wan.caches.ran import ran_in_full
+from wan.config.model_settings import EXPERTS
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes, peak_host_bytes
 from wan.observe.step_trace import BLOCK, DENSE, MaskSample, Span, StepTrace, Timestamp
@@ -28,8 +30,28 @@ from wan.parallel.layout import ParallelLayout
 from wan.parallel.sequence_parallel import SequenceParallel
 
 
+class Watched:
+    """A transformer that is watched, and what of its attention is read."""
+
+    def __init__(self, transformer: nn.Module, blocks: nn.ModuleList, expert: str | None):
+        self.transformer, self.blocks, self.expert = transformer, blocks, expert
+        self.applied = applied_attention(transformer)
+        self.layers = self.applied.layers if self.applied else []
+        self.sequence_parallel = self.applied.sequence_parallel if self.applied else None
+        self.sparse = self.applied.sparse if self.applied else []
+        numbers = self.applied.sparse_layers if self.applied else []
+        self.example_layers = {numbers[0], numbers[len(numbers) // 2], numbers[-1]} if numbers else set()
+
+    def plans(self) -> list[Plan | None]:
+        """By layer that of its sparse attention in the last forward, or None."""
+        if not self.layers:
+            return [None] * len(self.blocks)
+        plans = (layer.plan for layer in self.layers)
+        return [plan if plan is not None and plan.selection is not None else None for plan in plans]
+
+
 class Profiler(probe.Probe):
-    """Watches a transformer's forwards while entered.
+    """Watches the forwards of transformers while entered, of which one runs in each step.
 
     times: whether to time blocks and what is in them
     examples: the steps of which to keep example masks
@@ -38,50 +60,52 @@ class Profiler(probe.Probe):
 
     def __init__(
         self,
-        transformer: nn.Module,
-        blocks: nn.ModuleList,
+        transformers: Sequence[nn.Module],
+        spec: TransformerSpec,
         device: torch.device,
         distributed: DistributedContext | None = None,
         times: bool = False,
         examples: Container[int] = (),
     ):
-        self.transformer, self.device, self.distributed = transformer, device, distributed
-        self.applied = applied_attention(transformer)
-        self.layers = self.applied.layers if self.applied else []
-        self.blocks = blocks
+        self.device, self.distributed = device, distributed
+        names = EXPERTS if len(transformers) > 1 else (None,)
+        self.every = [Watched(one, spec.blocks_of(one), name) for one, name in zip(transformers, names)]
+        # The one whose forward began last.
+        self.now = self.every[0]
         self.layout = ParallelLayout() if distributed is None else distributed.layout
         self.times, self.examples = times, examples
         self.layer: int | None = None
         self.part: str | None = None
         self.head = 0
-        self.sequence_parallel = self.applied.sequence_parallel if self.applied else None
-        sparse = self.applied.sparse_layers if self.applied else []
-        self.example_layers = {sparse[0], sparse[len(sparse) // 2], sparse[-1]} if sparse else set()
         # By which heads were assigned last, and where its own stand among all, on the device.
         self.order = self.places = torch.empty(0)
 
     def __enter__(self) -> Profiler:
         with ExitStack() as stack:
-            if self.applied:
-                self.applied.watch(True)
-                stack.callback(self.applied.watch, False)
-            # Hooks run in the order in which they were put on. Those of `apply_attention` are there already, so the
-            # layers' plans are those of the forward that begins.
-            hooks = [
-                self.transformer.register_forward_pre_hook(self._before_forward),
-                self.transformer.register_forward_hook(self._after_forward),
-            ]
             looks_inside = self.times or bool(self.examples)
-            for layer, block in enumerate(self.blocks if looks_inside else ()):
-                hooks.append(block.register_forward_pre_hook(partial(self._before_block, layer)))
-                hooks.append(block.register_forward_hook(self._after_block))
-            for hook in hooks:
-                stack.callback(hook.remove)
+            for watched in self.every:
+                self._watch(watched, stack, looks_inside)
             if looks_inside:
                 stack.enter_context(probe.listening(self))
             # All is on; had anything above raised, leaving this block would have taken off what was.
             self.stack = stack.pop_all()
         return self
+
+    def _watch(self, watched: Watched, stack: ExitStack, looks_inside: bool) -> None:
+        if watched.applied:
+            watched.applied.watch(True)
+            stack.callback(watched.applied.watch, False)
+        # Hooks run in the order in which they were put on. Those of `apply_attention` are there already, so the layers'
+        # plans are those of the forward that begins.
+        hooks = [
+            watched.transformer.register_forward_pre_hook(partial(self._before_forward, watched)),
+            watched.transformer.register_forward_hook(self._after_forward),
+        ]
+        for layer, block in enumerate(watched.blocks if looks_inside else ()):
+            hooks.append(block.register_forward_pre_hook(partial(self._before_block, layer)))
+            hooks.append(block.register_forward_hook(self._after_block))
+        for hook in hooks:
+            stack.callback(hook.remove)
 
     def __exit__(self, *_: Any) -> None:
         self.stack.close()
@@ -92,7 +116,7 @@ class Profiler(probe.Probe):
     def end_step(self) -> StepTrace:
         """What was seen of the step, which can be read once the device has come to its `end`."""
         trace = self.trace
-        if self.applied and self.applied.sparse:
+        if self.now.sparse:
             densities = torch.stack(trace.densities)
             if self.layout.processes_per_video > 1:
                 densities = self._of_all(densities)
@@ -122,14 +146,14 @@ class Profiler(probe.Probe):
         """Keep the heads that keep least and most, of those that are attended to together."""
         layer = self.layer
         # Densities are added after a forward: while there are none, it is the first of the step.
-        wanted = layer in self.example_layers and self.trace.step in self.examples and not self.trace.densities
+        wanted = layer in self.now.example_layers and self.trace.step in self.examples and not self.trace.densities
         if layer is None or not wanted:
             return
         # (heads, N) of the first of the batch; (1, N) if all heads are alike.
         count = counts()[0].float()
         by_head = count.mean(dim=1)
         heads = torch.stack((by_head.argmin(), by_head.argmax()))
-        plan, sequence = self.layers[layer].plan, self.sequence_parallel
+        plan, sequence = self.now.layers[layer].plan, self.now.sequence_parallel
         sample = MaskSample(
             layer,
             before=self.head,
@@ -153,9 +177,10 @@ class Profiler(probe.Probe):
             self.trace.spans.append(Span(self.layer, BLOCK, self.block_start, Timestamp.now(self.device)))
         self.layer = None
 
-    def _before_forward(self, *_: Any) -> None:
+    def _before_forward(self, watched: Watched, *_: Any) -> None:
+        self.now, self.trace.expert = watched, watched.expert
         written = [
-            layer.density for layer, plan in zip(self.layers, self._plans()) if plan and layer.density is not None
+            layer.density for layer, plan in zip(watched.layers, watched.plans()) if plan and layer.density is not None
         ]
         if written:
             # No head keeps nothing, so that a layer that does not run in this forward is known by its zeros. By what
@@ -163,36 +188,30 @@ class Profiler(probe.Probe):
             torch._foreach_zero_(written)
 
     def _after_forward(self, *_: Any) -> None:
-        plans = self._plans()
+        now = self.now
+        plans = now.plans()
         self.trace.kernels = [plan.backend if plan else DENSE for plan in plans]
-        cache = step_cache_of(self.transformer)
+        cache = step_cache_of(now.transformer)
         # How many layers ran, from the first: a cache that reuses the rest still computes its leading ones.
-        ran = len(plans) if cache is None or ran_in_full(self.transformer, self.blocks[0]) else cache.leading
-        if not (self.applied and self.applied.sparse):
+        ran = len(plans) if cache is None or ran_in_full(now.transformer, now.blocks[0]) else cache.leading
+        if not now.sparse:
             # Without sparse layers, (layers, 1): 1 for each that ran.
             self.trace.densities.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
         # In one forward either all sparse layers choose blocks or all take them over.
-        first = self.applied.sparse[0]
+        first = now.sparse[0]
         if any(plans[:ran]):
             self.trace.reused_masks.append(first.block_mask is not None and first.block_mask.reuse)
-        sequence = self.sequence_parallel
+        sequence = now.sequence_parallel
         dense = torch.ones(first.heads if sequence is None else sequence.own_head_order.shape[1], device=self.device)
         rows = []
-        for number, (layer, plan) in enumerate(zip(self.layers, plans)):
+        for number, (layer, plan) in enumerate(zip(now.layers, plans)):
             written = layer.density if plan else None
             unwritten = dense if number < ran else torch.zeros_like(dense)
             rows.append(unwritten if written is None else written)
         # Copied here, since the next forward writes over the layers' own memory.
         own = torch.stack(rows)
         self.trace.densities.append(own if sequence is None else self._in_order(own, sequence))
-
-    def _plans(self) -> list[Plan | None]:
-        """By layer that of its sparse attention in this forward, or None."""
-        if not self.layers:
-            return [None] * len(self.blocks)
-        plans = (layer.plan for layer in self.layers)
-        return [plan if plan is not None and plan.selection is not None else None for plan in plans]
 
     def _in_order(self, own: Tensor, sequence: SequenceParallel) -> Tensor:
         """Densities (layers, own heads) at the places of these among all heads, as this forward has them."""

@@ -80,8 +80,8 @@ class Recorder(Observer):
         # With a cache it is not known beforehand which step is the last that computes all layers.
         looked_at = range(0 if pipe.cache else sampling.steps - 1, sampling.steps)
         examples = looked_at if self.keeps_examples and pipe.is_leader else ()
-        blocks = pipe.transformer_spec.blocks_of(pipe.transformer)
-        profiler = Profiler(pipe.transformer, blocks, pipe.device, pipe.distributed, self.times, examples)
+        watched = pipe.transformers, pipe.transformer_spec
+        profiler = Profiler(*watched, pipe.device, pipe.distributed, self.times, examples)
         with self._line(pipe, sampling.steps, "sampling"), profiler as self.profiler:
             yield
             self._settle(0)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from wan.config.checks import guide_scale_text
 from wan.observe.events import Event
 from wan.observe.report_data import ReportData
 from wan.observe.step_trace import MaskExample
@@ -94,7 +95,7 @@ def _title(part: SubFigure, run: Event) -> None:
     prompt = " ".join((run.get("prompt") or "").split())
     prompt, families = legible(prompt if len(prompt) <= LETTERS else f"{prompt[: LETTERS - 2].rstrip()} …")
     size = f"{'x'.join(map(str, run['size']))}, {run['frame_num']} frames" if "size" in run else ""
-    walk = f"{run['steps']} steps of {run['solver']}, guidance {run['guide_scale']:g}"
+    walk = f"{run['steps']} steps of {run['solver']}, guidance {guide_scale_text(run['guide_scale'])}"
     of = f"{run['layers']} layers of {run['heads']} heads, {'x'.join(map(str, run['grid']))} tokens"
     facts = [run["attention"], size, walk, of, f"{run['device']} in {run['dtype']}"]
     # A dollar sign would begin mathematics.

@@ -85,6 +85,7 @@ class StepTrace:
     """What was seen of one step on the device, while it may still be at work; tensors and times are to be
     read after `wait` alone.
 
+    expert: which of several transformers ran in it; None where there is one
     densities: of each forward (layers, heads), zero where others have the head or the layer did not run; (layers, 1) if
         all are dense
     kernels: by layer
@@ -94,6 +95,7 @@ class StepTrace:
 
     step: int
     start: Timestamp
+    expert: str | None = None
     end: Timestamp | None = None
     densities: list[Tensor] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)

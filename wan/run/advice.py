@@ -23,7 +23,7 @@ def say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request)
     """Log what a user may not know; raises `InputError` for a negative prompt given to videos that take none."""
     every = [settings for settings, _ in videos]
     asked = request.flags.get("sampling", {}).get("negative_prompt")
-    if asked and all(settings.sampling.guide_scale == 1 for settings in every):
+    if asked and not any(settings.sampling.guided for settings in every):
         raise InputError(f"negative_prompt {asked!r} {NO_GUIDANCE}")
     if request.about_default is not None and checkpoint.name == request.default_checkpoint:
         log.info(request.about_default)
@@ -72,10 +72,10 @@ def _hidden_picture(settings: Settings) -> str | None:
 def _without_guidance(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     """What guidance 1 does that may not be meant, unless the checkpoint's own settings are so."""
     sampling = settings.sampling
-    if sampling.guide_scale != 1:
+    if sampling.guided:
         return []
     own, lines = checkpoint.own_sampling(), []
-    if sampling.steps <= FEW_STEPS and own.guide_scale != 1 and not (settings.lora or settings.transformer):
+    if sampling.steps <= FEW_STEPS and own.guided and not (settings.lora or settings.transformer):
         lines.append(
             f"{sampling.steps} steps without guidance suit weights distilled for it, which --lora or --transformer "
             f"add; unless {checkpoint.name} itself is distilled, expect mush"

@@ -16,6 +16,7 @@ import torch
 
 from nabla import InputError
 from wan.config.config_files import read_made_with
+from wan.config.model_settings import expert_text
 from wan.config.settings import Settings, writers_of
 from wan.files.formats import GGUF
 from wan.files.video import sidecar_of, write_with_sidecar
@@ -100,8 +101,8 @@ def load_pipeline(
     if pipe.vae is not None:
         decoder = f", decoder in {str(next(pipe.vae.decoder.parameters()).dtype).removeprefix('torch.')}"
     log.info("checkpoint: %s on %s in %s%s", *place, decoder)
-    if settings.transformer is not None:
-        log.info("transformer: %s", settings.transformer)
+    for expert, file in settings.model.transformer_files.items():
+        log.info("transformer: %s%s", expert_text(expert), file)
     if pipe.is_leader:
         # Until here only the first process of all speaks; now the leader of each replica does, of its own videos.
         log.setLevel(logging.INFO)
@@ -113,7 +114,7 @@ def _features(settings: Settings, options: Options, processes: DistributedContex
     return {
         "cache": settings.cache,
         "fp8": settings.fp8,
-        "gguf": (settings.transformer or "").endswith(GGUF),
+        "gguf": any(file.endswith(GGUF) for file in settings.model.transformer_files.values()),
         "lora": settings.lora,
         "memory": options.memory,
         "dit_fsdp": options.dit_fsdp,

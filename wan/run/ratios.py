@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from wan.config.model_settings import expert_text
 from wan.config.settings import Settings
 
 
@@ -13,15 +14,19 @@ def conditions(settings: Settings) -> dict[str, Any]:
     sampling = settings.sampling
     return {
         "checkpoint": Path(settings.checkpoint).name,
-        "transformer": settings.transformer and Path(settings.transformer).name,
-        "lora": [f"{Path(one.file).name}:{one.scale:g}" for one in settings.lora],
+        "transformer": ",".join(_named(*item) for item in settings.model.transformer_files.items()) or None,
+        "lora": [f"{_named(one.expert, one.file)}:{one.scale:g}" for one in settings.lora],
         "fp8": settings.fp8,
         "attention": settings.attention.algorithm,
         "solver": sampling.solver,
         "steps": sampling.steps,
         "shift": sampling.shift,
-        "guide_scale": sampling.guide_scale,
+        "guide_scale": sampling.plain_guide_scale,
     }
+
+
+def _named(expert: str | None, file: str) -> str:
+    return expert_text(expert) + Path(file).name
 
 
 def measured_otherwise(settings: Settings) -> str | None:

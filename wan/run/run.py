@@ -77,7 +77,7 @@ def _lay_out(processes: DistributedContext, checkpoint: Checkpoint, every: list[
         # A process needs a head and a token of its own, of every video.
         min(checkpoint.heads, *(math.prod(one.video.token_grid) for one in every)),
         # Branches that share masks have to take turns.
-        guided=all(one.sampling.guide_scale != 1 and one.attention.mask_refresh == 1 for one in every),
+        guided=all(one.sampling.guided and one.attention.mask_refresh == 1 for one in every),
         prompts=len(every),
         sharded=options.dit_fsdp or options.t5_fsdp,
         replicas=options.replicas,

@@ -55,7 +55,9 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     # A default that is a hub id is downloaded; the small one is a folder beside the source.
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
-    checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
+    checkpoint = Checkpoint.open(
+        settings.checkpoint, settings.model.transformer_files.get(None), settings.model.components
+    )
     # Before what others have is downloaded.
     checkpoint.check_kind(settings.model.kind)
     _check_task_of(checkpoint, request.task)
@@ -77,8 +79,8 @@ def _check_weights(model: ModelSettings, device: torch.device, dtype: torch.dtyp
     """Raise `InputError` for weights beside the checkpoint's that are not here, or cannot be on a device."""
     if model.fp8:
         check_quantization("fp8", device, dtype)
-    if model.transformer is not None:
-        family_of_file(model.transformer)
+    for file in model.transformer_files.values():
+        family_of_file(file)
     for lora in model.lora:
         weight_file("lora", lora.file, (SAFETENSORS,))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
+from wan.config.checks import guide_scale_text
 from wan.config.model_settings import LoraFile
 from wan.config.settings import SamplingSettings
 
@@ -22,15 +23,26 @@ def check_vae(vae: nn.Module, where: object) -> None:
             raise CheckpointError(f"{where}: the VAE's {name!r} has values that are not finite in {dtype}; {remedy}")
 
 
-def check_latents(latents: Tensor, sampling: SamplingSettings, dtype: torch.dtype, lora: Sequence[LoraFile]) -> None:
-    """Raise `InputError` unless sampled latents are finite. dtype: of the transformer; lora: what it has merged."""
+def check_latents(
+    latents: Tensor,
+    sampling: SamplingSettings,
+    dtype: torch.dtype,
+    lora: Sequence[LoraFile],
+    expert: str | None = None,
+) -> None:
+    """Raise `InputError` unless sampled latents are finite.
+
+    dtype: of the transformer; lora: what it has merged; expert: which of several transformers it is
+    """
     if latents.isfinite().all():
         return
-    ran = f"{sampling.steps} steps of {sampling.solver}, shift {sampling.shift}, guide_scale {sampling.guide_scale}"
+    scale = guide_scale_text(sampling.guide_scale)
+    ran = f"{sampling.steps} steps of {sampling.solver}, shift {sampling.shift}, guide_scale {scale}"
+    whose = "the transformer's weights" if expert is None else f"the weights of the {expert}-noise expert, which ran"
     files = ", ".join(f"{one.file}:{one.scale:g}" for one in lora)
     hints = ["try --dtype bfloat16"] if dtype == torch.float16 else []
     hints += [f"lower the scales of LoRA files ({files})"] if files else []
-    hints += ["go back to usual values where these are not", "look at the transformer's weights"]
+    hints += ["go back to usual values where these are not", f"look at {whose}"]
     raise InputError(f"sampling gives values that are not finite, with {ran}; {', or '.join(hints)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from nabla import InputError
 from wan.attention.apply import applied_attention
 from wan.attention.compile import many_compiles
+from wan.caches.applied import step_cache_of
 from wan.config.model_settings import LoraFile
 from wan.config.settings import SamplingSettings, VideoSettings
 from wan.files.video import to_frames
-from wan.memory.placement import on_device
 from wan.memory.planner import MemoryPlan
 from wan.observe.observer import ObservedPipeline, Observer
 from wan.parallel.collectives import gather_guidance
+from wan.sampling.experts import expert_steps, experts_of
 from wan.sampling.finite import check_latents
 from wan.sampling.loop import Conditions, denoise, video_steps
 from wan.sampling.request import VideoRequest
@@ -33,11 +34,15 @@ class GuidedPipeline(ObservedPipeline, Protocol):
 
     `glimpse` and `prompt_notes` are for who watches a video being made.
 
-    offload: whether its models wait in host memory; lora: what is merged into the transformer
+    running: the one of its `transformers` that `predict` calls, set by who walks down the steps
+    boundary: share of all timesteps from which on the first of two transformers runs; None where there is one
+    offload: whether its models wait in host memory; lora: what is merged into the transformers
     seconds: where the time of each stage is written; plan: of memory, by which the models were loaded
     """
 
     transformer: Any
+    running: Any
+    boundary: float | None
     vae: Any
     offload: bool
     lora: Sequence[LoraFile]
@@ -49,6 +54,9 @@ class GuidedPipeline(ObservedPipeline, Protocol):
 
     def predict(self, latents: Tensor, timestep: Tensor, conditions: Any) -> Tensor:
         """The velocity in float32, of the latents' shape, in one guidance branch."""
+
+    def hold(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Latents, before the first step and after each, with what is given of them put back."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """The video (B, 3, frames, height, width) in [-1, 1] of latents."""
@@ -105,42 +113,63 @@ def sample_latents(
 
     Processes that share a video must be given the same. Raises `InputError` for latents that are not finite.
     """
-    cache, gather, guided = pipe.cache, None, sampling.guide_scale != 1
-    if guided:
+    sampling.check_experts(len(pipe.transformers))
+    gather, solver = None, make_solver(sampling.solver, sampling.steps, sampling.shift, pipe.device)
+    if sampling.guided:
         conditions, gather = _own_branches(pipe, conditions)
+    numbers = experts_of(solver.timesteps, pipe.boundary)
+    scales = [sampling.guide_scale_of(number) for number in numbers]
+
+    def forwards(step: int) -> int:
+        return 1 if gather is not None or conditions.both is not None or scales[step] == 1 else 2
+
     with (
-        video_steps(pipe.transformer, sampling.steps) as set_step,
-        on_device(pipe.transformer, pipe.device, pipe.offload),
+        video_steps(pipe.transformers, sampling.steps) as set_step,
+        expert_steps(pipe, numbers, forwards) as experts,
         many_compiles(),
         observer.sampling(pipe, sampling, latents),
     ):
 
         def before_step(step: int) -> None:
+            experts.begin(step)
             set_step(step)
             observer.step_begins(step)
 
         def after_step(step: int, clean: Tensor) -> None:
             # What overflows mostly does at once, and the other steps may take hours.
-            if step == 0:
-                check_latents(clean, sampling, pipe.transformer.dtype, pipe.lora)
+            if experts.is_first(step):
+                _check(pipe, clean, sampling, experts.name(step))
             observer.step_ends(step, clean)
 
-        if guided and _may_batch(pipe):
-            # Asked here, with the transformer's weights in their place, since it depends on what they leave free.
+        if sampling.guided and _may_batch(pipe):
+            # Asked with a transformer's weights in their place, since it depends on what they leave free.
+            experts.begin(0)
             conditions = conditions._replace(both=pipe.batch_branches(conditions, latents))
         latents = denoise(
             pipe.predict,
             latents,
             conditions,
-            make_solver(sampling.solver, sampling.steps, sampling.shift, pipe.device),
-            sampling.guide_scale,
+            solver,
+            scales,
             before_step=before_step,
             after_step=after_step,
             gather=gather,
-            **({} if cache is None else {"in_branch": cache.branch}),
+            in_branch=partial(_in_branch, pipe),
+            hold=partial(pipe.hold, conditions=conditions),
         )
-    check_latents(latents, sampling, pipe.transformer.dtype, pipe.lora)
+        _check(pipe, latents, sampling, experts.name(sampling.steps - 1))
     return latents
+
+
+def _check(pipe: GuidedPipeline, latents: Tensor, sampling: SamplingSettings, expert: str | None) -> None:
+    """Raise `InputError` unless latents that an expert has just sampled are finite."""
+    merged = [one for one in pipe.lora if expert is None or one.expert in (None, expert)]
+    check_latents(latents, sampling, pipe.transformer.dtype, merged, expert)
+
+
+def _in_branch(pipe: GuidedPipeline, name: str, step: int) -> AbstractContextManager:
+    cache = step_cache_of(pipe.running)
+    return nullcontext() if cache is None else cache.branch(name, step)
 
 
 def _own_branches(pipe: GuidedPipeline, conditions: Conditions) -> tuple[Conditions, Callable | None]:
@@ -161,8 +190,8 @@ def _may_batch(pipe: GuidedPipeline) -> bool:
 
 def _shares_masks(pipe: GuidedPipeline) -> bool:
     """Whether guidance branches take over each other's blocks; as one batch each would keep blocks of its own."""
-    applied = applied_attention(pipe.transformer)
-    return applied is not None and applied.config.mask_refresh > 1
+    every = map(applied_attention, pipe.transformers)
+    return any(applied is not None and applied.config.mask_refresh > 1 for applied in every)
 
 
 @contextmanager

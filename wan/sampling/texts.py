@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla import InputError
+from wan.config.checks import guide_scale_text
 
 log = logging.getLogger("wan")
 
@@ -25,10 +26,12 @@ def pad_rows(text: Tensor, length: int) -> Tensor:
     return F.pad(text, (0, 0, 0, length - rows))
 
 
-def require_negative(text: Tensor | None, guide_scale: float) -> Tensor:
+def require_negative(text: Tensor | None, guide_scale: float | tuple[float, float]) -> Tensor:
     """Negative text states, without which `InputError` is raised."""
     if text is None:
-        raise InputError(f"guide_scale {guide_scale} needs negative text states; give them, or set it to 1")
+        raise InputError(
+            f"guide_scale {guide_scale_text(guide_scale)} needs negative text states; give them, or set it to 1"
+        )
     return text
 
 

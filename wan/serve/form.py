@@ -10,6 +10,7 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
+from wan.config.checks import guide_scale_text
 from wan.config.prompts import clean_prompt
 from wan.config.settings import Settings
 
@@ -27,6 +28,7 @@ class Form:
     """What the page's controls hold, one field a control; numbers are None where their control was emptied.
 
     size: width x height; seed: empty draws one
+    guide_scale: one, or those of two experts with a comma between
     lora: names of files; scales: one for all, or one each, with commas between
     cache: whether there is a step cache, the settings' own or the usual one
     """
@@ -37,7 +39,7 @@ class Form:
     frame_num: int | None
     seed: str
     steps: int | None
-    guide_scale: float | None
+    guide_scale: str
     shift: float | None
     solver: str
     lora: tuple[str, ...]
@@ -60,7 +62,7 @@ def to_form(settings: Settings, prompt: str = "") -> Form:
         frame_num=video.frame_num,
         seed="" if sampling.seed in (None, -1) else str(sampling.seed),
         steps=sampling.steps,
-        guide_scale=sampling.guide_scale,
+        guide_scale=guide_scale_text(sampling.guide_scale),
         shift=sampling.shift,
         solver=sampling.solver,
         lora=tuple(Path(one.file).name for one in settings.lora),
@@ -84,7 +86,7 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
     if not clean_prompt(form.prompt or ""):
         raise InputError("the prompt is empty; say what the video should show")
     for name in ("frame_num", "steps", "guide_scale", "shift", "dense_steps", "mask_refresh"):
-        if getattr(form, name) is None:
+        if getattr(form, name) in (None, ""):
             raise InputError(f"{name} is empty; give a number")
     values = base.to_dict()
     changed = {

@@ -177,7 +177,7 @@ def what_runs(settings: Settings) -> str:
 def _sampling(form: Form) -> dict[str, gr.components.Component]:
     negative = gr.Textbox(form.negative_prompt, label="Negative prompt", lines=2, max_lines=6, elem_id="negative")
     with gr.Row():
-        guide = gr.Number(form.guide_scale, label="Guidance", info="1: off, twice as fast", min_width=120, step=0.5)
+        guide = gr.Textbox(form.guide_scale, label="Guidance", info="1: off, twice as fast", min_width=120)
         shift = gr.Number(form.shift, label="Shift", info="5 is usual", min_width=120, step=0.5)
         solver = gr.Dropdown(list(SOLVERS), value=form.solver, label="Solver", info="unipc is usual", min_width=120)
     with gr.Row():

@@ -36,12 +36,20 @@ def name_of(checkpoint: str | None) -> str | None:
     return path.resolve().name if path.is_absolute() or path.exists() else checkpoint
 
 
+def names_of(transformer: str | Mapping[str, str] | None) -> Any:
+    """`name_of` a transformer's file, or of those of experts."""
+    if isinstance(transformer, Mapping):
+        return {expert: name_of(file) for expert, file in transformer.items()}
+    return name_of(transformer)
+
+
 def sidecar_to_share(sidecar: Mapping[str, Any]) -> str:
     """The text of a video's sidecar for visitors: it names weights by `name_of`, and says no other path."""
     settings = dict(sidecar["settings"])
-    for key in ("checkpoint", "transformer"):
-        if key in settings:
-            settings[key] = name_of(settings[key])
+    if "checkpoint" in settings:
+        settings["checkpoint"] = name_of(settings["checkpoint"])
+    if "transformer" in settings:
+        settings["transformer"] = names_of(settings["transformer"])
     for key, given in inputs_of(settings).items():
         settings[key] = Path(given).name if isinstance(given, str) else [Path(path).name for path in given]
     settings["lora"] = [dict(one, file=name_of(one["file"])) for one in settings.get("lora") or ()]

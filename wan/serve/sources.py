@@ -27,7 +27,7 @@ from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
 from wan.models.registry import FAMILIES
 from wan.run.remaking import quantizations_of
-from wan.serve.shown import name_of
+from wan.serve.shown import name_of, names_of
 
 OWN = "The checkpoint's own"
 # A sidecar is a few hundred bytes and a prompt.
@@ -206,9 +206,9 @@ def from_sidecar(
     checkpoint = names.get(made.checkpoint, own.checkpoint)
     if made.checkpoint not in (checkpoint, name_of(checkpoint)):
         notes.append(f"the video was made with {made.checkpoint}, and this page runs {name_of(checkpoint)}")
-    if made.transformer not in (own.transformer, name_of(own.transformer)):
-        runs = name_of(own.transformer)
-        notes.append(f"the video was made with transformer {made.transformer}, and this page runs {runs}")
+    then, now = (names_of(one.to_dict()["transformer"]) for one in (made, own))
+    if then != now:
+        notes.append(f"the video was made with transformer {then}, and this page runs {now}")
     lora = []
     for one in made.lora:
         name = Path(one.file).name

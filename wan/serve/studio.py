@@ -248,7 +248,7 @@ class Studio:
             if settings.lora:
                 # A file that does not fit should not cost the models that are there.
                 kind = checkpoint.family.load_pipeline(checkpoint.layout)
-                model = kind.transformer_component(checkpoint, settings.transformer).model
+                model = kind.transformer_component(checkpoint, settings.model.transformer_files.get(None)).model
                 for file in settings.lora:
                     read_lora(file, model, checkpoint.family.naming)
             self._pipe = None
@@ -258,7 +258,7 @@ class Studio:
             self._pipe = load_pipeline(checkpoint, [settings], self.device, self.options)
             self._weights, self._planned, self._writes = weights, needs, writes
         elif settings.attention != self._pipe.transformer.nabla.config:
-            apply_attention(self._pipe.transformer, settings.attention)
+            apply_attention(self._pipe.transformers, settings.attention)
         return self._pipe
 
 

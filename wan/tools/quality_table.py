@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="videos sampled together")
     add("--steps", type=int, help="sampling steps, the checkpoint's own by default")
     add("--shift", type=float, help="of the noise levels, the checkpoint's own by default")
-    add("--guide_scale", type=float, help="guidance, the checkpoint's own by default")
+    add("--guide_scale", help="guidance, the checkpoint's own by default")
     add("--mass", type=int, default=0, help="measure the attention held, on so many of the sentences; slow")
     add("--workers", type=int, default=0, help="processes that measure videos, rather than this one")
     add("--device", help="cuda or cpu (default: cuda if there is one)")

@@ -124,7 +124,7 @@ class Sampler:
                 self.training.draw_noise(transformer, guide.video, sampling.seed + number, device),
                 Conditions(_alone(guide.prompt, device), _alone(guide.negative, device)),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, device),
-                sampling.guide_scale,
+                sampling.guide_scale_of(0),
                 before_step=transformer.nabla.steps.set_step,
             )
             # Else the forwards of training would go on as those of the last step.

@@ -84,7 +84,7 @@ def guidance_of(pipe: Encoders, text: Tensor, pooled: Tensor, first_frame: Tenso
 def encode_request(pipe: Encoders, request: VideoRequest) -> Conditions:
     """What a request's prompts and picture guide by: those who have the models encode, and all get the leader's."""
     sampling = request.sampling
-    prompts = [request.prompt] if sampling.guide_scale == 1 else [request.prompt, sampling.negative_prompt]
+    prompts = [request.prompt, sampling.negative_prompt] if sampling.guided else [request.prompt]
     text, lengths = _texts(pipe, prompts, still=request.video.frame_num == 1)
     first_frame = None if request.image is None else from_leader(pipe, _first_frame(pipe, request))
     given = from_leader(pipe, text), rows_of(from_leader(pipe, lengths), pipe.text_length)

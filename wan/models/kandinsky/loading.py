@@ -63,7 +63,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     # All of them before the first weight is read: what is missing or damaged should not cost minutes.
     vae_component = components.vae_component(checkpoint)
     qwen, clip = _qwen_component(checkpoint, options), components.text_encoder_2_component(checkpoint)
-    transformer_component = components.transformer_component(checkpoint, settings.transformer)
+    transformer_component = components.transformer_component(checkpoint, settings.transformer_files.get(None))
     adapters = [read_lora(file, transformer_component.model, NAMING) for file in settings.lora]
 
     text_bytes = qwen.bytes(dtype) + clip.bytes(CLIP_DTYPE)

@@ -35,7 +35,7 @@ PICTURE_ROWS = HD_AREA // 28**2
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
     """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
     settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
-    transformer = components.transformer_component(checkpoint, settings.transformer)
+    transformer = components.transformer_component(checkpoint, settings.model.transformer_files.get(None))
     clip, (writes, sees) = components.text_encoder_2_component(checkpoint), writers_of(several)
     qwen = components.writer_component(checkpoint, sees) if writes else components.text_encoder_component(checkpoint)
     language = language_model_of(qwen.model)

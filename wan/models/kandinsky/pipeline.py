@@ -80,7 +80,9 @@ class Kandinsky5:
         processes: DistributedContext | None = None,
         expander: Expander | None = None,
     ):
-        self.transformer = transformer
+        self.transformer = self.running = transformer
+        # One transformer runs in all steps.
+        self.boundary = None
         self.vae = vae
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
@@ -192,7 +194,7 @@ class Kandinsky5:
         latents = channels_first(noise).to(self.device, torch.float32)
         first_frame = None if image_latents is None else channels_first(image_latents).to(latents)
         given = (text, pooled), (negative_text, negative_pooled)
-        conditions = given_conditions(self, *given, first_frame, sampling.guide_scale)
+        conditions = given_conditions(self, *given, first_frame, sampling.guide_scale_of(0))
         latents = sample_latents(self, latents, conditions, sampling, with_progress(progress, observer))
         return latents.movedim(1, -1).reshape(noise.shape)
 
@@ -201,7 +203,7 @@ class Kandinsky5:
         text, rows, pooled, first_frame = guidance.expand(len(latents))
         scale = rope_scale(GEOMETRY.size_of(latents.shape[2:]))
         with self.text_mask.of(rows):
-            return velocity_of(self.transformer, latents, timestep, text, pooled, scale, first_frame)
+            return velocity_of(self.running, latents, timestep, text, pooled, scale, first_frame)
 
     def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
         """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
@@ -209,6 +211,10 @@ class Kandinsky5:
             return None
         prompt, negative = (branch.expand(len(latents)) for branch in conditions[:2])
         return prompt.beside(negative)
+
+    def hold(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Latents as they are: nothing of them is put back while they are sampled."""
+        return latents
 
     def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
         """Sampled latents (B, C, T, h, w), those of a picture with it in front and the frames after in its colours."""
@@ -282,6 +288,11 @@ class Kandinsky5:
     def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video, drawn with channels last, as the published program does."""
         return draw_noise(self.transformer, video, seed, self.device)
+
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """The one that there is."""
+        return (self.transformer,)
 
     @property
     def cache(self) -> StepCache | None:

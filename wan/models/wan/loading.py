@@ -58,7 +58,7 @@ def load_models(checkpoint: Checkpoint, settings: ModelSettings, options: LoadOp
     # All of them before the first weight is read: what is missing or damaged should not cost minutes.
     vae_component = components.vae_component(checkpoint)
     text_component = components.text_encoder_component(checkpoint, dtype)
-    transformer_component = components.transformer_component(checkpoint, settings.transformer)
+    transformer_component = components.transformer_component(checkpoint, settings.transformer_files.get(None))
     # Weights that a GGUF file has quantised stay so, and LoRA beside them.
     packed = check_packed(
         transformer_component, FLOAT8.key in quantizations_of(options, settings.fp8), options.dit_fsdp

@@ -32,7 +32,7 @@ VACE_VIDEOS = 4
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
     """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
     settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
-    transformer = components.transformer_component(checkpoint, settings.transformer)
+    transformer = components.transformer_component(checkpoint, settings.model.transformer_files.get(None))
     is_gguf = check_packed(transformer, fp8=settings.fp8)
     text, vae = components.text_encoder_component(checkpoint, dtype), components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)

@@ -139,7 +139,7 @@ class WanT2V:
     def encode(self, request: VideoRequest) -> Conditions:
         """What guides a video, on all processes that share it: text states (1, text length, C) of its prompts."""
         sampling = request.sampling
-        prompts = [request.prompt] if sampling.guide_scale == 1 else [request.prompt, sampling.negative_prompt]
+        prompts = [request.prompt, sampling.negative_prompt] if sampling.guided else [request.prompt]
         if self.text_encoder is not None:
             states = self.encode_text(*self.tokenize(prompts))
         else:
@@ -174,7 +174,7 @@ class WanT2V:
         noise: Tensor,
         steps: int | None = None,
         shift: float | None = None,
-        guide_scale: float | None = None,
+        guide_scale: float | tuple[float, float] | None = None,
         solver: str | None = None,
         progress: bool = False,
         observer: Observer | None = None,
@@ -189,7 +189,7 @@ class WanT2V:
         `InputError` for settings outside what is allowed, and for latents not finite.
         """
         sampling = changed(self.sampling, steps=steps, shift=shift, guide_scale=guide_scale, solver=solver)
-        if sampling.guide_scale != 1:
+        if sampling.guided:
             require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
@@ -247,7 +247,7 @@ class WanT2V:
         seed: int | None = None,
         steps: int | None = None,
         shift: float | None = None,
-        guide_scale: float | None = None,
+        guide_scale: float | tuple[float, float] | None = None,
         solver: str | None = None,
         progress: bool = False,
         observer: Observer | None = None,
