@@ -14,11 +14,10 @@ from wan import Checkpoint
 from wan.config.inputs import INPUTS
 from wan.config.settings import resolve
 from wan.files.picture import picture_hash
-from wan.models.family import Layout
 from wan.models.wan.family import WAN
 from wan.run.flags import INPUT_FLAGS, flag_settings, parse_args, request_of
+from wan.run.inputs import other_files
 from wan.run.jobs import name_of, read_prompts
-from wan.run.pictures import other_files
 from wan.run.sidecars import Sidecar, comparable
 from wan.run.tasks import TASKS
 
@@ -178,7 +177,7 @@ def test_a_task_refuses_what_is_for_another(tmp_path, monkeypatch, capsys):
     )
     assert said("--task", "t2v-1.3B", "--config", "hub.yaml").startswith("error: task t2v-1.3B: config hub.yaml names")
     other = replace(WAN, kinds_of=lambda layout: frozenset({"ti2v-5B"}))
-    monkeypatch.setattr("wan.run.settle.Checkpoint", _Found(Checkpoint("here", tmp_path, *Layout(True, {}), other)))
+    monkeypatch.setattr("wan.run.settle.Checkpoint", _Found(Checkpoint("here", tmp_path, True, {}, other)))
     assert said("--task", "i2v-14B", "--ckpt_dir", "here").endswith(
         "error: task i2v-14B: checkpoint here is ti2v-5B; leave --task out, or choose with --ckpt_dir\n"
     )

@@ -25,21 +25,19 @@ from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.sampling.loop import Cancelled
-from wan.serve import sources, status
+from wan.serve import pictures, status
 from wan.serve import studio as studio_module
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
+from wan.serve.pictures import picture_notes, pictures_taken, thumbnail_of
 from wan.serve.sources import (
     MAX_SIDECAR_BYTES,
     OWN,
     LoraLibrary,
     Presets,
     from_sidecar,
-    picture_notes,
     quantization_notes,
     read_sidecar,
-    takes_picture,
-    thumbnail_of,
 )
 from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
@@ -226,12 +224,12 @@ def kind_of(settings, kind):
 
 def test_pictures_are_for_families_that_take_them(random_nano, monkeypatch):
     settings = Settings(ModelSettings(str(random_nano)))
-    assert not takes_picture(settings)
+    assert not pictures_taken(settings)
     monkeypatch.setattr(checkpoints, "FAMILIES", (pictured_family(),))
-    assert takes_picture(settings) and not takes_picture(kind_of(settings, "text"))
-    monkeypatch.setattr(sources, "FAMILIES", (WAN, pictured_family()))
+    assert pictures_taken(settings) == {"image"} and not pictures_taken(kind_of(settings, "text"))
+    monkeypatch.setattr(pictures, "FAMILIES", (WAN, pictured_family()))
     on_hub = Settings(ModelSettings("a/b"))
-    assert takes_picture(kind_of(on_hub, "pictured")) and not takes_picture(on_hub)
+    assert pictures_taken(kind_of(on_hub, "pictured")) == {"image"} and not pictures_taken(on_hub)
 
 
 def test_the_cache_of_a_record_is_taken_too_but_no_file_of_ratios():

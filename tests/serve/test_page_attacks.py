@@ -22,7 +22,7 @@ from wan.models import checkpoint as checkpoints
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.request import Options
-from wan.serve import sources
+from wan.serve import pictures
 from wan.serve.limits import Limits, Line, Visitor, check_waiting
 from wan.serve.shown import sidecar_to_share, without_folders
 from wan.serve.studio import Studio
@@ -333,7 +333,7 @@ def test_a_picture_is_a_visitor_s_upload_and_nothing_else(page, tmp_path, monkey
     ):
         told = page.give("begin", page.upload(content, name), f"file-{name}")
         assert said in told and "Begins with" not in told
-    monkeypatch.setattr(sources, "MAX_PICTURE_BYTES", 20)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 20)
     told = page.give("begin", page.upload(picture("blue"), "cat.png"), "large")
     assert "cat.png is larger than 0 MB; save it smaller" in told
 

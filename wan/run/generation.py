@@ -29,7 +29,7 @@ from wan.observe.observer import Observer, Observers
 from wan.observe.recorder import Recorder
 from wan.observe.report import draw_report
 from wan.parallel.distributed import DistributedContext
-from wan.run.pictures import open_inputs
+from wan.run.inputs import open_inputs
 from wan.run.remaking import quantized_otherwise
 from wan.run.request import Options
 from wan.run.sidecars import Video, free_path

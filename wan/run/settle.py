@@ -21,9 +21,9 @@ from wan.config.settings import Settings, resolve
 from wan.files.formats import SAFETENSORS
 from wan.models.checkpoint import Checkpoint, family_of_file
 from wan.quantize.quantizer import check_quantization
+from wan.run.inputs import check_inputs, fit_to_inputs, other_files
 from wan.run.jobs import names_of, read_prompts
 from wan.run.outputs import check_output, ending
-from wan.run.pictures import check_inputs, fit_to_picture, other_files
 from wan.run.request import Request
 from wan.run.sidecars import Video
 from wan.run.tasks import TASKS, kind_of
@@ -66,7 +66,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     every = []
     for layer, _ in jobs:
         # A line of a file of prompts ranks above the flags, which are for all lines.
-        settings = fit_to_picture(checkpoint, checkpoint.resolve(layer, flags, from_file))
+        settings = fit_to_inputs(checkpoint, checkpoint.resolve(layer, flags, from_file))
         if settings.dtype is None:
             settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
         settings.video.check_positions(checkpoint.positions)
@@ -121,8 +121,8 @@ def _check_task(task: str, config: str | None, from_file: Mapping[str, Any], nam
 def _check_task_of(checkpoint: Checkpoint, task: str | None) -> None:
     """Raise `CheckpointError` if a task is for another kind of checkpoint than this can be."""
     possible = checkpoint.family.kinds_of(checkpoint.layout)
-    if task is not None and possible and TASKS[task].kind not in possible:
-        what = " or ".join(sorted(possible))
+    if task is not None and TASKS[task].kind not in possible:
+        what = " or ".join(sorted(possible)) or checkpoint.family.name
         raise CheckpointError(
             f"task {task}: checkpoint {checkpoint.name} is {what}; leave --task out, or choose with --ckpt_dir"
         )

@@ -29,17 +29,15 @@ from wan.serve.layout import (
     within,
 )
 from wan.serve.limits import Visitor
+from wan.serve.pictures import PICTURES, picture_notes, pictures_taken, with_picture
 from wan.serve.shown import sidecar_to_share
 from wan.serve.sources import (
     LoraLibrary,
     Presets,
     check_names_no_file,
     from_sidecar,
-    picture_notes,
     quantization_notes,
     read_sidecar,
-    takes_picture,
-    thumbnail_of,
 )
 from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.studio import Job, JobProgress, JobResult, Studio
@@ -63,14 +61,17 @@ class Events:
     def wire(self, page: gr.Blocks) -> None:
         """Put the events on the controls of an open page."""
         c, told = self.controls, self._told
-        picture = [c.add_picture, c.drop_picture, c.start]
+        picture = [control for one in c.pictures.values() for control in one.every]
         shown = [c.base, c.chosen, c.preset, c.about, *c.values, *picture, c.kind, c.amount, c.window, c.said]
         attention = [c.kind, c.amount, c.window]
         algorithm = c.form["algorithm"]
         c.preset.input(told(self.choose), [c.preset, c.chosen, c.form["prompt"], c.base], shown, **QUIET)
         c.load_sidecar.upload(told(self.load), [c.load_sidecar, c.base], shown, **QUIET)
-        c.add_picture.upload(told(self.begin), [c.add_picture, c.base], [c.base, *picture, c.said], **QUIET)
-        c.drop_picture.click(told(self.begin_without), c.base, [c.base, *picture], **QUIET)
+        added = {"image": (self.begin, self.begin_without), "last_image": (self.end, self.end_without)}
+        for name, (add, drop) in added.items():
+            one = c.pictures[name]
+            one.add.upload(told(add), [one.add, c.base], [c.base, *picture, c.said], **QUIET)
+            one.drop.click(told(drop), c.base, [c.base, *picture], **QUIET)
         c.add_lora.upload(told(self.add), [c.add_lora, c.base, c.form["lora"]], [c.form["lora"], c.said], **QUIET)
         # On `input`, which people cause, not `change`, which updates cause too: `read` sets the controls of attention,
         # and `spell` would answer it.
@@ -106,14 +107,14 @@ class Events:
         return run
 
     def choose(self, name: str | None, chosen: str | None, prompt: str, base: Settings) -> Updates:
-        """A preset's settings into the controls; the prompt stays, and the picture where the preset takes one."""
+        """A preset's settings into the controls; the prompt stays, and pictures where the preset takes them."""
         c = self.controls
         if name == chosen:
             # Its control was only passed by, which must not undo what the others were set to.
             return {c.chosen: chosen}
         settings = self.presets.settings(name)
-        if base.image is not None and takes_picture(settings):
-            settings = replace(settings, image=base.image)
+        taken = pictures_taken(settings)
+        settings = replace(settings, **{name: path for name, path in base.inputs.items() if name in taken})
         about = about_preset(self.presets, name, settings, self.studio.limits)
         return self._show(settings, prompt) | {c.chosen: name, c.about: about}
 
@@ -141,31 +142,41 @@ class Events:
         files = lora_choices(self.library.files(), settings)
         updates[c.form["lora"]] = gr.update(choices=list(files), value=list(form.lora))
         updates[c.form["size"]] = gr.update(choices=size_choices(settings), value=form.size)
-        return updates | self._show_start(settings) | self.read(form.algorithm)
+        return updates | self._show_pictures(settings) | self.read(form.algorithm)
 
-    def _show_start(self, settings: Settings) -> Updates:
-        """Settings whose picture is shown already, or taken away."""
-        c, has = self.controls, settings.image is not None
-        return {
-            c.base: settings,
-            c.add_picture: gr.update(visible=takes_picture(settings)),
-            c.drop_picture: gr.update(visible=has),
-            c.start: gr.update(visible=True) if has else gr.update(visible=False, value=None),
-        }
+    def _show_pictures(self, settings: Settings) -> Updates:
+        """Settings whose pictures are shown already, or taken away."""
+        updates, taken = {self.controls.base: settings}, pictures_taken(settings)
+        for name, one in self.controls.pictures.items():
+            has = name in settings.inputs
+            updates[one.add] = gr.update(visible=name in taken)
+            updates[one.drop] = gr.update(visible=has)
+            updates[one.shown] = gr.update(visible=True) if has else gr.update(visible=False, value=None)
+        return updates
 
     def begin(self, upload: str, base: Settings) -> Updates:
         """An uploaded picture as what videos begin with; its path stays on the server, in the settings."""
-        path = Path(upload)
-        thumbnail = thumbnail_of(path)
-        c = self.controls
-        return self._show_start(replace(base, image=str(path.absolute()))) | {
-            c.start: gr.update(value=thumbnail, visible=True),
-            c.said: said_html(f"Begins with {path.name}", "done"),
-        }
+        return self._add_picture("image", Path(upload), base)
 
     def begin_without(self, base: Settings) -> Updates:
         """Videos of text alone again."""
-        return self._show_start(replace(base, image=None))
+        return self._show_pictures(replace(base, image=None))
+
+    def end(self, upload: str, base: Settings) -> Updates:
+        """Likewise as what videos end with."""
+        return self._add_picture("last_image", Path(upload), base)
+
+    def end_without(self, base: Settings) -> Updates:
+        """Videos that end as they may."""
+        return self._show_pictures(replace(base, last_image=None))
+
+    def _add_picture(self, name: str, path: Path, base: Settings) -> Updates:
+        settings, thumbnail = with_picture(base, name, path)
+        c = self.controls
+        return self._show_pictures(settings) | {
+            c.pictures[name].shown: gr.update(value=thumbnail, visible=True),
+            c.said: said_html(f"{PICTURES[name]}s with {path.name}", "done"),
+        }
 
     def add(self, upload: str, base: Settings, chosen: Sequence[str]) -> Updates:
         """An uploaded LoRA into the library, and among the chosen ones."""

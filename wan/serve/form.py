@@ -104,7 +104,12 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
             "shift": form.shift,
             "solver": form.solver,
         },
-        "video": {"size": form.size, "frame_num": _whole(form.frame_num)},
+        "video": {
+            "size": form.size,
+            "frame_num": _whole(form.frame_num),
+            # Of the size that the settings have, and no other.
+            "exact_size": base.video.exact_size and form.size == to_form(base).size,
+        },
     }
     layer = values | {section: values[section] | change for section, change in changed.items()}
     # A cache of the settings may have ratios and limits for which there is no control.

@@ -13,8 +13,9 @@ from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.settings import Settings
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.serve.limits import Limits
+from wan.serve.pictures import PICTURES, pictures_taken
 from wan.serve.shown import name_of
-from wan.serve.sources import Presets, takes_picture
+from wan.serve.sources import Presets
 from wan.serve.status import STARTING
 
 # Of a slider, unless settings go beyond.
@@ -24,12 +25,25 @@ PROMPT = "A red circle moves from left to right on a white background"
 
 
 @dataclass(frozen=True)
+class PictureControls:
+    """A picture that videos begin or end with: how it is added and taken away, and what it looks like."""
+
+    add: gr.UploadButton
+    drop: gr.Button
+    shown: gr.Image
+
+    @property
+    def every(self) -> list[gr.components.Component]:
+        return [self.add, self.drop, self.shown]
+
+
+@dataclass(frozen=True)
 class Controls:
     """What the events of the page read and write.
 
-    base: the settings that the form was made of, with the picture that was added; chosen: the preset that they are, or
-        None
-    start: shows that picture
+    base: the settings that the form was made of, with the pictures that were added; chosen: the preset that they are,
+        or None
+    pictures: of `PICTURES`
     form: the controls of `Form`, by its fields' names
     """
 
@@ -41,9 +55,7 @@ class Controls:
     kind: gr.Radio
     amount: gr.Slider
     window: gr.Textbox
-    add_picture: gr.UploadButton
-    drop_picture: gr.Button
-    start: gr.Image
+    pictures: Mapping[str, PictureControls]
     load_sidecar: gr.UploadButton
     add_lora: gr.UploadButton
     generate: gr.Button
@@ -103,7 +115,8 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             "Load settings", file_types=[".json"], size="md", scale=1, min_width=130, elem_id="load-record"
         )
     about = gr.Markdown(about_preset(presets, presets.first, first, limits), elem_classes="about", elem_id="about")
-    picture = _picture(takes_picture(first))
+    taken = pictures_taken(first)
+    pictures = {name: _picture(name, name in taken) for name in PICTURES}
     with gr.Row():
         size = gr.Dropdown(
             size_choices(first),
@@ -137,23 +150,26 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
             elem_id="steps",
         )
     controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
-    return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls} | picture
+    return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls, "pictures": pictures}
 
 
-def _picture(shown: bool) -> dict:
-    """For what begins with a picture: how it is added and taken away, and what it looks like."""
-    start = gr.Image(label="Begins with", interactive=False, visible=False, buttons=[], height=160, elem_id="start")
+def _picture(name: str, is_taken: bool) -> PictureControls:
+    """The controls of one of `PICTURES`, with a button where it is taken."""
+    does = PICTURES[name]
+    shown = gr.Image(
+        label=f"{does}s with", interactive=False, visible=False, buttons=[], height=160, elem_id=f"shown-{name}"
+    )
     with gr.Row():
         add = gr.UploadButton(
-            "Begin with a picture",
+            f"{does} with a picture",
             file_types=[".png", ".jpg", ".jpeg", ".webp"],
             size="md",
             min_width=130,
-            visible=shown,
-            elem_id="add-picture",
+            visible=is_taken,
+            elem_id=f"add-{name}",
         )
-        drop = gr.Button("Without it", size="md", min_width=110, visible=False, elem_id="drop-picture")
-    return {"start": start, "add_picture": add, "drop_picture": drop}
+        drop = gr.Button("Without it", size="md", min_width=110, visible=False, elem_id=f"drop-{name}")
+    return PictureControls(add, drop, shown)
 
 
 def within(form: Form, limits: Limits, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[Form, str]:

@@ -67,7 +67,8 @@ class Page:
     def offered(self) -> set[str]:
         """The files that visitors may fetch: the videos and pictures that were shown, and the videos' sidecars."""
         c = self.controls
-        return set().union(*(one.temp_files for one in (c.start, c.picture, c.video, c.save_video, c.save_sidecar)))
+        given = [one.shown for one in c.pictures.values()]
+        return set().union(*(one.temp_files for one in (*given, c.picture, c.video, c.save_video, c.save_sidecar)))
 
     def close(self) -> None:
         self.blocks.close(verbose=False)

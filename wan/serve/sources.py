@@ -9,33 +9,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.locate import check_hub_id
 from wan.checkpoints.tensor_files import weight_file
 from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import CONFIG_FOLDER, read_settings
+from wan.config.inputs import INPUTS, LISTS
 from wan.config.settings import Settings, resolve
 from wan.files.atomic import atomic_path
 from wan.files.formats import SAFETENSORS
 from wan.files.hashes import file_hash
-from wan.files.picture import picture_hash, read_picture
 from wan.files.video import make_folder
 from wan.models.checkpoint import Checkpoint
-from wan.models.registry import FAMILIES
 from wan.run.remaking import quantizations_of
+from wan.serve.pictures import PICTURES
 from wan.serve.shown import name_of, names_of
 
 OWN = "The checkpoint's own"
 # A sidecar is a few hundred bytes and a prompt.
 MAX_SIDECAR_BYTES = 64 * 1024
-# A photograph of as many pixels as are taken is smaller, and pictures without loss need not be that large.
-MAX_PICTURE_BYTES = 64 << 20
-# Of the picture that a video begins with, as the page shows it.
-THUMBNAIL = 512, 512
 # What a page takes from a sidecar; the rest names files, of which a page has its own.
 FROM_SIDECAR = ("prompt", "attention", "sampling", "video", "dtype", "vae_dtype", "fp8", "cache")
 
@@ -225,42 +218,9 @@ def from_sidecar(
     for key in flags.keys() & {"dtype"}:
         if values[key] not in (None, flags[key]):
             notes.append(f"the video was made in {values[key]}, and this page runs {flags[key]}")
-    # The picture on the page is for what its settings make; those of text alone begin with none.
-    return settings if made.image is not None else replace(settings, image=None), notes
-
-
-def picture_notes(sidecar: Layer, made_with: Mapping[str, Any], settings: Settings) -> list[str]:
-    """A line if a recorded video began with a picture that is not the one in the settings of the page."""
-    record, named = made_with.get("image"), sidecar.get("image")
-    digest = record.get("sha256") if isinstance(record, Mapping) else None
-    if named is None or (settings.image is not None and picture_hash(settings.image) == digest):
-        return []
-    return [f"the video began with the picture {Path(named).name}, which is not here; add it"]
-
-
-def takes_picture(settings: Settings) -> bool:
-    """Whether a video of these settings may begin with a picture; from the hub one of a kind that the settings name."""
-    kind = settings.model.kind
-    if Path(settings.checkpoint).expanduser().is_dir():
-        checkpoint = Checkpoint.open(settings.checkpoint)
-        return checkpoint.begins_with_picture(kind) is not False
-    return any("image" in family.inputs_of(None, kind).taken for family in FAMILIES)
-
-
-def thumbnail_of(upload: Path) -> np.ndarray:
-    """An uploaded picture as the page shows it, (height, width, 3) uint8, once it was read as for a video.
-
-    Raises `InputError` for a file that is no picture or too large.
-    """
-    if upload.stat().st_size > MAX_PICTURE_BYTES:
-        raise InputError(f"{upload.name} is larger than {MAX_PICTURE_BYTES >> 20} MB; save it smaller")
-    try:
-        picture = Image.fromarray(read_picture(upload))
-    except InputError as error:
-        # Visitors see the file's name, not the server's temporary folder.
-        raise InputError(str(error).replace(str(upload), upload.name)) from None
-    picture.thumbnail(THUMBNAIL)
-    return np.asarray(picture)
+    # The pictures on the page are for what its settings make; those of text alone have none, and no other files.
+    kept = {name: getattr(own, name) if name in PICTURES and name in made.inputs else None for name in INPUTS}
+    return replace(settings, **kept | {name: () for name in LISTS}), notes
 
 
 def quantization_notes(made_with: Mapping[str, Any]) -> list[str]:
