@@ -174,8 +174,8 @@ def test_compiled_blocks_stay_one_graph(kind):
 
 
 def test_ratios_can_be_measured(transformer):
-    with calibrated(transformer, TRANSFORMER) as calibration:
-        sample(transformer, calibration)
+    with calibrated([transformer], TRANSFORMER) as calibration:
+        sample(transformer, calibration.every[0])
     ratios = calibration.ratios()
     assert len(ratios) == STEPS and ratios[0] == 1 and all(0.1 < ratio < 10 for ratio in ratios)
 

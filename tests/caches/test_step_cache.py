@@ -69,14 +69,14 @@ class Twin(torch.nn.Module):
     The obvious way to do what the caches do, given which steps reuse: the forwards of a step are told by their order.
     """
 
-    def __init__(self, blocks: torch.nn.ModuleList, first: int, reuses: set[int]):
+    def __init__(self, blocks: torch.nn.ModuleList, first: int, reuses: set[int], begins: int = 0):
         super().__init__()
-        self.blocks, self.first, self.reuses = blocks, first, reuses
+        self.blocks, self.first, self.reuses, self.begins = blocks, first, reuses, begins
         self.calls, self.ran, self.kept = 0, True, {}
 
     def forward(self, hidden: torch.Tensor, *others) -> torch.Tensor:
         step, branch = divmod(self.calls, 2)
-        self.calls, self.ran = self.calls + 1, step not in self.reuses
+        self.calls, self.ran = self.calls + 1, self.begins + step not in self.reuses
         for block in self.blocks[: self.first]:
             hidden = block(hidden, *others)
         if not self.ran:
@@ -88,16 +88,18 @@ class Twin(torch.nn.Module):
         return hidden
 
 
-def sample_by_twin(pipe, kind: str, reuses: set[int]) -> torch.Tensor:
-    blocks = pipe.transformer.blocks
-    twin = Twin(blocks, 1 if kind == "first_block" else 0, reuses)
-    pipe.transformer.blocks = torch.nn.ModuleList([twin])
+def sample_by_twin(pipe, kind: str, reuses: set[int], begins: tuple[int, ...] = (0,), **changes) -> torch.Tensor:
+    """begins: the first step of each transformer"""
+    originals = [one.blocks for one in pipe.transformers]
+    for one, begin in zip(pipe.transformers, begins):
+        one.blocks = torch.nn.ModuleList([Twin(one.blocks, 1 if kind == "first_block" else 0, reuses, begin)])
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wan.attention.apply.ran_in_full", lambda *_: twin.ran)
-            return sample(pipe)
+            patch.setattr("wan.attention.apply.ran_in_full", lambda transformer, *_: transformer.blocks[0].ran)
+            return sample(pipe, **changes)
     finally:
-        pipe.transformer.blocks = blocks
+        for one, blocks in zip(pipe.transformers, originals):
+            one.blocks = blocks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -299,7 +301,7 @@ def test_ratios_are_the_growth_of_what_all_blocks_add(pipe):
         pipe.transformer.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
         pipe.transformer.blocks[-1].register_forward_hook(lambda *seen: outputs.append(seen[-1])),
     ]
-    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
+    with calibrated([pipe.transformer], TRANSFORMER) as calibration:
         for seed in (0, 1):
             sample(pipe, seed, steps=3)
     for hook in hooks:

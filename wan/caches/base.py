@@ -70,7 +70,11 @@ class StepCache(ABC):
         return cls.leader(first_block).state_manager.get_state().should_compute
 
     def begin(self, steps: int, dense_steps: int) -> None:
-        """Forget the last video, however it ended, and prepare for one of so many steps."""
+        """Forget the last video, however it ended, and prepare for one of so many steps.
+
+        They are the video's, of which the transformer may run some alone: its first forward in each branch, whichever
+        step that is, is always computed.
+        """
         self.transformer._reset_stateful_cache()
         self.forwards = self.reused = 0
         # Steps that are dense, to be exact, are not left to a cache.
@@ -82,7 +86,7 @@ class StepCache(ABC):
 
     @contextmanager
     def branch(self, name: str, step: int) -> Iterator[None]:
-        """Around the forward of a guidance branch."""
+        """Around the forward of a guidance branch; step: of the video, in which other transformers may run too."""
         with self.transformer.cache_context(name, step_index=step):
             yield
             # Only of a forward that came to its end, and within the context, without which diffusers has no state.
@@ -92,6 +96,3 @@ class StepCache(ABC):
     def end(self) -> None:
         """Free what is kept."""
         self.transformer._reset_stateful_cache()
-
-    def describe(self) -> str:
-        return f"{self.settings.describe()}, {self.reused} of {self.forwards} forwards reused"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,21 +38,39 @@ class Calibration(StepCache):
         self.measured += [state.calibration_ratios for state in states.values()]
         super().end()
 
-    def ratios(self) -> list[float]:
-        """The mean over all branches of all videos, a ratio a step. Raises `InputError` for any not finite."""
+    def means(self) -> list[float]:
+        """The mean over all branches of all videos, a ratio for each step in which the transformer ran."""
         # (branches of all videos, steps). The first ratio of each is 1, for there is no step before it.
-        means = torch.tensor(self.measured, dtype=torch.float64).mean(0)
-        if not means.isfinite().all() or not (means > 0).all():
+        return torch.tensor(self.measured, dtype=torch.float64).mean(0).tolist() if self.measured else []
+
+
+class Calibrations:
+    """Those of transformers that each run some steps of a video, in the order in which they do."""
+
+    def __init__(self, every: Sequence[Calibration]):
+        self.every = every
+
+    def ratios(self) -> list[float]:
+        """A ratio a step of the video. Raises `InputError` for any not finite."""
+        ratios = [ratio for one in self.every for ratio in one.means()]
+        if not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
             raise InputError("the ratios are not positive finite numbers; the checkpoint's blocks add nothing")
-        return means.tolist()
+        return ratios
 
 
 @contextmanager
-def calibrated(transformer: ModelMixin, spec: TransformerSpec) -> Iterator[Calibration]:
-    """Measure MagCache's ratios in the videos that are sampled within, all of as many steps."""
-    remove_cache(transformer)
-    transformer.step_cache = calibration = Calibration(transformer, spec)
+def calibrated(transformers: Sequence[ModelMixin], spec: TransformerSpec) -> Iterator[Calibrations]:
+    """Measure MagCache's ratios in the videos that are sampled within, all of as many steps.
+
+    transformers: of a pipeline, in the order in which they run
+    """
     try:
-        yield calibration
+        every = []
+        for one in transformers:
+            remove_cache(one)
+            one.step_cache = calibration = Calibration(one, spec)
+            every.append(calibration)
+        yield Calibrations(every)
     finally:
-        remove_cache(transformer)
+        for one in transformers:
+            remove_cache(one)

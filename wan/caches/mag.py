@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from diffusers import MagCacheConfig, ModelMixin
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 
@@ -37,3 +40,10 @@ class MagCache(StepCache):
         )
         # The hooks share this one; to put on new ones would change the order of hooks.
         vars(self.config).update(vars(config))
+
+    @contextmanager
+    def branch(self, name: str, step: int) -> Iterator[None]:
+        with super().branch(name, step):
+            # diffusers counts a transformer's own forwards, and ratios are those of the video's steps.
+            self.leader(self.blocks[0]).state_manager.get_state().step_index = step
+            yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import ModelMixin, TaylorSeerCacheConfig
 from diffusers.hooks import HookRegistry
@@ -29,6 +32,7 @@ class TaylorSeer(StepCache):
             cache_identifiers=[spec.output],
         )
         transformer.enable_cache(config)
+        self.first = 0
         # Blocks give zeros between computed steps; what the output layer gives is what goes on.
         self.hooked = *self.blocks, spec.output_of(transformer)
 
@@ -39,7 +43,19 @@ class TaylorSeer(StepCache):
         return state.last_update_step == state.current_step
 
     def _prepare(self, steps: int, first: int) -> None:
+        self.first = first
+
+    @contextmanager
+    def branch(self, name: str, step: int) -> Iterator[None]:
+        with super().branch(name, step):
+            self._set_step(step)
+            yield
+
+    def _set_step(self, step: int) -> None:
         for module in self.hooked:
             hook = HookRegistry.check_if_exists_or_initialize(module).get_hook(_TAYLORSEER_CACHE_HOOK)
+            state = hook.state_manager.get_state()
+            # It counts a transformer's own forwards, each as the module is called.
+            state.current_step = step - 1
             # Before any step is computed there is nothing to go on from.
-            hook.disable_cache_before_step = max(first, 1)
+            hook.disable_cache_before_step = step + 1 if state.last_update_step is None else max(self.first, 1)

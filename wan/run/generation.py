@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nabla import InputError
+from wan.caches.applied import reuse_of
 from wan.config.config_files import read_made_with
 from wan.config.model_settings import expert_text
 from wan.config.settings import Settings, writers_of
@@ -241,8 +242,9 @@ def _made_with(pipe: GuidedPipeline, options: Options, seconds: Mapping[str, flo
         "compile": options.compile,
     }
     if pipe.cache is not None:
-        log.info("cache: %s", pipe.cache.describe())
-        said["cache"] = {"forwards": pipe.cache.forwards, "reused": pipe.cache.reused}
+        forwards, reused = reuse_of(pipe.transformers)
+        log.info("cache: %s, %d of %d forwards reused", pipe.cache.settings.describe(), reused, forwards)
+        said["cache"] = {"forwards": forwards, "reused": reused}
     if pipe.plan is not None:
         said |= {"memory": options.memory, "plan": pipe.plan.to_sidecar()}
     if pipe.distributed is not None:

@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("warning: %s", line)
     pipe = load_pipeline(checkpoint, every, device, options)
     sampled = []
-    with calibrated(pipe.transformer, pipe.transformer_spec) as calibration:
+    with calibrated(pipe.transformers, pipe.transformer_spec) as calibration:
         for number, settings in enumerate(every):
             given = settings.sampling.seed
             # A seed of its own for each video, which the file names, so that it can be measured again.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nabla import InputError, NablaConfig
 from wan.attention.compile import compile_blocks
+from wan.caches.applied import reuse_of
 from wan.caches.apply import apply_cache, remove_cache
 from wan.caches.calibration import calibrated
 from wan.config.cache_settings import KINDS, CacheSettings
@@ -102,7 +103,7 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     pipe = open_pipeline(args, device)
     prompts = args.prompt or [sentence for sentence, _ in of_shapes(args.count, SEED)]
     # Other sentences and noise than those that are compared, so that ratios are not fitted to them.
-    with calibrated(pipe.transformer, TRANSFORMER) as calibration:
+    with calibrated(pipe.transformers, TRANSFORMER) as calibration:
         others = [sentence for sentence, _ in of_shapes(2, SEED - 2)]
         sample_videos(pipe, others, SEED - 2)
         ratios = calibration.ratios()
@@ -117,16 +118,19 @@ def video_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     for settings in parse_caches(args.cache, ratios):
         if line := measured_otherwise(replace(run, model=replace(run.model, cache=settings))):
             print(f"warning: {line}", file=sys.stderr)
-        cache = apply_cache(pipe.transformer, settings, TRANSFORMER)
+        for one in pipe.transformers:
+            apply_cache(one, settings, TRANSFORMER)
         reset_peak(args)
         cached, times = sample_videos(pipe, prompts, SEED)
         # The count is that of the last video.
         row = row_of(f"{what}, {settings.short}", times)
-        row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{cache.reused} of {cache.forwards}"}
+        forwards, reused = reuse_of(pipe.transformers)
+        row |= {"speedup": round(plain["ms"] / row["ms"], 2), "reused": f"{reused} of {forwards}"}
         likeness = [min(psnr(one, other), MOST_PSNR) for one, other in zip(cached, exact)]
         row |= {"psnr": round(statistics.mean(likeness), 2), "least_psnr": round(min(likeness), 2)}
         yield row | peak_memory(args)
-    remove_cache(pipe.transformer)
+    for one in pipe.transformers:
+        remove_cache(one)
 
 
 def open_pipeline(args: argparse.Namespace, device: torch.device) -> WanT2V:
