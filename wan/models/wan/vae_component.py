@@ -39,6 +39,13 @@ def vae_component(checkpoint: Checkpoint) -> Component:
             f"{weights.where}: the VAE takes {own.scale_factor_temporal} frames and {own.scale_factor_spatial} pixels "
             f"to one latent, but this checkpoint's transformer {frames} and {rows}; use the VAE that came with it"
         )
+    channels = checkpoint.config.get("out_dim" if checkpoint.published else "out_channels")
+    # What is no size is found when the transformer is made.
+    if is_count(channels) and channels != own.z_dim:
+        raise CheckpointError(
+            f"{weights.where}: the VAE's z_dim is {own.z_dim}, but this checkpoint's transformer makes latents of "
+            f"{channels} channels; use the VAE that came with it"
+        )
     return component
 
 
