@@ -190,6 +190,9 @@ def test_what_fits_follows_the_memory():
         return {(one.model, one.size[1]): one for one in memory_fits(budget_of(free, host, host), free * 1.02, True)}
 
     assert all(one.is_plain for one in plans(139, 200).values())
+    experts = plans(46, 120)["I2V-A14B", 720]
+    assert experts.plan.experts == 2 and "one at a time" in experts.plan.placement() and experts.crowded
+    assert plans(23, 120)["TI2V-5B", 704].plan is not None and plans(6, 120)["VACE 14B", 720].plan is None
     large, small = plans(23, 120), plans(11.2, 60)
     assert not large["14B", 720].is_plain and large["14B", 720].plan.quantization is None
     assert large["1.3B", 480].plan is not None and small["14B", 480].plan is not None
@@ -258,11 +261,12 @@ def test_a_card_that_torch_does_not_see(monkeypatch):
 
 
 def test_checkpoints_are_found_and_their_faults_named(random_nano, damaged, monkeypatch):
-    assert checkpoints._problem_of(random_nano) == ""
+    found = checkpoints.look_at("own", random_nano)
+    assert (found.problem, found.parts) == ("", ("transformer", "text_encoder", "vae"))
     (damaged / "Wan2.1_VAE.pth").unlink()
-    assert checkpoints._problem_of(damaged) == "Wan2.1_VAE.pth is missing"
+    assert checkpoints.look_at("own", damaged).problem == "Wan2.1_VAE.pth is missing"
     next(damaged.glob("*.safetensors")).unlink()
-    assert "the checkpoint is incomplete" in checkpoints._problem_of(damaged)
+    assert "the checkpoint is incomplete" in checkpoints.look_at("own", damaged).problem
     names = {one.name: one.problem for one in checkpoints.find_checkpoints()}
     assert names["checkpoints/wan-shapes"] == ""
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda name, **_: random_nano)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wan.config.settings import VideoSettings
@@ -183,11 +184,13 @@ def meta_picture_tower(tower: PictureTower) -> CLIPVisionModel:
 @functools.cache
 def weigh_models(sizes: Sizes, dtype: torch.dtype, layers: int | None = None) -> tuple[Weights, Weights, int]:
     """What `planner.choose` has to know of the models: a transformer, text encoder, and bytes of the VAE in float32."""
-    transformer, text = meta_transformer(sizes, layers), meta_text_encoder(sizes)
+    transformer, text, vae = _meta_models(sizes)
+    if layers is not None:
+        transformer = meta_transformer(sizes, layers)
     return (
         weigh(transformer, blocks_of(transformer), dtype, transformer._keep_in_fp32_modules),
         weigh(text, text.encoder.block, dtype, ()),
-        meta_vae(sizes).num_parameters() * FLOAT32_BYTES,
+        vae.num_parameters() * FLOAT32_BYTES,
     )
 
 
@@ -198,7 +201,12 @@ def others_of(sizes: Sizes) -> dict[str, int]:
     return {"experts": sizes.experts, "picture_bytes": tower}
 
 
+@functools.cache
 def workload_for(sizes: Sizes, video: VideoSettings, dtype: torch.dtype, has_picture: bool = True) -> Workload:
     """And of a video that they make on a GPU, their blocks compiled, of a picture if it may be of one."""
-    models = meta_transformer(sizes), meta_text_encoder(sizes), meta_vae(sizes)
-    return video_workload(*models, video, has_picture, dtype, vae_dtype_of(None, dtype))
+    return video_workload(*_meta_models(sizes), video, has_picture, dtype, vae_dtype_of(None, dtype))
+
+
+@functools.cache
+def _meta_models(sizes: Sizes) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return meta_transformer(sizes), meta_text_encoder(sizes), meta_vae(sizes)

@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="leave out the checks of the kernels, which compile, and that of gradio, whose import takes long",
     )
+    parser.add_argument("--ckpt_dir", help="a folder with a checkpoint, to say what it is and what it lacks")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
     return run_program(report, args)
@@ -37,7 +38,7 @@ def report(args: argparse.Namespace) -> int:
         # Imported here, since they need the packages.
         from wan.tools.doctor.examine import examine
 
-        facts, broken = examine(found, args.device, not args.quick)
+        facts, broken = examine(found, args.device, not args.quick, args.ckpt_dir)
     if args.json:
         plain = {name: _plain(part) for name, part in facts.items()}
         print(json.dumps(plain | {"broken": broken, "ok": not broken}, indent=2))

@@ -20,18 +20,20 @@ OTHER_HUB_NAMES = ("Wan-AI/Wan2.1-T2V-1.3B",)
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """problem: what it lacks, or \"\""""
+    """problem: what it lacks, or nothing; kind: of its family's, where that has several; parts: its models"""
 
     name: str
     folder: str
     problem: str
+    kind: str = ""
+    parts: tuple[str, ...] = ()
 
 
-def find_checkpoints() -> tuple[LocalCheckpoint, ...]:
-    """Those that are there, first the one that comes with the program's source."""
-    folder = ROOT / SHIPPED
-    shipped = [LocalCheckpoint(str(SHIPPED), str(folder), _problem_of(folder))] if IS_SOURCE else []
-    return *shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
+def find_checkpoints(given: str | None = None) -> tuple[LocalCheckpoint, ...]:
+    """Those that are there, first one that is given, as a folder, and the one that comes with the program's source."""
+    shipped = [look_at(str(SHIPPED), ROOT / SHIPPED)] if IS_SOURCE else []
+    named = [] if given is None else [look_at(given, Path(given))]
+    return *named, *shipped, *(found for name in hub_names() if (found := _cached(name)) is not None)
 
 
 def hub_names() -> list[str]:
@@ -47,25 +49,31 @@ def _cached(name: str) -> LocalCheckpoint | None:
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return LocalCheckpoint(name, str(folder), _problem_of(folder))
+    return look_at(name, folder)
 
 
-def _problem_of(folder: Path) -> str:
-    """What a checkpoint's folder lacks, in one line."""
+def look_at(name: str, folder: Path) -> LocalCheckpoint:
+    """What a folder holds, and what it lacks."""
     try:
         checkpoint = Checkpoint.open(folder)
-        # What others have is asked for when a run needs it, and downloaded then.
-        elsewhere = {one.name for one in checkpoint.family.companions if checkpoint.published}
-        for files in checkpoint.component_files:
-            if files.name in elsewhere:
-                continue
-            # A pickle takes long to open.
-            if not (checkpoint.published and files.is_one_file):
-                checkpoint.weights_of(files.name)
-            elif not (folder / files.published).is_file():
-                return f"{files.published} is missing"
-        if not elsewhere and not all(map(checkpoint.tokenizer_files, checkpoint.family.tokenizers)):
-            return "without a tokenizer, so it cannot read prompts"
+        parts = tuple(files.name for files in checkpoint.component_files)
+        return LocalCheckpoint(name, str(folder), _problem_of(checkpoint), checkpoint.layout.kind, parts)
     except CheckpointError as error:
-        return str(error)
+        return LocalCheckpoint(name, str(folder), str(error))
+
+
+def _problem_of(checkpoint: Checkpoint) -> str:
+    """What a checkpoint lacks, in one line; raises `CheckpointError` for files that cannot be used."""
+    # What others have is asked for when a run needs it, and downloaded then.
+    elsewhere = {one.name for one in checkpoint.family.companions if checkpoint.published}
+    for files in checkpoint.component_files:
+        if files.name in elsewhere:
+            continue
+        # A pickle takes long to open.
+        if not (checkpoint.published and files.is_one_file):
+            checkpoint.weights_of(files.name)
+        elif not (checkpoint.folder / files.published).is_file():
+            return f"{files.published} is missing"
+    if not elsewhere and not all(map(checkpoint.tokenizer_files, checkpoint.family.tokenizers)):
+        return "without a tokenizer, so it cannot read prompts"
     return ""

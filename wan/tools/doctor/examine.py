@@ -20,10 +20,11 @@ from wan.tools.doctor.packages import PackageStatus
 
 
 def examine(
-    packages: tuple[PackageStatus, ...], device_name: str | None, check: bool
+    packages: tuple[PackageStatus, ...], device_name: str | None, check: bool, folder: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """The facts by name, and a line for each thing that is needed and broken.
 
+    folder: of a checkpoint that is to be looked at beside those that are known
     Raises `InputError` for a device that cannot be used.
     """
     device = pick_device(device_name)
@@ -37,7 +38,7 @@ def examine(
         "kernels": check_kernels(device, check),
         "packages": packages,
         "fits": _fits(device, here, packages),
-        "checkpoints": find_checkpoints(),
+        "checkpoints": find_checkpoints(folder),
     }
     facts["advice"] = advise(here, facts["kernels"], packages, facts["fits"], facts["checkpoints"])
     try:

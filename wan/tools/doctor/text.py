@@ -91,7 +91,8 @@ def _fits(found: tuple[MemoryFit, ...]) -> list[str]:
 
 
 def _checkpoints(found: tuple[LocalCheckpoint, ...]) -> list[str]:
-    rows = [(one.name, one.problem or "complete") for one in found] or [("none", "")]
+    rows = [(one.name, one.kind, one.problem or f"complete: {', '.join(one.parts)}") for one in found]
+    rows = rows or [("none", "", "")]
     return _section("Checkpoints here", rows)
 
 
