@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wan.models.wan.image_to_video import WanI2V
     from wan.models.wan.pipeline import WanT2V
     from wan.models.wan.text_image_to_video import WanTI2V
+    from wan.models.wan.vace_pipeline import WanVACE
     from wan.observe.observer import Observer
     from wan.observe.recorder import Recorder
 
@@ -26,6 +27,7 @@ __all__ = [
     "WanI2V",
     "WanT2V",
     "WanTI2V",
+    "WanVACE",
     "apply_attention",
     "from_pretrained",
     "remove_attention",
@@ -40,6 +42,7 @@ _MODULES = {
     "WanI2V": "models.wan.image_to_video",
     "WanT2V": "models.wan.pipeline",
     "WanTI2V": "models.wan.text_image_to_video",
+    "WanVACE": "models.wan.vace_pipeline",
     "apply_attention": "models.attention",
     "from_pretrained": "models.pretrained",
     "remove_attention": "models.attention",

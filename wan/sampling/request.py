@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from wan.config.settings import SamplingSettings, VideoSettings
+from wan.files.source_video import SourceVideo
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ class VideoRequest:
     sampling: SamplingSettings
     image: np.ndarray | None = None
     last_image: np.ndarray | None = None
-    src_video: Any | None = None
-    src_mask: Any | None = None
+    src_video: SourceVideo | None = None
+    src_mask: SourceVideo | None = None
     src_ref_images: tuple[np.ndarray, ...] = ()

@@ -54,20 +54,25 @@ class Guidance(NamedTuple):
     """What a guidance branch is made by: the prompt's or the negative one's text, and what is the same in both.
 
     text: states (B, L, C)
-    given: what a `Condition` is, (1, C, T, h, w) in float32; None where a video begins with text alone
+    given: what a `Condition` is, (1, C, T, h, w); None where a video begins with text alone
     pictures: its states of the picture tower, in the transformer's type
+    references, scale: its `references` and `context_scale`
     """
 
     text: Tensor
     given: Tensor | None = None
     pictures: Tensor | None = None
+    references: int = 0
+    scale: float = 1.0
 
 
 def guidance_of(texts: Iterable[Tensor | None], condition: Condition | None, dtype: torch.dtype) -> Conditions:
     """Both branches of their text states, with what stands beside the noise, which they share."""
-    given = None if condition is None else condition.y[None]
-    pictures = None if condition is None or condition.clip is None else condition.clip.to(dtype)
-    return Conditions(*(None if text is None else Guidance(text, given, pictures) for text in texts))
+    shared: tuple[Any, ...] = ()
+    if condition is not None:
+        pictures = None if condition.clip is None else condition.clip.to(dtype)
+        shared = condition.y[None], pictures, condition.references, condition.context_scale
+    return Conditions(*(None if text is None else Guidance(text, *shared) for text in texts))
 
 
 def both_branches(conditions: Conditions) -> Guidance:
@@ -85,7 +90,9 @@ def fitting(
     Raises `InputError` for one that is missing or of another shape.
     """
     if condition is None:
-        raise InputError("conditions are missing: these videos begin with a picture; give what pipe.condition gave")
+        raise InputError(
+            "conditions are missing: these videos are made of more than text; give what pipe.condition gave"
+        )
     if not isinstance(condition, Tensor):
         raise InputError(
             f"conditions are a {type(condition).__name__}, but must be what pipe.condition gave, or a tensor"

@@ -8,6 +8,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.inputs import INPUTS
 from wan.files.picture import picture_of
+from wan.files.source_video import mask_of, video_of
 from wan.models.family import MediaInputs
 
 
@@ -26,7 +27,9 @@ def _read(name: str, value: Any) -> Any:
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
             raise InputError(f"src_ref_images {value!r} is no list of pictures; put even one in brackets")
         return tuple(picture_of(one) for one in value)
-    return picture_of(value)
+    if name == "src_video":
+        return video_of(value)
+    return mask_of(value) if name == "src_mask" else picture_of(value)
 
 
 def check_given(given: Collection[str], taken: MediaInputs) -> None:

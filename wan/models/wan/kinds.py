@@ -10,7 +10,7 @@ from wan.config.geometry import Geometry
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT
 from wan.models.family import Layout, MediaInputs
 from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
-from wan.models.wan.sizes import Size, as_asked, fit_area, fit_within
+from wan.models.wan.sizes import Size, as_asked, fit_area, fit_source, fit_within
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ _ALL = (
         _PIPELINE("vace_pipeline:WanVACE"),
         "WanVACEPipeline",
         inputs=MediaInputs(optional=frozenset({"src_video", "src_mask", "src_ref_images"})),
+        fit=fit_source,
         defaults={"sampling": {"steps": 50, "shift": 16.0}},
     ),
     Kind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -148,18 +148,26 @@ class WanT2V:
         return self._guided(Conditions(*self._from_leader(states).split(1)), self._condition_of(request))
 
     def condition(
-        self, image: object = None, *, size: object = None, frame_num: int | None = None, **inputs: object
+        self,
+        image: object = None,
+        *,
+        size: object = None,
+        frame_num: int | None = None,
+        context_scale: float | None = None,
+        **inputs: object,
     ) -> Condition:
         """What stands beside the noise of a video that is made of more than text, on all processes that share it.
 
-        image, inputs: as of `generate`; frame_num: of the video; size: its (width, height), exactly, or None for one in
-            the form of what is given, of about the area of `self.video`
+        image, context_scale, inputs: as of `generate`; frame_num: of the video
+        size: of the video, (width, height), exactly, or None for one in the form of what is given, of about the area of
+            `self.video`
         Raises `InputError` as `generate` does, and where nothing is given.
         """
         given = {name: value for name, value in {"image": image, **inputs}.items() if value is not None}
-        self.check_inputs(given)
+        self.check_inputs(_named(given, context_scale))
         video = changed(self.video, size=size, frame_num=frame_num)
-        request = VideoRequest("", video, self.sampling, **read_inputs(given))
+        sampling = changed(self.sampling, context_scale=context_scale)
+        request = VideoRequest("", video, sampling, **read_inputs(given))
         made = self._condition_of(request if size else replace(request, video=self.fit_size(request)))
         if made is None:
             raise InputError("no input is given, so nothing stands beside the noise; use sample without conditions")
@@ -195,7 +203,8 @@ class WanT2V:
         texts = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
         guidance = self._guided(texts, conditions, latents)
         latents = sample_latents(self, latents, guidance, sampling, with_progress(progress, observer))
-        return latents.view(noise.shape)
+        latents = self.finish(latents, guidance)
+        return latents if noise.ndim == latents.ndim else latents[0]
 
     def predict(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
@@ -252,6 +261,7 @@ class WanT2V:
         progress: bool = False,
         observer: Observer | None = None,
         exact_size: bool | None = None,
+        context_scale: float | None = None,
         **inputs: object,
     ) -> np.ndarray | None:
         """A video for a prompt: (frame_num, height, width, 3) uint8; None on a process that does not lead.
@@ -260,13 +270,14 @@ class WanT2V:
         inputs: what `INPUTS` of `wan.config.inputs` names, of those that the checkpoint takes: pictures as paths,
             PIL images or (height, width, 3) uint8. The video has their form then, in about the area of `size`;
             exact_size: has `size` itself
+        context_scale: of what a source video and its like add in each layer, for checkpoints that take one
         What is not given is taken from `self.sampling` and `self.video`. The seed draws the noise on the pipeline's
         device, as the published program does; -1, or none anywhere, draws the seed too. progress: show a line, on the
         first process; observer: is told what happens, see `wan.observe.observer`. Raises `InputError` for settings
         outside what is allowed, and for inputs that are not taken or missing.
         """
         check_prompt(prompt)
-        self.check_inputs({name for name, value in inputs.items() if value is not None})
+        self.check_inputs(_named(inputs, context_scale))
         video = changed(self.video, size=size, frame_num=frame_num)
         sampling = changed(
             self.sampling,
@@ -276,6 +287,7 @@ class WanT2V:
             shift=shift,
             guide_scale=guide_scale,
             solver=solver,
+            context_scale=context_scale,
         ).with_seed()
         request = VideoRequest(prompt, video, sampling, **read_inputs(inputs))
         request = request if exact_size else replace(request, video=self.fit_size(request))
@@ -344,3 +356,8 @@ class WanT2V:
 
 def _batched(x: Tensor, dims: int) -> Tensor:
     return x if x.ndim == dims else x[None]
+
+
+def _named(inputs: Mapping[str, object], context_scale: float | None) -> set[str]:
+    """Names of what is given."""
+    return {name for name, value in {**inputs, "context_scale": context_scale}.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What size a video has that begins with a picture, by the picture's form and an area; all are in pixels."""
+"""What size a video has that is made of a picture or a video, by the form of that and an area; all are in pixels."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ def fit_area(given: Size, asked: Size) -> Size:
 def fit_within(given: Size, asked: Size) -> Size:
     """That of nearly a picture's form of at most the area asked for, see `best_output_size`."""
     return best_output_size(given, asked[0] * asked[1], GEOMETRY_5B.multiples)
+
+
+def fit_source(source: Size, asked: Size, geometry: Geometry = GEOMETRY) -> Size:
+    """(width, height) of a video of a source's form, (width, height), of at most the area of the one asked for.
+
+    As VACE has it: with no more tokens than the source itself, so that it is never enlarged. Raises `InputError` for a
+    source that is smaller than a token, or so narrow that nothing is left of it.
+    """
+    (width, height), (rows, columns) = source, geometry.multiples
+    tokens = min(asked[0] * asked[1] // (rows * columns), (height // rows) * (width // columns))
+    down = round(math.sqrt(tokens * (height / width)))
+    across = tokens // down if down else 0
+    if not across:
+        raise InputError(
+            f"a source video of {width}x{height} leaves nothing in steps of {columns}x{rows} pixels; give a larger "
+            "one, or one less narrow"
+        )
+    return across * columns, down * rows
 
 
 def area_size(picture: Size, max_area: int, geometry: Geometry = GEOMETRY) -> Size:
