@@ -262,7 +262,7 @@ def test_a_card_that_torch_does_not_see(monkeypatch):
 
 def test_checkpoints_are_found_and_their_faults_named(random_nano, damaged, monkeypatch):
     found = checkpoints.look_at("own", random_nano)
-    assert (found.problem, found.parts) == ("", ("transformer", "text_encoder", "vae"))
+    assert (found.problem, found.parts) == ("", ("transformer", "vae", "text_encoder"))
     (damaged / "Wan2.1_VAE.pth").unlink()
     assert checkpoints.look_at("own", damaged).problem == "Wan2.1_VAE.pth is missing"
     next(damaged.glob("*.safetensors")).unlink()
