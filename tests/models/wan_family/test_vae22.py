@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.saving import save_pickle
 from wan.checkpoints.weights import WeightFiles
 from wan.memory.estimates import decode_bytes
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan import vae as fast_layers
+from wan.models.wan.family import WAN
 from wan.models.wan.latent_statistics import STATISTICS, WAN22, fold_statistics
 from wan.models.wan.latents import decode, encode, glimpse
 from wan.models.wan.vae import decoding_of, encoding_of, geometry_by, speed_up_decoder, speed_up_encoder
-from wan.models.wan.vae_component import read_vae, vae_of_tensors
+from wan.models.wan.vae_component import read_vae, vae_component, vae_of_tensors
 from wan.models.wan.vae_names import published_name
 from wan.models.wan.whole_clips import posterior, reconstruction, take_whole_clips
 
@@ -238,6 +241,21 @@ def test_memory_at_published_sizes_is_within_its_estimate(key):
     with Counted() as decoding:
         model.decode(torch.empty(1, model.config.z_dim, 5, *places, device="meta"))
     assert decoding.peak <= decode_bytes(decoding_of(size, 17, torch.float32, model.config)) < 1.3 * decoding.peak
+
+
+@pytest.mark.parametrize(
+    "kind, config, message",
+    (
+        ("t2v", {}, r"takes 4 frames and 16 pixels to one latent, but this checkpoint's transformer 4 and 8"),
+        ("ti2v-5B", {"out_dim": 16}, "z_dim is 48, but this checkpoint's transformer makes latents of 16 channels"),
+    ),
+)
+def test_the_vae_of_another_transformer_is_refused(tmp_path, kind, config, message):
+    for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):
+        shutil.copy(FILE, tmp_path / name)
+    checkpoint = Checkpoint(str(tmp_path), tmp_path, True, config, WAN, kind=kind)
+    with pytest.raises(CheckpointError, match=message):
+        vae_component(checkpoint)
 
 
 def test_estimates_of_memory_follow_size_width_and_type():
