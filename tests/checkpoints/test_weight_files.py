@@ -347,7 +347,7 @@ def test_a_single_file_of_another_model(checkpoint, published, tmp_path):
 
     fewer = {name: tensor for name, tensor in published.items() if not name.startswith("blocks.1.")}
     refused(fewer, "wrong.safetensors has 1 blocks of width 128, but checkpoint .* is of 2 blocks of width 128")
-    refused({"a.lora_A.weight": torch.ones(1)}, "is not a transformer of Wan2.1: it has no patch_embedding.weight")
+    refused({"a.lora_A.weight": torch.ones(1)}, "is not a transformer of Wan: it has no patch_embedding.weight")
     refused(published | {"img_emb.proj.1.bias": torch.ones(3)}, "'img_emb.proj.1.bias' does not belong to this model")
     text = "text_embedding.0.bias"
     refused({name: tensor for name, tensor in published.items() if name != text}, f"'{text}' is missing")

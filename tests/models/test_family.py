@@ -82,7 +82,7 @@ def test_all_tokenizers_are_needed(other):
 
 def test_what_no_family_knows_is_refused_with_what_they_are(tmp_path, two_families):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(CheckpointError, match="is a FluxPipeline; only Wan2.1 text-to-video and Other checkpoints are"):
+    with pytest.raises(CheckpointError, match="is a FluxPipeline; only Wan and Other checkpoints are"):
         Checkpoint.open(tmp_path)
 
 

@@ -82,6 +82,6 @@ def test_wan_refuses(random_nano, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt_dir", str(random_nano), "--device", "cpu", "--prompt", "a cat", "--expand_prompt"]
     assert generate.main(flags) == 2
-    assert "expand_prompt is not supported for Wan2.1 text-to-video; leave it out" in capsys.readouterr().err
+    assert "expand_prompt is not supported for Wan; leave it out" in capsys.readouterr().err
     with pytest.raises(InputError, match="expand_prompt is not supported"):
         wan.from_pretrained(random_nano, expand_prompt=True)

@@ -125,6 +125,15 @@ def parse_transformer(given: object) -> str | ExpertFiles | None:
     return absolute_path("transformer", given)
 
 
+def files_of(transformer: object) -> dict[str | None, str]:
+    """What `parse_transformer` takes, as files by their expert; None is that of the only transformer."""
+    parsed = parse_transformer(str(transformer) if isinstance(transformer, Path) else transformer)
+    if not isinstance(parsed, ExpertFiles):
+        return {} if parsed is None else {None: parsed}
+    files = {expert: getattr(parsed, expert) for expert in EXPERTS}
+    return {expert: file for expert, file in files.items() if file is not None}
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """What runs.
@@ -171,10 +180,7 @@ class ModelSettings:
     @property
     def transformer_files(self) -> dict[str | None, str]:
         """The files that stand in for a transformer's weights, by its expert; None is that of the only transformer."""
-        if not isinstance(self.transformer, ExpertFiles):
-            return {} if self.transformer is None else {None: self.transformer}
-        files = {expert: getattr(self.transformer, expert) for expert in EXPERTS}
-        return {expert: file for expert, file in files.items() if file is not None}
+        return files_of(self.transformer)
 
     def check_experts(self, count: int) -> None:
         """Raise `InputError` for files of experts where there is one transformer, and for one where there are two."""

@@ -18,6 +18,7 @@ from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
 from wan.config.geometry import Geometry
 from wan.config.inputs import INPUTS
+from wan.config.model_settings import ExpertFiles, files_of
 from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling, size_in
 from wan.models.companions import companion_folder, given_folder
 from wan.models.family import Family, Layout, TransformerFacts
@@ -49,22 +50,26 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, name: str | Path, transformer: str | Path | None = None, components: Mapping[str, str] | None = None
+        cls,
+        name: str | Path,
+        transformer: str | Path | Mapping[str, str] | ExpertFiles | None = None,
+        components: Mapping[str, str] | None = None,
     ) -> Checkpoint:
         """Find a checkpoint by directory or hub id (which is downloaded unless cached) and read its configuration.
 
-        transformer: a file of weights in place of the checkpoint's, which are not worth their download then
+        transformer: a file of weights in place of the checkpoint's, which are not worth their download then; or
+            those of experts, by their names or as `high:FILE`
         components: of those taken from elsewhere, directories or hub ids by name
         Raises `CheckpointError` if it cannot be had, or is not of a family of `FAMILIES`.
         """
         folder, name = find_folder(name), str(name)
+        given = files_of(transformer)
         if folder is None:
             files = _family_on_hub(name).hub_files
-            left_out = None if transformer is None else files.transformer
-            folder = download(name, files.configurations + files.others, left_out)
+            folder = download(name, files.configurations + files.others, files.left_out(given))
         else:
             name = str(folder)
-        family, layout = recognise(folder) if transformer is None else _recognise_with(folder, Path(transformer))
+        family, layout = _recognise_with(folder, Path(given[None])) if None in given else recognise(folder)
         if components and (unfit := components.keys() - {one.name for one in family.companions}):
             raise InputError(f"{min(unfit)} from elsewhere is not taken for {family.name}; leave it out")
         return cls(
@@ -120,6 +125,25 @@ class Checkpoint:
             return self.folder / component
         own = self.folder / companion.folder
         return own if exists(own) else companion_folder(companion, self.folder)
+
+    def transformer_config(self, component: str) -> dict[str, Any]:
+        """The configuration of a transformer: `config`, or that of the second of two.
+
+        Raises `CheckpointError` if it cannot be read, or the two are not of one size.
+        """
+        first = self.component_files[0]
+        if component == first.name:
+            return self.config
+        files = next(one for one in self.component_files if one.name == component)
+        file = (self.folder / files.published).parent / CONFIG if self.published else self.folder / component / CONFIG
+        config = read_json_object(file)
+        for key in self.config.keys() | config.keys():
+            if not key.startswith("_") and self.config.get(key) != config.get(key):
+                raise CheckpointError(
+                    f"{file}: {key} is {config.get(key)!r}, and {self.config.get(key)!r} for the first transformer; "
+                    "the two must be of one size"
+                )
+        return config
 
     def weights_of(self, component: str) -> WeightFiles:
         """The tensors of a component; raises `CheckpointError` if they are not all there."""

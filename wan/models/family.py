@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -64,11 +64,18 @@ class HubFiles:
     configurations: all that `Family.recognise` reads: what is of another family should not cost its whole download
     others: all else that a run may need
     transformer: of those, the transformer's weights, which a run that has them elsewhere leaves out
+    experts: the same of each of two transformers, by its name in settings
     """
 
     configurations: tuple[str, ...]
     others: tuple[str, ...]
     transformer: tuple[str, ...]
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def left_out(self, given: Collection[str | None]) -> tuple[str, ...] | None:
+        """What need not be had where files stand in for the transformers of these names; None: of the only one."""
+        patterns = [self.transformer if name is None else self.experts[name] for name in given]
+        return tuple(pattern for each in patterns for pattern in each) or None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def from_pretrained(
     processes: DistributedContext | None = None,
     dit_fsdp: bool = False,
     t5_fsdp: bool = False,
-    transformer: str | Path | None = None,
+    transformer: str | Path | Mapping[str, str] | None = None,
     lora: Sequence[str | LoraFile] | None = None,
     cache: CacheSettings | str | None = None,
     plan: MemoryPlan | None = None,
@@ -61,7 +61,8 @@ def from_pretrained(
     vae, text_encoder, text_encoder_2: directories or hub ids of these, where they are not the checkpoint's own
     fp8: run the transformer's linear layers in float8, see `wan.quantize.float8`; off by default
     vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32
-    transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`
+    transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`; of two
+        experts those by their names, high and low
     lora: files, or `file:scale`, merged into the transformer's weights, see `wan.checkpoints.lora`; none by default
     cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
         "none", the default, is off
@@ -80,7 +81,7 @@ def from_pretrained(
         "dtype": dtype and str(dtype).removeprefix("torch."),
         "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
         "fp8": fp8,
-        "transformer": transformer and str(transformer),
+        "transformer": transformer if isinstance(transformer, Mapping) else transformer and str(transformer),
         "lora": lora,
         "cache": cache,
         # Whatever the checkpoint names is not looked at then.

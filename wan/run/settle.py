@@ -55,9 +55,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     # A default that is a hub id is downloaded; the small one is a folder beside the source.
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
         _check_small(Path(settings.checkpoint))
-    checkpoint = Checkpoint.open(
-        settings.checkpoint, settings.model.transformer_files.get(None), settings.model.components
-    )
+    checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
     # Before what others have is downloaded.
     checkpoint.check_kind(settings.model.kind)
     _check_task_of(checkpoint, request.task)

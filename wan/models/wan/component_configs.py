@@ -10,6 +10,7 @@ from transformers import UMT5Config
 from nabla.config import is_count
 from wan.checkpoints.config_checks import check_layers, each, fraction, numbers, positive
 from wan.models.wan.layout import MAX_POSITIONS
+from wan.models.wan.published import check_vace
 
 Shapes = Mapping[str, tuple[int, ...]]
 TRANSFORMER_SIZES = (
@@ -22,6 +23,8 @@ TRANSFORMER_SIZES = (
     "ffn_dim",
     "num_layers",
 )
+# diffusers' default.
+VACE_LAYERS = [0, 5, 10, 15, 20, 25, 30, 35]
 TEXT_SIZES = (
     "vocab_size",
     "d_model",
@@ -55,8 +58,15 @@ def check_transformer(config: Mapping[str, Any], shapes: Shapes) -> None:
         raise ValueError(f"qk_norm is {config['qk_norm']!r}, but must be 'rms_norm_across_heads'")
     for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
         if config.get(key) is not None:
-            raise ValueError(f"{key} is {config[key]!r}, which text-to-video does not have; it must be null")
-    check_layers("num_layers", config.get("num_layers", 40), numbers(shapes, "blocks."))
+            positive(key, config[key])
+    if (config.get("image_dim") is None) != (config.get("added_kv_proj_dim") is None):
+        raise ValueError("image_dim and added_kv_proj_dim must both be null or neither")
+    count = config.get("num_layers", 40)
+    check_layers("num_layers", count, numbers(shapes, "blocks."))
+    if "vace_in_channels" in config:
+        positive("vace_in_channels", config["vace_in_channels"])
+    if "vace_layers" in config or "vace_patch_embedding.weight" in shapes:
+        check_vace(config.get("vace_layers", VACE_LAYERS), count, shapes)
 
 
 def text_config(config: Mapping[str, Any], shapes: Shapes) -> UMT5Config:

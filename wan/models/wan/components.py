@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from nabla.config import is_count
 from wan.checkpoints.component import Component, fitting
-from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object, require_file
 from wan.checkpoints.gguf_file import GgufFile, load_gguf
 from wan.checkpoints.locate import CONFIG
@@ -26,49 +25,49 @@ from wan.models.checkpoint import Checkpoint
 from wan.models.wan import published
 from wan.models.wan.component_configs import check_transformer, text_config
 from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.layout import COMPONENTS, OWN_KEYS
+from wan.models.wan.kinds import KINDS, kind_of
+from wan.models.wan.layout import EXPERT_FILES, OWN_KEYS, TEXT_ENCODER, TRANSFORMER
 from wan.models.wan.names import NAMING
+from wan.models.wan.recognise import kind_of_weights
 from wan.models.wan.vae_component import vae_component as vae_component
 
-TRANSFORMER, VAE, TEXT_ENCODER = COMPONENTS
 PAD_TOKEN = "<pad>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # The rotary embedding divides a head's channels among three axes.
 MIN_HEAD = 6
-# Parts of names of tensors that only other kinds of Wan have.
-FOREIGN_TENSORS = {
-    "img_emb.": "image-to-video",
-    "image_embedder.": "image-to-video",
-    "k_img": "image-to-video",
-    "add_k_proj": "image-to-video",
-    "vace": "VACE",
-    "control_adapter": "a camera or control model",
-    "ref_conv": "a control model",
-    "audio_": "speech-to-video",
-    "motion_encoder": "an animation model",
-}
 # The text encoder's second name for `shared.weight`, under which a file may hold it again.
 TIED = "encoder.embed_tokens.weight"
 
 
-def transformer_component(checkpoint: Checkpoint, file: str | Path | None = None) -> Component:
-    """The transformer; diffusers keeps its norms, modulations and time embedding in float32.
+def transformer_component(
+    checkpoint: Checkpoint, file: str | Path | None = None, expert: str | None = None
+) -> Component:
+    """A transformer; diffusers keeps its norms, modulations and time embedding in float32.
 
     file: holds its weights in place of the checkpoint's, see `wan.checkpoints.single_file`; of the same sizes
+    expert: which of two it is, "high" or "low"; None for the first, or the only one
+    Raises `CheckpointError` for what is not there whole, or is of another kind than the checkpoint.
     """
-    weights = _find(checkpoint, TRANSFORMER) if file is None else open_transformer(file, NAMING)
-    _check_kind(weights)
+    experts = kind_of(checkpoint.layout).experts
+    if expert is not None and expert not in experts:
+        have = f"has {' and '.join(experts)}" if experts else "has one transformer"
+        raise CheckpointError(f"there is no {expert} expert of checkpoint {checkpoint.name}, which {have}")
+    name = EXPERT_FILES[experts.index(expert)].name if expert is not None else TRANSFORMER.name
+    weights = checkpoint.weights_of(name) if file is None else open_transformer(file, NAMING)
+    _check_kind(weights, checkpoint)
     if file is not None:
         _check_size(weights, checkpoint)
+    config = checkpoint.transformer_config(name)
+    is_vace = checkpoint.kind == "vace"
     with fitting(WanTransformer3DModel.__name__, weights):
         if checkpoint.published:
-            model = published.transformer(checkpoint.config, weights.shapes)
+            model = published.transformer(config, weights.shapes)
         else:
             # A file has published names, by which its layers are counted the same.
-            check_transformer(checkpoint.config, weights.shapes)
-            model = _model(WanTransformer3DModel, checkpoint.config)
+            check_transformer(config, weights.shapes)
+            model = _model(WanVACETransformer3DModel if is_vace else WanTransformer3DModel, config)
     if tuple(model.config.patch_size) != GEOMETRY.patch:
-        raise CheckpointError(f"{weights.where} is not a transformer of Wan2.1: its patch must be {GEOMETRY.patch}")
+        raise CheckpointError(f"{weights.where} is not a transformer of Wan: its patch must be {GEOMETRY.patch}")
     if model.config.attention_head_dim % 2 or model.config.attention_head_dim < MIN_HEAD or model.config.freq_dim % 2:
         raise CheckpointError(
             f"{weights.where}: its heads' and frequencies' sizes must be even, and heads of {MIN_HEAD} at least"
@@ -108,7 +107,7 @@ def finish_transformer(model: WanTransformer3DModel, device: torch.device | str)
 
 def text_encoder_component(checkpoint: Checkpoint, dtype: torch.dtype) -> Component:
     """The text encoder; in float16 some of its layers overflow, which transformers keeps in float32 then."""
-    weights = _find(checkpoint, TEXT_ENCODER)
+    weights = checkpoint.weights_of(TEXT_ENCODER.name)
     if checkpoint.published:
         with fitting(UMT5EncoderModel.__name__, weights):
             model = published.text_encoder(weights.shapes)
@@ -137,10 +136,6 @@ def load_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _find(checkpoint: Checkpoint, files: ComponentFiles) -> WeightFiles:
-    return files.find(checkpoint.folder, checkpoint.published)
-
-
 def _model(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     """A model of diffusers by its configuration, on the meta device."""
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in OWN_KEYS}
@@ -155,14 +150,15 @@ def _component(model: nn.Module, weights: WeightFiles, is_published: bool, keeps
     return Component(model, weights, own, tuple(model._keep_in_fp32_modules or ()) if keeps_float32 else ())
 
 
-def _check_kind(weights: WeightFiles) -> None:
+def _check_kind(weights: WeightFiles, checkpoint: Checkpoint) -> None:
     """Raise `CheckpointError` for the tensors of another kind of Wan."""
-    for sign, kind in FOREIGN_TENSORS.items():
-        if found := [name for name in weights.shapes if sign in name]:
-            raise CheckpointError(
-                f"{weights.where} is a transformer of {kind}: {min(found)!r} does not belong to this model, which is "
-                "Wan2.1 text-to-video; give one of that"
-            )
+    own = kind_of(checkpoint.layout)
+    kind = KINDS[kind_of_weights(weights, bool(own.experts))]
+    if kind is not own:
+        raise CheckpointError(
+            f"{weights.where} is a transformer of {kind.name}, {kind.what}, and checkpoint {checkpoint.name} is "
+            f"{own.name}, {own.what}; give one of that, or name its own base checkpoint with --ckpt_dir"
+        )
 
 
 def _check_size(weights: WeightFiles, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video, as the machinery knows it."""
+"""Wan's video models, as the machinery knows it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from wan.models.family import FEATURES, Family
 from wan.models.wan import layout
 from wan.models.wan.kinds import kind_of
 from wan.models.wan.names import NAMING
+from wan.models.wan.recognise import recognise
 
 WAN = Family(
     name=layout.NAME,
-    recognise=layout.recognise,
+    recognise=recognise,
     landmarks=(CONFIG, layout.VAE_FILE),
     hub_files=layout.HUB_FILES,
-    components_of=lambda own: layout.COMPONENTS,
+    components_of=layout.components_of,
     tokenizers={"tokenizer": layout.TOKENIZER_FOLDER},
     facts=layout.facts,
     naming=NAMING,

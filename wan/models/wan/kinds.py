@@ -22,6 +22,7 @@ class Kind:
     pipeline: the class that makes its videos, as "module:class"
     diffusers_pipeline: the class of diffusers that its checkpoints in diffusers' layout name
     channels: that its transformer takes and gives
+    sees_pictures: by CLIP too, which its checkpoints have then
     inputs: what stands beside the prompt
     geometry: how it cuts pixels into latents and tokens
     fit: the size of a video, from that of what is given and the one asked for
@@ -36,6 +37,7 @@ class Kind:
     pipeline: str
     diffusers_pipeline: str
     channels: tuple[int, int] = (16, 16)
+    sees_pictures: bool = False
     inputs: MediaInputs = MediaInputs()
     geometry: Geometry = GEOMETRY
     fit: Callable[[Size, Size], Size] = as_asked
@@ -70,6 +72,7 @@ _ALL = (
         _IMAGE,
         "WanImageToVideoPipeline",
         channels=(36, 16),
+        sees_pictures=True,
         inputs=_PICTURE,
         fit=fit_area,
         defaults={"sampling": {"steps": 40, "shift": 5.0, "negative_prompt": "镜头晃动，" + DEFAULT_NEGATIVE_PROMPT}},
@@ -82,6 +85,7 @@ _ALL = (
         _IMAGE,
         "WanImageToVideoPipeline",
         channels=(36, 16),
+        sees_pictures=True,
         inputs=MediaInputs(required=frozenset({"image", "last_image"})),
         fit=fit_area,
         defaults={

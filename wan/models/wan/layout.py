@@ -1,105 +1,69 @@
-"""A folder of Wan2.1 text-to-video, in the published or in diffusers' layout: what tells it, what lies where."""
+"""A folder of Wan, in the published or in diffusers' layout: what lies where, and what its kind means."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from nabla.config import is_count
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
-from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.models.family import HubFiles, Layout, MediaInputs, TransformerFacts
-from wan.models.wan.kinds import KINDS, kind_of
+from wan.models.wan.geometry import GEOMETRY
+from wan.models.wan.kinds import EXPERTS, KINDS, kind_of
 
-NAME = "Wan2.1 text-to-video"
+NAME = "Wan"
 TOKENIZER_FOLDER = "google/umt5-xxl"
-VAE_FILE = "Wan2.1_VAE.pth"
+VAE_FILE, VAE_FILE_5B = "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-COMPONENTS = (
-    ComponentFiles("transformer", DIFFUSERS_STEM, DIFFUSERS_STEM),
-    ComponentFiles("vae", DIFFUSERS_STEM, VAE_FILE),
-    ComponentFiles("text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_FILE),
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+TRANSFORMER = ComponentFiles("transformer", DIFFUSERS_STEM, DIFFUSERS_STEM)
+# Of the two experts, in the order in which they run.
+EXPERT_FILES = tuple(
+    ComponentFiles(name, DIFFUSERS_STEM, f"{folder}/{DIFFUSERS_STEM}")
+    for name, folder in zip(("transformer", "transformer_2"), EXPERT_FOLDERS)
 )
+VAE = ComponentFiles("vae", DIFFUSERS_STEM, VAE_FILE)
+VAE_5B = ComponentFiles("vae", DIFFUSERS_STEM, VAE_FILE_5B)
+TEXT_ENCODER = ComponentFiles("text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_FILE)
 # What transformers that see pictures have beside these.
 IMAGE_ENCODER = ComponentFiles("image_encoder", TRANSFORMERS_STEM, IMAGE_ENCODER_FILE)
+_FOLDERS = (*(files.name for files in EXPERT_FILES), "vae", "text_encoder", "image_encoder", "scheduler")
 HUB_FILES = HubFiles(
-    configurations=(CONFIG, INDEX, "transformer/config.json"),
-    others=("*.json", "*.safetensors", "*.pth", f"{TOKENIZER_FOLDER}/*", "tokenizer/*", "defaults.yaml"),
-    transformer=("diffusion_pytorch_model*", "transformer/*.safetensors"),
+    configurations=(CONFIG, INDEX, "transformer/config.json", *(f"{folder}/{CONFIG}" for folder in EXPERT_FOLDERS)),
+    # Without xlm-roberta-large/, the tokenizer of a part of CLIP that is not used.
+    others=(
+        CONFIG,
+        INDEX,
+        "configuration.json",
+        f"{DIFFUSERS_STEM}*.json",
+        *(f"{folder}/*.json" for folder in (*_FOLDERS, *EXPERT_FOLDERS)),
+        "*.safetensors",
+        "*.pth",
+        f"{TOKENIZER_FOLDER}/*",
+        "tokenizer/*",
+        "defaults.yaml",
+    ),
+    transformer=(f"{DIFFUSERS_STEM}*", "transformer/*.safetensors"),
+    experts={
+        expert: (f"{files.published}*.safetensors", f"{files.name}/*.safetensors")
+        for expert, files in zip(EXPERTS, EXPERT_FILES)
+    },
 )
 TEXT_LENGTH = 512
 ROTARY_POSITIONS = 1024
 # Eight times Wan's; a text encoder's memory grows with its square.
 MAX_TEXT_LENGTH = 4096
 MAX_POSITIONS = 2**15
-PIPELINE_CLASS, TRANSFORMER_CLASS = "WanPipeline", "WanTransformer3DModel"
-# Of what lies beside a transformer in diffusers' layout.
-COMPONENT_CLASSES = ("AutoencoderKLWan", "UMT5EncoderModel", "UniPCMultistepScheduler")
-WAN22_FOLDERS = ("high_noise_model", "low_noise_model")
-# Names of models of diffusers; of Wan's own programs they are WanModel and the like.
-OF_DIFFUSERS = re.compile(r"^Autoencoder|Transformer\w*Model$")
 # What a transformer's configuration may say beyond what diffusers takes.
 OWN_KEYS = ("sparse_algo", "text_len")
 
 
-def recognise(folder: Path) -> Layout | None:
-    """See `Family.recognise`; other kinds of Wan are refused by what they are."""
-    if exists(folder / INDEX):
-        return _recognise_diffusers(folder)
-    if any(exists(folder / expert) for expert in WAN22_FOLDERS):
-        raise CheckpointError(
-            f"{folder} is Wan2.2, of two transformers ({', '.join(WAN22_FOLDERS)}); only {NAME} "
-            "checkpoints are supported, such as Wan-AI/Wan2.1-T2V-1.3B"
-        )
-    if not exists(folder / CONFIG):
-        return None
-    config = read_json_object(folder / CONFIG)
-    kind = config.get("_class_name")
-    if isinstance(kind, str) and OF_DIFFUSERS.search(kind) and kind not in (TRANSFORMER_CLASS, *COMPONENT_CLASSES):
-        return None
-    _check_text_to_video(folder, config)
-    _check_lengths(folder / CONFIG, config)
-    return Layout(True, config, "t2v")
-
-
-def _recognise_diffusers(folder: Path) -> Layout | None:
-    index = read_json_object(folder / INDEX)
-    if index.get("_class_name") != PIPELINE_CLASS:
-        return None
-    # diffusers writes a component that a pipeline does not have as [null, null].
-    if index.get("expand_timesteps") or index.get("transformer_2") not in (None, [None, None]):
-        raise CheckpointError(f"{folder} is a Wan2.2 pipeline; only {NAME} checkpoints are supported")
-    file = folder / "transformer" / CONFIG
-    config = read_json_object(file)
-    if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS or config.get("image_dim"):
-        raise CheckpointError(f"{file.parent} is not a text-to-video {TRANSFORMER_CLASS}")
-    _check_lengths(file, config)
-    return Layout(False, config, "t2v")
-
-
-def _check_text_to_video(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("_class_name")
-    if kind == TRANSFORMER_CLASS or kind in COMPONENT_CLASSES or config.get("model_type") == "umt5":
-        above = folder.parent
-        found = f"give {above}" if exists(above / INDEX) else f"give the folder above, with {INDEX}"
-        raise CheckpointError(f"{folder} is one part of a checkpoint in diffusers' layout; {found}")
-    if kind == "VaceWanModel" or config.get("vace_layers"):
-        raise CheckpointError(f"{folder} is a VACE model; only {NAME} ('t2v') checkpoints are supported")
-    if config.get("model_type", "t2v") != "t2v":
-        raise CheckpointError(f"{folder} is a {config['model_type']!r} model; only 't2v' checkpoints are supported")
-
-
-def _check_lengths(file: Path, config: Mapping[str, Any]) -> None:
-    for key, most in (("text_len", MAX_TEXT_LENGTH), ("rope_max_seq_len", MAX_POSITIONS)):
-        value = config.get(key, 1)
-        if not is_count(value) or value == 0:
-            raise CheckpointError(f"{file}: {key} is {value!r}, not a positive integer")
-        if value > most:
-            raise CheckpointError(f"{file}: {key} is {value}, but can be at most {most}")
+def components_of(layout: Layout) -> tuple[ComponentFiles, ...]:
+    """See `Family.components_of`."""
+    kind = kind_of(layout)
+    transformers = EXPERT_FILES if kind.experts else (TRANSFORMER,)
+    vae = VAE if kind.geometry == GEOMETRY else VAE_5B
+    return (*transformers, vae, TEXT_ENCODER, *((IMAGE_ENCODER,) if kind.sees_pictures else ()))
 
 
 def facts(layout: Layout) -> TransformerFacts:

@@ -23,6 +23,14 @@ TRANSFORMER: tuple[Rule, ...] = (
     (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
     # Activation, linear.
     (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    # Of a picture: LayerNorm, linear, GELU, linear, LayerNorm. Before the rule for the `norm2` of blocks.
+    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    (r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
+    (r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
     # That of the output, before those of the blocks, whose names end likewise.
     (r"^scale_shift_table$", "head.modulation"),
     (r"^proj_out\.", "head.head."),
@@ -30,6 +38,8 @@ TRANSFORMER: tuple[Rule, ...] = (
     (r"\.attn1\.", ".self_attn."),
     (r"\.attn2\.", ".cross_attn."),
     (r"\.to_([qkv])\.", r".\1."),
+    (r"\.add_([kv])_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
     (r"\.to_out\.0\.", ".o."),
     # The one before cross-attention, which alone has weights; the published program counts it last.
     (r"\.norm2\.", ".norm3."),
@@ -60,7 +70,7 @@ def published(name: str, rules: Iterable[Rule]) -> str:
 
 _USE = "use one made for Wan2.1 text-to-video"
 NAMING = TransformerNaming(
-    family="Wan2.1",
+    family="Wan",
     to_published=partial(published, rules=TRANSFORMER),
     patch_embedding="patch_embedding",
     patch=GEOMETRY.patch,

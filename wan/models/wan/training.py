@@ -64,7 +64,7 @@ def facts(base: Checkpoint, expert: str | None = None) -> TrainingFacts:
 
 
 def component(base: Checkpoint, expert: str | None = None) -> Component:
-    return components.transformer_component(base)
+    return components.transformer_component(base, expert=expert)
 
 
 def ready(states: Mapping[str, Tensor], text_length: int) -> Texts:
