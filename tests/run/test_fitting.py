@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,7 +13,7 @@ from nabla import InputError
 from wan import Checkpoint
 from wan.config.settings import resolve
 from wan.models.wan.family import WAN
-from wan.run.inputs import fit_to_inputs
+from wan.run.inputs import check_inputs, fit_to_inputs
 
 IMAGE, LAST, REFERENCES = {"image": "a.png"}, {"last_image": "b.png"}, {"src_ref_images": ["a.png", "b.png"]}
 
@@ -96,3 +98,37 @@ def test_a_picture_gives_a_video_its_form_once_and_for_all(fit, kind, layer, siz
     assert fit(kind, made.to_dict()) == made
     exact = fit(kind, layer | {"video": {"size": "480*832", "exact_size": True}})
     assert exact.video.size == (480, 832)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """c.mp4, eleven frames of 96x64, and masks: m.png, m.mp4, and long.mp4, of one frame more."""
+    Image.new("RGB", (96, 64), "white").save(tmp_path / "m.png")
+    for name, frames in (("c.mp4", 11), ("m.mp4", 11), ("long.mp4", 12)):
+        iio.imwrite(tmp_path / name, np.zeros((frames, 64, 96, 3), np.uint8), fps=16)
+
+
+@pytest.mark.parametrize("mask", ({}, {"src_mask": "m.png"}, {"src_mask": "m.mp4"}))
+def test_a_source_video_gives_one_its_form_and_its_length(fit, sources, mask, caplog):
+    caplog.set_level(logging.INFO, "wan")
+    given = {"src_video": "c.mp4"} | mask
+    made = fit("vace", given | {"video": {"size": "832*480"}, "sampling": {"context_scale": 0.5}})
+    assert made.video.size == (96, 64) and made.video.exact_size and made.video.frame_num == 9
+    assert "size: 96x64 fits the source video, which is 96x64; 832x480 was asked for" in caplog.text
+    assert "frames: 9 fit the source video, which has 11; 81 were asked for" in caplog.text
+    assert fit("vace", made.to_dict()) == made
+    asked = {"size": "64*64", "frame_num": 5}
+    exact = fit("vace", given | {"video": asked | {"exact_size": True}}).video
+    assert exact.size == (64, 64) and exact.frame_num == 5
+    assert fit("vace", given | {"video": asked}).video.size == (80, 48)
+
+
+def test_a_mask_that_does_not_fit_and_a_source_that_is_no_video_are_lines(fit, sources, tmp_path):
+    with pytest.raises(InputError, match="long.mp4 has 12 frames, and src_video .*c.mp4 11; a mask must have as many"):
+        fit("vace", {"src_video": "c.mp4", "src_mask": "long.mp4"})
+    (tmp_path / "text.mp4").write_text("no video")
+    given = resolve({"checkpoint": "here", "prompt": "A cat", "src_video": "text.mp4"})
+    with pytest.raises(InputError, match="^src_video .*text.mp4 is no video that can be read"):
+        check_inputs(given, [])
+    with pytest.raises(InputError, match="^src_mask .*none.mp4 cannot be read"):
+        check_inputs(resolve({"checkpoint": "here", "prompt": "A cat"}), [{"src_mask": "none.mp4"}])

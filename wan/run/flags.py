@@ -135,7 +135,7 @@ def _add_inputs(parser: Parser) -> None:
     add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
     add("--last_image", metavar="FILE", help="a picture that it ends with, beside --image (FLF2V)")
     add("--src_video", metavar="FILE", help="a video that it keeps what --src_mask says of, or follows (VACE)")
-    add("--src_mask", metavar="FILE", help="a video, white where --src_video is made anew and black where it is kept")
+    add("--src_mask", metavar="FILE", help="a video, or a picture, white where --src_video is made anew")
     add(
         "--src_ref_images",
         type=files,

@@ -12,6 +12,7 @@ from wan.config.config_files import read_made_with
 from wan.config.inputs import Files, each_file, inputs_of
 from wan.config.settings import Settings
 from wan.files.picture import check_picture, read_picture
+from wan.files.source_video import check_pair, mask_of, size_of_video, video_of
 from wan.models.checkpoint import Checkpoint
 from wan.run.records import VIDEOS, record_of, recorded_otherwise
 
@@ -24,34 +25,48 @@ LACKS = {"image": "begin with a picture", "last_image": "end with a picture"}
 def check_inputs(first: Settings, layers: Iterable[Mapping[str, Any]]) -> None:
     """Raise `InputError` for a file of the first video, or of layers of single videos, that cannot be read."""
     for name, path in sorted({file for one in (first.inputs, *map(inputs_of, layers)) for file in each_file(one)}):
-        size_of(name, path)
-
-
-def size_of(name: str, path: str) -> tuple[int, int]:
-    """(width, height) of the file of an input; raises `InputError` if it cannot be read."""
-    return check_picture(path)
+        if name in VIDEOS:
+            size_of_video(path, name)
+        else:
+            check_picture(path)
 
 
 def fit_to_inputs(checkpoint: Checkpoint, settings: Settings) -> Settings:
-    """The same with the very size of video that fits what it is made of, and a log line if that is another.
+    """The same with the very size and length of video that fit what it is made of, and a log line if these are others.
 
     Raises `InputError` for what the checkpoint does not take, for what it takes that is not given, and for files that
     cannot be read.
     """
     check_taken(checkpoint, settings)
-    video, shaping = settings.video, next((name for name in ("image", "src_video") if name in settings.inputs), None)
-    if shaping is None:
-        # Every size of a video of text alone is exact.
-        return replace(settings, video=replace(video, exact_size=False)) if video.exact_size else settings
+    if settings.image is not None:
+        return _fit_size(checkpoint, settings, "picture", check_picture(settings.image))
+    if settings.src_video is not None:
+        source = video_of(settings.src_video)
+        check_pair(source, None if settings.src_mask is None else mask_of(settings.src_mask))
+        return _fit_length(checkpoint, _fit_size(checkpoint, settings, "source video", source.size), source.count)
+    # Every size of a video of text alone is exact.
+    video = settings.video
+    return replace(settings, video=replace(video, exact_size=False)) if video.exact_size else settings
+
+
+def _fit_size(checkpoint: Checkpoint, settings: Settings, what: str, given: tuple[int, int]) -> Settings:
+    video, asked = settings.video, settings.video.size
     if video.exact_size:
         return settings
-    given, asked = size_of(shaping, str(settings.inputs[shaping])), video.size
     size = checkpoint.family.fit_size(checkpoint.layout, given, asked)
     if size != asked:
-        what = "source video" if shaping in VIDEOS else "picture"
         said = ("x".join(map(str, one)) for one in (size, given, asked))
         log.info(f"size: %s fits the {what}, which is %s; %s was asked for", *said)
     return replace(settings, video=replace(video, size=size, exact_size=True))
+
+
+def _fit_length(checkpoint: Checkpoint, settings: Settings, count: int) -> Settings:
+    video = settings.video
+    if count >= video.frame_num:
+        return settings
+    fitting = checkpoint.geometry.most_frames(count)
+    log.info("frames: %d fit the source video, which has %d; %d were asked for", fitting, count, video.frame_num)
+    return replace(settings, video=replace(video, frame_num=fitting))
 
 
 def check_taken(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -79,10 +94,13 @@ def open_inputs(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a video is made of beside its prompt, read as `generate` takes it, and what a sidecar says of the files."""
     inputs = settings.inputs
     record = {name: record_of(name, given) for name, given in inputs.items()}
-    return {name: _opened(given) for name, given in inputs.items()}, record
+    return {name: _opened(name, given) for name, given in inputs.items()}, record
 
 
-def _opened(given: Files) -> Any:
+def _opened(name: str, given: Files) -> Any:
+    if name in VIDEOS:
+        # Of which frames are read where they are wanted.
+        return given
     return read_picture(given) if isinstance(given, str) else [read_picture(path) for path in given]
 
 
