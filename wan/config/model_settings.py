@@ -182,6 +182,10 @@ class ModelSettings:
         """The files that stand in for a transformer's weights, by its expert; None is that of the only transformer."""
         return files_of(self.transformer)
 
+    def lora_of(self, expert: str | None) -> list[LoraFile]:
+        """The LoRA files for the weights of an expert, or of the only transformer."""
+        return [one for one in self.lora if one.expert in (None, expert)]
+
     def check_experts(self, count: int) -> None:
         """Raise `InputError` for files of experts where there is one transformer, and for one where there are two."""
         files = self.transformer_files

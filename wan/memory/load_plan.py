@@ -64,11 +64,12 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class ComponentBytes:
-    """What the components weigh in the run's type."""
+    """What the components weigh in the run's type; transformer: all experts together; image_encoder: in its own."""
 
     transformer: int
     text_encoder: int
     vae: int
+    image_encoder: int = 0
 
 
 def make_load_plan(options: LoadOptions, fp8: bool, sizes: ComponentBytes) -> LoadPlan:
@@ -119,7 +120,7 @@ def _offloads(options: LoadOptions, sizes: ComponentBytes) -> bool:
     # Each process has a part of what is sharded, and only the leader the VAE and a whole text encoder.
     sharing = options.processes_per_video
     need = sizes.transformer // (sharing if options.dit_fsdp else 1)
-    need += sizes.vae if options.is_leader else 0
+    need += sizes.vae + sizes.image_encoder if options.is_leader else 0
     if (options.is_leader or options.t5_fsdp) and not options.t5_cpu:
         need += sizes.text_encoder // (sharing if options.t5_fsdp else 1)
     offload = is_crowded(options.device, need)

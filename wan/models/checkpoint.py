@@ -244,6 +244,9 @@ class Checkpoint:
             self.own_attention()
             raise
         self.check_kind(settings.model.kind)
+        count = 1 if self.boundary is None else 2
+        settings.model.check_experts(count)
+        settings.sampling.check_experts(count)
         return settings
 
     @property

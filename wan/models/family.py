@@ -74,7 +74,7 @@ class HubFiles:
 
     def left_out(self, given: Collection[str | None]) -> tuple[str, ...] | None:
         """What need not be had where files stand in for the transformers of these names; None: of the only one."""
-        patterns = [self.transformer if name is None else self.experts[name] for name in given]
+        patterns = [self.transformer if name is None else self.experts.get(name, ()) for name in given]
         return tuple(pattern for each in patterns for pattern in each) or None
 
 

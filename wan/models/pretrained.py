@@ -61,9 +61,10 @@ def from_pretrained(
     vae, text_encoder, text_encoder_2: directories or hub ids of these, where they are not the checkpoint's own
     fp8: run the transformer's linear layers in float8, see `wan.quantize.float8`; off by default
     vae_dtype: of the VAE's decoder; by default float16 on a GPU beside a half-precision transformer, else float32
-    transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`; of two
-        experts those by their names, high and low
-    lora: files, or `file:scale`, merged into the transformer's weights, see `wan.checkpoints.lora`; none by default
+    transformer: a file of weights in place of the checkpoint's transformer, see `wan.checkpoints.single_file`; or, by
+        "high" and "low", of its experts
+    lora: files, or `file:scale`, merged into the transformer's weights, see `wan.checkpoints.lora`; none by default.
+        `high:file:scale` goes into that expert alone, a plain one into both
     cache: reuse what blocks computed in earlier steps, as `kind:threshold` says, see `wan.config.cache_settings`;
         "none", the default, is off
     processes: share the work as they are laid out
@@ -148,19 +149,22 @@ def from_settings(cls: type[Any], checkpoint: Checkpoint, settings: Settings, op
 
 
 def _put_on(pipe: Any, settings: Settings, compiled: bool) -> None:
-    """What changes how the transformer runs, each over what was put on before.
+    """What changes how transformers run, each over what was put on before.
 
     Compiling comes first, so that what a cache puts around a block's forward stays outside of its graph. Attention
     comes last, since it asks what splits the sequence.
     """
     spec = pipe.transformer_spec
     if compiled:
-        compile_blocks(spec.blocks_of(pipe.transformer))
+        # Of one code, so that the graph of the first transformer's blocks serves all.
+        compile_blocks(block for one in pipe.transformers for block in spec.blocks_of(one))
     if settings.cache is not None:
         # Only where one is asked for: step caches stand on private names of diffusers, which it may take away.
         from wan.caches.apply import apply_cache
 
-        apply_cache(pipe.transformer, settings.cache, spec)
+        for one in pipe.transformers:
+            apply_cache(one, settings.cache, spec)
     if pipe.distributed is not None and pipe.distributed.layout.ulysses > 1:
-        apply_sequence_parallel(pipe.transformer, pipe.distributed.ulysses_mesh, spec)
-    apply_attention([pipe.transformer], settings.attention, spec)
+        for one in pipe.transformers:
+            apply_sequence_parallel(one, pipe.distributed.ulysses_mesh, spec)
+    apply_attention(pipe.transformers, settings.attention, spec)

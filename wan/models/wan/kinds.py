@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wan.config.geometry import Geometry
+from wan.config.model_settings import EXPERTS
 from wan.config.settings import DEFAULT_NEGATIVE_PROMPT
 from wan.models.family import Layout, MediaInputs
 from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
@@ -51,8 +52,6 @@ class Kind:
         return () if self.boundary is None else EXPERTS
 
 
-# In the order in which they run: of the noisy steps, then of the others.
-EXPERTS = ("high", "low")
 _PICTURE = MediaInputs(required=frozenset({"image"}))
 _PIPELINE = "wan.models.wan.{}".format
 _TEXT, _IMAGE = _PIPELINE("pipeline:WanT2V"), _PIPELINE("image_to_video:WanI2V")

@@ -6,9 +6,10 @@ from typing import Any
 
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.locate import CONFIG, INDEX
+from wan.config.model_settings import EXPERTS
 from wan.models.family import HubFiles, Layout, MediaInputs, TransformerFacts
 from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.kinds import EXPERTS, KINDS, kind_of
+from wan.models.wan.kinds import KINDS, kind_of
 
 NAME = "Wan"
 TOKENIZER_FOLDER = "google/umt5-xxl"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nabla import InputError
 from wan.checkpoints.gguf_file import check_packed
 from wan.config.cache_settings import COPIES
 from wan.config.settings import Settings, VideoSettings
@@ -19,6 +20,8 @@ from wan.memory.planning import Weighed
 from wan.memory.weigh import weights_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
+from wan.models.wan.image_encoder import image_encoder_component
+from wan.models.wan.kinds import kind_of
 from wan.models.wan.processor import blocks_of
 from wan.models.wan.vae import decoding_of, encoding_of
 from wan.quantize.float8 import FLOAT8
@@ -32,18 +35,29 @@ VACE_VIDEOS = 4
 def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: bool | None = None) -> Weighed:
     """What the models and videos of a run take, which differ in no setting of models; see `Family.memory`."""
     settings, dtype = several[0], getattr(torch, several[0].dtype or "float32")
-    transformer = components.transformer_component(checkpoint, settings.model.transformer_files.get(None))
-    is_gguf = check_packed(transformer, fp8=settings.fp8)
+    files, kind = settings.model.transformer_files, kind_of(checkpoint.layout)
+    experts = {
+        name: components.transformer_component(checkpoint, files.get(name), name) for name in kind.experts or (None,)
+    }
+    packed = {check_packed(one, fp8=settings.fp8) for one in experts.values()}
+    if len(packed) > 1:
+        raise InputError("a plan of memory is for experts stored alike; give GGUF files of both, or of none")
+    weights = [
+        weights_of(one, blocks_of(one.model), dtype, settings.model.lora_of(name)) for name, one in experts.items()
+    ]
+    transformer, is_gguf = next(iter(experts.values())), packed == {True}
     text, vae = components.text_encoder_component(checkpoint, dtype), components.vae_component(checkpoint)
     vae_dtype = vae_dtype_of(settings.vae_dtype and getattr(torch, settings.vae_dtype), dtype)
     models = transformer.model, text.model, vae.model
     return Weighed(
-        weights_of(transformer, blocks_of(transformer.model), dtype, settings.lora),
+        max(weights, key=lambda one: one.bytes(GGUF.key if is_gguf else None)),
         weights_of(text, text.model.encoder.block, dtype),
         # It is read in float32, its decoder converted after that.
         vae.bytes(torch.float32),
         [workload_of(*models, one, dtype, vae_dtype, compiled) for one in several],
         GGUF.key if is_gguf else FLOAT8.key if settings.fp8 else None,
+        len(experts),
+        image_encoder_component(checkpoint).bytes(torch.float32) if kind.sees_pictures else 0,
     )
 
 
