@@ -21,6 +21,7 @@ from wan.config.settings import VideoSettings
 from wan.memory.planner import FRAGMENTS, MemoryBudget, choose
 from wan.models.attention import apply_attention
 from wan.models.wan.random_checkpoint import random_transformer
+from wan.tools.benchmark import placing
 from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.program import parse_args
 
@@ -155,6 +156,19 @@ def test_experts_take_turns_within_a_budget(tmp_path, monkeypatch):
     assert [what.removeprefix("no limit, ") for what in list(found)[:7]] == stages and len(found) == 14
     assert "2 experts in float32, one at a time on the GPU while it samples" in table[8]
     assert found["no limit, sampling, expert 2"]["step_s"] > 0 and found["no limit, picture"]["frames"] == 5
+
+
+@pytest.mark.parametrize("model", ("i2v-nano", "i2v-A14B-nano", "ti2v-5B-nano-picture"))
+def test_a_whole_video_of_random_weights(model, monkeypatch, capsys):
+    # That compiled blocks compute the same is tested with the pipelines.
+    monkeypatch.setattr(placing, "compile_blocks", lambda blocks: None)
+    flags = ["run", "--model", model, "--no_dense", "--keep", "0.5", "--repeats", "1", "--steps", "4", "--budget"]
+    assert benchmark.main([*flags, "--size", "64*64", "--frame_num", "5", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    (row,) = json.loads(said.splitlines()[-1])["rows"]
+    assert row["what"] == "64x64x5: no limit, 4 steps, keep-0.5"
+    assert 1000 * (row["text_s"] + row["sampling_s"] + row["decode_s"]) == pytest.approx(row["ms"], rel=0.2)
+    assert ("2 experts" in said) is ("A14B" in model) and "(text 0.0, picture 0.0, sampling" in said
 
 
 def test_a_mode_that_does_not_measure_a_model_is_one_line(capsys):

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from wan.checkpoints import random_weights
 from wan.checkpoints.component_files import DIFFUSERS_STEM
@@ -19,7 +19,16 @@ from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.models.wan import names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
 from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
-from wan.models.wan.random_sizes import MODELS, Sizes, meta_text_encoder, meta_transformer, meta_vae, vae_config
+from wan.models.wan.random_sizes import (
+    MODELS,
+    PictureTower,
+    Sizes,
+    meta_picture_tower,
+    meta_text_encoder,
+    meta_transformer,
+    meta_vae,
+    vae_config,
+)
 from wan.models.wan.vae_names import published_name
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,6 +71,13 @@ def random_vae(model: str, device: torch.device, seed: int = 0) -> AutoencoderKL
         return AutoencoderKLWan(**vae_config(MODELS[model])).eval().requires_grad_(False)
 
 
+def random_picture_tower(tower: PictureTower, device: torch.device, seed: int = 0) -> CLIPVisionModel:
+    """CLIP's picture tower with random weights, in float32."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return CLIPVisionModel(meta_picture_tower(tower).config).eval().requires_grad_(False)
+
+
 def text_encoder_shapes(sizes: Sizes) -> Shapes:
     """Published names and shapes of the text encoder's tensors."""
     state = meta_text_encoder(sizes).state_dict()
@@ -102,7 +118,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
         (VAE_FILE, vae_shapes(sizes), torch.float32),
     ):
         save_pickle({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
-    _small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
+    small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
     config = published.transformer_config(meta_transformer(sizes), TEXT_LENGTH)
     if sparse_algorithm is not None:
         config["sparse_algo"] = sparse_algorithm
@@ -120,7 +136,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
     return random_weights.random_tensor(name, shape, dtype, generator, scale)
 
 
-def _small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer with T5's special tokens, trained on captions of simple scenes."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()

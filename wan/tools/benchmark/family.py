@@ -52,7 +52,8 @@ class BenchmarkFamily:
     text_tokens: that it sees at the most
     random_vae: makes one in float32, on its device
     prepare_decoder, decode: as the family's pipeline decodes
-    encode_video: the VAE's encoder of a video (1, 3, frames, height, width), where anything is given
+    prepare_encoder, encode_video: the same of a video (1, 3, frames, height, width), where anything is given
+    make_pipeline: of models where they wait, and what its videos are given, where mode `run` measures it
     decoder_baseline: what the decoder is before that, in the rows' names
     videos: the size and frames that a model is measured at; for others the program has them
     """
@@ -78,7 +79,9 @@ class BenchmarkFamily:
     prepare_decoder: Callable[[Any, torch.dtype], None]
     decode: Callable[[Any, Tensor], Tensor]
     others_of: Callable[[Any], dict[str, int]] = no_others
+    prepare_encoder: Callable[[Any, torch.dtype], None] | None = None
     encode_video: Callable[[Any, Tensor], Tensor] | None = None
+    make_pipeline: Callable[..., Any] | None = None
     float32: tuple[str, ...] = ()
     decoder_baseline: str = "as diffusers has it"
     videos: Mapping[str, tuple[str, int]] = field(default_factory=dict)

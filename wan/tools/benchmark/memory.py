@@ -6,34 +6,26 @@ Torch's memory is limited to each budget, so that a run that exceeded it would f
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nabla import InputError, NablaConfig
-from wan.attention.compile import compile_blocks
-from wan.caches.ran import blocks_left_out
 from wan.config.settings import VideoSettings
-from wan.memory.budget import budget_of, limit
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import GIB
 from wan.memory.peak import peak_gpu_bytes
 from wan.memory.placement import Experts, experts_on_device, on_device
-from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
-from wan.memory.streaming import stream_blocks
+from wan.memory.planner import MemoryPlan
 from wan.models.attention import apply_attention
-from wan.quantize.quantizer import check_quantization, make_quantizer
 from wan.tools.benchmark.models import MODELS
+from wan.tools.benchmark.placing import clean, limited, placed_text_encoder, placed_transformer, plan_within
 from wan.tools.benchmark.timing import Row, label, row_of, sparse_configs, synchronize, timed
 from wan.tools.benchmark.transformer import random_latents
 
-# A budget that no machine has, for devices without a limit.
-NO_LIMIT = 10_000.0
 PROBE = 2**30
 
 
@@ -47,9 +39,9 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
         free: dict[str, float] = {}
         for given in [None, *args.budget]:
             name = f"{label(video)}: {'no limit' if given is None else f'{given:g} GB'}"
-            with _limited(args, device, given) as budget:
+            with limited(args, device, given) as budget:
                 try:
-                    plan = _plan(args, video, budget, device)
+                    plan = plan_within(args, video, budget, device)
                 except InputError as error:
                     print(f"{name}: {error}")
                     continue
@@ -81,43 +73,11 @@ def _stages(plan: MemoryPlan, config: NablaConfig) -> dict[str, Callable[..., It
     return {stage: measure for stage, measure in of_stages.items() if stage in plan.stages}
 
 
-@contextlib.contextmanager
-def _limited(args: argparse.Namespace, device: torch.device, given: float | None) -> Iterator[MemoryBudget]:
-    """A budget in GB, or all there is, enforced."""
-    if device.type != "cuda":
-        yield MemoryBudget(int((given or NO_LIMIT) * GB), *[int(NO_LIMIT * GB)] * 2)
-        return
-    _clean(device)
-    budget = budget_of(device, "auto" if given is None else given)
-    limit(device, budget)
-    try:
-        yield budget
-    finally:
-        # The budget that comes next is taken of all that is free.
-        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
-
-
-def _plan(args: argparse.Namespace, video: VideoSettings, budget: MemoryBudget, device: torch.device) -> MemoryPlan:
-    family, dtype = MODELS[args.model], getattr(torch, args.dtype)
-    sizes = family.models[args.model]
-    plan = choose(
-        *family.weigh_models(sizes, dtype, args.layers),
-        family.workload_for(sizes, video, dtype),
-        budget,
-        "fp8" if args.fp8 else None,
-        can_quantize=dtype == torch.bfloat16,
-        **family.others_of(sizes),
-    )
-    for quantization in (plan.quantization, plan.text_quantization):
-        check_quantization(quantization, device, dtype)
-    return plan
-
-
 def _stage_rows(
     args: argparse.Namespace, device: torch.device, name: str, measure: Callable[[str], Iterator[Row]]
 ) -> Iterator[Row]:
     """What a stage measures, and a line where it does not fit."""
-    _clean(device)
+    clean(device)
     try:
         yield from measure(name)
     # Not OutOfMemoryError alone: pinned host memory that cannot be had is an error of CUDA's.
@@ -131,20 +91,7 @@ def _text_rows(
     args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
 ) -> Iterator[Row]:
     """Two prompts, the weights' way to the GPU included."""
-    family = MODELS[args.model]
-    encoder = family.random_text_encoder(args.model, getattr(torch, args.dtype), device)
-    blocks = family.text_blocks(encoder)
-    # Packed on the GPU and kept on the host, from where blocks are streamed.
-    quantizer = make_quantizer(encoder, blocks, plan.text_quantization, device, torch.device("cpu"))
-    if quantizer is not None:
-        state = {name: quantizer(name, tensor) for name, tensor in encoder.state_dict().items()}
-        encoder.load_state_dict(state, assign=True)
-    if plan.text == "stream" or quantizer is not None:
-        # A quantised encoder that stays whole is a stream that keeps all of its blocks.
-        kept = 0 if plan.text == "stream" else len(blocks)
-        stream_blocks(encoder, blocks, device, kept, plan.pinned)
-    elif not plan.in_turns:
-        encoder.to(device)
+    family, encoder = MODELS[args.model], placed_text_encoder(args, device, plan)
     ids = torch.zeros(2, family.text_tokens, dtype=torch.int64, device=device)
 
     def encode() -> Tensor:
@@ -160,6 +107,7 @@ def _picture_rows(
     """What is given, encoded, the VAE alone: the encoder of pictures takes no time beside it."""
     family = MODELS[args.model]
     vae, (width, height) = family.random_vae(args.model, device), video.size
+    family.prepare_encoder(vae, torch.float32)
     encoding = family.workload_for(family.models[args.model], video, getattr(torch, args.dtype)).encoding
     pixels = torch.zeros(1, 3, encoding.frames, height, width, device=device)
     row = _measured(args, name, lambda: family.encode_video(vae, pixels), device)
@@ -176,7 +124,7 @@ def _forward_rows(
 ) -> Iterator[Row]:
     """Forwards of a batch of one, of which a guided step is two; of experts, those of each and what is between."""
     family, times = MODELS[args.model], []
-    transformers = [_transformer(args, device, plan, seed) for seed in range(plan.experts)]
+    transformers = [placed_transformer(args, device, plan, seed) for seed in range(plan.experts)]
     facts = {"attention": config.algorithm, "packing": plan.quantization or args.dtype, "kept_blocks": plan.kept}
     for transformer in transformers:
         apply_attention(transformer, config)
@@ -220,32 +168,6 @@ def _switch_ms(
     return 1000 * (time.perf_counter() - start)
 
 
-def _transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan, seed: int) -> nn.Module:
-    family = MODELS[args.model]
-    home = torch.device("cpu") if plan.in_turns else device
-
-    def place(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
-        blocks = family.all_blocks(model)
-        quantizer = make_quantizer(model, blocks, plan.quantization, device, home, family.float32)
-
-        def placed_one(name: str, tensor: Tensor) -> Tensor:
-            # What is not packed comes back as it is.
-            packed = tensor if quantizer is None else quantizer(name, tensor)
-            return tensor.to(home) if packed is tensor else packed
-
-        return placed_one
-
-    dtype = getattr(torch, args.dtype)
-    transformer = family.random_transformer(args.model, dtype, device, seed, layers=args.layers, place=place)
-    compiled, blocks = family.spec.blocks_of(transformer), family.all_blocks(transformer)
-    family.as_ours(transformer)
-    compile_blocks(compiled)
-    if plan.in_turns:
-        always = len(blocks) - len(compiled) + 1
-        stream_blocks(transformer, blocks, device, plan.kept, plan.pinned, blocks_left_out, always)
-    return transformer
-
-
 def _decode_rows(
     args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, name: str
 ) -> Iterator[Row]:
@@ -263,7 +185,7 @@ def _measured(args: argparse.Namespace, name: str, function: Callable[[], Tensor
     function()
     synchronize(args)
     first = round(time.perf_counter() - start, 1)
-    # The peak since `_clean` holds the first run too, in which kernels are compiled and tried.
+    # The peak since `clean` holds the first run too, in which kernels are compiled and tried.
     row = timed(name, function, args, warm=False, first_s=first)
     if device.type != "cuda":
         return row
@@ -277,12 +199,3 @@ def _link_row(args: argparse.Namespace, device: torch.device) -> Row:
     there = torch.empty(PROBE, dtype=torch.uint8, device=device)
     row = timed("1 GiB from pinned host memory", lambda: there.copy_(host, non_blocking=True), args)
     return row | {"gb_a_second": round(PROBE / 1e6 / row["ms"], 1)}
-
-
-def _clean(device: torch.device) -> None:
-    torch._dynamo.reset()
-    # A model and its hooks hold each other until they are collected.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)

@@ -26,6 +26,7 @@ from wan.tools.benchmark.cache import cache_mode
 from wan.tools.benchmark.memory import memory_mode
 from wan.tools.benchmark.models import MODELS, family_of
 from wan.tools.benchmark.parallel import ROWS, parallel_mode
+from wan.tools.benchmark.run import run_mode
 from wan.tools.benchmark.timing import Row
 from wan.tools.benchmark.training import training_mode
 from wan.tools.benchmark.transformer import forward_mode, pipeline_mode
@@ -39,6 +40,7 @@ MODES = {
     "parallel": parallel_mode,
     "cache": cache_mode,
     "memory": memory_mode,
+    "run": run_mode,
 }
 # On a CPU, and on a GPU, of models whose family says nothing else.
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)
@@ -86,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--steps",
         type=positive,
-        help=f"pipeline, cache: sampling steps ({STEPS}), of which the first warms up",
+        help=f"pipeline, cache, run: sampling steps ({STEPS}), of which the first warms up, but for run",
     )
     add("--ckpt_dir", help="cache: a checkpoint whose videos to compare, of its own size and steps by default")
     of_caches = "with it: kind:threshold[:ratios] or taylorseer:interval; mag measures its ratios itself"
@@ -95,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--count", type=positive, default=4, help="with it: how many sentences")
     add("--sparse_algo", help="with it: attention, the checkpoint's own by default")
     add("--compile", action=argparse.BooleanOptionalAction, help="with it: compile; None does so on a GPU")
-    add("--budget", type=float, nargs="*", default=[48, 24, 16, 12], help="memory: GB of the GPU to stay under")
+    add("--budget", type=float, nargs="*", default=[48, 24, 16, 12], help="memory, run: GB of the GPU to stay under")
     add("--no_dense", action="store_true", help="leave out the dense baselines")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="parallel: what to compare")
     add("--gradient_checkpointing", action="store_true", help="training: keep inputs of blocks alone")

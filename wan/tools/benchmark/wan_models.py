@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wan.config.settings import VideoSettings
+from wan.config.settings import SamplingSettings, VideoSettings
+from wan.memory.planner import MemoryPlan
+from wan.models.family import Layout
 from wan.models.wan import latents as wan_latents
 from wan.models.wan import processor as wan_processor
 from wan.models.wan import random_checkpoint as wan
 from wan.models.wan import random_sizes
 from wan.models.wan import vae as wan_vae
+from wan.models.wan.family import WAN as FAMILY
 from wan.models.wan.fused_gelu import fuse_gelu, unfuse_gelu
 from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
+from wan.models.wan.kinds import KINDS
 from wan.models.wan.text_image_to_video import token_timesteps
 from wan.sampling.loop import Conditions
 from wan.tools.benchmark.family import TIMESTEP, BenchmarkFamily, Sampled, drawn
@@ -87,9 +92,44 @@ def _bare(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def make_pipeline(
+    model: str,
+    transformers: Sequence[nn.Module],
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    device: torch.device,
+    plan: MemoryPlan,
+    steps: int,
+    video: VideoSettings,
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of a kind with its published settings, and what its videos are made of beside a prompt."""
+    sizes = random_sizes.MODELS[model.removesuffix(WITH_PICTURE)]
+    kind = KINDS[sizes.kind]
+    home = torch.device("cpu") if plan.in_turns else device
+    tower = None if sizes.tower is None else wan.random_picture_tower(sizes.tower, device).to(home)
+    pipe = FAMILY.load_pipeline(Layout(True, {}, kind.name, kind.boundary))(
+        transformer=transformers[0],
+        transformer_2=transformers[1] if len(transformers) > 1 else None,
+        boundary=kind.boundary,
+        vae=vae.to(home),
+        text_encoder=text_encoder,
+        image_encoder=tower,
+        tokenizer=wan.small_tokenizer(sizes.vocabulary),
+        device=device,
+        text_device=torch.device("cpu") if plan.text == "cpu" else device,
+        text_length=TEXT_ROWS,
+        offload=plan.in_turns,
+        sampling=SamplingSettings(**{**kind.defaults.get("sampling", {}), "steps": steps, "seed": 0}),
+        video=video,
+    )
+    wanted = kind.inputs.required | ({"image"} if model.endswith(WITH_PICTURE) else set())
+    grey = np.full((*video.size[::-1], 3), 127, np.uint8)
+    return pipe, dict.fromkeys(sorted(wanted), grey)
+
+
 WAN = BenchmarkFamily(
     models=_models_of("t2v"),
-    modes=frozenset({"mask", "attention", "forward", "pipeline", "training", "parallel", "cache", "memory"}),
+    modes=frozenset({"mask", "attention", "forward", "pipeline", "training", "parallel", "cache", "memory", "run"}),
     geometry=GEOMETRY,
     spec=wan_processor.TRANSFORMER,
     random_transformer=wan.random_transformer,
@@ -109,13 +149,15 @@ WAN = BenchmarkFamily(
     random_vae=wan.random_vae,
     prepare_decoder=wan_vae.speed_up_decoder,
     decode=wan_latents.decode,
+    prepare_encoder=wan_vae.speed_up_encoder,
     encode_video=wan_latents.encode,
+    make_pipeline=make_pipeline,
 )
 # Of the others, what trains, splits and caches them is that of the first.
 WAN_GIVEN = replace(
     WAN,
     models=_models_of("i2v", "flf2v", "t2v-A14B", "i2v-A14B"),
-    modes=frozenset({"mask", "attention", "forward", "pipeline", "memory"}),
+    modes=frozenset({"mask", "attention", "forward", "pipeline", "memory", "run"}),
     videos={name: ("64*48", 5) for name in random_sizes.MODELS if name.endswith("-nano")},
 )
 WAN_VACE = replace(
