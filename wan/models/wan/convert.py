@@ -163,7 +163,7 @@ def _write_diffusers(
     write_component(models.transformer, folder / "transformer", DIFFUSERS_STEM, also, dtype)
     write_component(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
     write_component(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
-    write_index(folder, checkpoint.settings_layers[0])
+    write_index(folder, checkpoint.settings_layers[0], checkpoint.layout)
 
 
 def _check_published(checkpoint: Checkpoint, models: ConvertedModels[Component]) -> ConvertedModels[nn.Module]:

@@ -10,13 +10,15 @@ import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CLIPImageProcessor, PreTrainedModel
 
 from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import read_json_object
 from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_shards
 from wan.config.settings import SamplingSettings
+from wan.models.family import Layout
+from wan.models.wan.kinds import kind_of
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -56,13 +58,26 @@ def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> It
     return ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors)
 
 
-def write_index(folder: Path, defaults: Mapping[str, Any]) -> None:
-    """What `WanPipeline.from_pretrained` needs beside the components: the index that names them, and a scheduler.
+def write_index(folder: Path, defaults: Mapping[str, Any], layout: Layout) -> None:
+    """What diffusers' pipeline of a checkpoint's kind needs beside the components: the index that names them, and a
+    scheduler; and what prepares pictures for an image encoder, if there is one.
 
-    defaults: the checkpoint's, of which the scheduler has the shift
+    defaults: the checkpoint's, of which the scheduler has the shift; layout: that tells its kind
     """
+    kind = kind_of(layout)
     make_scheduler(defaults).save_pretrained(folder / "scheduler")
-    save_json({"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__} | COMPONENTS, folder / INDEX)
+    index: dict[str, Any] = {"_class_name": kind.diffusers_pipeline, "_diffusers_version": diffusers.__version__}
+    index |= COMPONENTS
+    if layout.boundary is not None:
+        index |= {"transformer_2": COMPONENTS["transformer"], "boundary_ratio": layout.boundary}
+    if "image" in kind.inputs.optional:
+        # Of each token its timestep, those of a first frame that is given among them.
+        index["expand_timesteps"] = True
+    if kind.sees_pictures:
+        CLIPImageProcessor().save_pretrained(folder / "image_processor")
+        index |= {"image_encoder": ["transformers", "CLIPVisionModel"]}
+        index |= {"image_processor": ["transformers", CLIPImageProcessor.__name__]}
+    save_json(index, folder / INDEX)
 
 
 def make_scheduler(defaults: Mapping[str, Any]) -> UniPCMultistepScheduler:

@@ -155,7 +155,7 @@ TRAINING = TrainingSpec(
     prepare=embed_time_in_float32,
     own_config=own_config,
     write_part=write_part,
-    write_index=lambda folder, base, defaults: write_index(folder, defaults),
+    write_index=lambda folder, base, defaults: write_index(folder, defaults, base.layout),
     write_lora=write_lora,
     new=new_transformer,
 )
