@@ -178,5 +178,5 @@ def test_components_from_elsewhere_are_paths_and_for_families_that_take_them(ran
     assert preparing.components == {"vae": "a/vae"} and "vae" not in preparing.what_decides()
     with pytest.raises(InputError, match="vae 5 is not a text"):
         TrainingSettings.from_dict(minimal(vae=5))
-    with pytest.raises(InputError, match="from elsewhere is not taken for Wan2.1"):
+    with pytest.raises(InputError, match="from elsewhere is not taken for Wan;"):
         open_components(random_nano, components=settings.components)

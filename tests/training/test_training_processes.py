@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from family_runs import family_settings, prepare_clips, with_tokenizer
 from places import PROGRAMS, ROOT
 from safetensors.torch import load_file
 from shapes_runs import vae_settings_dict
@@ -44,20 +45,37 @@ def alone_with_muon(alone, tmp_path_factory) -> tuple[dict, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def together(alone, tmp_path_factory) -> Path:
+def alone_of_two(tmp_path_factory) -> tuple[dict, list[dict]]:
+    """A LoRA of one of two experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    base = with_tokenizer("wan22_t2v", folder / "base")
+    changes = {"expert": "high", "lora": {"rank": 2}, "steps": 6, "batch_size": 4, "micro_batch": 1, "ema": 0.9}
+    content = family_settings(base, prepare_clips(base, folder / "clips"), folder / "run", **changes)
+    return content, train(content)
+
+
+@pytest.fixture(scope="module")
+def together(alone, alone_of_two, tmp_path_factory) -> Path:
     """The same by two processes, which repeat the weights (DDP) or shard them (FSDP), each run in two pieces."""
     folder = tmp_path_factory.mktemp("together")
     configs = []
-    for name, changes in (("ddp", {}), ("fsdp", {"shard": True}), ("muon", {"matrix_lr": 0.01})):
+    for name, base, changes in (
+        ("ddp", alone[0], {}),
+        ("fsdp", alone[0], {"shard": True}),
+        ("muon", alone[0], {"matrix_lr": 0.01}),
+        ("expert", alone_of_two[0], {}),
+    ):
         for steps in (4, 6):
-            content = alone[0] | {"out": str(folder / name), "steps": steps} | changes
+            content = base | {"out": str(folder / name), "steps": steps} | changes
             configs.append(write_config(content, folder / f"{name}-{steps}.yaml"))
     code, _, said = finish(fork(2, PROGRAM, *configs, cwd=folder))
     assert code == 0, said
     return folder
 
 
-@pytest.mark.parametrize("name, single", (("ddp", "alone"), ("fsdp", "alone"), ("muon", "alone_with_muon")))
+@pytest.mark.parametrize(
+    "name, single", (("ddp", "alone"), ("fsdp", "alone"), ("muon", "alone_with_muon"), ("expert", "alone_of_two"))
+)
 def test_two_processes_train_as_one(together, name, single, request):
     content, rows = request.getfixturevalue(single)
     ours = {row["step"]: row for row in exact_rows(together / name)}

@@ -43,6 +43,7 @@ class TrainingFacts(NamedTuple):
     parts: those of the other components, which stand beside it
     prepared_for: what clips are prepared for where they are not as those of the family's other checkpoints
     beside: names of tensors that are stored of a clip beside its latents and its caption
+    least_frames: of a clip
     may_give_first: whether the transformer takes a first latent frame without noise
     """
 
@@ -51,6 +52,7 @@ class TrainingFacts(NamedTuple):
     transformer: str = "transformer"
     prepared_for: str = ""
     beside: tuple[str, ...] = ()
+    least_frames: int = 1
     may_give_first: bool = False
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from nabla import InputError, NablaConfig
 from nabla.config import is_number
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
+from wan.config.model_settings import EXPERTS
 from wan.config.prompts import check_prompt
 from wan.config.settings import (
     SamplingSettings,
@@ -35,8 +36,6 @@ from wan.training.schema import (
 MODES = ("pretrain", "finetune", "distill")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("bfloat16", "float32")
-# Of a checkpoint of two transformers, by the noise of the steps in which they run.
-EXPERTS = ("high", "low")
 # The published settings of NABLA's distillation (arXiv 2507.13546).
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "pretrain": {},

@@ -23,13 +23,14 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.attention.compile import compile_blocks
 from wan.checkpoints.file_errors import read_json_object
+from wan.config.model_settings import EXPERTS
 from wan.models.attention import apply_attention, spec_of
 from wan.models.checkpoint import Checkpoint
 from wan.models.family import Family
 from wan.models.registry import FAMILIES, FIRST_FAMILY
 from wan.models.training import TEXT_LENGTH, TrainingFacts, TrainingSpec
 from wan.parallel.fsdp import apply_fsdp, is_sharded
-from wan.training.config import EXPERTS, LoraSettings, OptimizerSettings, TrainingSettings
+from wan.training.config import LoraSettings, OptimizerSettings, TrainingSettings
 from wan.training.muon import Muon
 from wan.training.objective_settings import ALL_TIMESTEPS
 from wan.training.schema import merge_settings

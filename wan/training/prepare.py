@@ -87,7 +87,7 @@ def prepare(
     least = 0 if is_counted else size
     missing = (shard for shard in own if not _is_whole(out / SHARD_NAME.format(shard), least))
     indices = (index for shard in missing for index in range(shard * size, (shard + 1) * size))
-    checked = CheckedDataset(source, encoder.geometry)
+    checked = CheckedDataset(source, encoder.geometry, encoder.facts.least_frames)
     with contextlib.closing(load_items(checked, indices, settings.workers)) as read_samples:
         # What has no length ends with the first None; workers may have read a few more beyond.
         samples = itertools.takewhile(lambda sample: sample is not None, read_samples)

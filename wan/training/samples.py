@@ -54,11 +54,11 @@ class Sample(NamedTuple):
 class CheckedDataset(Dataset):
     """A dataset whose bad samples are values that say why, rather than errors; None past its end.
 
-    geometry: of the models that are to see the samples
+    geometry: of the models that are to see the samples, and how many frames each must have
     """
 
-    def __init__(self, source: Any, geometry: Geometry = DEFAULT_GEOMETRY):
-        self.source, self.geometry = source, geometry
+    def __init__(self, source: Any, geometry: Geometry = DEFAULT_GEOMETRY, least_frames: int = 1):
+        self.source, self.geometry, self.least_frames = source, geometry, least_frames
 
     def __getitem__(self, index: int) -> Sample | None:
         # The last shard asks for as many as fit in it.
@@ -70,6 +70,8 @@ class CheckedDataset(Dataset):
                 raise BadSample(f"a {type(item).__name__} is not a pair of a video and its caption")
             video, caption = np.asarray(item[0]), item[1]
             check_sample(video, caption, self.geometry)
+            if len(video) < self.least_frames:
+                raise BadSample(f"its frames are {len(video)}, and have to be {self.least_frames} or more")
         except (OSError, ValueError) as error:
             # Of an error that is not ours the type says the most.
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "

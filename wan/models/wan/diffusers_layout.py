@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
-from transformers import CLIPImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import read_json_object
@@ -18,6 +18,7 @@ from wan.checkpoints.locate import INDEX
 from wan.checkpoints.saving import save_json, save_shards
 from wan.config.settings import SamplingSettings
 from wan.models.family import Layout
+from wan.models.wan.image_encoder import DEVIATION, MEAN
 from wan.models.wan.kinds import kind_of
 from wan.sampling.solvers import TRAIN_TIMESTEPS
 
@@ -30,6 +31,16 @@ COMPONENTS = {
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+# For diffusers' pipelines alone: what is made of pictures here is in `image_encoder.py`.
+IMAGE_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": list(MEAN),
+    "image_std": list(DEVIATION),
+} | dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
 
 
 def write_component(
@@ -74,9 +85,10 @@ def write_index(folder: Path, defaults: Mapping[str, Any], layout: Layout) -> No
         # Of each token its timestep, those of a first frame that is given among them.
         index["expand_timesteps"] = True
     if kind.sees_pictures:
-        CLIPImageProcessor().save_pretrained(folder / "image_processor")
+        (folder / "image_processor").mkdir()
+        save_json(IMAGE_PROCESSOR, folder / "image_processor" / "preprocessor_config.json")
         index |= {"image_encoder": ["transformers", "CLIPVisionModel"]}
-        index |= {"image_processor": ["transformers", CLIPImageProcessor.__name__]}
+        index |= {"image_processor": ["transformers", IMAGE_PROCESSOR["image_processor_type"]]}
     save_json(index, folder / INDEX)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wan.models.wan.image_encoder import image_encoder_component
 from wan.models.wan.image_to_video import TEXT_ROWS
 from wan.models.wan.kinds import EXPERTS, kind_of
 from wan.models.wan.latents import decode, draw_noise
-from wan.models.wan.layout import IMAGE_ENCODER
+from wan.models.wan.layout import IMAGE_ENCODER, OWN_KEYS
 from wan.models.wan.new_transformer import new_transformer
 from wan.models.wan.picture import given_mask
 from wan.models.wan.processor import grid_of
@@ -59,12 +59,14 @@ def facts(base: Checkpoint, expert: str | None = None) -> TrainingFacts:
         # Both kinds from text alone have one VAE.
         prepared_for="" if kind.name in ("t2v", "t2v-A14B") else kind.name,
         beside=(("given",) if kind.inputs.required else ()) + (("pictures",) if sees_states else ()),
+        # Of a single frame the last one would be the first.
+        least_frames=1 + kind.geometry.vae_stride[0] if "last_image" in kind.inputs.required else 1,
         may_give_first="image" in kind.inputs.optional,
     )
 
 
 def component(base: Checkpoint, expert: str | None = None) -> Component:
-    return components.transformer_component(base, expert=expert)
+    return components.transformer_component(base, None, expert)
 
 
 def ready(states: Mapping[str, Tensor], text_length: int) -> Texts:
@@ -114,13 +116,22 @@ def embed_time_in_float32(transformer: WanTransformer3DModel) -> None:
 
 
 def own_config(config: Mapping[str, Any], base: Checkpoint, algorithm: str | None) -> dict[str, Any]:
-    """diffusers' configuration, and the rows of text and the algorithm that `wan.models.wan.layout` reads."""
+    """diffusers' configuration, and the rows of text and the algorithm that `wan.models.wan.layout` reads.
+
+    Of two experts the one that is trained says the same of both as the other, whatever it was trained with.
+    """
     # Such keys are diffusers' own notes on how the model was loaded.
     own = {key: value for key, value in config.items() if not key.startswith("_")}
     own = {"_class_name": WanTransformer3DModel.__name__} | own
-    if TEXT_LENGTH in base.config:
-        own[TEXT_LENGTH] = base.config[TEXT_LENGTH]
+    own |= said_by(base, (TEXT_LENGTH,))
+    if base.boundary is not None:
+        return own | said_by(base)
     return own if algorithm is None else own | {"sparse_algo": algorithm}
+
+
+def said_by(base: Checkpoint, keys: Sequence[str] = OWN_KEYS) -> dict[str, Any]:
+    """What a checkpoint's configuration says beyond what diffusers' class takes."""
+    return {key: base.config[key] for key in keys if key in base.config}
 
 
 def write_part(base: Checkpoint, name: str, folder: Path) -> None:
@@ -132,7 +143,7 @@ def write_part(base: Checkpoint, name: str, folder: Path) -> None:
         write_component(image_encoder_component(base), folder, TRANSFORMERS_STEM)
     elif name in TRANSFORMERS.values():
         expert = next(expert for expert, own in TRANSFORMERS.items() if own == name)
-        write_component(component(base, expert), folder, DIFFUSERS_STEM)
+        write_component(component(base, expert), folder, DIFFUSERS_STEM, said_by(base))
     else:
         shutil.copytree(base.tokenizer_folder, folder)
 
