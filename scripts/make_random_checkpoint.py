@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wan.observe.console import exit_with, run_program, say
 
-WAN = ("nano", "t2v-1.3B", "t2v-14B")
+NANO = ("nano", "i2v-nano", "flf2v-nano", "vace-nano", "t2v-A14B-nano", "i2v-A14B-nano", "ti2v-5B-nano")
+REAL = ("t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B")
+WAN = NANO + REAL
 KANDINSKY = ("kandinsky5-nano", "kandinsky5-lite", "kandinsky5-pro")
 
 

@@ -12,11 +12,13 @@ import wan_family_sets as sets
 from safetensors.torch import load_file, save_file
 
 from wan import Checkpoint, CheckpointError
-from wan.models.wan import published
+from wan.models.wan import published, random_checkpoint
 from wan.models.wan.components import load_transformer, transformer_component
+from wan.models.wan.image_encoder import image_encoder_component
 from wan.models.wan.kinds import KINDS
 from wan.models.wan.random_sizes import MODELS, meta_transformer
 from wan.models.wan.recognise import kind_of_signs, signs_of
+from wan.models.wan.vae_component import vae_component
 
 # Names of published tables of transformers, by those of models here.
 TABLES = {
@@ -126,3 +128,23 @@ def test_a_file_of_another_kind_is_told_with_both(tmp_path):
     save_file(other, tmp_path / "vace.safetensors")
     with pytest.raises(CheckpointError, match="is a transformer of vace, Wan2.1 VACE, and checkpoint .* is i2v-A14B"):
         transformer_component(Checkpoint.open(sets.checkpoint("wan22_i2v")), tmp_path / "vace.safetensors", "high")
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name.endswith("-nano")])
+def test_random_checkpoints_are_of_their_kind_and_whole(model, tmp_path):
+    random_checkpoint.write(model, tmp_path / model, torch.bfloat16, "nabla-0.7")
+    checkpoint, kind = Checkpoint.open(tmp_path / model), KINDS[MODELS[model].kind]
+    assert checkpoint.kind == kind.name and checkpoint.own_algorithm == {"attention": {"algorithm": "nabla-0.7"}}
+    for expert in kind.experts or (None,):
+        transformer = load_transformer(transformer_component(checkpoint, expert=expert), torch.float32, "cpu")
+        assert all(bool(parameter.isfinite().all()) for parameter in transformer.parameters())
+    vae_component(checkpoint)
+    if kind.sees_pictures:
+        tower = image_encoder_component(checkpoint).model
+        assert tower.config.hidden_size == transformer.config.image_dim
+    checkpoint.require_tokenizer()
+    # The same of the same seed.
+    random_checkpoint.write(model, tmp_path / "again", torch.bfloat16, "nabla-0.7")
+    for files in checkpoint.component_files:
+        first, second = (dict(files.find(folder, True)) for folder in (tmp_path / model, tmp_path / "again"))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -51,6 +51,11 @@ class Kind:
         """Names of its transformers in the order in which they run, where there are two."""
         return () if self.boundary is None else EXPERTS
 
+    @property
+    def model_type(self) -> str:
+        """What the published program calls it, in configurations of transformers."""
+        return self.name.partition("-")[0]
+
 
 _PICTURE = MediaInputs(required=frozenset({"image"}))
 _PIPELINE = "wan.models.wan.{}".format

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.locate import CONFIG, INDEX
+from wan.checkpoints.saving import save_json
 from wan.config.model_settings import EXPERTS
 from wan.models.family import HubFiles, Layout, MediaInputs, TransformerFacts
 from wan.models.wan.geometry import GEOMETRY
@@ -16,6 +18,7 @@ TOKENIZER_FOLDER = "google/umt5-xxl"
 VAE_FILE, VAE_FILE_5B = "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TASK_FILE = "configuration.json"
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 TRANSFORMER = ComponentFiles("transformer", DIFFUSERS_STEM, DIFFUSERS_STEM)
 # Of the two experts, in the order in which they run.
@@ -35,7 +38,7 @@ HUB_FILES = HubFiles(
     others=(
         CONFIG,
         INDEX,
-        "configuration.json",
+        TASK_FILE,
         f"{DIFFUSERS_STEM}*.json",
         *(f"{folder}/*.json" for folder in (*_FOLDERS, *EXPERT_FOLDERS)),
         "*.safetensors",
@@ -97,3 +100,9 @@ def defaults_of(layout: Layout, size: tuple[int, int] | None = None) -> dict[str
     if size in kind.shifts:
         own["sampling"]["shift"] = kind.shifts[size]
     return own
+
+
+def write_task(kind: str, folder: Path) -> None:
+    """What the published layout of two transformers has at its root in place of a configuration."""
+    task = "image-to-video" if KINDS[kind].inputs.taken else "text-to-video"
+    save_json({"framework": "Pytorch", "task": task}, folder / TASK_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from wan.checkpoints import random_weights
-from wan.checkpoints.component_files import DIFFUSERS_STEM
+from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.random_weights import captions, make_empty
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
-from wan.models.wan import names, published
+from wan.models.family import Layout
+from wan.models.wan import image_encoder, names, published
 from wan.models.wan.components import PAD_TOKEN, TIED, finish_transformer
-from wan.models.wan.layout import TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER, VAE_FILE
+from wan.models.wan.kinds import KINDS
+from wan.models.wan.layout import TEXT_LENGTH, TOKENIZER_FOLDER, components_of, write_task
 from wan.models.wan.random_sizes import (
     MODELS,
     PictureTower,
@@ -31,6 +34,8 @@ from wan.models.wan.random_sizes import (
 )
 from wan.models.wan.vae_names import published_name
 
+# Of what takes in states of pictures, whose layers have numbers alone.
+PICTURE_NORM = re.compile(r"img_emb\.proj\.[04]\.weight")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -104,25 +109,45 @@ def vae_shapes(sizes: Sizes) -> Shapes:
     return {rename(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def image_encoder_shapes(tower: PictureTower) -> Shapes:
+    """Published names and shapes of CLIP's picture tower."""
+    model = meta_picture_tower(tower)
+    stacks = image_encoder.stacks_of(model.config)
+    parts = {part for stack in stacks.values() for part in stack.parts}
+    named = {image_encoder.published_name(name): tuple(one.shape) for name, one in model.state_dict().items()}
+    own = {name: shape for name, shape in named.items() if name not in parts}
+    return own | {name: stack.whole for name, stack in stacks.items()}
+
+
 def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | None = None, seed: int = 0) -> None:
     """Write a checkpoint of the size of `model`, a key of `MODELS`; `dtype` is the transformer's."""
     sizes = MODELS[model]
+    layout = Layout(True, {}, sizes.kind, KINDS[sizes.kind].boundary)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = functools.partial(random_tensor, generator=torch.Generator(device).manual_seed(seed))
     make_empty(folder)
-    # Drawn as they are written, so that no more than a file of them is in memory.
-    drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
-    save_shards(drawn, folder, DIFFUSERS_STEM)
-    for file, shapes, kept in (
-        (TEXT_ENCODER_FILE, text_encoder_shapes(sizes), torch.bfloat16),
-        (VAE_FILE, vae_shapes(sizes), torch.float32),
-    ):
-        save_pickle({name: draw(name, shape, dtype=kept).cpu() for name, shape in shapes.items()}, folder / file)
-    small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
-    config = published.transformer_config(meta_transformer(sizes), TEXT_LENGTH)
+    config = published.transformer_config(meta_transformer(sizes), TEXT_LENGTH, KINDS[sizes.kind].model_type)
     if sparse_algorithm is not None:
         config["sparse_algo"] = sparse_algorithm
-    save_json(config, folder / "config.json")
+    # In one order, so that a seed gives one checkpoint: transformers, text encoder, VAE, what sees pictures.
+    pickles = {
+        "text_encoder": (text_encoder_shapes(sizes), torch.bfloat16),
+        "vae": (vae_shapes(sizes), torch.float32),
+    }
+    if sizes.tower is not None:
+        pickles["image_encoder"] = image_encoder_shapes(sizes.tower), torch.float16
+    files = {one.name: folder / one.published for one in components_of(layout)}
+    for file in (files[name] for name in files if name not in pickles):
+        file.parent.mkdir(exist_ok=True)
+        # Drawn as they are written, so that no more than a file of them is in memory.
+        drawn = ((name, draw(name, shape, dtype=dtype).cpu()) for name, shape in transformer_shapes(sizes).items())
+        save_shards(drawn, file.parent, file.name)
+        save_json(config, file.parent / CONFIG)
+    for name, (shapes, kept) in pickles.items():
+        save_pickle({key: draw(key, shape, dtype=kept).cpu() for key, shape in shapes.items()}, files[name])
+    if KINDS[sizes.kind].experts:
+        write_task(sizes.kind, folder)
+    small_tokenizer(sizes.vocabulary).save_pretrained(folder / TOKENIZER_FOLDER)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -133,6 +158,8 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
         scale = shape[-1] ** -0.5
     elif name == "token_embedding.weight":
         scale = 1.0
+    elif PICTURE_NORM.fullmatch(name):
+        return torch.ones(shape, dtype=dtype, device=generator.device)
     return random_weights.random_tensor(name, shape, dtype, generator, scale)
 
 
