@@ -114,14 +114,18 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
     layer = values | {section: values[section] | change for section, change in changed.items()}
     # A cache of the settings may have ratios and limits for which there is no control.
     cache = (values["cache"] if base.cache else USUAL_CACHE) if form.cache else "none"
-    return layer | {"prompt": form.prompt, "lora": _loras(form, lora_files), "fp8": form.fp8, "cache": cache}
+    return layer | {"prompt": form.prompt, "lora": _loras(form, base, lora_files), "fp8": form.fp8, "cache": cache}
 
 
-def _loras(form: Form, files: Mapping[str, str]) -> list[Layer]:
+def _loras(form: Form, base: Settings, files: Mapping[str, str]) -> list[Layer]:
+    # For which there is no control.
+    experts = {Path(one.file).name: one.expert for one in base.lora}
     if unknown := [name for name in form.lora if name not in files]:
         raise InputError(f"lora {unknown[0]} is not here; add the file")
     scales = parse_scales(form.scales, len(form.lora))
-    return [{"file": files[name], "scale": scale} for name, scale in zip(form.lora, scales)]
+    return [
+        {"file": files[name], "scale": scale, "expert": experts.get(name)} for name, scale in zip(form.lora, scales)
+    ]
 
 
 def parse_scales(text: str, count: int) -> list[float]:

@@ -206,7 +206,7 @@ def from_sidecar(
     for one in made.lora:
         name = Path(one.file).name
         if name in lora_files:
-            lora.append({"file": lora_files[name], "scale": one.scale})
+            lora.append({"file": lora_files[name], "scale": one.scale, "expert": one.expert})
         else:
             notes.append(f"LoRA {name} is not here; add the file")
     values = made.to_dict()

@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, each: Callable[..., Iterable]) -> list[dic
         folder = folder or args.ckpt_dir
         if opened != folder:
             pipe, opened = open_pipeline(args, folder), folder
-        apply_attention(pipe.transformer, config)
+        apply_attention(pipe.transformers, config)
         videos: list[Tensor] = []
         # Measured while others are made.
         results = list(each(score, collect_into(videos, make_videos(pipe, prompts, args.seed, args.batch)), wanted))
