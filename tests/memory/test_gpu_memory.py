@@ -17,7 +17,7 @@ from wan.attention.compile import compile_blocks
 from wan.config.settings import VideoSettings
 from wan.memory.budget import CONTEXT, budget_of, limit
 from wan.memory.estimates import decode_bytes, forward_bytes
-from wan.memory.placement import free_bytes, on_device
+from wan.memory.placement import experts_on_device, free_bytes, on_device
 from wan.memory.planner import GB, MemoryBudget, MemoryPlan
 from wan.memory.streaming import stream_blocks
 from wan.memory.weigh import weigh
@@ -28,7 +28,7 @@ from wan.models.wan.random_checkpoint import MODELS, random_transformer, random_
 from wan.models.wan.random_sizes import workload_for
 from wan.models.wan.vae import speed_up_decoder
 from wan.quantize.quantizer import make_quantizer
-from wan.tools.benchmark.models import wan_inputs
+from wan.tools.benchmark.wan_models import wan_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -69,6 +69,40 @@ def test_streamed_blocks_give_the_same_to_the_bit_and_two_are_there(kept, compil
                     assert torch.equal(transformer(*inputs, return_dict=False)[0], plain)
         assert torch.cuda.memory_allocated() - left < 2**22
         assert transformer.blocks[1].ffn.net[2].weight.is_pinned()
+
+
+@pytest.mark.parametrize("kept", (0, 3, LAYERS))
+def test_experts_take_turns_to_the_bit_in_the_memory_of_one(kept):
+    pair = [random_transformer("t2v-1.3B", torch.bfloat16, GPU, seed, layers=LAYERS) for seed in (0, 1)]
+    inputs = wan_inputs(pair[0], VideoSettings((256, 208), 9), 1)
+
+    def walk(offload: bool) -> list[torch.Tensor]:
+        results = []
+        with experts_on_device(pair, GPU, offload) as experts:
+            for step, number in enumerate((0, 0, 1, 1)):
+                model = experts.turn_to(number)
+                if step == 1:
+                    experts.prepare(1, forwards=2)
+                results += [model(*inputs, return_dict=False)[0] for _ in range(2)]
+        return results
+
+    with torch.no_grad():
+        plain = walk(offload=False)
+        for model in pair:
+            fuse_gelu(model)
+        fused = walk(offload=False)
+        weights = weigh(pair[0], pair[0].blocks, torch.bfloat16, pair[0]._keep_in_fp32_modules)
+        for model in pair:
+            stream_blocks(model, model.blocks, GPU, kept)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        left = torch.cuda.memory_allocated()
+        for _ in range(2):
+            assert all(map(torch.equal, walk(offload=True), fused))
+        assert torch.cuda.memory_allocated() - left < 2**22
+        # Of one expert, what is being read of the rest of the next, and what forwards of 1,040 tokens take.
+        assert torch.cuda.max_memory_allocated() - left < weights.streamed(None, kept) + weights.rest + 2**28
+    assert all((a - b).norm() < 0.05 * a.norm() for a, b in zip(plain, fused))
 
 
 @pytest.mark.parametrize("packing", (None, "int8", "int4", "fp8"))
