@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
+import wan_family_sets
 import weight_files
 
 import generate
@@ -15,6 +17,7 @@ import wan
 from wan.memory import planning
 from wan.memory.estimates import GIB
 from wan.memory.planner import MemoryBudget, MemoryPlan
+from wan.models.checkpoint import Checkpoint
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run import run
 
@@ -68,3 +71,50 @@ def test_a_run_is_planned_from_its_checkpoint_and_refused_with_what_would_do(
     made_with = json.loads((tmp_path / "out.json").read_text())["made_with"]
     assert made_with["memory"] == 24 and made_with["plan"]["packing"] is None and made_with["plan"]["stages"]
     assert generate.main(flags) == 0 and (imageio.imread("out.mp4") == planned).all()
+
+
+GREY = np.full((64, 64, 3), 127, np.uint8)
+# What each is given for five frames of 64x64.
+GIVEN = {
+    "i2v": {"image": GREY},
+    "flf2v": {"image": GREY, "last_image": GREY},
+    "vace": {"src_ref_images": [GREY]},
+    "wan22_t2v": {},
+    "wan22_i2v": {"image": GREY},
+    "ti2v_5b": {"image": GREY},
+}
+
+
+@pytest.mark.parametrize("kept", (0, 2, 3))
+@pytest.mark.parametrize("task", wan_family_sets.TASKS)
+def test_planned_models_of_each_kind_give_what_plain_ones_give(task, kept):
+    """Streamed or kept, experts one after the other, in three steps that both of them have a part of."""
+    given, text = GIVEN[task], wan_family_sets.expected(task)
+    size, frames, has_two = (64, 64), 5, task in wan_family_sets.TWO_EXPERTS
+
+    def latents(plan: MemoryPlan | None) -> torch.Tensor:
+        pipe = wan.from_pretrained(wan_family_sets.checkpoint(task), "dense", plan=plan)
+        conditions = pipe.condition(**given, size=size, frame_num=frames) if given else None
+        count, *grid = pipe.video.geometry.latents_size(size, frames)
+        shape = pipe.transformer.config.out_channels, count + (task == "vace"), *grid
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        states = text["dit.context"][None], text["dit.negative"][None]
+        assert len(pipe.transformers) == 1 + has_two and pipe.offload is (plan is not None)
+        return pipe.sample(*states, noise=noise, steps=3, conditions=conditions)
+
+    planned = replace(PLAN, kept=kept, blocks=3, text="gpu", experts=1 + has_two)
+    assert torch.equal(latents(planned), latents(None))
+
+
+@pytest.mark.parametrize("task", wan_family_sets.TASKS)
+def test_what_is_weighed_of_a_checkpoint_is_what_it_has(task):
+    checkpoint = Checkpoint.open(wan_family_sets.checkpoint(task))
+    settings = checkpoint.resolve({"prompt": "a cat"} | {name: "a.png" for name in GIVEN[task] if name == "image"})
+    weighed = checkpoint.family.load_memory()(checkpoint, [settings])
+    pipe = wan.from_pretrained(checkpoint)
+    own = sum(tensor.numel() * 4 for tensor in pipe.transformer.parameters())
+    assert weighed.transformer.bytes(None) == own and weighed.experts == len(pipe.transformers)
+    assert (weighed.picture > 0) is (pipe.image_encoder is not None)
+    (workload,) = weighed.workloads
+    frames = None if workload.encoding is None else workload.encoding.frames
+    assert frames == {"wan22_t2v": None, "ti2v_5b": 1}.get(task, settings.video.frame_num)

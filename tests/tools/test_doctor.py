@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,13 +11,14 @@ import tomllib
 
 import pytest
 import torch
+import wan_family_sets
 from places import ROOT
 
 from nabla import backends
 from wan.memory.estimates import GIB
 from wan.memory.planner import MemoryBudget
 from wan.tools.doctor import __main__ as doctor
-from wan.tools.doctor import advice, checkpoints, examine, machine, packages
+from wan.tools.doctor import advice, checkpoints, examine, machine, packages, text
 from wan.tools.doctor.checkpoints import LocalCheckpoint
 from wan.tools.doctor.fits import memory_fits
 from wan.tools.doctor.kernels import KernelStatus, check_kernels
@@ -273,6 +275,21 @@ def test_checkpoints_are_found_and_their_faults_named(random_nano, damaged, monk
     assert {"ai-forever/Wan2.1-T2V-14B-NABLA-0.7", "Wan-AI/Wan2.1-T2V-1.3B"} < {
         one.name for one in checkpoints.find_checkpoints() if one.folder == str(random_nano) and not one.problem
     }
+
+
+@pytest.mark.parametrize("task", wan_family_sets.TASKS)
+def test_a_checkpoint_of_each_kind_is_told_with_its_models(task, capsys):
+    folder = str(wan_family_sets.checkpoint(task))
+    found = checkpoints.find_checkpoints(folder)[0]
+    assert (found.name, found.kind) == (folder, wan_family_sets.KIND_OF[task])
+    # The sets have no tokenizer.
+    assert found.problem == "without a tokenizer, so it cannot read prompts"
+    assert set(found.parts) >= {"transformer", "text_encoder", "vae"}
+    assert ("image_encoder" in found.parts) is (task in ("i2v", "flf2v"))
+    assert ("transformer_2" in found.parts) is (task in wan_family_sets.TWO_EXPERTS)
+    complete = dataclasses.replace(found, problem="")
+    line = text._checkpoints((complete,))[1]
+    assert f"  {found.kind}  complete: transformer, " in line
 
 
 @pytest.mark.gpu
