@@ -14,9 +14,13 @@ from training_runs import train
 
 import wan
 from nabla import InputError
+from wan.checkpoints.file_errors import read_json_object
+from wan.checkpoints.lora import read_lora
+from wan.config.model_settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
 from wan.models.wan.image_encoder import image_encoder_component, load_image_encoder
+from wan.models.wan.names import NAMING
 from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
 from wan.training.encoder import Encoder
@@ -106,6 +110,19 @@ def test_a_lora_of_an_expert_is_for_that_one(base, clips, tmp_path):
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
     plain = transformer_of(base("wan22_t2v"), "low").state_dict()
     assert not torch.equal(merged["blocks.1.attn2.to_v.weight"], plain["blocks.1.attn2.to_v.weight"])
+    # As generate.py reads it.
+    given = LoraFile.parse(f"low:{last}")
+    assert given.expert == "low"
+    _check_lora(base("wan22_t2v"), given, merged)
+
+
+def _check_lora(base: Path, given: LoraFile, merged: dict[str, torch.Tensor]) -> None:
+    component = components.transformer_component(Checkpoint.open(base), None, given.expert)
+    adapters = [read_lora(given, component.model, NAMING)]
+    ours = components.load_transformer(component, torch.float32, "cpu", adapters=adapters).state_dict()
+    assert ours.keys() == merged.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("task, last", (("i2v", False), ("flf2v", True), ("wan22_i2v", False)))
@@ -214,6 +231,8 @@ def test_samples_begin_with_pictures_of_the_clips(base, clips, tmp_path):
     assert iio.imread(video).shape == (5, 32, 32, 3)
     named = load_file(tmp_path / "run" / "latest" / "model" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(".add_k_proj." in name for name in named)
+    last = tmp_path / "run" / "latest" / "model"
+    _check_lora(base("i2v"), LoraFile(str(last)), transformer_of(last).state_dict())
 
 
 def test_distillation_of_an_expert_is_taught_by_the_same_one(base, clips, tmp_path):
@@ -264,6 +283,8 @@ def test_clips_of_another_kind_are_refused(base, clips, tmp_path):
         Clips([str(clips("flf2v")), str(clips("i2v"))], 512)
     with pytest.raises(InputError, match="vace cannot be trained here"):
         Encoder(open_components(base("vace")), CPU)
+    # Those of text alone say what they always did, so that old ones serve.
+    assert not {"prepared_for", "beside"} & read_json_object(clips("wan22_t2v") / "prepared.json").keys()
     # A folder cannot become another kind's under way.
     with pytest.raises(InputError, match="prepared_for|other settings"):
         prepare_clips(base("i2v"), clips("flf2v"))

@@ -37,14 +37,24 @@ class Encoder:
         """(B, C, T, h, w) float32 of uint8 videos (B, frames, H, W, 3); raises `InputError` if they overflow."""
         pixels = videos.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
         latents = self.own.encode(pixels.float() / 127.5 - 1)
-        if not latents.isfinite().all():
-            raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
+        _check_finite(latents)
         return latents
 
     def beside(self, videos: Tensor) -> list[dict[str, Tensor]]:
-        """What is stored beside the latents of each of uint8 videos (B, frames, H, W, 3), by name, on the CPU."""
-        return self.own.beside(videos)
+        """What is stored beside the latents of each of uint8 videos (B, frames, H, W, 3), by name, on the CPU.
+
+        Raises `InputError` for what overflows.
+        """
+        beside = self.own.beside(videos)
+        for one in beside:
+            _check_finite(*one.values())
+        return beside
 
     def text(self, captions: list[str]) -> list[dict[str, Tensor]]:
         """What is stored of each caption, on the CPU: "text" (L, C) without rows past its end, and others."""
         return self.own.states(captions)
+
+
+def _check_finite(*encoded: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in encoded):
+        raise InputError("the VAE's encoder gives values that are not finite; prepare with vae_dtype float32")
