@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,22 @@ def _check_lora(base: Path, given: LoraFile, merged: dict[str, torch.Tensor]) ->
     assert ours.keys() == merged.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_video_is_made_with_an_expert_however_it_is_given(base, clips, tmp_path):
+    plain = base("wan22_t2v")
+    train(family_settings(plain, clips("wan22_t2v"), tmp_path / "run", expert="low", lora={"rank": 2}, steps=1))
+    last = tmp_path / "run" / "latest" / "model"
+    file = last / "transformer_2" / TRANSFORMER_FILE
+
+    def video(folder: Path, **given: Any) -> np.ndarray:
+        pipe = wan.from_pretrained(folder, device="cpu", dtype=torch.float32, **given)
+        return pipe.generate("clip number 3", size=(32, 32), frame_num=5, seed=0, steps=3).astype(int)
+
+    whole = video(last)
+    assert abs(video(plain) - whole).mean() > 1
+    for given in ({"lora": [f"low:{last}"]}, {"transformer": f"low:{file}"}):
+        assert abs(video(plain, **given) - whole).max() <= 1
 
 
 @pytest.mark.parametrize("task, last", (("i2v", False), ("flf2v", True), ("wan22_i2v", False)))
