@@ -29,7 +29,7 @@ from wan.serve import pictures, status
 from wan.serve import studio as studio_module
 from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
-from wan.serve.pictures import picture_notes, pictures_taken, thumbnail_of
+from wan.serve.pictures import picture_notes, pictures_taken, thumbnail_of, with_picture
 from wan.serve.sources import (
     MAX_SIDECAR_BYTES,
     OWN,
@@ -205,6 +205,33 @@ def test_the_picture_of_a_record_is_never_opened_and_that_of_the_page_stays(tmp_
     text = resolve({"checkpoint": "here", "prompt": "x"}).to_dict()
     assert from_sidecar(text, own, {}, {"here"}, {})[0].image is None and picture_notes(text, {}, own) == []
     assert thumbnail_of(tmp_path / "own.png").shape == (256, 512, 3)
+
+
+def test_a_last_picture_and_a_size_that_is_exact(tmp_path):
+    Image.new("RGB", (830, 470)).save(tmp_path / "like.png")
+    Image.new("RGB", (480, 832)).save(tmp_path / "tall.png")
+    exact = Settings(ModelSettings("here"), video=VideoSettings((832, 464), exact_size=True))
+    # A record's picture is added again: its size stays; another's form asks for another size.
+    like, thumbnail = with_picture(exact, "image", tmp_path / "like.png")
+    assert like.image == str(tmp_path / "like.png") and like.video.exact_size and thumbnail.shape[1] == 512
+    tall = with_picture(exact, "image", tmp_path / "tall.png")[0]
+    assert not tall.video.exact_size and tall.video.size == (832, 464)
+    both = with_picture(like, "last_image", tmp_path / "tall.png")[0]
+    assert both.video.exact_size and both.inputs.keys() == {"image", "last_image"}
+    form = to_form(both, "A cat")
+    assert to_layer(form, both, {})["video"]["exact_size"] is True
+    assert to_layer(replace(form, size="1280x720"), both, {})["video"]["exact_size"] is False
+
+
+def test_files_of_a_record_that_the_page_does_not_take_are_said():
+    own = Settings(ModelSettings("here"))
+    record = resolve({"checkpoint": "here", "prompt": "x", "src_video": "/secret/cat.mp4", "last_image": "/b.png"})
+    settings, notes = from_sidecar(record.to_dict(), own, {}, {"here"}, {})
+    assert not settings.inputs and not notes
+    assert picture_notes(record.to_dict(), {}, settings) == [
+        "the video ended with the picture b.png, which is not here; add it",
+        "the video was made of src_video cat.mp4, which this page does not take",
+    ]
 
 
 def pictured_family():
