@@ -1,4 +1,4 @@
-"""Rewrite a Wan2.1 checkpoint from diffusers' layout in the published one, or back, in another dtype or attention."""
+"""Rewrite a checkpoint of Wan from diffusers' layout in the published one, or back, in another dtype or attention."""
 
 from __future__ import annotations
 

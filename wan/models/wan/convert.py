@@ -11,19 +11,19 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
+from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from nabla import InputError
 from wan.checkpoints.component import Component
-from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from wan.checkpoints.file_errors import CheckpointError, read_json_object
-from wan.checkpoints.locate import INDEX
+from wan.checkpoints.locate import CONFIG, INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
+from wan.checkpoints.weights import WeightFiles
 from wan.config.settings import attention_config
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
@@ -31,25 +31,33 @@ from wan.models.wan import components, published
 from wan.models.wan.components import TIED
 from wan.models.wan.diffusers_layout import SCHEDULER_FILE, cast, make_scheduler, write_component, write_index
 from wan.models.wan.family import WAN
+from wan.models.wan.image_encoder import (
+    config_of_tensors,
+    image_encoder_component,
+    is_not_needed,
+    published_shapes,
+    published_tensors,
+)
+from wan.models.wan.kinds import kind_of
 from wan.models.wan.latent_statistics import STATISTICS, fold_statistics
-from wan.models.wan.layout import OWN_KEYS, TEXT_ENCODER_FILE, TEXT_LENGTH, TOKENIZER_FOLDER
+from wan.models.wan.layout import (
+    EXPERT_FILES,
+    IMAGE_ENCODER,
+    OWN_KEYS,
+    TASK_FILE,
+    TEXT_LENGTH,
+    TOKENIZER_FOLDER,
+    write_task,
+)
 from wan.models.wan.vae_component import vae_of_tensors
 
 LAYOUTS = ("published", "diffusers")
+TRANSFORMERS = tuple(files.name for files in EXPERT_FILES)
 # What two models of the same tensors may differ in without computing anything else.
 NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
 # What a text encoder computes beyond its tensors.
+TOWER_SETTINGS = ("num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
 TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
-
-T = TypeVar("T")
-
-
-class ConvertedModels(NamedTuple, Generic[T]):
-    """A checkpoint's three models: the files of each as a `Component`, or each on the meta device."""
-
-    transformer: T
-    vae: T
-    text_encoder: T
 
 
 def convert(
@@ -63,8 +71,8 @@ def convert(
 
     dtype: of the weights; as they are stored if None
     sparse_algorithm: the attention that it is to run with where nothing says else; its own if None
-    The transformer, VAE, text encoder, tokenizer, attention and defaults of generate.py are carried. Returns a line for
-    each thing of the checkpoint that is not.
+    The transformers, VAE, text encoder, what sees pictures, tokenizer, attention and defaults of generate.py are
+    carried. Returns a line for each thing of the checkpoint that is not.
     Raises `CheckpointError` for a checkpoint that is damaged, or says what the other layout cannot, and `InputError`
     if there is nothing to change, `out` is not free or the algorithm not understood.
     """
@@ -78,19 +86,14 @@ def convert(
     if checkpoint.published == (layout == "published") and dtype is None and sparse_algorithm is None:
         raise InputError(f"{checkpoint.name} is in the {layout} layout already; give another, a dtype or an attention")
     defaults = _defaults(checkpoint, sparse_algorithm)
-    if sparse_algorithm is not None:
-        checkpoint = replace(checkpoint, config=checkpoint.config | {"sparse_algo": sparse_algorithm})
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} is there already; choose a new directory, so that nothing is written over")
-    models = ConvertedModels(
-        components.transformer_component(checkpoint),
-        components.vae_component(checkpoint),
-        # The type tells what is kept in float32 while it loads; here tensors pass as they are stored.
-        components.text_encoder_component(checkpoint, torch.float32),
-    )
+    models = _components(checkpoint)
+    if sparse_algorithm is not None:
+        checkpoint = replace(checkpoint, config=checkpoint.config | {"sparse_algo": sparse_algorithm})
     # Loaded to be checked, copied file by file.
-    tokenizer = components.load_tokenizer(checkpoint, models.text_encoder.model.config.vocab_size)
-    constants = _check_published(checkpoint, models).vae.config if layout == "published" else None
+    tokenizer = components.load_tokenizer(checkpoint, models["text_encoder"].model.config.vocab_size)
+    constants = _check_published(checkpoint, models)["vae"].config if layout == "published" else None
     not_carried = _left_behind(checkpoint, models)
     # A name such as "." has no folder beside it to write to.
     with atomic_path(Path(os.path.abspath(out))) as partial:
@@ -107,6 +110,19 @@ def convert(
     return not_carried
 
 
+def _components(checkpoint: Checkpoint) -> dict[str, Component]:
+    """The models of a checkpoint and their files, by the names that diffusers' layout has for them."""
+    kind = kind_of(checkpoint.layout)
+    transformers = [components.transformer_component(checkpoint, expert=one) for one in kind.experts or (None,)]
+    models = dict(zip(TRANSFORMERS, transformers))
+    models["vae"] = components.vae_component(checkpoint)
+    # The type tells what is kept in float32 while it loads; here tensors pass as they are stored.
+    models["text_encoder"] = components.text_encoder_component(checkpoint, torch.float32)
+    if kind.sees_pictures:
+        models[IMAGE_ENCODER.name] = image_encoder_component(checkpoint)
+    return models
+
+
 def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | None:
     """The text of a checkpoint's defaults file, as it stands, or with another attention than it names; None without."""
     file = checkpoint.folder / DEFAULTS_FILE
@@ -121,32 +137,52 @@ def _defaults(checkpoint: Checkpoint, sparse_algorithm: str | None) -> str | Non
 
 def _write_published(
     checkpoint: Checkpoint,
-    models: ConvertedModels[Component],
+    models: Mapping[str, Component],
     constants: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    config = published.transformer_config(models.transformer.model, checkpoint.text_length)
-    if "sparse_algo" in checkpoint.config:
-        config["sparse_algo"] = checkpoint.config["sparse_algo"]
-    save_json(config, folder / "config.json")
-    transformer = cast(models.transformer.tensors(), dtype)
-    save_shards(_renamed(models.transformer.model, transformer), folder, DIFFUSERS_STEM)
-    # A pickle is written in one call, so that the text encoder is held as a whole, as is the VAE.
-    text_encoder = dict(models.text_encoder.tensors())
-    if not torch.equal(text_encoder.pop(TIED, text_encoder["shared.weight"]), text_encoder["shared.weight"]):
+    files = {one.name: folder / one.published for one in checkpoint.component_files}
+    kind = kind_of(checkpoint.layout)
+    if kind.experts:
+        write_task(kind.name, folder)
+    for name, component in models.items():
+        file = files[name]
+        if name in TRANSFORMERS:
+            file.parent.mkdir(exist_ok=True)
+            save_json(_published_config(checkpoint, component), file.parent / CONFIG)
+            save_shards(_renamed(component.model, cast(component.tensors(), dtype)), file.parent, file.name)
+        elif name == IMAGE_ENCODER.name:
+            save_pickle(dict(cast(published_tensors(component).items(), dtype)), file)
+        else:
+            # A pickle is written in one call, so that a model is held as a whole.
+            tensors = _vae_tensors(component, constants) if name == "vae" else _text_tensors(component)
+            save_pickle(dict(_renamed(component.model, cast(tensors.items(), dtype))), file)
+
+
+def _published_config(checkpoint: Checkpoint, transformer: Component) -> dict[str, Any]:
+    model_type = kind_of(checkpoint.layout).model_type
+    config = published.transformer_config(transformer.model, checkpoint.text_length, model_type)
+    own = checkpoint.config
+    return config | ({"sparse_algo": own["sparse_algo"]} if "sparse_algo" in own else {})
+
+
+def _text_tensors(component: Component) -> dict[str, Tensor]:
+    tensors = dict(component.tensors())
+    if not torch.equal(tensors.pop(TIED, tensors["shared.weight"]), tensors["shared.weight"]):
         raise CheckpointError(
-            f"{models.text_encoder.weights.files[0].parent}: {TIED!r} and 'shared.weight' differ, "
+            f"{component.weights.files[0].parent}: {TIED!r} and 'shared.weight' differ, "
             "and the published layout holds one table of tokens"
         )
-    text_encoder = cast(text_encoder.items(), dtype)
-    save_pickle(dict(_renamed(models.text_encoder.model, text_encoder)), folder / TEXT_ENCODER_FILE)
+    return tensors
+
+
+def _vae_tensors(component: Component, constants: Mapping[str, Any]) -> dict[str, Tensor]:
     # Folded as stored, and cast after that: what is folded is float32 at least, see `fold_statistics`.
-    vae, own = dict(models.vae.tensors()), models.vae.model.config
+    tensors, own = dict(component.tensors()), component.model.config
     if any(list(own[name]) != list(constants[name]) for name in STATISTICS):
-        vae |= fold_statistics(vae, own, constants)
-    file = next(one.published for one in checkpoint.component_files if one.name == "vae")
-    save_pickle(dict(_renamed(models.vae.model, cast(vae.items(), dtype))), folder / file)
+        tensors |= fold_statistics(tensors, own, constants)
+    return tensors
 
 
 def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -155,45 +191,60 @@ def _renamed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterato
 
 
 def _write_diffusers(
-    checkpoint: Checkpoint, models: ConvertedModels[Component], folder: Path, dtype: torch.dtype | None
+    checkpoint: Checkpoint, models: Mapping[str, Component], folder: Path, dtype: torch.dtype | None
 ) -> None:
     also = {key: checkpoint.config[key] for key in OWN_KEYS if key in checkpoint.config}
     if also.get("text_len") == TEXT_LENGTH:
         del also["text_len"]
-    write_component(models.transformer, folder / "transformer", DIFFUSERS_STEM, also, dtype)
-    write_component(models.vae, folder / "vae", DIFFUSERS_STEM, dtype=dtype)
-    write_component(models.text_encoder, folder / "text_encoder", TRANSFORMERS_STEM, dtype=dtype)
-    write_index(folder, checkpoint.settings_layers[0], checkpoint.layout)
+    stems = {one.name: one.stem for one in checkpoint.component_files}
+    for name, component in models.items():
+        write_component(component, folder / name, stems[name], also if name in TRANSFORMERS else None, dtype)
+    write_index(folder, _sampled_as(checkpoint), checkpoint.layout)
 
 
-def _check_published(checkpoint: Checkpoint, models: ConvertedModels[Component]) -> ConvertedModels[nn.Module]:
+def _sampled_as(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"sampling": {"shift": checkpoint.own_sampling().shift}}
+
+
+def _check_published(checkpoint: Checkpoint, models: Mapping[str, Component]) -> dict[str, nn.Module]:
     """The models that the published layout is read as; raises `CheckpointError` unless they compute the same."""
-    config = published.transformer_config(models.transformer.model, checkpoint.text_length)
-    try:
-        read = ConvertedModels(
-            published.transformer(config, _published_shapes(models.transformer)),
-            vae_of_tensors(_published_shapes(models.vae)),
-            published.text_encoder(_published_shapes(models.text_encoder)),
+    kind = kind_of(checkpoint.layout)
+    if checkpoint.boundary != kind.boundary:
+        raise CheckpointError(
+            f"{checkpoint.name}: boundary_ratio is {checkpoint.boundary}, but the published layout cannot say so and "
+            f"means {kind.boundary}"
         )
+    try:
+        read = {name: _read_published(checkpoint, name, component) for name, component in models.items()}
     except (LookupError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise CheckpointError(f"{checkpoint.name} has no place in the published layout: {reason}") from None
     # What the published layout cannot state has to be what its program assumes.
-    for component, model in zip(models, read):
-        understood = _computes(model)
+    for name, component in models.items():
+        understood = _computes(read[name])
         for key, value in _computes(component.model).items():
             if value != understood.get(key):
                 raise CheckpointError(
                     f"{component.weights.files[0].parent}: {key} is {value!r}, "
                     f"but the published layout cannot say so and means {understood.get(key)!r}"
                 )
-    channels, known = models.vae.model.config.z_dim, len(read.vae.config.latents_mean)
+    channels, known = models["vae"].model.config.z_dim, len(read["vae"].config.latents_mean)
     if channels != known:
         raise CheckpointError(
-            f"{models.vae.weights.files[0].parent}: z_dim is {channels}, "
+            f"{models['vae'].weights.files[0].parent}: z_dim is {channels}, "
             f"but the published layout has the statistics of {known} channels"
         )
     return read
+
+
+def _read_published(checkpoint: Checkpoint, name: str, component: Component) -> nn.Module:
+    if name == IMAGE_ENCODER.name:
+        with torch.device("meta"):
+            return CLIPVisionModel(config_of_tensors(published_shapes(component.model)))
+    shapes = _published_shapes(component)
+    if name in TRANSFORMERS:
+        return published.transformer(_published_config(checkpoint, component), shapes)
+    return vae_of_tensors(shapes) if name == "vae" else published.text_encoder(shapes)
 
 
 def _published_shapes(component: Component) -> dict[str, tuple[int, ...]]:
@@ -203,23 +254,26 @@ def _published_shapes(component: Component) -> dict[str, tuple[int, ...]]:
 
 def _computes(model: nn.Module) -> dict[str, Any]:
     """What makes two models of the same tensors compute the same, and what these tensors are."""
-    if isinstance(model, UMT5EncoderModel):
-        settings = {key: getattr(model.config, key) for key in TEXT_SETTINGS}
+    if isinstance(model, (UMT5EncoderModel, CLIPVisionModel)):
+        keys = TEXT_SETTINGS if isinstance(model, UMT5EncoderModel) else TOWER_SETTINGS
+        settings = {key: getattr(model.config, key) for key in keys}
     else:
         settings = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in NO_MATTER}
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return settings | {f"the shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _left_behind(checkpoint: Checkpoint, models: ConvertedModels[Component]) -> list[str]:
+def _left_behind(checkpoint: Checkpoint, models: Mapping[str, Component]) -> list[str]:
     """A line for each thing of a checkpoint that a conversion does not carry."""
     lines = []
-    carried = {"config.json", INDEX, DEFAULTS_FILE}
-    carried |= {
-        file.relative_to(checkpoint.folder).parts[0] for component in models for file in component.weights.files
-    }
+    # What prepares pictures is a constant of either program.
+    carried = {CONFIG, INDEX, DEFAULTS_FILE, TASK_FILE, "image_processor"}
+    weights = {name: component.weights for name, component in models.items()}
+    carried |= {file.relative_to(checkpoint.folder).parts[0] for one in weights.values() for file in one.files}
+    if IMAGE_ENCODER.name in weights and any(map(is_not_needed, WeightFiles(weights[IMAGE_ENCODER.name].files).shapes)):
+        lines.append("not carried over: of CLIP, what compares pictures with texts, which no video is made with")
     carried.add(checkpoint.tokenizer_folder.relative_to(checkpoint.folder).parts[0])
-    scheduler, known = checkpoint.folder / SCHEDULER_FILE, make_scheduler(checkpoint.settings_layers[0]).config
+    scheduler, known = checkpoint.folder / SCHEDULER_FILE, make_scheduler(_sampled_as(checkpoint)).config
     # One that says no more than the defaults do is no loss.
     if scheduler.is_file() and all(
         known.get(k) == v for k, v in read_json_object(scheduler).items() if not k.startswith("_")

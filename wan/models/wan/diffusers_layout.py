@@ -79,6 +79,8 @@ def write_index(folder: Path, defaults: Mapping[str, Any], layout: Layout) -> No
     make_scheduler(defaults).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {"_class_name": kind.diffusers_pipeline, "_diffusers_version": diffusers.__version__}
     index |= COMPONENTS
+    if kind.name == "vace":
+        index["transformer"] = ["diffusers", "WanVACETransformer3DModel"]
     if layout.boundary is not None:
         index |= {"transformer_2": COMPONENTS["transformer"], "boundary_ratio": layout.boundary}
     if "image" in kind.inputs.optional:

@@ -167,6 +167,15 @@ def published_tensors(component: Component) -> dict[str, Tensor]:
     return join_parts(tensors, stacks_of(component.model.config))
 
 
+def published_shapes(model: CLIPVisionModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tower's tensors as the published file holds them, by their names in it."""
+    stacks = stacks_of(model.config)
+    parts = {part for stack in stacks.values() for part in stack.parts}
+    named = {published_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: shape for name, shape in named.items() if name not in parts}
+    return own | {name: stack.whole for name, stack in stacks.items()}
+
+
 def config_of_tensors(shapes: Shapes) -> CLIPVisionConfig:
     """The configuration of published tensors of these shapes; raises `ValueError` or `LookupError` for others."""
     width, colours, patch = shapes["visual.patch_embedding.weight"][:3]

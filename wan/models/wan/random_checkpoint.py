@@ -109,16 +109,6 @@ def vae_shapes(sizes: Sizes) -> Shapes:
     return {rename(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def image_encoder_shapes(tower: PictureTower) -> Shapes:
-    """Published names and shapes of CLIP's picture tower."""
-    model = meta_picture_tower(tower)
-    stacks = image_encoder.stacks_of(model.config)
-    parts = {part for stack in stacks.values() for part in stack.parts}
-    named = {image_encoder.published_name(name): tuple(one.shape) for name, one in model.state_dict().items()}
-    own = {name: shape for name, shape in named.items() if name not in parts}
-    return own | {name: stack.whole for name, stack in stacks.items()}
-
-
 def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | None = None, seed: int = 0) -> None:
     """Write a checkpoint of the size of `model`, a key of `MODELS`; `dtype` is the transformer's."""
     sizes = MODELS[model]
@@ -135,7 +125,7 @@ def write(model: str, folder: Path, dtype: torch.dtype, sparse_algorithm: str | 
         "vae": (vae_shapes(sizes), torch.float32),
     }
     if sizes.tower is not None:
-        pickles["image_encoder"] = image_encoder_shapes(sizes.tower), torch.float16
+        pickles["image_encoder"] = image_encoder.published_shapes(meta_picture_tower(sizes.tower)), torch.float16
     files = {one.name: folder / one.published for one in components_of(layout)}
     for file in (files[name] for name in files if name not in pickles):
         file.parent.mkdir(exist_ok=True)
