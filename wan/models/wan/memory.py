@@ -71,8 +71,9 @@ def workload_of(
     compiled: bool | None,
 ) -> Workload:
     """What a run's settings ask for, and the widths of the models that do it."""
+    has_picture, references = settings.image is not None, len(settings.src_ref_images)
     return replace(
-        video_workload(transformer, text, vae, settings.video, settings.image is not None, dtype, vae_dtype),
+        video_workload(transformer, text, vae, settings.video, has_picture, dtype, vae_dtype, references),
         # Plans are for GPUs, on which None compiles.
         compiled=compiled is not False,
         mask_layers=len(blocks_of(transformer)) if settings.attention.mask_refresh > 1 else 0,
@@ -88,9 +89,14 @@ def video_workload(
     has_picture: bool,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
+    references: int = 0,
 ) -> Workload:
-    """A video, of a picture or not, and the widths of the models that make it, their blocks compiled."""
-    own, tokens = transformer.config, math.prod(video.token_grid)
+    """A video, of a picture or not, and the widths of the models that make it, their blocks compiled.
+
+    references: how many pictures stand in front of it
+    """
+    frames, rows, columns = video.token_grid
+    own, tokens = transformer.config, (frames + references) * rows * columns
     # A picture is the first latent frame as it is, whose tokens have a timestep of their own, with Wan2.2's VAE.
     is_frame = has_picture and vae.config.is_residual
     modulations = modulation_bytes(transformer, tokens, dtype) if is_frame else 0
