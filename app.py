@@ -1,4 +1,4 @@
-"""A web page that makes videos with Wan2.1 and NABLA attention: python app.py"""
+"""A web page that makes videos with Wan or Kandinsky-5 and NABLA attention: python app.py"""
 
 from __future__ import annotations
 

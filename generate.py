@@ -1,4 +1,4 @@
-"""Generate a video with Wan2.1 and NABLA attention: python generate.py --prompt "..." --config nabla_0.7.yaml"""
+"""Make videos with Wan or Kandinsky-5 and NABLA: python generate.py --prompt "..." --config nabla_0.7.yaml"""
 
 from __future__ import annotations
 

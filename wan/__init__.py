@@ -1,4 +1,4 @@
-"""Video generation with block-sparse attention by Wan2.1 and Kandinsky-5, a small patch around diffusers' classes."""
+"""Video generation with block-sparse attention by Wan and Kandinsky-5, a small patch around diffusers' classes."""
 
 from __future__ import annotations
 

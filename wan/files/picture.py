@@ -27,38 +27,39 @@ GIVE = "give a .png, .jpg or .webp"
 MOST_GREY = 0xFFFF
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(path: str | Path, name: str = "image") -> np.ndarray:
     """(height, width, 3) uint8 RGB of a PNG, JPEG or WebP file, and a log line of what it is.
 
     It is turned as its EXIF data says; what is transparent lies on white; 16 bits become 8. Colour profiles are not
     applied, as programs of this field do not. The line says of the first two, and of CMYK, where they changed it.
+    name: as messages call it
     Raises `InputError` for what is no such file, is damaged or animated, and beyond `MAX_PIXELS`.
     """
-    pixels, notes = _read(path)
-    _say(str(path), pixels, notes)
+    pixels, notes = _read(path, name)
+    _say(f"{name}: {path}", pixels, notes)
     return pixels
 
 
-def check_picture(path: str | Path) -> tuple[int, int]:
+def check_picture(path: str | Path, name: str = "image") -> tuple[int, int]:
     """(width, height) of a picture as `read_picture` gives it; raises as that does, and says nothing."""
-    height, width, _ = _read(path)[0].shape
+    height, width, _ = _read(path, name)[0].shape
     return width, height
 
 
-def picture_of(given: Any) -> np.ndarray:
+def picture_of(given: Any, name: str = "image") -> np.ndarray:
     """(height, width, 3) uint8 RGB of a path, a PIL image or such an array itself. Raises as `read_picture` does."""
     if isinstance(given, (str, Path)):
-        return read_picture(given)
+        return read_picture(given, name)
     if isinstance(given, Image.Image):
-        with _blamed_on("image"):
-            pixels, notes = _pixels(given, "image")
-        _say("given", pixels, notes)
+        with _blamed_on(name):
+            pixels, notes = _pixels(given, name)
+        _say(f"{name}: given", pixels, notes)
         return pixels
     if not isinstance(given, np.ndarray):
-        raise InputError(f"image {type(given).__name__} is no picture; give a path, a PIL image or an array")
+        raise InputError(f"{name} {type(given).__name__} is no picture; give a path, a PIL image or an array")
     if given.ndim != 3 or given.shape[2] != 3 or given.dtype != np.uint8 or not given.size:
-        raise InputError(f"image of shape {given.shape}, {given.dtype}; an array is (height, width, 3) uint8 RGB")
-    _check_size("image", given.shape[1], given.shape[0])
+        raise InputError(f"{name} of shape {given.shape}, {given.dtype}; an array is (height, width, 3) uint8 RGB")
+    _check_size(name, given.shape[1], given.shape[0])
     return given
 
 
@@ -67,30 +68,30 @@ def picture_hash(path: str | Path) -> str:
     try:
         return file_hash(Path(path))
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(f"image {path}", error) from None
 
 
 def _say(name: str, pixels: np.ndarray, notes: list[str]) -> None:
     height, width, _ = pixels.shape
-    log.info("image: %s", ", ".join([name, f"{width}x{height}", *notes]))
+    log.info("%s", ", ".join([name, f"{width}x{height}", *notes]))
 
 
-def _read(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    name = f"image {path}"
+def _read(path: str | Path, name: str) -> tuple[np.ndarray, list[str]]:
+    name = f"{name} {path}"
     try:
         mode = os.stat(path).st_mode
         # Before it is opened: a pipe would be waited for.
         file = open(path, "rb") if stat.S_ISREG(mode) else None
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(name, error) from None
     if file is None:
         raise InputError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}; {GIVE}")
     with file, _blamed_on(name), Image.open(file, formats=FORMATS) as picture:
         return _pixels(picture, name)
 
 
-def _unreadable(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"image {path} cannot be read ({getattr(error, 'strerror', None) or error}); {GIVE}")
+def _unreadable(name: str, error: Exception) -> InputError:
+    return InputError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error}); {GIVE}")
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def video_of(given: Any, name: str = "src_video") -> SourceVideo:
 def mask_of(given: Any, name: str = "src_mask") -> SourceVideo:
     """The same of a mask, which may be one picture for all frames: a file of one, or (height, width, 3) uint8."""
     if isinstance(given, (str, Path)) and Path(given).suffix.lower() in PICTURES:
-        return Still(read_picture(given), f"{name} {given}")
+        return Still(read_picture(given, name), f"{name} {given}")
     if isinstance(given, np.ndarray) and given.ndim == 3 and given.shape[2] == 3 and given.dtype == np.uint8:
         return Still(given, name)
     return video_of(given, name)
@@ -123,7 +123,7 @@ def mask_of(given: Any, name: str = "src_mask") -> SourceVideo:
 def size_of_video(path: str, name: str) -> tuple[int, int]:
     """(width, height) of the file of a source or a mask; raises as `video_of` and `mask_of` do."""
     if name == "src_mask" and Path(path).suffix.lower() in PICTURES:
-        return check_picture(path)
+        return check_picture(path, name)
     return SourceVideo.open(path, name).size
 
 

@@ -28,7 +28,7 @@ def check_inputs(first: Settings, layers: Iterable[Mapping[str, Any]]) -> None:
         if name in VIDEOS:
             size_of_video(path, name)
         else:
-            check_picture(path)
+            check_picture(path, name)
 
 
 def fit_to_inputs(checkpoint: Checkpoint, settings: Settings) -> Settings:
@@ -101,7 +101,7 @@ def _opened(name: str, given: Files) -> Any:
     if name in VIDEOS:
         # Of which frames are read where they are wanted.
         return given
-    return read_picture(given) if isinstance(given, str) else [read_picture(path) for path in given]
+    return read_picture(given, name) if isinstance(given, str) else [read_picture(path, name) for path in given]
 
 
 def other_files(sidecar: str, settings: Settings) -> list[str]:

@@ -20,7 +20,7 @@ from wan.serve.status import STARTING
 
 # Of a slider, unless settings go beyond.
 LEAST_AMOUNT = 0.05
-TITLE = "# Wan2.1 with NABLA attention\nVideos from text, with attention only where it matters."
+TITLE = "# Wan and Kandinsky-5 with NABLA\nVideos from text and pictures, with attention only where it matters."
 PROMPT = "A red circle moves from left to right on a white background"
 
 

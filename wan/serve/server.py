@@ -77,7 +77,7 @@ class Page:
 def make_page(studio: Studio, presets: Presets, library: LoraLibrary) -> Page:
     presence = Presence()
     with gr.Blocks(
-        analytics_enabled=False, title="Wan2.1 with NABLA", fill_width=True, delete_cache=CACHE_SECONDS
+        analytics_enabled=False, title="Wan with NABLA", fill_width=True, delete_cache=CACHE_SECONDS
     ) as blocks:
         controls = lay_out(presets, library.files(), studio.limits)
         Events(studio, presets, library, controls, presence).wire(blocks)

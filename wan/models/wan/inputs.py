@@ -26,10 +26,10 @@ def _read(name: str, value: Any) -> Any:
     if name == "src_ref_images":
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
             raise InputError(f"src_ref_images {value!r} is no list of pictures; put even one in brackets")
-        return tuple(picture_of(one) for one in value)
+        return tuple(picture_of(one, name) for one in value)
     if name == "src_video":
         return video_of(value)
-    return mask_of(value) if name == "src_mask" else picture_of(value)
+    return mask_of(value) if name == "src_mask" else picture_of(value, name)
 
 
 def check_given(given: Collection[str], taken: MediaInputs) -> None:

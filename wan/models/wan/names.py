@@ -68,7 +68,7 @@ def published(name: str, rules: Iterable[Rule]) -> str:
     return name
 
 
-_USE = "use one made for Wan2.1 text-to-video"
+_USE = "use one made for the kind of Wan that the checkpoint is"
 NAMING = TransformerNaming(
     family="Wan",
     to_published=partial(published, rules=TRANSFORMER),
@@ -76,12 +76,12 @@ NAMING = TransformerNaming(
     patch=GEOMETRY.patch,
     lora_kinds=(
         *((f"{kind}_transformer_blocks", "a LoRA of Kandinsky-5", _USE) for kind in ("visual", "text")),
-        ("transformer_2.", "a LoRA of Wan2.2's second transformer", _USE),
+        ("transformer_2.", "a LoRA of both of Wan2.2's experts", "use a file for each, as high:FILE and low:FILE"),
         ("vace", "a LoRA of a VACE model", _USE),
         *(
             (piece, "a LoRA of image-to-video", _USE)
             for piece in ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "image_embedder", "norm_added")
         ),
     ),
-    lora_remedy="use a LoRA made for text-to-video of this size",
+    lora_remedy="use a LoRA made for a Wan of this kind and size",
 )

@@ -45,7 +45,7 @@ NO_INPUTS = "this checkpoint starts from text alone"
 
 
 class WanT2V:
-    """Wan2.1 text-to-video. Build with `from_pretrained`, see `wan.models.pretrained`.
+    """Wan text-to-video, of one transformer or of two. Build with `from_pretrained`, see `wan.models.pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
     transformer_2: the expert of low noise, where `transformer` is that of high noise; None where there is one for all
