@@ -17,6 +17,7 @@ import wan
 from nabla import InputError
 from wan.checkpoints.file_errors import read_json_object
 from wan.checkpoints.lora import read_lora
+from wan.config.config_files import read_settings
 from wan.config.model_settings import LoraFile
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components
@@ -24,6 +25,7 @@ from wan.models.wan.image_encoder import image_encoder_component, load_image_enc
 from wan.models.wan.names import NAMING
 from wan.training.clips import Clips
 from wan.training.config import TrainingSettings
+from wan.training.data import Draw, MicroBatches
 from wan.training.encoder import Encoder
 from wan.training.models import open_components
 from wan.training.prepare import prepare
@@ -168,60 +170,54 @@ def test_clips_too_short_for_two_pictures_are_skipped_and_named(base, tmp_path):
     assert skipped == [{"index": 0, "reason": "its frames are 1, and have to be 5 or more"}]
 
 
+def slow_loss(transformer: torch.nn.Module, task: str, stored: dict[str, torch.Tensor], draw: Draw) -> float:
+    """Of one clip, of its stored tensors and the null caption, as what is drawn of it says."""
+    latents, sigma, gives = stored["latents"], draw.sigma.item(), draw.gives_first_frame
+    noise = torch.randn(latents.shape, generator=draw.generator)
+    noisy, timestep = (1 - sigma) * latents + sigma * noise, torch.tensor([1000 * sigma])
+    if gives:
+        noisy[:, 0] = latents[:, 0]
+        tokens = latents.shape[2] * latents.shape[3] // 4
+        timestep = torch.tensor([[0.0] * tokens + [1000 * sigma] * tokens * (latents.shape[1] - 1)])
+    text = stored["null" if draw.drops_caption else "text"]
+    text = torch.cat((text, torch.zeros(512 - len(text), text.shape[1])))[None]
+    if task != "ti2v_5b":
+        mask = torch.zeros(4, *latents.shape[1:])
+        mask[:, 0] = 1
+        if task == "flf2v":
+            mask[3, -1] = 1
+        noisy = torch.cat((noisy, mask, stored["given"]))
+    with torch.no_grad():
+        out = transformer(noisy[None], timestep, text, encoder_hidden_states_image=stored.get("pictures"))
+    errors = (out.sample[0] - (noise - latents)).square()
+    return (errors[:, 1:] if gives else errors).mean().item()
+
+
 @pytest.mark.parametrize("task, expert", (("i2v", None), ("flf2v", None), ("wan22_i2v", "high"), ("ti2v_5b", None)))
 def test_losses_are_those_of_a_slow_computation(base, clips, tmp_path, task, expert):
     objective = {"first_frame": 0.5, "text_dropout": 0.5} if task == "ti2v_5b" else {"text_dropout": 0.5}
+    changes = {"objective": objective, "expert": expert, "seed": 3, "steps": 3}
+    # So slow that all steps are of the transformer that it starts from.
     content = family_settings(
-        base(task),
-        clips(task),
-        tmp_path / "run",
-        expert=expert,
-        objective=objective,
-        seed=3,
-        gradient_checkpointing=False,
+        base(task), clips(task), tmp_path / "run", optimizer={"lr": 1e-12, "warmup": 0}, **changes
     )
-    trainer = trainer_of(content)
+    rows = train(content)
+    own = TrainingSettings.from_dict(read_settings(tmp_path / "run" / "settings.yaml"))
+    batches = MicroBatches(Clips([str(clips(task))], 512), own.objective, own.seed, 2, 2)
     transformer = transformer_of(base(task), expert)
-    stored = {key: value for file in clips(task).glob("shard-*") for key, value in load_file(file).items()}
+    shards = {key: value for file in clips(task).glob("shard-*") for key, value in load_file(file).items()}
     null = load_file(clips(task) / "dropped.safetensors")["text"]
     seen = set()
     for step in range(3):
-        with torch.no_grad():
-            ours = trainer._losses(trainer.batches[step])
-            trainer.transformer.eval()
-        for place, number in enumerate(trainer.batches.numbers(step)):
-            draw, index = trainer.batches.draw(step, place), trainer.clips.clips[number].index
-            latents = stored[f"{index}.latents"]
-            noise = torch.randn(latents.shape, generator=draw.generator)
-            sigma = draw.sigma.item()
-            gives = draw.gives_first_frame
-            seen |= {("dropped", draw.drops_caption), ("first", gives)}
-            noisy = (1 - sigma) * latents + sigma * noise
-            timestep = torch.tensor([1000 * sigma])
-            if gives:
-                noisy[:, 0] = latents[:, 0]
-                tokens = latents.shape[2] * latents.shape[3] // 4
-                timestep = torch.tensor([[0.0] * tokens + [1000 * sigma] * tokens * (latents.shape[1] - 1)])
-            text = null if draw.drops_caption else stored[f"{index}.text"]
-            text = torch.cat((text, torch.zeros(512 - len(text), text.shape[1])))[None]
-            states = None
-            if task != "ti2v_5b":
-                mask = torch.zeros(4, *latents.shape[1:])
-                mask[:, 0] = 1
-                if task == "flf2v":
-                    mask[3, -1] = 1
-                noisy = torch.cat((noisy, mask, stored[f"{index}.given"]))
-                states = stored.get(f"{index}.pictures")
-            with torch.no_grad():
-                out = transformer(noisy[None], timestep, text, encoder_hidden_states_image=states, return_dict=False)[
-                    0
-                ][0]
-            errors = (out - (noise - latents)).square()
-            expected = (errors[:, 1:] if gives else errors).mean().item()
-            assert ours[place].item() == pytest.approx(expected, rel=1e-4)
+        losses = []
+        for place, number in enumerate(batches.numbers(step)):
+            draw, start = batches.draw(step, place), f"{batches.clips.clips[number].index}."
+            seen |= {("dropped", draw.drops_caption), ("first", draw.gives_first_frame)}
+            stored = {key.removeprefix(start): value for key, value in shards.items() if key.startswith(start)}
+            losses.append(slow_loss(transformer, task, stored | {"null": null}, draw))
+        assert rows[step + 1]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
     assert {("dropped", True), ("dropped", False)} <= seen
     assert task != "ti2v_5b" or {("first", True), ("first", False)} <= seen
-    trainer.close()
 
 
 @pytest.mark.parametrize("task", ("i2v", "flf2v", "ti2v_5b"))
