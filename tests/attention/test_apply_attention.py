@@ -19,6 +19,8 @@ from conftest import relative_error
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -71,10 +73,10 @@ def run(pipe, **inputs) -> np.ndarray:
         negative_prompt_embeds=text_states(2),
         height=96,
         width=80,
-        num_frames=9,
         num_inference_steps=3,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
+        **({} if "segment_frame_length" in inputs else {"num_frames": 9}),
         **inputs,
     ).frames
 
@@ -92,24 +94,77 @@ def two_experts(vae):
     return pipe, [first, second], {}
 
 
-def i2v(vae):
+def i2v(vae, last: bool = False):
+    places = {"pos_embed_seq_len": 2 * 257} if last else {}
+    transformer = tiny_transformer(0, in_channels=36, image_dim=24, added_kv_proj_dim=24, **places)
+    pipe = from_pictures(vae, transformer, image_encoder=image_encoder(), image_processor=CLIPImageProcessor())
+    return pipe, [transformer], {"image": drawn()[0]} | ({"last_image": drawn()[1]} if last else {})
+
+
+def flf2v(vae):
+    return i2v(vae, last=True)
+
+
+def i2v_of_two_experts(vae):
+    first, second = (tiny_transformer(seed, in_channels=36) for seed in (0, 1))
+    pipe = from_pictures(vae, first, transformer_2=second, boundary_ratio=0.9)
+    return pipe, [first, second], {"image": drawn()[0]}
+
+
+def ti2v(vae):
+    transformer = tiny_transformer(0)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    transformer = tiny_transformer(0, in_channels=36, image_dim=24, added_kv_proj_dim=24)
+    return WanPipeline(None, None, vae, scheduler, transformer, expand_timesteps=True), [transformer], {}
+
+
+def ti2v_from_a_picture(vae):
+    transformer = tiny_transformer(0)
+    return from_pictures(vae, transformer, expand_timesteps=True), [transformer], {"image": drawn()[0]}
+
+
+def from_pictures(vae, transformer, **others) -> WanImageToVideoPipeline:
+    seen = {"image_encoder": None, "image_processor": None} | others
+    return WanImageToVideoPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer=transformer, **seen)
+
+
+def image_encoder() -> CLIPVisionModel:
     torch.manual_seed(0)
     sizes = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
-    encoder = CLIPVisionModel(CLIPVisionConfig(image_size=224, **sizes)).eval()
-    pipe = WanImageToVideoPipeline(None, None, vae, scheduler, CLIPImageProcessor(), encoder, transformer=transformer)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 80, 3), dtype=np.uint8))
-    return pipe, [transformer], {"image": image}
+    return CLIPVisionModel(CLIPVisionConfig(image_size=224, **sizes)).eval()
+
+
+def drawn(height: int = 96, width: int = 80, count: int = 9) -> list[Image.Image]:
+    frames = np.random.default_rng(0).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in frames]
 
 
 def vace(vae):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     transformer = tiny_transformer(0, WanVACETransformer3DModel, num_layers=3, vace_layers=[0, 2])
     pipe = WanVACEPipeline(None, None, vae, scheduler, transformer=transformer)
-    frames = np.random.default_rng(0).integers(0, 255, (9, 96, 80, 3), dtype=np.uint8)
-    masks = [Image.fromarray(np.where(frame > 128, 255, 0).astype(np.uint8)) for frame in frames]
-    return pipe, [transformer], {"video": [Image.fromarray(frame) for frame in frames], "mask": masks}
+    masks = [frame.point(lambda level: 255 * (level > 128)) for frame in drawn()]
+    return pipe, [transformer], {"video": drawn(), "mask": masks}
+
+
+def animate(vae):
+    """Of faces of 16 pixels, which the last of two blocks does not see."""
+    transformer = tiny_transformer(
+        0,
+        WanAnimateTransformer3DModel,
+        **dict(in_channels=36, latent_channels=16, image_dim=24, added_kv_proj_dim=24),
+        **dict(motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16, motion_style_dim=8),
+        **dict(motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=16, face_encoder_num_heads=2),
+        inject_face_latents_blocks=2,
+    )
+    own = {"image_processor": CLIPImageProcessor(), "image_encoder": image_encoder(), "transformer": transformer}
+    pipe = WanAnimatePipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), **own)
+    given = {"image": drawn()[0], "pose_video": drawn(), "face_video": drawn(16, 16)}
+    return pipe, [transformer], given | {"segment_frame_length": 9, "guidance_scale": 5.0}
+
+
+def has(transformer) -> tuple[set, ...]:
+    """Names of attributes, and numbers of hooks."""
+    return set(vars(transformer)), set(transformer._forward_pre_hooks), set(transformer._forward_hooks)
 
 
 def blocks_of(transformer) -> list:
@@ -119,7 +174,9 @@ def blocks_of(transformer) -> list:
 class OracleProcessor(WanAttnProcessor):
     """diffusers' own processor with the kept blocks as a token mask, on the grid that the test's video has."""
 
-    grid = (3, 6, 5)
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
@@ -132,18 +189,23 @@ class OracleProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, None, mask, rotary_emb)
 
 
-@pytest.mark.parametrize("make", (t2v, i2v, two_experts, vace))
+@pytest.mark.parametrize(
+    "make", (t2v, i2v, flf2v, two_experts, i2v_of_two_experts, ti2v, ti2v_from_a_picture, vace, animate)
+)
 def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     pipe, transformers, inputs = make(vae)
-    dense = run(pipe, **inputs)
+    attentions = [block.attn1 for transformer in transformers for block in blocks_of(transformer)]
+    processors, dense = [one.processor for one in attentions], run(pipe, **inputs)
+    before = [has(one) for one in transformers]
     wan.apply_attention(transformers, CONFIG)
     sparse = run(pipe, **inputs)
     wan.remove_attention(transformers)
     assert np.array_equal(dense, run(pipe, **inputs))
-    assert all(type(block.attn1.processor) is WanAttnProcessor for t in transformers for block in blocks_of(t))
-    for transformer in transformers:
-        for block in blocks_of(transformer):
-            block.attn1.set_processor(OracleProcessor())
+    assert all(one.processor is processor for one, processor in zip(attentions, processors))
+    assert [has(one) for one in transformers] == before
+    for one in attentions:
+        # The picture of who is animated is a frame more.
+        one.set_processor(OracleProcessor((4 if make is animate else 3, 6, 5)))
     oracle = run(pipe, **inputs)
     assert np.abs(sparse - oracle).max() < 1e-4
     assert np.abs(sparse - dense).max() > 1e-3

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
+from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import wan
 from nabla import InputError, NablaConfig
-from wan.models.wan.processor import TRANSFORMER
+from wan.models.wan.processor import ANIMATE_TRANSFORMER, TRANSFORMER
 from wan.parallel.sequence_parallel import apply_sequence_parallel
 
 
@@ -35,3 +35,10 @@ def test_what_a_forward_that_failed_has_asked_for_serves_no_other(mesh):
     wan.remove_attention(transformer)
     with pytest.raises(InputError, match="use apply_attention"):
         transformer(*inputs)
+
+
+def test_a_transformer_that_takes_tokens_by_their_frame_between_blocks_is_not_split(mesh):
+    with torch.device("meta"):
+        transformer = WanAnimateTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=2)
+    with pytest.raises(InputError, match="WanAnimateTransformer3DModel cannot be split .*leave it whole$"):
+        apply_sequence_parallel(transformer, mesh, ANIMATE_TRANSFORMER)

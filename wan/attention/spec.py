@@ -72,6 +72,7 @@ class TransformerSpec:
         block's tokens
     timestep: where a forward of the model has it
     caches: the kinds of step caches that are right with it, of those in `wan.config.cache_settings`
+    splits: whether tokens can be split over processes: not where something between blocks takes them by their place
     output_needs_grid: whether the output layer is given tokens by their place in the grid, and so has to see all
     in_raster_order: from the arguments of a forward to those by which the model leaves tokens in raster order and
         chooses no blocks itself; None where it never does otherwise
@@ -88,6 +89,7 @@ class TransformerSpec:
     blocks: tuple[BlockList, ...] = (BlockList(),)
     self_attention: str = "attn1"
     output: str = "proj_out"
+    splits: bool = True
     output_needs_grid: bool = False
     timestep: Argument = Argument(1, "timestep")
     caches: frozenset[str] = frozenset(CACHES)

@@ -47,6 +47,11 @@ class SequenceParallel:
     def __init__(self, transformer: nn.Module, mesh: DeviceMesh, spec: TransformerSpec):
         if sequence_parallel_of(transformer) is not None:
             raise InputError("the transformer is split by apply_sequence_parallel already")
+        if not spec.splits:
+            raise InputError(
+                f"{spec.kind.__name__} cannot be split over processes, since between its blocks it takes tokens by "
+                "their frame; leave it whole"
+            )
         blocks = spec.blocks_of(transformer)
         self.spec, self.group, self.tokens = spec, mesh.get_group(), 0
         self.size, self.rank = mesh.size(), mesh.get_local_rank()

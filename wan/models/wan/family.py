@@ -20,7 +20,9 @@ WAN = Family(
     naming=NAMING,
     kinds_of=layout.kinds_of,
     inputs_of=layout.inputs_of,
-    transformers=("wan.models.wan.processor:TRANSFORMER", "wan.models.wan.processor:VACE_TRANSFORMER"),
+    transformers=tuple(
+        f"wan.models.wan.processor:{name}" for name in ("TRANSFORMER", "VACE_TRANSFORMER", "ANIMATE_TRANSFORMER")
+    ),
     pipeline_of=lambda own: kind_of(own).pipeline,
     memory="wan.models.wan.memory:weigh_run",
     geometry_of=lambda own: kind_of(own).geometry,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers.models.transformers import transformer_wan_animate
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
@@ -102,6 +103,16 @@ VACE_TRANSFORMER = replace(
         BlockList("blocks"),
     ),
     caches=frozenset({"taylorseer"}),
+)
+# In diffusers' own pipelines alone. Its blocks and their attention are copies of Wan's. The picture of who is animated
+# is a frame of the grid; what sees faces runs behind some blocks, and takes tokens by their frame.
+ANIMATE_TRANSFORMER = replace(
+    TRANSFORMER,
+    kind=WanAnimateTransformer3DModel,
+    block=transformer_wan_animate.WanTransformerBlock,
+    processor=transformer_wan_animate.WanAttnProcessor,
+    caches=frozenset({"taylorseer"}),
+    splits=False,
 )
 
 
