@@ -69,7 +69,7 @@ def from_pretrained(
         "none", the default, is off
     processes: share the work as they are laid out
     expand_prompt: also load what writes prompts out, for `pipe.expand_prompt` and `generate(..., expand_prompt=True)`
-    pipeline: the class that is wanted, its family's or one made from it
+    pipeline: the class that is wanted, the checkpoint's own or one made from it
     For the rest see `wan.memory.options.LoadOptions`. Raises `CheckpointError` for a checkpoint that cannot be had, is
     incomplete or is damaged, and `InputError` for settings that are not allowed or cannot run here, whoever names them.
     """
@@ -111,14 +111,18 @@ def from_pretrained(
 
 
 def _pipeline_class(checkpoint: Checkpoint, wanted: type[Any] | None) -> type[Any]:
-    """The class that is wanted, or that of the family; raises `CheckpointError` for one that does not run it."""
+    """The class that is wanted, or the checkpoint's own; raises `CheckpointError` for one that does not run it."""
     own = checkpoint.family.load_pipeline(checkpoint.layout)
-    if wanted is not None and not issubclass(wanted, own):
+    if wanted is None:
+        return own
+    # Of a user's class the one that it is made from. Ours for other kinds may be made from this one too.
+    ours = next((one for one in wanted.__mro__ if one.__module__.startswith(f"{__package__}.")), None)
+    if ours is not own:
         raise CheckpointError(
-            f"{checkpoint.name} is a checkpoint of {checkpoint.family.name}, which {wanted.__name__} does not run; "
-            "use wan.from_pretrained"
+            f"{checkpoint.name} is {checkpoint.kind or 'a checkpoint'} of {checkpoint.family.name}, which "
+            f"{wanted.__name__} does not run; use wan.{own.__name__}, or wan.from_pretrained for any"
         )
-    return wanted or own
+    return wanted
 
 
 def from_settings(cls: type[Any], checkpoint: Checkpoint, settings: Settings, options: LoadOptions) -> Any:

@@ -11,6 +11,7 @@ import torch
 import wan_family_sets as sets
 from safetensors.torch import load_file, save_file
 
+import wan
 from wan import Checkpoint, CheckpointError
 from wan.models.wan import published, random_checkpoint
 from wan.models.wan.components import load_transformer, transformer_component
@@ -42,6 +43,16 @@ def test_each_set_is_of_its_kind_and_loads_strictly(task):
         model = load_transformer(component, torch.float32, "cpu")
         assert all(not parameter.is_meta for parameter in model.parameters())
         assert component.names.keys() == component.weights.shapes.keys()
+
+
+def test_a_class_of_another_kind_is_refused_though_made_from_the_same():
+    class Mine(wan.WanT2V):
+        pass
+
+    assert isinstance(Mine.from_pretrained(sets.checkpoint("wan22_t2v")), Mine)
+    for task, wrong, right in (("i2v", Mine, "WanI2V"), ("wan22_t2v", wan.WanI2V, "WanT2V")):
+        with pytest.raises(CheckpointError, match=f"which {wrong.__name__} does not run; use wan.{right}, or"):
+            wrong.from_pretrained(sets.checkpoint(task))
 
 
 @pytest.mark.parametrize("model", TABLES)
