@@ -134,7 +134,7 @@ def _add_inputs(parser: Parser) -> None:
     add = parser.add_argument
     add("--image", metavar="FILE", help="a picture that the video begins with, for checkpoints that take one")
     add("--last_image", metavar="FILE", help="a picture that it ends with, beside --image (FLF2V)")
-    add("--src_video", metavar="FILE", help="a video that it keeps what --src_mask says of, or follows (VACE)")
+    add("--src_video", metavar="FILE", help="a video to keep parts of, by --src_mask, or to follow, as of poses (VACE)")
     add("--src_mask", metavar="FILE", help="a video, or a picture, white where --src_video is made anew")
     add(
         "--src_ref_images",
@@ -157,7 +157,7 @@ def _add_sampling(parser: Parser) -> None:
         metavar="SCALE[,SCALE]",
         help="1 turns guidance off and halves the time; for Wan2.2's two experts also two, of low noise and of high",
     )
-    add("--context_scale", type=float, help="of the part that --src_video and its like have in a video (default: 1.0)")
+    add("--context_scale", type=float, help="how strongly --src_video and the like guide a video (default: 1.0)")
 
 
 def _add_how_it_runs(parser: Parser) -> None:

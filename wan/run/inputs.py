@@ -56,7 +56,7 @@ def _fit_size(checkpoint: Checkpoint, settings: Settings, what: str, given: tupl
     size = checkpoint.family.fit_size(checkpoint.layout, given, asked)
     if size != asked:
         said = ("x".join(map(str, one)) for one in (size, given, asked))
-        log.info(f"size: %s fits the {what}, which is %s; %s was asked for", *said)
+        log.info(f"size: %s fits the {what}, which is %s; %s was asked for (--exact_size keeps that)", *said)
     return replace(settings, video=replace(video, size=size, exact_size=True))
 
 

@@ -41,7 +41,7 @@ def weigh_run(checkpoint: Checkpoint, several: Sequence[Settings], compiled: boo
     }
     packed = {check_packed(one, fp8=settings.fp8) for one in experts.values()}
     if len(packed) > 1:
-        raise InputError("a plan of memory is for experts stored alike; give GGUF files of both, or of none")
+        raise InputError("--memory plans for experts stored alike; give GGUF files of both, or of none")
     weights = [
         weights_of(one, blocks_of(one.model), dtype, settings.model.lora_of(name)) for name, one in experts.items()
     ]
