@@ -211,6 +211,23 @@ def test_equals_the_oracle_and_comes_out_without_a_trace(vae, make):
     assert np.abs(sparse - dense).max() > 1e-3
 
 
+def test_steps_are_counted_over_both_experts_and_blocks_are_kept_by_each(vae):
+    """Of three steps the first is the expert's of high noise; one that is given alone counts its own."""
+    pipe, transformers, _ = two_experts(vae)
+    pairs = (
+        (replace(CONFIG, dense_steps=2), (NablaConfig(), replace(CONFIG, dense_steps=1))),
+        (replace(CONFIG, mask_refresh=2), (replace(CONFIG, mask_refresh=2),) * 2),
+    )
+    made = []
+    for together, apart in pairs:
+        wan.apply_attention(transformers, together)
+        made.append(run(pipe))
+        for transformer, config in zip(transformers, apart):
+            wan.apply_attention(transformer, config)
+        assert np.array_equal(run(pipe), made[-1])
+    assert not np.array_equal(*made)
+
+
 def test_the_pipeline_of_diffusers_with_a_lora_and_offloaded_blocks_equals_ours(nano, tmp_path):
     factors = weight_files.draw_factors(wan.WanT2V.from_pretrained(nano, "dense").transformer)
     lora = weight_files.write_lora(tmp_path / "style.safetensors", factors, "diffusers")

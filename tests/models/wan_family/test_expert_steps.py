@@ -116,6 +116,37 @@ def test_experts_that_were_given_attention_apart_are_both_told_the_step(pipe):
     assert torch.equal(sample(pipe), together)
 
 
+def test_each_expert_keeps_blocks_that_it_chose_itself(pipe):
+    """Those of the first are of no step of the second, which chooses in its own first."""
+    config, (context, negative, latents) = replace(SPARSE, mask_refresh=3), inputs(pipe)
+    solver, pad = make_solver("unipc", STEPS, SHIFT), nn.ZeroPad2d((0, 0, 0, 512 - context.shape[1]))
+    wan.apply_attention(pipe.transformers, config)
+    kept = sample(pipe)
+    for model in pipe.transformers:
+        # Given alone, each counts its own steps.
+        wan.apply_attention(model, config)
+    with torch.no_grad():
+        for step, timestep in enumerate(solver.timesteps):
+            model, scale = (pipe.transformer, 4.0) if step < HIGH else (pipe.transformer_2, 3.0)
+            on, off = (model(latents, timestep[None], pad(text), return_dict=False)[0] for text in (context, negative))
+            latents = solver.step(off + scale * (on - off), timestep, latents, return_dict=False)[0]
+    assert torch.equal(kept, latents)
+    wan.apply_attention(pipe.transformers, SPARSE)
+    assert not torch.equal(sample(pipe), kept)
+
+
+def test_attention_leaves_no_trace_on_either(pipe):
+    seen = []
+    wan.remove_attention(pipe.transformers)
+    dense = sample(pipe)
+    for changes in ({"mask_refresh": 3}, {"dense_steps": 5}):
+        wan.apply_attention(pipe.transformers, replace(SPARSE, **changes))
+        seen.append(sample(pipe))
+        wan.remove_attention(pipe.transformers)
+        assert torch.equal(sample(pipe), dense)
+    assert not any(torch.equal(dense, one) for one in seen)
+
+
 def test_blocks_that_an_expert_kept_are_freed_as_it_goes(pipe):
     wan.apply_attention(pipe.transformers, replace(SPARSE, mask_refresh=3))
     kept = []
