@@ -27,16 +27,17 @@ GIVE = "give a .png, .jpg or .webp"
 MOST_GREY = 0xFFFF
 
 
-def read_picture(path: str | Path, name: str = "image") -> np.ndarray:
+def read_picture(path: str | Path, name: str = "image", quiet: bool = False) -> np.ndarray:
     """(height, width, 3) uint8 RGB of a PNG, JPEG or WebP file, and a log line of what it is.
 
     It is turned as its EXIF data says; what is transparent lies on white; 16 bits become 8. Colour profiles are not
     applied, as programs of this field do not. The line says of the first two, and of CMYK, where they changed it.
-    name: as messages call it
+    name: as messages call it; quiet: without the line
     Raises `InputError` for what is no such file, is damaged or animated, and beyond `MAX_PIXELS`.
     """
     pixels, notes = _read(path, name)
-    _say(f"{name}: {path}", pixels, notes)
+    if not quiet:
+        _say(f"{name}: {path}", pixels, notes)
     return pixels
 
 

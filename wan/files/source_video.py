@@ -111,10 +111,13 @@ def video_of(given: Any, name: str = "src_video") -> SourceVideo:
     return SourceVideo.open(given, name) if isinstance(given, (str, Path)) else SourceVideo(given, name=name)
 
 
-def mask_of(given: Any, name: str = "src_mask") -> SourceVideo:
-    """The same of a mask, which may be one picture for all frames: a file of one, or (height, width, 3) uint8."""
+def mask_of(given: Any, name: str = "src_mask", quiet: bool = False) -> SourceVideo:
+    """The same of a mask, which may be one picture for all frames: a file of one, or (height, width, 3) uint8.
+
+    quiet: without the log line that says what a picture is
+    """
     if isinstance(given, (str, Path)) and Path(given).suffix.lower() in PICTURES:
-        return Still(read_picture(given, name), f"{name} {given}")
+        return Still(read_picture(given, name, quiet), f"{name} {given}")
     if isinstance(given, np.ndarray) and given.ndim == 3 and given.shape[2] == 3 and given.dtype == np.uint8:
         return Still(given, name)
     return video_of(given, name)

@@ -42,7 +42,7 @@ def fit_to_inputs(checkpoint: Checkpoint, settings: Settings) -> Settings:
         return _fit_size(checkpoint, settings, "picture", check_picture(settings.image))
     if settings.src_video is not None:
         source = video_of(settings.src_video)
-        check_pair(source, None if settings.src_mask is None else mask_of(settings.src_mask))
+        check_pair(source, None if settings.src_mask is None else mask_of(settings.src_mask, quiet=True))
         return _fit_length(checkpoint, _fit_size(checkpoint, settings, "source video", source.size), source.count)
     # Every size of a video of text alone is exact.
     video = settings.video
