@@ -47,10 +47,24 @@ def describe_cut(text: str, starts: Sequence[int], taken: int) -> str:
     )
 
 
-def warn_of_cuts(prompts: Iterable[str], note: Callable[[str], str | None], said: set[str]) -> None:
-    """Log the note of each prompt that is cut, once: those in `said` were, and what is said now is added."""
-    for prompt in prompts:
-        line = None if prompt in said else note(prompt)
-        if line is not None:
-            said.add(prompt)
-            log.warning("warning: %s", line)
+class CutNotes:
+    """What is said of prompts of which a text encoder takes only a part.
+
+    note: the line for a prompt, None for one that is taken whole
+    """
+
+    def __init__(self, note: Callable[[str], str | None]):
+        self._note = note
+        self._said: set[str] = set()
+
+    def of(self, *prompts: str) -> tuple[str, ...]:
+        """The lines for those that are cut."""
+        return tuple(line for line in map(self._note, prompts) if line is not None)
+
+    def warn(self, prompts: Iterable[str]) -> None:
+        """Log the line for each that is cut, once in a pipeline's life."""
+        for prompt in prompts:
+            line = None if prompt in self._said else self._note(prompt)
+            if line is not None:
+                self._said.add(prompt)
+                log.warning("warning: %s", line)

@@ -14,6 +14,7 @@ from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
 from wan.config.settings import VideoSettings
 from wan.models.wan.condition import Condition
+from wan.models.wan.inputs import fitted
 from wan.models.wan.text_image_to_video import token_timesteps
 from wan.sampling.request import VideoRequest
 
@@ -50,7 +51,7 @@ def test_without_a_size_a_video_has_the_pictures_form():
     pipe = pipeline("i2v-A14B")
     assert pipe.condition(image=picture(96, 48)).shape == (20, 2, 2, 6)
     request = VideoRequest("", VideoSettings((832, 480), 81), pipe.sampling, picture(832, 480))
-    assert pipe.fit_size(request).size == (832, 464)
+    assert fitted(pipe.kind, request).size == (832, 464)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from wan.files.source_video import SourceVideo
 from wan.memory.placement import on_device
 from wan.memory.streaming import stream_blocks
 from wan.models.wan.fused_gelu import FusedGELU, fuse_gelu
+from wan.models.wan.inputs import fitted
 from wan.models.wan.processor import VACE_TRANSFORMER, blocks_of
 from wan.quantize.quantizer import Quantizer
 from wan.sampling.request import VideoRequest
@@ -102,8 +103,8 @@ def test_a_video_is_no_longer_than_its_source_and_no_larger():
     source = SourceVideo(drawn(11, 277, 143, 3), fps=10)
     for asked, size in (((832, 480), (128, 256)), ((64, 64), (32, 96))):
         request = VideoRequest("", VideoSettings(asked, 81), pipe.sampling, src_video=source)
-        fitted = pipe.fit_size(request)
-        assert (fitted.size, fitted.frame_num) == (size, 9)
+        video = fitted(pipe.kind, request)
+        assert (video.size, video.frame_num) == (size, 9)
 
 
 def test_both_branches_as_one_batch_give_the_same(monkeypatch):
@@ -201,7 +202,7 @@ def test_feed_forwards_and_linear_layers_of_both_lists_are_taken():
         ({"src_mask": drawn(6, 110, 90, 3)}, "src_mask has 6 frames, and src_video 7; a mask"),
         ({"src_mask": drawn(7, 90, 110, 3)}, "src_mask is 110x90, and src_video 90x110"),
         ({"src_video": drawn(7, 110, 90)}, r"src_video is \(7, 110, 90\), uint8; give a path, or an array"),
-        ({"src_ref_images": drawn(50, 70, 3)[:, :, 0]}, "image of shape"),
+        ({"src_ref_images": drawn(50, 70, 3)[:, :, 0]}, "src_ref_images of shape"),
         ({"context_scale": -1.0}, "context_scale -1.0"),
         ({"size": (80, 90)}, "size 80.90: both must be"),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from wan.sampling.finite import check_decoded
 from wan.sampling.guided import make_video, sample_latents
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-from wan.sampling.texts import warn_of_cuts
+from wan.sampling.texts import CutNotes
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
@@ -99,7 +100,7 @@ class Kandinsky5:
         self.seconds: dict[str, float] = {}
         self.plan: MemoryPlan | None = None
         self.lora: Sequence[LoraFile] = ()
-        self._cut: set[str] = set()
+        self.cuts = CutNotes(partial(cut_note, tokenizer, length=text_length))
         # Of the rotary table, along the axis that has fewest.
         self._positions = min(transformer.visual_rope_embeddings.max_pos)
         self.text_mask = install_processors(transformer)
@@ -117,7 +118,7 @@ class Kandinsky5:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
         if self.is_leader:
-            warn_of_cuts(prompts, self._cut_note, self._cut)
+            self.cuts.warn(prompts)
         return tokenize(self.tokenizer, prompts, self.text_length, still)
 
     def tokenize_pooled(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ class Kandinsky5:
 
     def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
         """A line for each prompt that is longer than the language model takes."""
-        return tuple(note for note in map(self._cut_note, prompts) if note is not None)
+        return self.cuts.of(*prompts)
 
     def expand_prompt(self, prompt: str, image: object = None) -> str:
         """A prompt written out by the language model, on all processes that share a video; always the same.
@@ -308,6 +309,3 @@ class Kandinsky5:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self._positions)
         return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
-
-    def _cut_note(self, prompt: str) -> str | None:
-        return cut_note(self.tokenizer, prompt, self.text_length)

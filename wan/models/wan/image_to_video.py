@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,13 @@ from torch import Tensor
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
-from wan.config.settings import VideoSettings, changed
 from wan.memory.placement import on_device
-from wan.models.wan import memory
-from wan.models.wan.condition import Condition, Guidance, both_branches, fitting, from_leader, guidance_of
+from wan.models.wan.condition import Condition, Guidance, fitting, from_leader, guidance_of
 from wan.models.wan.image_encoder import clip_pixels, image_states
-from wan.models.wan.inputs import check_given
-from wan.models.wan.kinds import KINDS
+from wan.models.wan.kinds import KINDS, Kind
 from wan.models.wan.picture import given_frames, given_mask
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.processor import velocity_of
-from wan.models.wan.sizes import fit_area
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
 
@@ -53,12 +49,11 @@ class WanI2V(WanT2V):
         """Whether videos end with a picture too, which a transformer with places for two sees."""
         return self.transformer.config.pos_embed_seq_len is not None
 
-    def check_inputs(self, given: Collection[str]) -> None:
-        check_given(given, KINDS["flf2v" if self.sees_last else "i2v"].inputs)
-
-    def fit_size(self, request: VideoRequest) -> VideoSettings:
-        height, width, _ = request.image.shape
-        return changed(request.video, size=fit_area((width, height), request.video.size))
+    @property
+    def kind(self) -> Kind:
+        if self.transformer_2 is not None:
+            return KINDS["i2v-A14B"]
+        return KINDS["flf2v" if self.sees_last else "i2v"]
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
@@ -67,10 +62,6 @@ class WanI2V(WanT2V):
         # Those of a video one after the other, as diffusers puts two together.
         states = None if guidance.pictures is None else guidance.pictures.repeat(batch, 1, 1)
         return velocity_of(self.running, seen, timestep, guidance.text, encoder_hidden_states_image=states)
-
-    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
-        """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
-        return both_branches(conditions) if memory.has_room_for_both(self.transformer, latents) else None
 
     def _condition_of(self, request: VideoRequest) -> Condition:
         # Only who leads has the VAE, and the image encoder.
@@ -92,11 +83,13 @@ class WanI2V(WanT2V):
             pixels = torch.cat([clip_pixels(picture, encoder.config.image_size) for picture in pictures])
             return image_states(encoder, pixels.to(self.device)).float()
 
-    def _guided(self, texts: Conditions, condition: Tensor | None, noise: Tensor | None = None) -> Conditions:
+    def _guided(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
         channels = self.transformer.config.in_channels - self.transformer.config.out_channels
         fits = fitting(condition, (channels, None, None, None), self.device, noise)
         _check_states(fits.clip, self.transformer.config)
-        return guidance_of(texts[:2], fits, self.transformer.dtype)
+        return guidance_of(texts, fits, self.transformer.dtype)
 
 
 def _check_states(states: Tensor | None, config: Any) -> None:

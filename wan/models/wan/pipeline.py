@@ -1,9 +1,8 @@
-"""Text to video: the three stages between a prompt and frames."""
+"""Text to video: the three stages between a prompt and frames. Pipelines of other kinds are made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,9 @@ from wan.memory.planner import MemoryPlan
 from wan.models import pretrained
 from wan.models.checkpoint import Checkpoint
 from wan.models.wan import components, memory
-from wan.models.wan.condition import Condition
-from wan.models.wan.inputs import read_inputs
+from wan.models.wan.condition import Condition, Guidance, both_branches, guidance_of
+from wan.models.wan.inputs import request_of
+from wan.models.wan.kinds import KINDS, Kind
 from wan.models.wan.latents import decode, draw_noise, encode, glimpse
 from wan.models.wan.loading import load_models
 from wan.models.wan.processor import TRANSFORMER, velocity_of
@@ -36,16 +36,16 @@ from wan.sampling.finite import check_decoded
 from wan.sampling.guided import make_video, sample_latents
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-from wan.sampling.texts import pad_rows, require_negative, warn_of_cuts
+from wan.sampling.texts import CutNotes, pad_rows, require_negative
 
 if TYPE_CHECKING:
     from wan.caches.base import StepCache
 
-NO_INPUTS = "this checkpoint starts from text alone"
-
 
 class WanT2V:
-    """Wan text-to-video, of one transformer or of two. Build with `from_pretrained`, see `wan.models.pretrained`.
+    """Wan's videos of text alone, by one transformer or by two experts.
+
+    Build with `from_pretrained`, see `wan.models.pretrained`.
 
     transformer: diffusers' `WanTransformer3DModel`; text states may be given unpadded, (B, L, C)
     transformer_2: the expert of low noise, where `transformer` is that of high noise; None where there is one for all
@@ -102,7 +102,7 @@ class WanT2V:
         self.seconds: dict[str, float] = {}
         self.plan: MemoryPlan | None = None
         self.lora: Sequence[LoraFile] = ()
-        self._cut: set[str] = set()
+        self.cuts = CutNotes(partial(cut_note, tokenizer, length=text_length))
         for one in self.transformers:
             one.register_forward_pre_hook(partial(pad_text, length=text_length), with_kwargs=True)
 
@@ -121,12 +121,12 @@ class WanT2V:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         # Of those that share a video all tokenize where its text encoder is sharded, and one says so.
         if self.is_leader:
-            warn_of_cuts(prompts, self._cut_note, self._cut)
+            self.cuts.warn(prompts)
         return tokenize(self.tokenizer, prompts, self.text_length)
 
     def prompt_notes(self, *prompts: str) -> tuple[str, ...]:
         """A line for each prompt that is longer than the text encoder takes."""
-        return tuple(note for note in map(self._cut_note, prompts) if note is not None)
+        return self.cuts.of(*prompts)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -145,7 +145,9 @@ class WanT2V:
         else:
             shape = len(prompts), self.text_length, self.transformer.config.text_dim
             states = torch.empty(shape, device=self.device, dtype=self.transformer.dtype)
-        return self._guided(Conditions(*self._from_leader(states).split(1)), self._condition_of(request))
+        if self.distributed is not None:
+            states = self.distributed.broadcast_from_leader(states.contiguous())
+        return self._guided(states.split(1), self._condition_of(request))
 
     def condition(
         self,
@@ -163,12 +165,9 @@ class WanT2V:
             `self.video`
         Raises `InputError` as `generate` does, and where nothing is given.
         """
-        given = {name: value for name, value in {"image": image, **inputs}.items() if value is not None}
-        self.check_inputs(_named(given, context_scale))
         video = changed(self.video, size=size, frame_num=frame_num)
         sampling = changed(self.sampling, context_scale=context_scale)
-        request = VideoRequest("", video, sampling, **read_inputs(given))
-        made = self._condition_of(request if size else replace(request, video=self.fit_size(request)))
+        made = self._condition_of(request_of(self.kind, "", video, sampling, {"image": image, **inputs}, bool(size)))
         if made is None:
             raise InputError("no input is given, so nothing stands beside the noise; use sample without conditions")
         return made
@@ -200,20 +199,19 @@ class WanT2V:
         if sampling.guided:
             require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
-        texts = Conditions(*(self._ready_text(text, len(latents)) for text in (context, negative_context)))
+        texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
         guidance = self._guided(texts, conditions, latents)
         latents = sample_latents(self, latents, guidance, sampling, with_progress(progress, observer))
         latents = self.finish(latents, guidance)
         return latents if noise.ndim == latents.ndim else latents[0]
 
-    def predict(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,), guided by text states (B, L, C)."""
-        return velocity_of(self.running, latents, timestep, context)
+    def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
+        """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
+        return velocity_of(self.running, latents, timestep, guidance.text)
 
-    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Tensor | None:
-        """Text states of both guidance branches as one batch, where a GPU has so much room that this is faster."""
-        has_room = memory.has_room_for_both(self.transformer, latents)
-        return torch.cat((conditions.prompt, conditions.negative)) if has_room else None
+    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
+        """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
+        return both_branches(conditions) if memory.has_room_for_both(self.transformer, latents) else None
 
     def hold(self, latents: Tensor, conditions: Conditions) -> Tensor:
         """Latents, before the first step and after each, with what is given of them put back: here nothing is."""
@@ -277,7 +275,6 @@ class WanT2V:
         outside what is allowed, and for inputs that are not taken or missing.
         """
         check_prompt(prompt)
-        self.check_inputs(_named(inputs, context_scale))
         video = changed(self.video, size=size, frame_num=frame_num)
         sampling = changed(
             self.sampling,
@@ -289,23 +286,18 @@ class WanT2V:
             solver=solver,
             context_scale=context_scale,
         ).with_seed()
-        request = VideoRequest(prompt, video, sampling, **read_inputs(inputs))
-        request = request if exact_size else replace(request, video=self.fit_size(request))
+        request = request_of(self.kind, prompt, video, sampling, inputs, bool(exact_size))
         request.video.check_positions(self.transformer.config.rope_max_seq_len)
         return make_video(self, request, with_progress(progress, observer))
-
-    def check_inputs(self, given: Collection[str]) -> None:
-        """Raise `InputError` for inputs, by their names, that this pipeline does not take, or lacks one of them."""
-        if given:
-            raise InputError(f"{min(given)} is not taken: {NO_INPUTS}; leave it out")
-
-    def fit_size(self, request: VideoRequest) -> VideoSettings:
-        """The video in the form of what it begins with, where that is more than text."""
-        return request.video
 
     def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
         """Float32 noise (1, C, T, h, w) for a video, which conditions may ask more frames of."""
         return draw_noise(self.transformer, video, seed, self.device)
+
+    @property
+    def kind(self) -> Kind:
+        """What its checkpoints are, by its transformers."""
+        return KINDS["t2v" if self.transformer_2 is None else "t2v-A14B"]
 
     @property
     def transformers(self) -> tuple[nn.Module, ...]:
@@ -327,25 +319,21 @@ class WanT2V:
         video.check_positions(self.transformer.config.rope_max_seq_len)
         return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
 
-    def _cut_note(self, prompt: str) -> str | None:
-        return cut_note(self.tokenizer, prompt, self.text_length)
-
-    def _from_leader(self, x: Tensor) -> Tensor:
-        return x if self.distributed is None else self.distributed.broadcast_from_leader(x.contiguous())
-
     def _condition_of(self, request: VideoRequest) -> Condition | None:
         """What `condition` makes of a request's inputs, on all processes that share the video; None of text alone."""
         return None
 
-    def _guided(self, texts: Conditions, condition: Tensor | None, noise: Tensor | None = None) -> Conditions:
+    def _guided(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
         """What `predict` takes in each guidance branch, of its text states (B, L, C) and what stands beside the noise.
 
         noise: (B, C, T, h, w), where it is there already
         Raises `InputError` for a condition that is not taken, is missing or does not fit.
         """
         if condition is not None:
-            raise InputError(f"conditions are not taken: {NO_INPUTS}; leave them out")
-        return texts
+            raise InputError("conditions are not taken: this checkpoint starts from text alone; leave them out")
+        return guidance_of(texts, None, self.transformer.dtype)
 
     def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
         if text is None:
@@ -356,8 +344,3 @@ class WanT2V:
 
 def _batched(x: Tensor, dims: int) -> Tensor:
     return x if x.ndim == dims else x[None]
-
-
-def _named(inputs: Mapping[str, object], context_scale: float | None) -> set[str]:
-    """Names of what is given."""
-    return {name for name, value in {**inputs, "context_scale": context_scale}.items() if value is not None}

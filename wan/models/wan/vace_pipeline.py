@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla import InputError
-from wan.config.settings import VideoSettings, changed
-from wan.files.source_video import check_pair
+from wan.config.settings import VideoSettings
 from wan.memory.placement import on_device
-from wan.models.wan import memory
-from wan.models.wan.condition import Condition, Guidance, both_branches, fitting, from_leader, guidance_of
-from wan.models.wan.inputs import check_given
-from wan.models.wan.kinds import KINDS
+from wan.models.wan.condition import Condition, Guidance, fitting, from_leader, guidance_of
+from wan.models.wan.kinds import KINDS, Kind
 from wan.models.wan.latents import encode
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.processor import VACE_TRANSFORMER, velocity_of
-from wan.models.wan.sizes import fit_source
 from wan.models.wan.vace_condition import context_of, fitted_reference, source_frames
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
@@ -40,18 +35,9 @@ class WanVACE(WanT2V):
         super().__init__(*args, **options)
         self.references = 0
 
-    def check_inputs(self, given: Collection[str]) -> None:
-        check_given(set(given) - {"context_scale"}, KINDS["vace"].inputs)
-        if "src_mask" in given and "src_video" not in given:
-            raise InputError("src_mask says which parts of a source video are made anew; give that as src_video")
-
-    def fit_size(self, request: VideoRequest) -> VideoSettings:
-        """The video in the form of its source, if it has one, no larger and no longer than that is."""
-        source, video = request.src_video, request.video
-        if source is None:
-            return video
-        frames = video.geometry.most_frames(min(source.count, video.frame_num))
-        return changed(video, size=fit_source(source.size, video.size), frame_num=frames)
+    @property
+    def kind(self) -> Kind:
+        return KINDS["vace"]
 
     def draw_noise(self, video: VideoSettings, seed: int, conditions: Conditions | None = None) -> Tensor:
         """Float32 noise (1, C, references + T, h, w), of as many frames as the context has."""
@@ -68,10 +54,6 @@ class WanVACE(WanT2V):
         more = {"control_hidden_states": control, "control_hidden_states_scale": scales}
         return velocity_of(self.running, latents, timestep, guidance.text, **more)
 
-    def batch_branches(self, conditions: Conditions, latents: Tensor) -> Guidance | None:
-        """Both guidance branches as one batch, where a GPU has so much room that this is faster."""
-        return both_branches(conditions) if memory.has_room_for_both(self.transformer, latents) else None
-
     def finish(self, latents: Tensor, conditions: Conditions) -> Tensor:
         """Sampled latents without the frames of reference pictures."""
         return latents[:, :, conditions.prompt.references :]
@@ -86,7 +68,6 @@ class WanVACE(WanT2V):
 
     @torch.no_grad()
     def _made_of(self, request: VideoRequest) -> Condition:
-        check_pair(request.src_video, request.src_mask)
         video = request.video
         pixels, mask = source_frames(request.src_video, request.src_mask, video.size, video.frame_num)
         references = [fitted_reference(picture, video.size) for picture in request.src_ref_images]
@@ -94,9 +75,11 @@ class WanVACE(WanT2V):
             context = context_of(lambda x: encode(vae, x[None].to(self.device))[0], pixels, mask, references)
         return Condition.of(context, references=len(references), context_scale=request.sampling.context_scale)
 
-    def _guided(self, texts: Conditions, condition: Tensor | None, noise: Tensor | None = None) -> Conditions:
+    def _guided(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
         channels = self.transformer.config.vace_in_channels
         fits = fitting(condition, (channels, None, None, None), self.device, noise)
         self.references = fits.references
         # In the transformer's type once, rather than in every forward.
-        return guidance_of(texts[:2], fits.to(self.transformer.dtype), self.transformer.dtype)
+        return guidance_of(texts, fits.to(self.transformer.dtype), self.transformer.dtype)
