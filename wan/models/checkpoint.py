@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
-from wan.checkpoints.locate import CONFIG, INDEX, check_no_lora, download, explain, find_folder, list_files
-from wan.checkpoints.single_file import open_transformer
+from wan.checkpoints.locate import CONFIG, download, find_folder
 from wan.checkpoints.weights import WeightFiles
 from wan.config.config_files import read_settings
 from wan.config.geometry import Geometry
@@ -22,7 +20,7 @@ from wan.config.model_settings import ExpertFiles, files_of
 from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling, size_in
 from wan.models.companions import companion_folder, given_folder
 from wan.models.family import Family, Layout, TransformerFacts
-from wan.models.registry import FAMILIES
+from wan.models.recognise import family_on_hub, recognise, recognise_with
 
 DEFAULTS_FILE = "defaults.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -65,11 +63,11 @@ class Checkpoint:
         folder, name = find_folder(name), str(name)
         given = files_of(transformer)
         if folder is None:
-            files = _family_on_hub(name).hub_files
+            files = family_on_hub(name).hub_files
             folder = download(name, files.configurations + files.others, files.left_out(given))
         else:
             name = str(folder)
-        family, layout = _recognise_with(folder, Path(given[None])) if None in given else recognise(folder)
+        family, layout = recognise_with(folder, Path(given[None])) if None in given else recognise(folder)
         if components and (unfit := components.keys() - {one.name for one in family.companions}):
             raise InputError(f"{min(unfit)} from elsewhere is not taken for {family.name}; leave it out")
         return cls(
@@ -268,63 +266,3 @@ class Checkpoint:
         """How the checkpoint is sampled where nothing says else."""
         layers = self.settings_layers
         return resolve_sampling(*layers, self.family.defaults(self.layout, size_in(layers)))
-
-
-def _family_on_hub(name: str) -> Family:
-    """The family of a hub id, found out without the download of its weights."""
-    # The configurations first: a model of another kind should not cost its whole download.
-    configurations = [pattern for family in FAMILIES for pattern in family.hub_files.configurations]
-    folder = download(name, configurations)
-    try:
-        return recognise(folder)[0]
-    except CheckpointError:
-        # There is none in some layouts, of which the names of files tell.
-        names = list_files(name) if any(family.hub_landmarks for family in FAMILIES) else []
-        for family in FAMILIES:
-            if any(fnmatch(file, pattern) for file in names for pattern in family.hub_landmarks):
-                return family
-        raise
-
-
-def recognise(folder: Path) -> tuple[Family, Layout]:
-    """The family of the checkpoint in a folder, and its layout; raises `CheckpointError` if there is none of any."""
-    has_index = exists(folder / INDEX)
-    if not has_index:
-        check_no_lora(folder)
-    for family in FAMILIES:
-        if (layout := family.recognise(folder)) is not None:
-            return family, layout
-    if not has_index and not exists(folder / CONFIG):
-        raise explain(folder, [family.landmarks for family in FAMILIES])
-    kind = read_json_object(folder / (INDEX if has_index else CONFIG)).get("_class_name")
-    known = " and ".join(family.name for family in FAMILIES)
-    raise CheckpointError(f"{folder} is a {kind}; only {known} checkpoints are supported")
-
-
-def _recognise_with(folder: Path, file: Path) -> tuple[Family, Layout]:
-    """The same of a folder whose transformer is replaced by a file, and so may be all that it lacks."""
-    try:
-        family, layout = recognise(folder)
-    except CheckpointError:
-        # What says nothing of itself is told by the file alone; what says something is known, or refused for it.
-        if exists(folder / INDEX) or exists(folder / CONFIG):
-            raise
-        told = family_of_file(file)
-        if told.layout_of_file is None:
-            raise
-        return told, told.layout_of_file(file)
-    if layout.published and family.layout_of_file is not None:
-        layout = family.layout_of_file(file)
-    return family, layout
-
-
-def family_of_file(file: str | Path) -> Family:
-    """The family whose transformer a single file is; raises as `open_transformer` does unless it is one of any."""
-    refusals = []
-    for family in FAMILIES:
-        try:
-            open_transformer(file, family.naming)
-            return family
-        except CheckpointError as error:
-            refusals.append(error)
-    raise refusals[0]

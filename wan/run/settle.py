@@ -19,7 +19,8 @@ from wan.config.config_files import read_settings
 from wan.config.model_settings import ModelSettings
 from wan.config.settings import Settings, resolve
 from wan.files.formats import SAFETENSORS
-from wan.models.checkpoint import Checkpoint, family_of_file
+from wan.models.checkpoint import Checkpoint
+from wan.models.recognise import family_of_file
 from wan.quantize.quantizer import check_quantization
 from wan.run.inputs import check_inputs, fit_to_inputs, other_files
 from wan.run.jobs import names_of, read_prompts
