@@ -18,11 +18,13 @@ import generate
 import wan
 from wan import Checkpoint
 from wan.config.config_files import CONFIG_FOLDER, read_settings
-from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, resolve
+from wan.config.sampling_settings import DEFAULT_NEGATIVE_PROMPT
+from wan.config.settings import resolve
 from wan.models.family import Layout
 from wan.models.wan.family import WAN
 from wan.models.wan.kinds import KINDS
 from wan.models.wan.random_checkpoint import small_tokenizer
+from wan.run.tasks import kind_on_hub
 from wan.sampling.solvers import make_solver
 
 
@@ -32,7 +34,7 @@ def test_configs_of_the_wan_family_run_what_their_names_say(file):
     version, task, size, *rest = file.stem.split("_")
     hub = f"Wan-AI/{version[:4].title()}.{version[4]}-{task}-{size}".lower()
     assert settings.checkpoint.lower().replace("-14b-", "-") == hub
-    kind = next(kind for kind in KINDS.values() if settings.checkpoint in kind.hub_ids)
+    kind = KINDS[kind_on_hub(settings.checkpoint)]
     assert settings.model.kind == kind.name
     # As published, but for what the name says besides.
     own = WAN.defaults(Layout(True, {}, kind.name), settings.video.size)

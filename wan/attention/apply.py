@@ -28,7 +28,7 @@ setting = threading.Lock()
 def apply_attention(transformers: Sequence[ModelMixin], config: NablaConfig, spec: TransformerSpec) -> None:
     """Replace the self-attention of transformers by NABLA, in place; `remove_attention` undoes it.
 
-    Of those given at once, such as the two experts of a Wan2.2 pipeline, sampling steps are counted together for
+    Of those given at once, such as the experts of a pipeline, sampling steps are counted together for
     `config.dense_steps`. Over the processes of `apply_sequence_parallel`, or of diffusers' context parallelism by
     Ulysses, each attends to its own heads. Raises `InputError` for another kind of model, for layers that it does not
     have, and under diffusers' ring.

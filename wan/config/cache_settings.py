@@ -15,7 +15,7 @@ from wan.config.checks import MAX_STEPS, check_keys, check_path
 from wan.config.config_files import CONFIG_FOLDER
 from wan.files.plain_data import parse_json, read_json
 
-# Thresholds that diffusers sets by default; not measured on Wan.
+# Thresholds that diffusers sets by default; not measured here.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
 # Of the hidden states, that both guidance branches keep; TaylorSeer's are of the last layer, which is far narrower.
 COPIES = {"first_block": 6, "mag": 4, "taylorseer": 1}

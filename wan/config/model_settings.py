@@ -70,11 +70,6 @@ class LoraFile:
             return cls(path, expert=expert)
         return cls(file, number, expert)
 
-    @property
-    def text(self) -> str:
-        """As a person writes it."""
-        return f"{expert_text(self.expert)}{self.file}:{self.scale:g}"
-
 
 @dataclass(frozen=True)
 class ExpertFiles:

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nabla import InputError, NablaConfig
 from nabla.config import is_count
 from wan.config.cache_settings import CacheSettings
-from wan.config.checks import (
-    check_keys,
-    parse_size,
-)
+from wan.config.checks import check_keys, parse_size
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.inputs import INPUTS, Files, inputs_of
 from wan.config.model_settings import ExpertFiles, LoraFile, ModelSettings
 from wan.config.prompts import check_expanded, check_prompt
-from wan.config.sampling_settings import DEFAULT_NEGATIVE_PROMPT as DEFAULT_NEGATIVE_PROMPT
 from wan.config.sampling_settings import SamplingSettings, without_default
 
 if TYPE_CHECKING:

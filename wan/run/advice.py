@@ -6,7 +6,8 @@ import logging
 
 from nabla import InputError
 from wan.checkpoints.file_errors import CheckpointError
-from wan.config.settings import DEFAULT_NEGATIVE_PROMPT, Settings
+from wan.config.sampling_settings import DEFAULT_NEGATIVE_PROMPT
+from wan.config.settings import Settings
 from wan.models.checkpoint import Checkpoint
 from wan.run.ratios import measured_otherwise
 from wan.run.request import Request

@@ -27,7 +27,7 @@ from wan.run.jobs import names_of, read_prompts
 from wan.run.outputs import check_output, ending
 from wan.run.request import Request
 from wan.run.sidecars import Video
-from wan.run.tasks import TASKS, kind_of
+from wan.run.tasks import TASKS, kind_on_hub
 
 log = logging.getLogger("wan")
 
@@ -113,7 +113,7 @@ def _check_task(task: str, config: str | None, from_file: Mapping[str, Any], nam
     # The name of a folder says nothing.
     if named or not isinstance(hub, str) or os.path.isdir(hub):
         return
-    if kind_of(hub) not in (None, TASKS[task].kind) or task.rpartition("-")[2] not in hub:
+    if kind_on_hub(hub) not in (None, TASKS[task].kind) or task.rpartition("-")[2] not in hub:
         raise InputError(f"task {task}: config {config} names {hub}; leave --task out, or choose with --ckpt_dir")
 
 

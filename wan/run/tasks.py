@@ -32,9 +32,9 @@ TASKS = {
 }
 
 
-def kind_of(named: str) -> str | None:
+def kind_on_hub(hub_id: str) -> str | None:
     """The kind of a checkpoint that one of the tasks picks; None for all others."""
-    return next((task.kind for task in TASKS.values() if named in (task.checkpoint, task.small)), None)
+    return next((task.kind for task in TASKS.values() if hub_id in (task.checkpoint, task.small)), None)
 
 
 def checkpoint_of(task: str, size: str | None = None) -> str:

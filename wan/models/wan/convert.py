@@ -55,9 +55,9 @@ LAYOUTS = ("published", "diffusers")
 TRANSFORMERS = tuple(files.name for files in EXPERT_FILES)
 # What two models of the same tensors may differ in without computing anything else.
 NO_MATTER = {*STATISTICS, "decoder_base_dim", "dropout"}
-# What a text encoder computes beyond its tensors.
-TOWER_SETTINGS = ("num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+# What a text encoder, and what sees pictures, compute beyond their tensors.
 TEXT_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
+TOWER_SETTINGS = ("num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
 
 
 def convert(

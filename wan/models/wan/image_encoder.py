@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan.checkpoints.component import Component, fitting
@@ -97,18 +97,9 @@ def load_image_encoder(component: Component, device: torch.device | str) -> CLIP
 
 def finish_image_encoder(model: CLIPVisionModel, device: torch.device | str) -> None:
     """Give a tower that was made on the meta device the numbers of its positions, which are not saved."""
-    embeddings = _tower(model).embeddings
-    embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions, device=device)[None], False)
-
-
-def layers_of(model: CLIPVisionModel) -> nn.ModuleList:
-    """The tower's layers."""
-    return _tower(model).encoder.layers
-
-
-def _tower(model: CLIPVisionModel) -> Any:
     # In older transformers the tower is a module of the model, in newer ones the model itself.
-    return getattr(model, PREFIX.rstrip("."), model)
+    embeddings = getattr(model, PREFIX.rstrip("."), model).embeddings
+    embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions, device=device)[None], False)
 
 
 def clip_pixels(picture: np.ndarray, size: int) -> Tensor:

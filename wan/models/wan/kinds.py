@@ -8,7 +8,7 @@ from typing import Any
 
 from wan.config.geometry import Geometry
 from wan.config.model_settings import EXPERTS
-from wan.config.settings import DEFAULT_NEGATIVE_PROMPT
+from wan.config.sampling_settings import DEFAULT_NEGATIVE_PROMPT
 from wan.models.family import Layout, MediaInputs
 from wan.models.wan.geometry import GEOMETRY, GEOMETRY_5B
 from wan.models.wan.sizes import Size, as_asked, fit_area, fit_source, fit_within
@@ -19,7 +19,6 @@ class Kind:
     """One kind, as `kind` in settings names it.
 
     what: it is, in messages
-    hub_ids: repositories of its checkpoints in the published layout, the smallest first
     pipeline: the class that makes its videos, as "module:class"
     diffusers_pipeline: the class of diffusers that its checkpoints in diffusers' layout name
     channels: that its transformer takes and gives
@@ -34,7 +33,6 @@ class Kind:
 
     name: str
     what: str
-    hub_ids: tuple[str, ...]
     pipeline: str
     diffusers_pipeline: str
     channels: tuple[int, int] = (16, 16)
@@ -65,14 +63,12 @@ _ALL = (
     Kind(
         "t2v",
         "Wan2.1 text-to-video",
-        ("Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"),
         _TEXT,
         "WanPipeline",
     ),
     Kind(
         "i2v",
         "Wan2.1 image-to-video",
-        ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P"),
         _IMAGE,
         "WanImageToVideoPipeline",
         channels=(36, 16),
@@ -85,7 +81,6 @@ _ALL = (
     Kind(
         "flf2v",
         "Wan2.1 first-and-last-frame-to-video",
-        ("Wan-AI/Wan2.1-FLF2V-14B-720P",),
         _IMAGE,
         "WanImageToVideoPipeline",
         channels=(36, 16),
@@ -103,7 +98,6 @@ _ALL = (
     Kind(
         "vace",
         "Wan2.1 VACE",
-        ("Wan-AI/Wan2.1-VACE-1.3B", "Wan-AI/Wan2.1-VACE-14B"),
         _PIPELINE("vace_pipeline:WanVACE"),
         "WanVACEPipeline",
         inputs=MediaInputs(optional=frozenset({"src_video", "src_mask", "src_ref_images"})),
@@ -113,7 +107,6 @@ _ALL = (
     Kind(
         "t2v-A14B",
         "Wan2.2 text-to-video",
-        ("Wan-AI/Wan2.2-T2V-A14B",),
         _TEXT,
         "WanPipeline",
         boundary=0.875,
@@ -122,7 +115,6 @@ _ALL = (
     Kind(
         "i2v-A14B",
         "Wan2.2 image-to-video",
-        ("Wan-AI/Wan2.2-I2V-A14B",),
         _IMAGE,
         "WanImageToVideoPipeline",
         channels=(36, 16),
@@ -134,7 +126,6 @@ _ALL = (
     Kind(
         "ti2v-5B",
         "Wan2.2 TI2V-5B",
-        ("Wan-AI/Wan2.2-TI2V-5B",),
         _PIPELINE("text_image_to_video:WanTI2V"),
         "WanPipeline",
         channels=(48, 48),

@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
 
 
 def no_others(sizes: Any) -> dict[str, int]:
-    """Of families with one transformer, which pictures have no encoder of their own in."""
+    """Of families with one transformer, in which pictures have no encoder of their own."""
     return {}
 
 
