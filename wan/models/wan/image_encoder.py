@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.config_checks import check_layers, divides, fraction, numbers, sizes_of
-from wan.checkpoints.file_errors import read_json_object
+from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.checkpoints.locate import CONFIG
 from wan.checkpoints.stacked import Stack, StackedFiles, join_parts
 from wan.checkpoints.weights import WeightFiles
@@ -28,6 +28,8 @@ DTYPE = torch.float32
 # The published file has no word for heads; all of its kind are so wide.
 HEAD = 80
 EPS = 1e-5
+# Of text, by which diffusers' cross-attention tells rows of pictures, before it, from rows of text.
+TEXT_ROWS = 512
 # Of what pictures were normalised by in training: a value a colour.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # What the published file has for comparing pictures with texts, and files of the hub for older libraries.
@@ -100,6 +102,14 @@ def finish_image_encoder(model: CLIPVisionModel, device: torch.device | str) -> 
     # In older transformers the tower is a module of the model, in newer ones the model itself.
     embeddings = getattr(model, PREFIX.rstrip("."), model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions, device=device)[None], False)
+
+
+def check_text_rows(count: int) -> None:
+    """Raise `CheckpointError` for a transformer that sees pictures before so many rows of text, unless it is 512."""
+    if count != TEXT_ROWS:
+        raise CheckpointError(
+            f"text_len is {count}, but must be {TEXT_ROWS} in a model that sees pictures before the text"
+        )
 
 
 def clip_pixels(picture: np.ndarray, size: int) -> Tensor:

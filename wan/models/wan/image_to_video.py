@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
-from wan.checkpoints.file_errors import CheckpointError
 from wan.memory.placement import on_device
 from wan.models.wan.condition import Condition, Guidance, fitting, from_leader, guidance_of
-from wan.models.wan.image_encoder import clip_pixels, image_states
+from wan.models.wan.image_encoder import check_text_rows, clip_pixels, image_states
 from wan.models.wan.kinds import KINDS, Kind
 from wan.models.wan.picture import given_frames, given_mask
 from wan.models.wan.pipeline import WanT2V
 from wan.models.wan.processor import velocity_of
 from wan.sampling.loop import Conditions
 from wan.sampling.request import VideoRequest
-
-# Of text, by which diffusers' cross-attention tells rows of pictures, before it, from rows of text.
-TEXT_ROWS = 512
 
 
 class WanI2V(WanT2V):
@@ -34,10 +30,8 @@ class WanI2V(WanT2V):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.sees_states and self.text_length != TEXT_ROWS:
-            raise CheckpointError(
-                f"text_len is {self.text_length}, but must be {TEXT_ROWS} in a model that sees pictures before the text"
-            )
+        if self.sees_states:
+            check_text_rows(self.text_length)
 
     @property
     def sees_states(self) -> bool:

@@ -21,8 +21,7 @@ from wan.models.wan import components
 from wan.models.wan.clip_encoder import WanClipEncoder
 from wan.models.wan.diffusers_layout import write_component, write_index
 from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.image_encoder import image_encoder_component
-from wan.models.wan.image_to_video import TEXT_ROWS
+from wan.models.wan.image_encoder import check_text_rows, image_encoder_component
 from wan.models.wan.kinds import EXPERTS, kind_of
 from wan.models.wan.latents import decode, draw_noise
 from wan.models.wan.layout import IMAGE_ENCODER, OWN_KEYS
@@ -45,10 +44,8 @@ def facts(base: Checkpoint, expert: str | None = None) -> TrainingFacts:
     if kind.name == "vace":
         raise InputError(f"vace cannot be trained here, and {base.name} is of it; take a checkpoint of another kind")
     sees_states = IMAGE_ENCODER in base.component_files
-    if sees_states and base.text_length != TEXT_ROWS:
-        raise InputError(
-            f"text_len is {base.text_length}, but must be {TEXT_ROWS} in a model that sees pictures before the text"
-        )
+    if sees_states:
+        check_text_rows(base.text_length)
     own = TRANSFORMERS.get(expert, "transformer")
     return TrainingFacts(
         lora_targets=LORA_TARGETS + (PICTURE_TARGETS if sees_states else ()),
