@@ -7,7 +7,8 @@ import importlib.util
 from pathlib import Path
 
 from wan.observe.console import exit_with, log_to_stderr, run_program, say
-from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, boolean, options_of
+from wan.run.flag_types import boolean
+from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, options_of
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -81,8 +81,11 @@ class BlockStream:
         self.forwards = 0
         self.runs: Counter[int] = Counter()
         self.received: dict[int, Tensor] = {}
+        self._watch(blocks)
+
+    def _watch(self, blocks: Sequence[nn.Module]) -> None:
         for number, block in enumerate(blocks):
-            if number >= kept:
+            if number >= self.kept:
                 # Before other hooks, which may look at weights, and outside of the compiled block; after errors, too.
                 block.register_forward_pre_hook(partial(self._before, number), prepend=True)
                 block.register_forward_hook(partial(self._after, number), always_call=True)

@@ -6,6 +6,13 @@ import argparse
 import re
 
 
+def boolean(text: str) -> bool:
+    """The type of a flag that says whether."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
 def scales(text: str) -> float | list[float]:
     """The type of a flag that is a number, or two with a comma between: of low noise and of high."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from wan.observe.console import printable
-from wan.run.flag_types import files, scales, transformers
+from wan.run.flag_types import boolean, files, scales, transformers
 from wan.run.request import Options, Request
 from wan.run.tasks import TASKS, checkpoint_of
 
@@ -45,13 +45,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)[:MAX_MESSAGE]} (see --help)\n")
 
 
-def boolean(text: str) -> bool:
-    """The type of a flag that says whether."""
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
-
-
 def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add flags of `SHARED` to a program's parser."""
     for name in names:
@@ -63,6 +56,8 @@ def make_parser(description: str | None = None) -> Parser:
     parser = Parser(description=description)
     # In the order in which --help lists them.
     _add_what_is_made(parser)
+    _add_weights(parser)
+    _add_video(parser)
     _add_sampling(parser)
     _add_how_it_runs(parser)
     _add_processes_and_logs(parser)
@@ -70,7 +65,7 @@ def make_parser(description: str | None = None) -> Parser:
 
 
 def _add_what_is_made(parser: Parser) -> None:
-    """Flags of prompts, weights, sizes and files."""
+    """Flags of prompts, and of files that say what is made."""
     add = parser.add_argument
     add("--prompt", help="what the video shows")
     add(
@@ -91,6 +86,11 @@ def _add_what_is_made(parser: Parser) -> None:
         help="as the published program names what a checkpoint is for; picks that if nothing else names one, and "
         "refuses others; t2i makes one picture",
     )
+
+
+def _add_weights(parser: Parser) -> None:
+    """Flags of a checkpoint, of what takes the place of its parts or is added to them, and of its attention."""
+    add = parser.add_argument
     add("--ckpt_dir", help="checkpoint: a directory or a hub id (default: the small one in checkpoints/wan-shapes)")
     add(
         "--transformer",
@@ -110,6 +110,11 @@ def _add_what_is_made(parser: Parser) -> None:
         "with high: or low: before it, into that expert of Wan2.2 alone",
     )
     add("--sparse_algo", help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks)")
+
+
+def _add_video(parser: Parser) -> None:
+    """Flags of the video's size, seed and file, and of lists of videos."""
+    add = parser.add_argument
     add("--negative_prompt", help="what the video should not show")
     add("--size", help="width*height in pixels, such as 1280*720; multiples of 16; with a picture the area alone")
     add(

@@ -1,1 +1,1 @@
-"""Wan: text to video."""
+"""Wan: videos of text, and of pictures or another video beside it."""
