@@ -17,7 +17,9 @@ DATA = Path(__file__).parent / "data"
 SLOWEST = (
     "parallel",
     "kandinsky_parallel",
-    "pictures_parallel",
+    "family_parallel",
+    "wan_family_names",
+    "wan_family_runs",
     "kandinsky_training",
     "kandinsky_transformer",
     "kandinsky_caches",

@@ -1,24 +1,18 @@
-"""Tiny training runs of Wan's other kinds for the tests: their checkpoints with a tokenizer, clips, settings."""
+"""Tiny training runs of Wan's other kinds for the tests: clips, settings."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from training_runs import settings_dict
-from wan_family_sets import checkpoint
 
 from wan.training.encoder import Encoder
 from wan.training.models import open_components
 from wan.training.prepare import prepare
 from wan.training.prepare_settings import PrepareSettings
-
-# The sets' text encoders know 64 tokens.
-WORDS = ("<pad>", "</s>", "<unk>", "clip", "number", *map(str, range(10)))
 
 
 class Moving:
@@ -34,24 +28,10 @@ class Moving:
         return np.random.default_rng(index).integers(0, 256, self.shape, dtype=np.uint8), f"clip number {index}"
 
 
-def with_tokenizer(task: str, folder: Path) -> Path:
-    """The checkpoint of a set, copied, with a tokenizer."""
-    shutil.copytree(checkpoint(task), folder)
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    place = folder / "google" / "umt5-xxl"
-    place.mkdir(parents=True)
-    tokenizer.save(str(place / "tokenizer.json"))
-    return folder
-
-
 def prepare_clips(base: Path, out: Path, count: int = 4, **options: Any) -> Path:
     settings = PrepareSettings(str(base), str(out), clips_per_shard=3, dtype="float32")
-    assert prepare(Moving(count, **options), settings, Encoder(open_components(base), torch.device("cpu"))) == (
-        count,
-        0,
-    )
+    encoder = Encoder(open_components(base), torch.device("cpu"))
+    assert prepare(Moving(count, **options), settings, encoder) == (count, 0)
     return out
 
 

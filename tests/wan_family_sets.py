@@ -7,12 +7,16 @@ what is made of the pictures, `dit.*` forwards and their blocks, `.high` and `.l
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from wan.models.wan.layout import TOKENIZER_FOLDER
+from wan.models.wan.random_checkpoint import small_tokenizer
 
 DATA = Path(__file__).parent / "data"
 # The kind of each set's checkpoint.
@@ -31,6 +35,13 @@ TWO_EXPERTS = ("wan22_t2v", "wan22_i2v")
 def checkpoint(task: str) -> Path:
     """In the published layout; it has no tokenizer."""
     return DATA / f"{task}-nano" / "checkpoint"
+
+
+def with_tokenizer(task: str, folder: Path) -> Path:
+    """The same copied to a new folder, with a tokenizer of as many words as its text encoder knows."""
+    shutil.copytree(checkpoint(task), folder)
+    small_tokenizer(64).save_pretrained(folder / TOKENIZER_FOLDER)
+    return folder
 
 
 @cache

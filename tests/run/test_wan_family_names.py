@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
-from places import DATA
+from wan_family_sets import with_tokenizer
 
 import generate
 import wan
@@ -23,7 +23,6 @@ from wan.config.settings import resolve
 from wan.models.family import Layout
 from wan.models.wan.family import WAN
 from wan.models.wan.kinds import KINDS
-from wan.models.wan.random_checkpoint import small_tokenizer
 from wan.run.tasks import kind_on_hub
 from wan.sampling.solvers import make_solver
 
@@ -74,10 +73,7 @@ def published(tmp_path_factory):
 
     @functools.cache
     def published(name: str) -> Path:
-        shutil.copytree(DATA / f"{name}-nano" / "checkpoint", folder / name)
-        # As many words as the sets' text encoders know.
-        small_tokenizer(64).save_pretrained(folder / name / "google" / "umt5-xxl")
-        return folder / name
+        return with_tokenizer(name, folder / name)
 
     return published
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from family_runs import family_settings, prepare_clips, with_tokenizer
+from family_runs import family_settings, prepare_clips
 from places import PROGRAMS, ROOT
 from safetensors.torch import load_file
 from shapes_runs import vae_settings_dict
 from starting import finish, fork, start
 from training_runs import exact_rows, settings_dict, train
+from wan_family_sets import with_tokenizer
 
 from wan.training.metrics import METRICS_FILE, read_metrics
 

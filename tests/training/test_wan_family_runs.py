@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_runs import Moving, family_settings, prepare_clips, with_tokenizer
+from family_runs import Moving, family_settings, prepare_clips
 from safetensors.torch import load_file
 from training_runs import train
+from wan_family_sets import with_tokenizer
 
 import wan
 from nabla import InputError
