@@ -10,6 +10,8 @@ from wan.config.checks import absolute_path
 
 # Of settings, of the fields of a request, and of what pipelines are given.
 INPUTS = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
+# Those that are videos, the others being pictures; a mask may be either.
+VIDEOS = ("src_video", "src_mask")
 # Those that are several files.
 LISTS = ("src_ref_images",)
 

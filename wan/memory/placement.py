@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wan.parallel.fsdp import is_sharded
+
+if TYPE_CHECKING:
+    from wan.memory.streaming import BlockStream
 
 # Part of a GPU that weights may fill when a 720p forward still has to fit beside them.
 WEIGHT_SHARE = 0.6
@@ -109,7 +112,7 @@ def experts_on_device(models: Sequence[nn.Module], device: torch.device, offload
             stream.let_go()
 
 
-def _stream_of(module: nn.Module) -> Any:
+def _stream_of(module: nn.Module) -> BlockStream | None:
     return getattr(module, "block_stream", None)
 
 

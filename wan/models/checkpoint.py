@@ -98,6 +98,7 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout:
+        """What its family reads off it."""
         return Layout(self.published, self.config, self.kind, self.boundary)
 
     @property

@@ -41,6 +41,7 @@ class MediaInputs(NamedTuple):
 
     @property
     def taken(self) -> frozenset[str]:
+        """All that may be given."""
         return self.required | self.optional
 
 

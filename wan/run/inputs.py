@@ -9,12 +9,12 @@ from typing import Any
 
 from nabla import InputError
 from wan.config.config_files import read_made_with
-from wan.config.inputs import Files, each_file, inputs_of
+from wan.config.inputs import VIDEOS, Files, each_file, inputs_of
 from wan.config.settings import Settings
 from wan.files.picture import check_picture, read_picture
 from wan.files.source_video import check_pair, mask_of, size_of_video, video_of
 from wan.models.checkpoint import Checkpoint
-from wan.run.records import VIDEOS, record_of, recorded_otherwise
+from wan.run.records import record_of, recorded_otherwise
 
 log = logging.getLogger("wan")
 

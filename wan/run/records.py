@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.config.inputs import LISTS, Files
+from wan.config.inputs import LISTS, VIDEOS, Files
 from wan.files.hashes import file_hash
 from wan.files.picture import picture_hash
-
-VIDEOS = ("src_video", "src_mask")
 
 
 def digest_of(name: str, path: str) -> str:
