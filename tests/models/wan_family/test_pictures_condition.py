@@ -121,10 +121,10 @@ def test_what_is_held_stands_in_the_first_frame_and_the_rest_is_untouched():
     assert condition.shape == (16, 1, 6, 4)
     latents = torch.randn(2, 16, *LATENTS)
     texts = torch.zeros(2, 512, 32), None
-    held = pipe.hold(latents, pipe._guided(texts, condition))
+    held = pipe.hold(latents, pipe.guide(texts, condition))
     assert torch.equal(held[:, :, 0], condition.y[None, :, 0].expand(2, -1, -1, -1))
     assert torch.equal(held[:, :, 1:], latents[:, :, 1:])
-    assert pipe.hold(latents, pipe._guided(texts, None)) is latents
+    assert pipe.hold(latents, pipe.guide(texts, None)) is latents
 
 
 def test_one_timestep_for_all_is_that_of_every_token():

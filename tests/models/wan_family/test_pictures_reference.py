@@ -75,7 +75,7 @@ def test_forwards_and_their_masks(task, algorithm, monkeypatch):
     wan.apply_attention(pipe.transformers, NablaConfig.parse(algorithm))
     texts = given["dit.context"][None].new_zeros(1, 512, 32)
     texts[:, : len(given["dit.context"])] = given["dit.context"]
-    guidance = pipe._guided((texts,), condition(task))
+    guidance = pipe.guide((texts,), condition(task))
     for transformer, name in zip(
         pipe.transformers, ("dit.high", "dit.low") if len(pipe.transformers) > 1 else ("dit",)
     ):

@@ -76,7 +76,7 @@ def test_a_scale_of_zero_is_the_transformer_without_its_own_blocks():
     with torch.no_grad():
         exact = plain.eval()(latents, timestep, text, return_dict=False)[0]
         for scale in (0.0, 0.5):
-            guidance = own._guided((text, text), condition_of(own, context_scale=scale)).prompt
+            guidance = own.guide((text, text), condition_of(own, context_scale=scale)).prompt
             is_same = relative_error(own.predict(latents, timestep, guidance), exact) < 1e-6
             assert is_same == (scale == 0)
 

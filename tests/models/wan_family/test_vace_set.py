@@ -110,7 +110,7 @@ def test_guided_loop_and_its_video(pipe, condition, expected, settings, algorith
 
 def test_the_noise_is_the_published_programs(pipe, condition, expected, settings):
     text = torch.zeros(1, 512, 32)
-    noise = pipe.draw_noise(pipe.video, settings["seed"], pipe._guided((text, text), condition))
+    noise = pipe.draw_noise(pipe.video, settings["seed"], pipe.guide((text, text), condition))
     assert torch.equal(noise[0], expected["loop.noise"])
 
 

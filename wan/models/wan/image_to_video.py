@@ -49,6 +49,14 @@ class WanI2V(WanT2V):
             return KINDS["i2v-A14B"]
         return KINDS["flf2v" if self.sees_last else "i2v"]
 
+    def guide(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
+        channels = self.transformer.config.in_channels - self.transformer.config.out_channels
+        fits = fitting(condition, (channels, None, None, None), self.device, noise)
+        _check_states(fits.clip, self.transformer.config)
+        return guidance_of(texts, fits, self.transformer.dtype)
+
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
         batch = len(latents)
@@ -76,14 +84,6 @@ class WanI2V(WanT2V):
         with on_device(self.image_encoder, self.device, self.offload) as encoder:
             pixels = torch.cat([clip_pixels(picture, encoder.config.image_size) for picture in pictures])
             return image_states(encoder, pixels.to(self.device)).float()
-
-    def _guided(
-        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
-    ) -> Conditions:
-        channels = self.transformer.config.in_channels - self.transformer.config.out_channels
-        fits = fitting(condition, (channels, None, None, None), self.device, noise)
-        _check_states(fits.clip, self.transformer.config)
-        return guidance_of(texts, fits, self.transformer.dtype)
 
 
 def _check_states(states: Tensor | None, config: Any) -> None:

@@ -147,7 +147,7 @@ class WanT2V:
             states = torch.empty(shape, device=self.device, dtype=self.transformer.dtype)
         if self.distributed is not None:
             states = self.distributed.broadcast_from_leader(states.contiguous())
-        return self._guided(states.split(1), self._condition_of(request))
+        return self.guide(states.split(1), self._condition_of(request))
 
     def condition(
         self,
@@ -200,10 +200,22 @@ class WanT2V:
             require_negative(negative_context, sampling.guide_scale)
         latents = _batched(noise, 5).to(self.device, torch.float32)
         texts = [self._ready_text(text, len(latents)) for text in (context, negative_context)]
-        guidance = self._guided(texts, conditions, latents)
+        guidance = self.guide(texts, conditions, latents)
         latents = sample_latents(self, latents, guidance, sampling, with_progress(progress, observer))
         latents = self.finish(latents, guidance)
         return latents if noise.ndim == latents.ndim else latents[0]
+
+    def guide(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
+        """What `predict` takes in each guidance branch, of its text states (B, L, C) and what stands beside the noise.
+
+        noise: (B, C, T, h, w), where it is there already
+        Raises `InputError` for a condition that is not taken, is missing or does not fit.
+        """
+        if condition is not None:
+            raise InputError("conditions are not taken: this checkpoint starts from text alone; leave them out")
+        return guidance_of(texts, None, self.transformer.dtype)
 
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch."""
@@ -322,18 +334,6 @@ class WanT2V:
     def _condition_of(self, request: VideoRequest) -> Condition | None:
         """What `condition` makes of a request's inputs, on all processes that share the video; None of text alone."""
         return None
-
-    def _guided(
-        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
-    ) -> Conditions:
-        """What `predict` takes in each guidance branch, of its text states (B, L, C) and what stands beside the noise.
-
-        noise: (B, C, T, h, w), where it is there already
-        Raises `InputError` for a condition that is not taken, is missing or does not fit.
-        """
-        if condition is not None:
-            raise InputError("conditions are not taken: this checkpoint starts from text alone; leave them out")
-        return guidance_of(texts, None, self.transformer.dtype)
 
     def _ready_text(self, text: Tensor | None, batch: int) -> Tensor | None:
         if text is None:

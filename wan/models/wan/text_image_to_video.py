@@ -28,6 +28,13 @@ class WanTI2V(WanT2V):
     def kind(self) -> Kind:
         return KINDS["ti2v-5B"]
 
+    def guide(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
+        shape = self.transformer.config.out_channels, 1, None, None
+        fits = None if condition is None else fitting(condition, shape, self.device, noise)
+        return guidance_of(texts, fits, self.transformer.dtype)
+
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, T, h, w) at timesteps (B,) in one guidance branch.
 
@@ -53,13 +60,6 @@ class WanTI2V(WanT2V):
             frame = covering(request.image, request.video.size)[None, :, None]
             made = Condition.of(self.encode_video(frame)[0])
         return from_leader(made, self.distributed, self.device)
-
-    def _guided(
-        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
-    ) -> Conditions:
-        shape = self.transformer.config.out_channels, 1, None, None
-        fits = None if condition is None else fitting(condition, shape, self.device, noise)
-        return guidance_of(texts, fits, self.transformer.dtype)
 
 
 def token_timesteps(timestep: Tensor, grid: tuple[int, int, int]) -> Tensor:

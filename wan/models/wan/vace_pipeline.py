@@ -46,6 +46,15 @@ class WanVACE(WanT2V):
         shape = 1, self.transformer.config.out_channels, *conditions.prompt.given.shape[2:]
         return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
 
+    def guide(
+        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
+    ) -> Conditions:
+        channels = self.transformer.config.vace_in_channels
+        fits = fitting(condition, (channels, None, None, None), self.device, noise)
+        self.references = fits.references
+        # In the transformer's type once, rather than in every forward.
+        return guidance_of(texts, fits.to(self.transformer.dtype), self.transformer.dtype)
+
     def predict(self, latents: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
         """The velocity in float32 of latents (B, C, references + T, h, w) at timesteps (B,) in one guidance branch."""
         control = guidance.given.expand(len(latents), -1, -1, -1, -1)
@@ -74,12 +83,3 @@ class WanVACE(WanT2V):
         with on_device(self.vae, self.device, self.offload) as vae:
             context = context_of(lambda x: encode(vae, x[None].to(self.device))[0], pixels, mask, references)
         return Condition.of(context, references=len(references), context_scale=request.sampling.context_scale)
-
-    def _guided(
-        self, texts: Sequence[Tensor | None], condition: Tensor | None, noise: Tensor | None = None
-    ) -> Conditions:
-        channels = self.transformer.config.vace_in_channels
-        fits = fitting(condition, (channels, None, None, None), self.device, noise)
-        self.references = fits.references
-        # In the transformer's type once, rather than in every forward.
-        return guidance_of(texts, fits.to(self.transformer.dtype), self.transformer.dtype)
