@@ -232,8 +232,8 @@ def test_memory_at_published_sizes_is_within_its_estimate(key):
     speed_up_encoder(model, torch.float32)
     size, stride = (1280, 704), model.config.scale_factor_spatial
     places = size[1] // stride, size[0] // stride
-    # The share of a first frame is that of Wan2.1's.
-    for frames, most in ((1, 1.6), (17, 1.3)):
+    # The share of a first frame is that of Wan2.1's; of encoding the estimate is of gaps between tensors too.
+    for frames, most in ((1, 1.8), (17, 1.5)):
         with Counted() as encoding:
             model.encode(torch.empty(1, 3, frames, size[1], size[0], device="meta"))
         estimate = decode_bytes(encoding_of(size, frames, torch.float32, model.config))
