@@ -10,6 +10,7 @@ import pytest
 from nabla import InputError
 from wan import Checkpoint, CheckpointError, Kandinsky5, WanT2V
 from wan.models import checkpoint as checkpoints
+from wan.models import recognise as recognition
 from wan.models.family import FEATURES, Layout, TransformerFacts
 from wan.models.kandinsky.family import KANDINSKY
 from wan.models.registry import FAMILIES
@@ -36,7 +37,7 @@ OTHER = replace(
 
 @pytest.fixture
 def two_families(monkeypatch):
-    monkeypatch.setattr(checkpoints, "FAMILIES", (WAN, OTHER))
+    monkeypatch.setattr(recognition, "FAMILIES", (WAN, OTHER))
 
 
 @pytest.fixture
@@ -94,7 +95,8 @@ def test_the_folder_above_is_told_by_any_familys_landmarks(other):
 
 def test_of_a_hub_id_the_configurations_of_all_families_come_first(monkeypatch, other):
     asked = []
-    monkeypatch.setattr(checkpoints, "download", lambda *given: (asked.append(given), other)[1])
+    for module in (recognition, checkpoints):
+        monkeypatch.setattr(module, "download", lambda *given: (asked.append(given), other)[1])
     assert Checkpoint.open("someone/other", transformer="other.safetensors").family is OTHER
     first, second = asked
     assert first == ("someone/other", [*WAN.hub_files.configurations, "other.json"])

@@ -14,7 +14,8 @@ from nabla import InputError
 from wan import WanT2V
 from wan.config.settings import resolve
 from wan.files.picture import picture_hash
-from wan.models import checkpoint as checkpoints
+from wan.models import recognise as recognition
+from wan.models.checkpoint import Checkpoint
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.jobs import name_of, read_prompts
@@ -47,7 +48,7 @@ def given(monkeypatch):
         inputs_of=lambda layout, kind: inputs[kind],
         fit_size=upright,
     )
-    monkeypatch.setattr(checkpoints, "FAMILIES", (family,))
+    monkeypatch.setattr(recognition, "FAMILIES", (family,))
     return seen
 
 
@@ -143,11 +144,11 @@ def test_a_line_s_picture_is_a_path(tmp_path):
 
 def test_from_python_wan_refuses_a_picture(random_nano):
     pipe = WanT2V.from_pretrained(random_nano, device="cpu")
-    with pytest.raises(InputError, match="image is not taken: this checkpoint starts from text alone; leave it out"):
+    with pytest.raises(InputError, match="image is not taken by this checkpoint, which starts from text alone; leave it out"):
         pipe.generate("A cat", image=np.zeros((4, 4, 3), np.uint8))
 
 
 def test_defaults_of_a_checkpoint_name_no_picture(damaged):
     (damaged / "defaults.yaml").write_text("image: x.png")
     with pytest.raises(InputError, match="may not name an image"):
-        checkpoints.Checkpoint.open(damaged).resolve(needs_prompt=False)
+        Checkpoint.open(damaged).resolve(needs_prompt=False)

@@ -19,7 +19,7 @@ from wan.config.config_files import CONFIG_FOLDER
 from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.settings import Settings, VideoSettings, resolve
 from wan.files.picture import picture_hash
-from wan.models import checkpoint as checkpoints
+from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
@@ -252,7 +252,7 @@ def kind_of(settings, kind):
 def test_pictures_are_for_families_that_take_them(random_nano, monkeypatch):
     settings = Settings(ModelSettings(str(random_nano)))
     assert not pictures_taken(settings)
-    monkeypatch.setattr(checkpoints, "FAMILIES", (pictured_family(),))
+    monkeypatch.setattr(recognition, "FAMILIES", (pictured_family(),))
     assert pictures_taken(settings) == {"image"} and not pictures_taken(kind_of(settings, "text"))
     monkeypatch.setattr(pictures, "FAMILIES", (WAN, pictured_family()))
     on_hub = Settings(ModelSettings("a/b"))

@@ -18,7 +18,7 @@ from PIL import Image
 from nabla import InputError
 from wan import WanT2V
 from wan.config.settings import resolve
-from wan.models import checkpoint as checkpoints
+from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.request import Options
@@ -306,7 +306,7 @@ def test_a_picture_is_shown_used_and_named_but_not_served(page, monkeypatch):
         inputs_of=lambda layout, kind: MediaInputs(optional=frozenset({"image"})),
         fit_size=lambda layout, given, asked: (64, 32),
     )
-    monkeypatch.setattr(checkpoints, "FAMILIES", (family,))
+    monkeypatch.setattr(recognition, "FAMILIES", (family,))
     path = page.upload(picture(), "cat.png")
     told = page.give("begin", path, "pictured")
     assert "Begins with cat.png" in told and page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 403
