@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from nabla import InputError
 from wan.files.hashes import file_hash
+from wan.files.ordinary import check_ordinary, unreadable
 
 log = logging.getLogger("wan")
 
@@ -69,7 +68,7 @@ def picture_hash(path: str | Path) -> str:
     try:
         return file_hash(Path(path))
     except OSError as error:
-        raise _unreadable(f"image {path}", error) from None
+        raise unreadable(f"image {path}", error, GIVE) from None
 
 
 def _say(name: str, pixels: np.ndarray, notes: list[str]) -> None:
@@ -79,20 +78,9 @@ def _say(name: str, pixels: np.ndarray, notes: list[str]) -> None:
 
 def _read(path: str | Path, name: str) -> tuple[np.ndarray, list[str]]:
     name = f"{name} {path}"
-    try:
-        mode = os.stat(path).st_mode
-        # Before it is opened: a pipe would be waited for.
-        file = open(path, "rb") if stat.S_ISREG(mode) else None
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
-    if file is None:
-        raise InputError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}; {GIVE}")
-    with file, _blamed_on(name), Image.open(file, formats=FORMATS) as picture:
+    check_ordinary(path, name, GIVE)
+    with open(path, "rb") as file, _blamed_on(name), Image.open(file, formats=FORMATS) as picture:
         return _pixels(picture, name)
-
-
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error}); {GIVE}")
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +12,7 @@ import numpy as np
 
 from nabla import InputError
 from nabla.config import is_number
+from wan.files.ordinary import check_ordinary
 from wan.files.picture import MAX_PIXELS, check_picture, read_picture
 from wan.files.video import encoder
 
@@ -83,7 +82,7 @@ class _VideoFile(SourceVideo):
 
     def __init__(self, path: Path, name: str):
         self.path, name = path, f"{name} {path}"
-        _check_file(path, name)
+        check_ordinary(path, name, GIVE)
         size, fps = _look_at(path, name)
         # Looked at for its size first, which decoding already takes memory for.
         self._set(name, size, 1, fps)
@@ -144,18 +143,6 @@ def check_pair(video: SourceVideo | None, mask: SourceVideo | None) -> None:
             f"{mask.name} has {mask.count} frames, and {video.name} {video.count}; a mask must have as many, or be a "
             "picture"
         )
-
-
-def _check_file(path: Path, name: str) -> None:
-    """Raise `InputError` for what is no ordinary file: a pipe would be waited for."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            with open(path, "rb"):
-                return
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error}); {GIVE}") from None
-    raise InputError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}; {GIVE}")
 
 
 def _url(path: Path) -> str:
