@@ -87,7 +87,7 @@ def write_gguf(
         array = tensor.float().numpy()
         is_packed = tensor.ndim == 2 and (all_packed or name.startswith("blocks."))
         packed = gguf.GGMLQuantizationType[kind if is_packed else "F32"]
-        if name == "patch_embedding.weight":
+        if name.endswith("patch_embedding.weight"):
             packed = gguf.GGMLQuantizationType.BF16
         data = gguf.quantize(array, packed)
         exact[name] = torch.from_numpy(gguf.dequantize(data, packed).reshape(array.shape).copy())

@@ -60,6 +60,11 @@ def fit(tmp_path, monkeypatch):
             "src_mask .*a.mp4 says which parts of a source video are made anew; give that as --src_video",
         ),
         (
+            "flf2v",
+            IMAGE | LAST | {"video": {"frame_num": 1}},
+            "frame_num 1 is too short for a first and a last picture; use 5 or more",
+        ),
+        (
             "i2v",
             IMAGE | {"sampling": {"context_scale": 0.5}},
             "context_scale 0.5 is of a source video, which i2v does not take; leave it out",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,7 @@ class GgufFile(WeightFiles):
         self.shapes = {naming.published_of(t.name): tuple(map(int, reversed(t.shape))) for t in tensors}
         if len(self.shapes) != len(tensors):
             raise CheckpointError(f"{file} holds a tensor under another name again; it cannot be read")
-        if naming.first_weight in self.shapes:
-            self.shapes[naming.first_weight] = self._patch_shape(self.shapes[naming.first_weight])
+        self.shapes |= {name: self._patch_shape(name) for name in self.shapes if _is_patch(name, naming)}
         # What stays packed, unless diffusers has a type for it.
         plain = GGMLQuantizationType.F32, GGMLQuantizationType.F16
         self.packed = {naming.published_of(t.name): int(t.n_bytes) for t in tensors if t.tensor_type not in plain}
@@ -64,18 +63,18 @@ class GgufFile(WeightFiles):
                     f"use a file of {known}"
                 )
 
-    def _patch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The five axes of the patch's weights, which GGUF, having four at most, may hold folded into fewer."""
+    def _patch_shape(self, name: str) -> tuple[int, ...]:
+        """The five axes of the weights of a patch, which GGUF, having four at most, may hold folded into fewer."""
+        shape, patch = self.shapes[name], self.naming.patch
         if len(shape) == 5:
             return shape
-        first, patch = self.naming.first_weight, self.naming.patch
-        width = self.shapes.get(f"{self.naming.patch_embedding}.bias", (0,))[0]
+        width = self.shapes.get(f"{name.removesuffix('.weight')}.bias", (0,))[0]
         # Numbers to an output channel: of all input channels and all places of a patch.
         per_row = math.prod(shape) // width if width else 0
         channels = per_row // math.prod(patch)
         if not width or math.prod(shape) != width * channels * math.prod(patch) or not channels:
             raise CheckpointError(
-                f"{self.where}: {first} is {shape}, which is not the weights of a patch of {patch}; use another file"
+                f"{self.where}: {name} is {shape}, which is not the weights of a patch of {patch}; use another file"
             )
         return (width, channels, *patch)
 
@@ -108,7 +107,7 @@ def load_gguf(component: Component, dtype: torch.dtype, device: torch.device | s
         empty.save_config(folder)
         try:
             stored = load_gguf_checkpoint(str(file))
-            _unfold_patch(stored, naming, component.weights.shapes[naming.first_weight])
+            _unfold_patches(stored, naming, component.weights.shapes)
             model = type(empty).from_single_file(
                 # With exactly the model's own names diffusers leaves them alone. Its conversion from other names
                 # would skip what it does not know with a warning only.
@@ -134,12 +133,19 @@ def _unpack_all_but_layers(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(dequantize_gguf_tensor(parameter).to(dtype)))
 
 
-def _unfold_patch(stored: dict[str, Tensor], naming: TransformerNaming, shape: tuple[int, ...]) -> None:
-    """Give the patch's weights their five axes, in place; folded axes lie in the same order."""
+def _is_patch(name: str, naming: TransformerNaming) -> bool:
+    """Whether a tensor, by its published name, is the weights of a patch: of the latents, or of what is beside them."""
+    return name.endswith(naming.first_weight)
+
+
+def _unfold_patches(
+    stored: dict[str, Tensor], naming: TransformerNaming, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Give the weights of patches their five axes, in place; folded axes lie in the same order."""
     from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 
-    name = next(name for name in stored if naming.published_of(name) == naming.first_weight)
-    weights = stored[name]
-    if isinstance(weights, GGUFParameter):
-        weights = dequantize_gguf_tensor(weights)
-    stored[name] = torch.as_tensor(weights).reshape(shape)
+    for name, weights in stored.items():
+        published = naming.published_of(name)
+        if _is_patch(published, naming):
+            plain = dequantize_gguf_tensor(weights) if isinstance(weights, GGUFParameter) else weights
+            stored[name] = torch.as_tensor(plain).reshape(shapes[published])

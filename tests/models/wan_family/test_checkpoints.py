@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import wan_family_sets as sets
+import weight_files
 from safetensors.torch import load_file, save_file
 
 import wan
@@ -96,8 +97,12 @@ def test_a_missing_expert_is_one_line(tmp_path):
     shutil.rmtree(tmp_path / "two" / "low_noise_model")
     with pytest.raises(CheckpointError, match=r"of two transformers .*low_noise_model/config.json is missing"):
         Checkpoint.open(tmp_path / "two")
+    for task, expert in (("wan22_i2v", "high_noise_model"), ("wan22_t2v", "low_noise_model")):
+        with pytest.raises(CheckpointError, match="is one transformer of Wan2.2.*give the folder above"):
+            Checkpoint.open(sets.checkpoint(task) / expert)
+    shutil.copytree(sets.checkpoint("wan22_i2v") / "high_noise_model", tmp_path / "alone")
     with pytest.raises(CheckpointError, match="is one transformer of Wan2.2 image-to-video.*give the folder above"):
-        Checkpoint.open(sets.checkpoint("wan22_i2v") / "high_noise_model")
+        Checkpoint.open(tmp_path / "alone")
     checkpoint = Checkpoint.open(sets.checkpoint("i2v"))
     with pytest.raises(CheckpointError, match="there is no low expert of checkpoint .* has one transformer"):
         transformer_component(checkpoint, expert="low")
@@ -159,3 +164,37 @@ def test_random_checkpoints_are_of_their_kind_and_whole(model, tmp_path):
     for files in checkpoint.component_files:
         first, second = (dict(files.find(folder, True)) for folder in (tmp_path / model, tmp_path / "again"))
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_small_model_is_one_by_the_pipeline_of_pictures_too(tmp_path):
+    meta_transformer(MODELS["ti2v-5B"]).save_config(tmp_path / "transformer")
+    for pipeline in ("WanPipeline", "WanImageToVideoPipeline"):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        assert Checkpoint.open(tmp_path).kind == "ti2v-5B"
+
+
+@pytest.mark.parametrize("is_folded", (False, True))
+def test_patches_of_packed_files_are_unpacked_whatever_they_are_of(tmp_path, is_folded):
+    pytest.importorskip("gguf", reason="needs gguf: pip install -r requirements-gguf.txt")
+    state = load_file(sets.checkpoint("vace") / "diffusion_pytorch_model.safetensors")
+    patches = [name for name in state if name.endswith("patch_embedding.weight")]
+    given = {name: x.flatten(1) if is_folded and name in patches else x for name, x in state.items()}
+    exact = weight_files.write_gguf(tmp_path / "a.gguf", given, "F32")
+    component = transformer_component(Checkpoint.open(sets.checkpoint("vace")), tmp_path / "a.gguf")
+    model = load_transformer(component, torch.float32, "cpu")
+    for name in patches:
+        own = model.get_parameter(name)
+        assert torch.equal(own, exact[name].reshape(own.shape))
+
+
+@pytest.mark.parametrize("task, own", (("i2v", "add_k_proj"), ("vace", "vace_blocks"), ("ti2v_5b", None)))
+def test_a_lora_of_text_to_video_is_taken_and_said_to_be_one(tmp_path, caplog, task, own):
+    checkpoint = Checkpoint.open(sets.checkpoint(task))
+    factors = weight_files.draw_factors(transformer_component(checkpoint).model)
+    plain = {name: pair for name, pair in factors.items() if not name.startswith("vace_") and ".add_" not in name}
+    caplog.set_level("INFO", "wan")
+    for given in (plain, factors):
+        caplog.clear()
+        wan.from_pretrained(checkpoint, lora=[str(weight_files.write_lora(tmp_path / "a.safetensors", given))])
+        is_said = "it changes nothing of what sees" in caplog.text
+        assert is_said == (own is not None and not any(own in name for name in given))

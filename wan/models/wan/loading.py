@@ -25,11 +25,15 @@ from wan.models.wan.fused_gelu import fuse_gelu
 from wan.models.wan.image_encoder import image_encoder_component, load_image_encoder
 from wan.models.wan.kinds import kind_of
 from wan.models.wan.names import NAMING
-from wan.models.wan.processor import blocks_of
+from wan.models.wan.processor import VACE_TRANSFORMER, blocks_of
 from wan.models.wan.vae import speed_up_decoder, speed_up_encoder
 from wan.quantize.float8 import FLOAT8
 
 log = logging.getLogger("wan")
+
+# Pieces of the names of layers that a text-to-video transformer does not have.
+PICTURE_LAYERS = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+VACE_LAYERS = ("vace_",)
 
 
 class LoadedModels(NamedTuple):
@@ -140,13 +144,26 @@ def _load_transformer(expert: _Expert, placement: Placement, dtype: torch.dtype)
     which = "transformer" if expert.name is None else f"{expert.name}-noise expert"
     for adapter in adapters:
         whose = "the weights" if expert.name is None else f"the weights of the {which}"
-        log.info("lora: %s, %s %s", adapter.describe(), "beside" if expert.packed else "merged into", whose)
+        how = "beside" if expert.packed else "merged into"
+        log.info("lora: %s, %s %s%s", adapter.describe(), how, whose, _not_changed(adapter, transformer))
     # Before blocks are compiled or streamed: it changes what class a layer of theirs is of.
     fuse_gelu(transformer)
     if quantizer is not None:
         log.info("%s: %s", which, quantizer.describe(placement.asked))
     move_to_wait(transformer, blocks_of(transformer), placement, blocks_left_out)
     return transformer
+
+
+def _not_changed(adapter: Adapter, model: WanTransformer3DModel) -> str:
+    """What a log line adds of a LoRA that leaves alone what the model has beyond a text-to-video one; else nothing."""
+    what, pieces = "sees pictures", PICTURE_LAYERS
+    if isinstance(model, VACE_TRANSFORMER.kind):
+        what, pieces = "sees the context", VACE_LAYERS
+    elif model.config.image_dim is None:
+        return ""
+    if any(piece in name for piece in pieces for name in (*adapter.scaling, *adapter.differences)):
+        return ""
+    return f"; it changes nothing of what {what}, as one made for text to video"
 
 
 def _load_text_encoder(component: Component, placement: Placement, dtype: torch.dtype) -> UMT5EncoderModel:

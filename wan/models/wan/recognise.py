@@ -151,6 +151,8 @@ def recognise(folder: Path) -> Layout | None:
         inner = folder / EXPERT_FOLDERS[0]
     if not exists(inner / CONFIG):
         return None
+    if folder.name in EXPERT_FOLDERS and all(exists(folder.parent / expert / CONFIG) for expert in EXPERT_FOLDERS):
+        raise CheckpointError(f"{folder} is one transformer of Wan2.2, which has two here; give the folder above it")
     config = read_json_object(inner / CONFIG)
     named = config.get("_class_name")
     known = (*TRANSFORMER_CLASSES, *COMPONENT_CLASSES)
@@ -189,7 +191,9 @@ def _recognise_diffusers(folder: Path) -> Layout | None:
     experts = index.get("transformer_2") not in (None, [None, None])
     kind = _known(folder, signs_of_config(config, False, experts), experts)
     _check_count(folder, kind, experts)
-    if KINDS[kind].diffusers_pipeline != named:
+    # Of the small one diffusers makes videos from pictures by the pipeline of those, and saves it under that name.
+    others = {KINDS["i2v"].diffusers_pipeline} if kind == "ti2v-5B" else set()
+    if named not in {KINDS[kind].diffusers_pipeline, *others}:
         raise CheckpointError(f"{folder} is a {named}, and its transformer one of {KINDS[kind].what}; {AGAIN}")
     return Layout(False, config, kind, _boundary(folder, index, kind))
 
