@@ -69,6 +69,11 @@ def fit(tmp_path, monkeypatch):
             IMAGE | {"sampling": {"context_scale": 0.5}},
             "context_scale 0.5 is of a source video, which i2v does not take; leave it out",
         ),
+        (
+            "flf2v",
+            IMAGE | LAST | {"video": {"frame_num": 1}},
+            "frame_num 1 is too short for a first and a last frame; use 5 or more",
+        ),
     ),
 )
 def test_what_is_not_taken_and_what_is_missing_is_a_line(fit, kind, layer, said):
@@ -121,6 +126,8 @@ def test_a_source_video_gives_one_its_form_and_its_length(fit, sources, mask, ca
     assert made.video.size == (96, 64) and made.video.exact_size and made.video.frame_num == 9
     assert "size: 96x64 fits the source video, which is 96x64; 832x480 was asked for" in caplog.text
     assert "frames: 9 fit the source video, which has 11; 81 were asked for" in caplog.text
+    # What a picture is, is told once a video, when it is read for that.
+    assert "src_mask" not in caplog.text
     assert fit("vace", made.to_dict()) == made
     asked = {"size": "64*64", "frame_num": 5}
     exact = fit("vace", given | {"video": asked | {"exact_size": True}}).video

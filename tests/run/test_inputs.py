@@ -106,6 +106,8 @@ def test_transformers_of_experts(given, transformer):
         ("--transformer low:a.gguf --transformer low:b.gguf", "low:a.gguf, low:b.gguf: give one file"),
         ("--sample_guide_scale 1,2,3", "'1,2,3' is neither a number nor low and high noise's, such as 3.0,4.0"),
         ("--sample_guide_scale high", "'high' is neither a number nor low and high noise's"),
+        ("--src_ref_images a.png,,b.png", "'a.png,,b.png' lacks the name of a file; give FILE, or FILE,FILE"),
+        ("--src_ref_images=", "'' lacks the name of a file"),
     ),
 )
 def test_flags_that_mean_nothing_are_a_line(flags, said, capsys):

@@ -189,3 +189,14 @@ def test_what_does_not_fit_a_kind_is_a_line_before_weights_are_read(run, publish
     code, printed = run("--ckpt_dir", published(name), *SMALL, "--save_file", "out.mp4", *flags.split())
     assert code == 2 and printed.endswith(f"{said}\n") and "Traceback" not in printed, printed
     assert not Path("out.mp4").exists() and not Path("out.json").exists()
+
+
+def test_a_prompt_whose_video_lacks_a_picture_is_named(run, published):
+    Path("prompts.txt").write_text('{"prompt": "one", "image": "a.png"}\ntwo\n', encoding="utf-8")
+    files = ("--prompt_file", "prompts.txt", "--save_dir", "videos")
+    # SMALL has a prompt of its own.
+    code, printed = run("--ckpt_dir", published("i2v"), "--size", "64*64", "--frame_num", "5", *files)
+    assert code == 2 and not Path("videos").exists()
+    assert printed.endswith(
+        "error: prompts.txt, 'two': videos of i2v begin with a picture; give one with --image FILE\n"
+    )

@@ -34,6 +34,12 @@ def inputs_of(layer: Mapping[str, Any]) -> dict[str, Files]:
     return {name: absolute_files(name, given) for name, given in named.items()}
 
 
+def check_both_ends(frame_num: int) -> None:
+    """Raise `InputError` for a video too short to begin with one picture and end with another."""
+    if frame_num == 1:
+        raise InputError("frame_num 1 is too short for a first and a last frame; use 5 or more")
+
+
 def each_file(inputs: Mapping[str, Files]) -> list[tuple[str, str]]:
     """(name of the input, path) of every file of several inputs."""
     return [(name, path) for name, given in inputs.items() for path in ([given] if isinstance(given, str) else given)]

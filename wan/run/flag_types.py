@@ -26,7 +26,10 @@ def scales(text: str) -> float | list[float]:
 
 def files(text: str) -> list[str]:
     """The type of a flag of one file or more, with commas between."""
-    return [file.strip() for file in text.split(",") if file.strip()]
+    found = [file.strip() for file in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} lacks the name of a file; give FILE, or FILE,FILE")
+    return found
 
 
 def transformers(given: list[str] | None) -> str | dict[str, str] | None:

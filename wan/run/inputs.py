@@ -9,7 +9,7 @@ from typing import Any
 
 from nabla import InputError
 from wan.config.config_files import read_made_with
-from wan.config.inputs import VIDEOS, Files, each_file, inputs_of
+from wan.config.inputs import VIDEOS, Files, check_both_ends, each_file, inputs_of
 from wan.config.settings import Settings
 from wan.files.picture import check_picture, read_picture
 from wan.files.source_video import check_pair, mask_of, size_of_video, video_of
@@ -87,6 +87,8 @@ def check_taken(checkpoint: Checkpoint, settings: Settings) -> None:
         raise InputError(
             f"src_mask {settings.src_mask} says which parts of a source video are made anew; give that as --src_video"
         )
+    if "last_image" in given:
+        check_both_ends(settings.video.frame_num)
     if settings.sampling.context_scale != 1 and "src_video" not in taken:
         scale = settings.sampling.context_scale
         raise InputError(f"context_scale {scale:g} is of a source video, which {own} does not take; leave it out")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,26 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     every = []
     for layer, _ in jobs:
         # A line of a file of prompts ranks above the flags, which are for all lines.
-        settings = fit_to_inputs(checkpoint, checkpoint.resolve(layer, flags, from_file))
+        settings = checkpoint.resolve(layer, flags, from_file)
+        with _named(request.prompt_file, settings.prompt):
+            settings = fit_to_inputs(checkpoint, settings)
         if settings.dtype is None:
             settings = replace(settings, model=replace(settings.model, dtype=own_dtype))
         settings.video.check_positions(checkpoint.positions)
         # Of one video the seed is part of what its name stands for; of a list a second run should find those made.
         every.append(settings if request.prompt_file else settings.with_seed())
     return checkpoint, list(zip(every, _paths(request, [name for _, name in jobs], every)))
+
+
+@contextmanager
+def _named(prompt_file: Path | None, prompt: str | None) -> Iterator[None]:
+    """Put the file of prompts and the prompt before an error, where there is such a file."""
+    try:
+        yield
+    except InputError as error:
+        if prompt_file is None:
+            raise
+        raise type(error)(f"{prompt_file}, {prompt!r}: {error}") from None
 
 
 def _check_weights(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> None:

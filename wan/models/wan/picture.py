@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nabla import InputError
+from wan.config.inputs import check_both_ends
 from wan.config.settings import VideoSettings
 from wan.models.wan.geometry import GEOMETRY
 
@@ -44,10 +44,8 @@ def given_frames(video: VideoSettings, image: np.ndarray, last_image: np.ndarray
     image, last_image: (height, width, 3) uint8, each stretched to the video's size
     Raises `InputError` for a video too short for both.
     """
-    if last_image is not None and video.frame_num == 1:
-        raise InputError(
-            "frame_num 1 is too short for a first and a last frame; use 5 or more, or leave out last_image"
-        )
+    if last_image is not None:
+        check_both_ends(video.frame_num)
     frames = torch.zeros(1, 3, video.frame_num, *video.size[::-1])
     frames[0, :, 0] = stretched(pixels_of(image), video.size)
     if last_image is not None:
