@@ -33,7 +33,10 @@ def open_transformer(name: str | Path, naming: TransformerNaming) -> WeightFiles
     file = weight_file("transformer", name, (SAFETENSORS, GGUF))
     weights = GgufFile(file, naming) if file.suffix == GGUF else ScaledFile(file, naming)
     if naming.first_weight not in weights.shapes:
-        raise CheckpointError(f"{file} is not a transformer of {naming.family}: it has no {naming.first_weight}")
+        raise CheckpointError(
+            f"{file} is not a transformer of {naming.family}: it has no {naming.first_weight}; give the file of one, "
+            "and a LoRA as --lora"
+        )
     return weights
 
 

@@ -246,7 +246,8 @@ def test_files_of_other_transformers(refused, random_nano, kandinsky_nano, kandi
         said = refused("--ckpt_dir", folder, "--transformer", other)
         matches(said, f"{other} is not a transformer of Kandinsky-5: it has no visual_")
     said = refused("--ckpt_dir", random_nano, "--transformer", own)
-    assert said == f"{own} is not a transformer of Wan: it has no patch_embedding.weight"
+    other = "it has no patch_embedding.weight; give the file of one, and a LoRA as --lora"
+    assert said == f"{own} is not a transformer of Wan: {other}"
 
 
 def test_gguf_is_not_read(kandinsky_nano, kandinsky_diffusers, tmp_path):

@@ -139,11 +139,12 @@ def test_kinds_that_are_not_read_are_said_to_be_what_they_are(tmp_path, config, 
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_of_another_kind_is_told_with_both(tmp_path):
-    other = load_file(sets.checkpoint("vace") / "diffusion_pytorch_model.safetensors")
-    save_file(other, tmp_path / "vace.safetensors")
-    with pytest.raises(CheckpointError, match="is a transformer of vace, Wan2.1 VACE, and checkpoint .* is i2v-A14B"):
-        transformer_component(Checkpoint.open(sets.checkpoint("wan22_i2v")), tmp_path / "vace.safetensors", "high")
+@pytest.mark.parametrize("task, what", (("vace", "vace, Wan2.1 VACE"), ("ti2v_5b", "ti2v-5B, Wan2.2 TI2V-5B")))
+def test_a_file_of_another_kind_is_told_with_both(tmp_path, task, what):
+    files = sets.checkpoint(task).glob("diffusion_pytorch_model*.safetensors")
+    save_file({name: tensor for file in files for name, tensor in load_file(file).items()}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"is a transformer of {what}, and checkpoint .* is i2v-A14B"):
+        transformer_component(Checkpoint.open(sets.checkpoint("wan22_i2v")), tmp_path / "a.safetensors", "high")
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name.endswith("-nano")])

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from wan import Checkpoint, CheckpointError
 from wan.models.wan import random_checkpoint
@@ -61,6 +62,9 @@ def test_diffusers_reads_the_whole_pipeline(layouts):
     assert type(pipe.transformer).__name__ == ("WanVACE" if kind.name == "vace" else "Wan") + "Transformer3DModel"
     assert (getattr(pipe, "transformer_2", None) is not None) == bool(kind.experts)
     assert pipe.scheduler.config.flow_shift == Checkpoint.open(diffusers).own_sampling().shift
+    if kind.sees_pictures:
+        # As large as its tower sees them.
+        assert pipe.encode_image(Image.new("RGB", (90, 50)), "cpu").shape[0] == 1
 
 
 def test_a_boundary_of_its_own_has_no_place_in_the_published_layout(tmp_path):

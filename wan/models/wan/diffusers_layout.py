@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CLIPVisionConfig, PreTrainedModel
 
 from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import read_json_object
@@ -31,11 +31,9 @@ COMPONENTS = {
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
-# For diffusers' pipelines alone: what is made of pictures here is in `image_encoder.py`.
+# For diffusers' pipelines alone: what is made of pictures here is in `image_encoder.py`. Without the size.
 IMAGE_PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
     "resample": 3,
     "rescale_factor": 1 / 255,
     "image_mean": list(MEAN),
@@ -71,7 +69,7 @@ def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> It
 
 def write_index(folder: Path, defaults: Mapping[str, Any], layout: Layout) -> None:
     """What diffusers' pipeline of a checkpoint's kind needs beside the components: the index that names them, and a
-    scheduler; and what prepares pictures for an image encoder, if there is one.
+    scheduler; and what prepares pictures for an image encoder, which is in the folder already if there is one.
 
     defaults: the checkpoint's, of which the scheduler has the shift; layout: that tells its kind
     """
@@ -87,8 +85,10 @@ def write_index(folder: Path, defaults: Mapping[str, Any], layout: Layout) -> No
         # Of each token its timestep, those of a first frame that is given among them.
         index["expand_timesteps"] = True
     if kind.sees_pictures:
+        side = CLIPVisionConfig.from_pretrained(str(folder / "image_encoder")).image_size
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         (folder / "image_processor").mkdir()
-        save_json(IMAGE_PROCESSOR, folder / "image_processor" / "preprocessor_config.json")
+        save_json(IMAGE_PROCESSOR | size, folder / "image_processor" / "preprocessor_config.json")
         index |= {"image_encoder": ["transformers", "CLIPVisionModel"]}
         index |= {"image_processor": ["transformers", IMAGE_PROCESSOR["image_processor_type"]]}
     save_json(index, folder / INDEX)

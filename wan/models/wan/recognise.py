@@ -98,7 +98,8 @@ def kind_of_signs(signs: Signs, experts: bool) -> str | None:
     if beside not in (0, BESIDE) or (pictures > 0) > (beside > 0) or (signs.vace and beside):
         return None
     if experts:
-        return None if signs.vace or pictures else "i2v-A14B" if beside else "t2v-A14B"
+        is_other = signs.vace or pictures or signs.channels == KINDS["ti2v-5B"].channels
+        return None if is_other else "i2v-A14B" if beside else "t2v-A14B"
     if signs.vace:
         return "vace"
     if beside:
