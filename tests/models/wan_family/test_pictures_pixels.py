@@ -13,6 +13,7 @@ from wan.models.family import Layout
 from wan.models.wan.family import WAN
 from wan.models.wan.picture import covering, given_frames, given_mask, pixels_of, stretched
 from wan.models.wan.sizes import area_size, best_output_size
+from wan.models.wan.vace_condition import covering_frames
 
 AREA_480P, AREA_720P, AREA_5B = 480 * 832, 720 * 1280, 704 * 1280
 
@@ -103,6 +104,14 @@ def test_covering_keeps_the_middle_and_the_form():
     assert covering(picture, (96, 32)).shape == (3, 32, 96)
 
 
+def test_what_covers_a_video_only_by_more_than_memory_holds_is_refused():
+    thin = np.zeros((30_000, 4, 3), np.uint8)
+    for cover in (covering, lambda picture, size: covering_frames([picture], size)):
+        assert cover(thin, (64, 64)).shape[-2:] == (64, 64)
+        with pytest.raises(InputError, match="^a picture of 4x30000 covers 1280x704 only if it is made 1280x9600000; "):
+            cover(thin, (1280, 704))
+
+
 def test_frames_and_the_channels_that_say_which_are_given():
     video = VideoSettings((32, 48), 9)
     image, last = picture_of(50, 70), picture_of(33, 21, seed=1)
@@ -122,5 +131,5 @@ def test_one_frame_is_too_short_for_two_pictures():
     video = VideoSettings((32, 48), 1)
     assert given_frames(video, picture_of(32, 48)).shape == (1, 3, 1, 48, 32)
     assert torch.equal(given_mask(video, last=False), torch.ones(1, 4, 1, 6, 4))
-    with pytest.raises(InputError, match="frame_num 1 is too short.*last_image"):
+    with pytest.raises(InputError, match="^frame_num 1 is too short for a first and a last frame; use 5 or more$"):
         given_frames(video, picture_of(32, 48), picture_of(32, 48))

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from nabla import InputError
 from wan.config.inputs import check_both_ends
 from wan.config.settings import VideoSettings
+from wan.files.picture import MAX_PIXELS
 from wan.models.wan.geometry import GEOMETRY
 
 
@@ -26,14 +28,29 @@ def stretched(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pixels[None], size[::-1], mode="bicubic", antialias=False)[0]
 
 
+def covering_size(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) to which a picture of `own` is brought, all of it, so that it covers `size`.
+
+    Raises `InputError` for one so narrow that it would not fit in memory, of which next to nothing would be kept.
+    """
+    scale = max(size[0] / own[0], size[1] / own[1])
+    whole = round(own[0] * scale), round(own[1] * scale)
+    if whole[0] * whole[1] > MAX_PIXELS:
+        given, asked, made = ("x".join(map(str, one)) for one in (own, size, whole))
+        raise InputError(
+            f"a picture of {given} covers {asked} only if it is made {made}; cut out the part of it that is meant"
+        )
+    return whole
+
+
 def covering(picture: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Pixels (3, height, width) of a picture (height, width, 3) uint8 that covers (width, height), its middle kept.
 
-    By Lanczos' filter in whole levels, as Wan2.2's TI2V-5B was published with.
+    By Lanczos' filter in whole levels, as Wan2.2's TI2V-5B was published with. Raises as `covering_size` does.
     """
     height, width, _ = picture.shape
-    scale = max(size[0] / width, size[1] / height)
-    image = Image.fromarray(picture).resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+    whole = covering_size((width, height), size)
+    image = Image.fromarray(picture).resize(whole, Image.Resampling.LANCZOS)
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return pixels_of(np.array(image.crop((left, top, left + size[0], top + size[1]))))
 

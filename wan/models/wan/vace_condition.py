@@ -16,7 +16,7 @@ from nabla import InputError
 from wan.config.geometry import Geometry
 from wan.files.source_video import SourceVideo
 from wan.models.wan.geometry import GEOMETRY
-from wan.models.wan.picture import pixels_of
+from wan.models.wan.picture import covering_size, pixels_of
 
 WHITE = 1.0
 
@@ -43,10 +43,9 @@ def _covering(frame: np.ndarray, size: tuple[int, int]) -> Tensor:
     pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)
     (width, height), (own_height, own_width) = size, pixels.shape[1:]
     if (own_width, own_height) != size:
-        scale = max(width / own_width, height / own_height)
-        scaled = round(scale * own_height), round(scale * own_width)
-        pixels = F.interpolate(pixels[None], size=scaled, mode="bicubic", antialias=True)[0]
-        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+        across, down = covering_size((own_width, own_height), size)
+        pixels = F.interpolate(pixels[None], size=(down, across), mode="bicubic", antialias=True)[0]
+        top, left = (down - height) // 2, (across - width) // 2
         pixels = pixels[:, top : top + height, left : left + width]
     return pixels.float().div_(127.5).sub_(1.0)
 
