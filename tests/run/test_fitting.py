@@ -69,11 +69,6 @@ def fit(tmp_path, monkeypatch):
             IMAGE | {"sampling": {"context_scale": 0.5}},
             "context_scale 0.5 is of a source video, which i2v does not take; leave it out",
         ),
-        (
-            "flf2v",
-            IMAGE | LAST | {"video": {"frame_num": 1}},
-            "frame_num 1 is too short for a first and a last frame; use 5 or more",
-        ),
     ),
 )
 def test_what_is_not_taken_and_what_is_missing_is_a_line(fit, kind, layer, said):

@@ -37,7 +37,7 @@ def inputs_of(layer: Mapping[str, Any]) -> dict[str, Files]:
 def check_both_ends(frame_num: int) -> None:
     """Raise `InputError` for a video too short to begin with one picture and end with another."""
     if frame_num == 1:
-        raise InputError("frame_num 1 is too short for a first and a last frame; use 5 or more")
+        raise InputError("frame_num 1 is too short for a first and a last picture; use 5 or more")
 
 
 def each_file(inputs: Mapping[str, Files]) -> list[tuple[str, str]]:

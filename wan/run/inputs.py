@@ -81,14 +81,12 @@ def check_taken(checkpoint: Checkpoint, settings: Settings) -> None:
     # The first picture before the last.
     for name in sorted(required - given.keys()):
         raise InputError(f"videos of {own} {LACKS[name]}; give one with --{name} FILE")
-    if "last_image" in given and settings.video.frame_num == 1:
-        raise InputError("frame_num 1 is too short for a first and a last picture; use 5 or more")
+    if "last_image" in given:
+        check_both_ends(settings.video.frame_num)
     if "src_mask" in given and "src_video" not in given:
         raise InputError(
             f"src_mask {settings.src_mask} says which parts of a source video are made anew; give that as --src_video"
         )
-    if "last_image" in given:
-        check_both_ends(settings.video.frame_num)
     if settings.sampling.context_scale != 1 and "src_video" not in taken:
         scale = settings.sampling.context_scale
         raise InputError(f"context_scale {scale:g} is of a source video, which {own} does not take; leave it out")

@@ -131,5 +131,5 @@ def test_one_frame_is_too_short_for_two_pictures():
     video = VideoSettings((32, 48), 1)
     assert given_frames(video, picture_of(32, 48)).shape == (1, 3, 1, 48, 32)
     assert torch.equal(given_mask(video, last=False), torch.ones(1, 4, 1, 6, 4))
-    with pytest.raises(InputError, match="^frame_num 1 is too short for a first and a last frame; use 5 or more$"):
+    with pytest.raises(InputError, match="^frame_num 1 is too short for a first and a last picture; use 5 or more$"):
         given_frames(video, picture_of(32, 48), picture_of(32, 48))
