@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import DATA
 from PIL import Image
 
 import generate
@@ -183,6 +184,21 @@ def test_a_task_refuses_what_is_for_another(tmp_path, monkeypatch, capsys):
     assert said("--task", "i2v-14B", "--ckpt_dir", "here").endswith(
         "error: task i2v-14B: checkpoint here is ti2v-5B; leave --task out, or choose with --ckpt_dir\n"
     )
+
+
+def test_settings_that_name_a_checkpoint_are_for_its_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    (tmp_path / "hub.yaml").write_text("checkpoint: Wan-AI/Wan2.1-T2V-14B")
+    where = str(DATA / "i2v-nano" / "checkpoint")
+    for config in ("hub.yaml", "nabla_0.7.yaml"):
+        flags = ["--prompt", "A cat", "--device", "cpu", "--image", "a.png", "--save_file", "out.mp4"]
+        assert generate.main([*flags, "--config", config, "--ckpt_dir", where]) == 2
+        assert capsys.readouterr().err.endswith(
+            f"error: the settings are for t2v and checkpoint {where} is i2v; name another with --ckpt_dir, or a "
+            "--config for it\n"
+        )
+    assert not (tmp_path / "out.mp4").exists()
 
 
 class _Found:

@@ -60,6 +60,9 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
     # Before what others have is downloaded.
     checkpoint.check_kind(settings.model.kind)
+    # Settings that name a checkpoint which is replaced are for its kind too, as the numbers of a text-to-video model
+    # are none for one that begins with a picture.
+    checkpoint.check_kind(kind_on_hub(str(from_file.get("checkpoint"))))
     _check_task_of(checkpoint, request.task)
     checkpoint.require_companions()
     checkpoint.require_tokenizer()

@@ -32,8 +32,14 @@ TASKS = {
 }
 
 
+# What the repositories of weights that were tuned for sparse attention begin with, and their kind.
+TUNED = ("ai-forever/Wan2.1-T2V-14B-NABLA", "t2v")
+
+
 def kind_on_hub(hub_id: str) -> str | None:
-    """The kind of a checkpoint that one of the tasks picks; None for all others."""
+    """The kind of a checkpoint that one of the tasks picks, or that was tuned from one; None for all others."""
+    if hub_id.startswith(TUNED[0]):
+        return TUNED[1]
     return next((task.kind for task in TASKS.values() if hub_id in (task.checkpoint, task.small)), None)
 
 
