@@ -197,7 +197,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     if os.geteuid() == 0:
         # Root reads everything, so what the system says to others is said for it.
         refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        monkeypatch.setattr("wan.files.picture.open", Mock(side_effect=refused), raising=False)
+        monkeypatch.setattr("wan.files.ordinary.open", Mock(side_effect=refused), raising=False)
     with pytest.raises(InputError, match="Permission denied"):
         read_picture(path)
 

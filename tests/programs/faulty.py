@@ -11,7 +11,7 @@ import time
 import generate
 from wan.checkpoints import tensor_files
 from wan.files import video
-from wan.run import pictures
+from wan.run import inputs
 from wan.sampling import guided
 
 
@@ -50,10 +50,10 @@ def full_disk() -> None:
 
 
 def picture_gone() -> None:
-    def gone(path):
-        return original(f"{path}.gone")
+    def gone(path, *args, **kwargs):
+        return original(f"{path}.gone", *args, **kwargs)
 
-    original, pictures.read_picture = pictures.read_picture, gone
+    original, inputs.read_picture = inputs.read_picture, gone
 
 
 def broken_code() -> None:

@@ -79,7 +79,7 @@ def _say(name: str, pixels: np.ndarray, notes: list[str]) -> None:
 def _read(path: str | Path, name: str) -> tuple[np.ndarray, list[str]]:
     name = f"{name} {path}"
     check_ordinary(path, name, GIVE)
-    with open(path, "rb") as file, _blamed_on(name), Image.open(file, formats=FORMATS) as picture:
+    with _blamed_on(name), open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
         return _pixels(picture, name)
 
 

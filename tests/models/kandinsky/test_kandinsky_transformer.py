@@ -65,9 +65,9 @@ def test_windows(window):
 
 
 def test_dense_forwards(model):
-    assert relative_error(velocity(model), expected()["dit.dense"]) < 2e-6
+    assert relative_error(velocity(model), expected()["dit.dense"]) < 1e-5
     wide = velocity(model, scale=(1.0, 3.16, 3.16))
-    assert relative_error(wide, expected()["dit.scale_3.16.dense"]) < 2e-6
+    assert relative_error(wide, expected()["dit.scale_3.16.dense"]) < 1e-5
 
 
 def test_a_forward_with_the_first_frame_given(model):
@@ -75,7 +75,7 @@ def test_a_forward_with_the_first_frame_given(model):
     latents = expected()["dit.latents"].movedim(-1, 0)[None]
     noisy = torch.cat((torch.randn_like(latents[:, :, :1]), latents[:, :, 1:]), dim=2)
     out = velocity(model, latents=noisy, first_frame=latents[:, :, :1])
-    assert relative_error(out[1:], expected()["dit.first_frame.dense"][1:]) < 2e-6
+    assert relative_error(out[1:], expected()["dit.first_frame.dense"][1:]) < 1e-5
     sigma = expected()["dit.timestep"] / 1000
     end = noisy[0].movedim(0, -1)[:1] - sigma * out[:1]
     torch.testing.assert_close(end, expected()["dit.latents"][:1], atol=1e-5, rtol=0)
@@ -92,7 +92,7 @@ def test_a_sparse_forward_and_its_masks(model, algorithm, monkeypatch):
 
     original = nabla.attend
     monkeypatch.setattr(nabla, "attend", attend)
-    assert relative_error(velocity(model), expected()[f"dit.{algorithm}"]) < 2e-6
+    assert relative_error(velocity(model), expected()[f"dit.{algorithm}"]) < 1e-5
     assert torch.equal(torch.cat(seen), expected()[f"mask.{algorithm}"].bool())
 
 
