@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import nabla
 import wan.attention.compile
+from nabla.rotary import rotate
 
 DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
@@ -128,6 +130,19 @@ def prepared(random_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def damaged(random_nano: Path, tmp_path: Path) -> Path:
     """A copy of `random_nano` for a test to damage."""
     return Path(shutil.copytree(random_nano, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def chosen_blocks(monkeypatch) -> list[torch.Tensor]:
+    """The blocks (B, heads, N, N) bool that sparse layers choose from here on, in the order in which they run."""
+    chosen, original = [], nabla.attend
+
+    def attend(q, k, v, plan, rotary, *kept):
+        chosen.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
+        return original(q, k, v, plan, rotary, *kept)
+
+    monkeypatch.setattr(nabla, "attend", attend)
+    return chosen
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

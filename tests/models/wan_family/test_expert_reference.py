@@ -9,10 +9,8 @@ import torch
 from conftest import relative_error
 from wan_family_sets import TWO_EXPERTS, checkpoint, expected, settings
 
-import nabla
 import wan
 from nabla import NablaConfig
-from nabla.rotary import rotate
 from wan.models.wan.condition import Condition
 
 EXPERTS = ("high", "low")
@@ -39,25 +37,17 @@ def latents_of(task: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("number, expert", enumerate(EXPERTS))
 @pytest.mark.parametrize("algorithm", ("dense", "nabla-0.7"))
-def test_forward_and_its_masks(pipe, task, number, expert, algorithm, monkeypatch):
+def test_forward_and_its_masks(pipe, task, number, expert, algorithm, chosen_blocks):
     found = expected(task)
     wan.apply_attention(pipe.transformers, NablaConfig.parse(algorithm))
-    seen = []
-
-    def attend(q, k, v, plan, rotary, *kept):
-        seen.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
-        return original(q, k, v, plan, rotary, *kept)
-
-    original = nabla.attend
-    monkeypatch.setattr(nabla, "attend", attend)
     with torch.no_grad():
         inputs = latents_of(task), found[f"dit.{expert}.timestep"], found["dit.context"][None]
         velocity = pipe.transformers[number](*inputs, return_dict=False)[0][0]
     assert relative_error(velocity, found[f"dit.{expert}.{algorithm}"]) < 2e-5
     if algorithm == "dense":
-        assert not seen
+        assert not chosen_blocks
         return
-    assert torch.equal(torch.cat(seen), found[f"dit.{expert}.mask.{algorithm}"].bool())
+    assert torch.equal(torch.cat(chosen_blocks), found[f"dit.{expert}.mask.{algorithm}"].bool())
 
 
 @pytest.mark.parametrize("walk", WALKS)

@@ -9,10 +9,8 @@ import torch
 from conftest import relative_error
 from wan_family_sets import checkpoint, expected, input_file, settings
 
-import nabla
 import wan
 from nabla import NablaConfig
-from nabla.rotary import rotate
 from wan.files.picture import check_picture
 from wan.models.wan.sizes import area_size, best_output_size
 from wan.models.wan.text_image_to_video import token_timesteps
@@ -63,15 +61,8 @@ def test_sizes_and_what_stands_beside_the_noise(task):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("task", PICTURES)
-def test_forwards_and_their_masks(task, algorithm, monkeypatch):
+def test_forwards_and_their_masks(task, algorithm, monkeypatch, chosen_blocks):
     given, pipe = expected(task), pipeline(task)
-    seen, original = [], nabla.attend
-
-    def attend(q, k, v, plan, rotary, *kept):
-        seen.append(nabla.select_blocks(rotate(q, rotary), rotate(k, rotary), plan.grid, plan.config))
-        return original(q, k, v, plan, rotary, *kept)
-
-    monkeypatch.setattr(nabla, "attend", attend)
     wan.apply_attention(pipe.transformers, NablaConfig.parse(algorithm))
     texts = given["dit.context"][None].new_zeros(1, 512, 32)
     texts[:, : len(given["dit.context"])] = given["dit.context"]
@@ -79,7 +70,7 @@ def test_forwards_and_their_masks(task, algorithm, monkeypatch):
     for transformer, name in zip(
         pipe.transformers, ("dit.high", "dit.low") if len(pipe.transformers) > 1 else ("dit",)
     ):
-        seen.clear()
+        chosen_blocks.clear()
         # Of a token of its own in the first frame, of the step's in the others.
         timestep = given[f"{name}.timestep"].flatten()[-1:]
         monkeypatch.setattr(pipe, "running", transformer)
@@ -87,9 +78,9 @@ def test_forwards_and_their_masks(task, algorithm, monkeypatch):
             velocity = pipe.predict(given["loop.noise"][None], timestep, guidance.prompt)[0]
         assert relative_error(velocity, given[f"{name}.{algorithm}"]) < 2e-6
         if algorithm == "dense":
-            assert not seen
+            assert not chosen_blocks
         else:
-            assert torch.equal(torch.cat(seen), given[f"{name}.mask.{algorithm}"].bool())
+            assert torch.equal(torch.cat(chosen_blocks), given[f"{name}.mask.{algorithm}"].bool())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nabla import InputError, NablaConfig
+from nabla import NablaConfig
 from wan.config.settings import VideoSettings
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import GIB
@@ -22,8 +22,8 @@ from wan.memory.placement import Experts, experts_on_device, on_device
 from wan.memory.planner import MemoryPlan
 from wan.models.attention import apply_attention
 from wan.tools.benchmark.models import MODELS
-from wan.tools.benchmark.placing import clean, limited, placed_text_encoder, placed_transformer, plan_within
-from wan.tools.benchmark.timing import Row, label, row_of, sparse_configs, synchronize, timed
+from wan.tools.benchmark.placing import clean, placed_text_encoder, placed_transformer, plans_within
+from wan.tools.benchmark.timing import Row, row_of, sparse_configs, synchronize, timed
 from wan.tools.benchmark.transformer import random_latents
 
 PROBE = 2**30
@@ -37,29 +37,19 @@ def memory_mode(args: argparse.Namespace, videos: list[VideoSettings], device: t
     config = sparse_configs(args)[0]
     for video in videos:
         free: dict[str, float] = {}
-        for given in [None, *args.budget]:
-            name = f"{label(video)}: {'no limit' if given is None else f'{given:g} GB'}"
-            with limited(args, device, given) as budget:
-                try:
-                    plan = plan_within(args, video, budget, device)
-                except InputError as error:
-                    print(f"{name}: {error}")
-                    continue
-                print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
-                for stage, measure in _stages(plan, config).items():
-                    for row in _stage_rows(
-                        args, device, f"{name}, {stage}", partial(measure, args, video, device, plan)
-                    ):
-                        if plan.in_turns:
-                            # Else models that stay would count too, and each stage is measured alone.
-                            row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
-                        row["budget_gib"] = round(budget.gpu / GIB, 2)
-                        what = row["what"].removeprefix(name)
-                        if given is None:
-                            free[what] = row["ms"]
-                        if free.get(what):
-                            row["times_no_limit"] = round(row["ms"] / free[what], 3)
-                        yield row
+        for name, given, budget, plan in plans_within(args, video, device):
+            for stage, measure in _stages(plan, config).items():
+                for row in _stage_rows(args, device, f"{name}, {stage}", partial(measure, args, video, device, plan)):
+                    if plan.in_turns:
+                        # Else models that stay would count too, and each stage is measured alone.
+                        row["expected_gib"] = round(plan.stages[stage] / GIB, 2)
+                    row["budget_gib"] = round(budget.gpu / GIB, 2)
+                    what = row["what"].removeprefix(name)
+                    if given is None:
+                        free[what] = row["ms"]
+                    if free.get(what):
+                        row["times_no_limit"] = round(row["ms"] / free[what], 3)
+                    yield row
 
 
 def _stages(plan: MemoryPlan, config: NablaConfig) -> dict[str, Callable[..., Iterator[Row]]]:

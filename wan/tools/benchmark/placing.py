@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nabla import InputError
 from wan.attention.compile import compile_blocks
 from wan.caches.ran import blocks_left_out
 from wan.config.settings import VideoSettings
@@ -19,6 +20,7 @@ from wan.memory.planner import GB, MemoryBudget, MemoryPlan, choose
 from wan.memory.streaming import stream_blocks
 from wan.quantize.quantizer import check_quantization, make_quantizer
 from wan.tools.benchmark.models import MODELS
+from wan.tools.benchmark.timing import label
 
 # A budget that no machine has, for devices without a limit.
 NO_LIMIT = 10_000.0
@@ -57,6 +59,26 @@ def plan_within(
     for quantization in (plan.quantization, plan.text_quantization):
         check_quantization(quantization, device, dtype)
     return plan
+
+
+def plans_within(
+    args: argparse.Namespace, video: VideoSettings, device: torch.device
+) -> Iterator[tuple[str, float | None, MemoryBudget, MemoryPlan]]:
+    """The plan of a video in all that there is, then in each budget that is asked for, which holds meanwhile.
+
+    With a name for its rows, and the budget in GB (None for all that there is) and in bytes. Each plan is printed, and
+    why there is none where the video does not fit.
+    """
+    for given in [None, *args.budget]:
+        name = f"{label(video)}: {'no limit' if given is None else f'{given:g} GB'}"
+        with limited(args, device, given) as budget:
+            try:
+                plan = plan_within(args, video, budget, device)
+            except InputError as error:
+                print(f"{name}: {error}")
+                continue
+            print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
+            yield name, given, budget, plan
 
 
 def placed_transformer(args: argparse.Namespace, device: torch.device, plan: MemoryPlan, seed: int) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nabla import InputError, NablaConfig
+from nabla import NablaConfig
 from wan.config.settings import VideoSettings
 from wan.memory.decoding import vae_dtype_of
 from wan.memory.estimates import GIB
@@ -16,8 +16,8 @@ from wan.memory.peak import peak_gpu_bytes
 from wan.memory.planner import MemoryPlan
 from wan.models.attention import apply_attention
 from wan.tools.benchmark.models import MODELS
-from wan.tools.benchmark.placing import clean, limited, placed_text_encoder, placed_transformer, plan_within
-from wan.tools.benchmark.timing import Row, label, row_of, sparse_configs, synchronize
+from wan.tools.benchmark.placing import clean, placed_text_encoder, placed_transformer, plans_within
+from wan.tools.benchmark.timing import Row, row_of, sparse_configs, synchronize
 
 PROMPT = "Two cats box under a spotlight"
 
@@ -29,19 +29,11 @@ def run_mode(args: argparse.Namespace, videos: list[VideoSettings], device: torc
     The first video compiles and warms up, and is told as `first_s`.
     """
     for video in videos:
-        for given in [None, *args.budget]:
-            name = f"{label(video)}: {'no limit' if given is None else f'{given:g} GB'}"
-            with limited(args, device, given) as budget:
-                try:
-                    plan = plan_within(args, video, budget, device)
-                except InputError as error:
-                    print(f"{name}: {error}")
-                    continue
-                print(f"{name}: {plan.describe(budget, args.dtype)}", flush=True)
-                for config in ([] if args.no_dense else [NablaConfig()]) + sparse_configs(args):
-                    clean(device)
-                    what = f"{name}, {args.steps} steps, {config.algorithm}"
-                    yield _video_row(args, video, device, plan, config, what)
+        for name, _, _, plan in plans_within(args, video, device):
+            for config in ([] if args.no_dense else [NablaConfig()]) + sparse_configs(args):
+                clean(device)
+                what = f"{name}, {args.steps} steps, {config.algorithm}"
+                yield _video_row(args, video, device, plan, config, what)
 
 
 def _video_row(
