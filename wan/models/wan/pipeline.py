@@ -287,7 +287,7 @@ class WanT2V:
         outside what is allowed, and for inputs that are not taken or missing.
         """
         check_prompt(prompt)
-        video = changed(self.video, size=size, frame_num=frame_num)
+        video = changed(self.video, size=size, frame_num=frame_num, exact_size=exact_size)
         sampling = changed(
             self.sampling,
             negative_prompt=negative_prompt,
@@ -298,7 +298,7 @@ class WanT2V:
             solver=solver,
             context_scale=context_scale,
         ).with_seed()
-        request = request_of(self.kind, prompt, video, sampling, inputs, bool(exact_size))
+        request = request_of(self.kind, prompt, video, sampling, inputs, video.exact_size)
         request.video.check_positions(self.transformer.config.rope_max_seq_len)
         return make_video(self, request, with_progress(progress, observer))
 
