@@ -158,8 +158,8 @@ def attend(
 
 
 def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-    """(B, S, heads, D) in raster order to tiles (B, heads, N * block, D), rotated, and their means (B, heads, N, D)."""
-    if tile_gather.applies(x, layout):
+    """(B, S, heads, D) in raster order to tiles (B, heads, N * block, D), rotated, and the means of their parts."""
+    if layout.parts == 1 and tile_gather.applies(x, layout):
         return tile_gather.tiles_and_means(x, layout, rotary)
     tiles = _rotated_tiles(x, layout, rotary)
     return tiles, block_means(tiles, layout)
@@ -179,7 +179,7 @@ def _prepare(
     block_mask: ReusableBlockMask | None,
     heads: slice,
 ) -> Prepared:
-    """The blocks that some heads attend to, of block means of q and k (B, all heads, N, D), prepared for a backend."""
+    """The blocks that some heads attend to, of means of q and k (B, all heads, N * P, D), prepared for a backend."""
     q, k = means[0][:, heads], means[1][:, heads]
     if block_mask is None:
         # Straight to what the kernel reads, without a mask in between.
@@ -191,7 +191,7 @@ def _prepare(
 
 
 def choose_block_mask(q: Tensor, k: Tensor, selection: Selection, backend: str) -> Tensor:
-    """The blocks that a backend chooses for block means q and k (B, heads, N, D): (B, heads, N, N) bool."""
+    """The blocks that a backend chooses for means q and k (B, heads, N * P, D): (B, heads, N, N) bool."""
     # As the backend's own `choose` has it, so that a mask that is kept names the blocks that are chosen without it.
     if backend != "reference" and block_selection.applies(q, selection):
         return from_lists(*block_selection.choose_lists(q, k, selection))

@@ -27,15 +27,24 @@ class TileLayout:
     sizes: (N,) int32, valid tokens of each tile
     valid: (N, block) bool, which slots hold a token
     full: (N,) bool, which tiles have no padding
+    pool: (frames, rows, columns) of tokens of a part of a tile; parts of a tile are numbered in raster order
+    part: (N * block,) int32, the part that each slot is of; of padding that of the slot's place
+    part_sizes: (N, parts) int32, valid tokens of each part, 0 where the grid ends before it
+    part_slots: (N * block,) int64, the slots of each part one after the other, as many as a full part has, those of
+        valid tokens first
     """
 
     grid: tuple[int, int, int]
     tile: tuple[int, int, int]
+    pool: tuple[int, int, int]
     source: Tensor
     slot: Tensor
     sizes: Tensor
     valid: Tensor
     full: Tensor
+    part: Tensor
+    part_sizes: Tensor
+    part_slots: Tensor
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -52,6 +61,11 @@ class TileLayout:
         return math.prod(self.tile)
 
     @property
+    def parts(self) -> int:
+        """Parts of a tile."""
+        return self.part_sizes.shape[1]
+
+    @property
     def has_partial_tiles(self) -> bool:
         return self.blocks * self.block != math.prod(self.grid)
 
@@ -64,8 +78,17 @@ class TileLayout:
         return frames, rows, columns
 
     @classmethod
-    def build(cls, grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str) -> TileLayout:
-        """Lay out a grid of (frames, rows, columns) tokens on `device`; raises `InputError` for any other grid."""
+    def build(
+        cls,
+        grid: tuple[int, int, int],
+        tile: tuple[int, int, int],
+        device: torch.device | str,
+        pool: tuple[int, int, int] | None = None,
+    ) -> TileLayout:
+        """Lay out a grid of (frames, rows, columns) tokens on `device`; raises `InputError` for any other grid.
+
+        pool: of a part, which divides the tile; None for parts that are whole tiles
+        """
         frames, rows, columns = grid = cls.check_grid(grid)
         t, h, w = tile
         # Tokens are numbers in raster order, slots of padding -1.
@@ -82,14 +105,23 @@ class TileLayout:
         source = torch.where(valid, tiled, tiled[:, :1]).flatten()
         slot = torch.empty(math.prod(grid), dtype=torch.int64)
         slot[tiled[valid]] = valid.flatten().nonzero().squeeze(1)
+        part = _parts_of_places((t, h, w), pool or tile)[valid_first]
+        part_sizes = torch.stack([((part == n) & valid).sum(1) for n in range(int(part.max()) + 1)], dim=1)
+        # Within a tile by part, padding last in each; places of a part are as many as it has tokens where it is full.
+        by_part = (2 * part + ~valid).argsort(dim=1, stable=True)
+        part_slots = by_part + torch.arange(len(tiled))[:, None] * tiled.shape[1]
         return cls(
             grid,
             (t, h, w),
+            pool or (t, h, w),
             source=source.to(device),
             slot=slot.to(device),
             sizes=valid.sum(1, dtype=torch.int32).to(device),
             valid=valid.to(device),
             full=valid.all(1).to(device),
+            part=part.flatten().to(device, torch.int32),
+            part_sizes=part_sizes.to(device, torch.int32),
+            part_slots=part_slots.flatten().to(device),
         )
 
     def to_tiles(self, x: Tensor) -> Tensor:
@@ -101,6 +133,15 @@ class TileLayout:
         # Padding names a token as its source, whose gradient it must not take.
         valid = self.valid.flatten() if self.has_partial_tiles else None
         return _move(x.transpose(1, 2), self.slot, self.source, valid)
+
+
+def _parts_of_places(tile: tuple[int, int, int], pool: tuple[int, int, int]) -> Tensor:
+    """The part that each place of a tile is of, both in raster order: (block,) int64."""
+    number = torch.zeros((), dtype=torch.int64)
+    for axis, (tokens, size) in enumerate(zip(tile, pool)):
+        along = (torch.arange(tokens) // size).view([-1 if n == axis else 1 for n in range(3)])
+        number = number * (tokens // size) + along
+    return number.flatten()
 
 
 def _move(x: Tensor, to: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:

@@ -24,7 +24,8 @@ REGISTERS = 64
 
 def applies(means: Tensor, selection: Selection) -> bool:
     """Whether this path can do a selection for block means (B, heads, N, D)."""
-    return can_run(means) and selection.layout.blocks <= MAX_BLOCKS and not selection.is_fixed
+    is_plain = selection.layout.parts == 1 and selection.least is None and selection.most is None
+    return can_run(means) and selection.layout.blocks <= MAX_BLOCKS and not selection.is_fixed and is_plain
 
 
 def choose_lists(q: Tensor, k: Tensor, selection: Selection, split: bool = False) -> list[BlockLists]:

@@ -29,6 +29,10 @@ ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
         ("nabla-0.6_sta-11-3-3", NablaConfig(threshold=0.6, window=(11, 3, 3))),
         ("keep-0.2", NablaConfig(keep=0.2)),
         ("nabla-1e-05", NablaConfig(threshold=1e-5)),
+        ("nabla-0.7_pool-1-4-4", NablaConfig(threshold=0.7, pool=(1, 4, 4))),
+        ("keep-0.1_pool-1-4-4_sta-11-3-3", NablaConfig(keep=0.1, pool=(1, 4, 4), window=(11, 3, 3))),
+        ("nabla-0.7_min-0.05_max-0.3", NablaConfig(threshold=0.7, keep_min=0.05, keep_max=0.3)),
+        ("keep-0.1_dropped-mean", NablaConfig(keep=0.1, dropped="mean")),
     ),
 )
 def test_algorithm_strings_both_ways(algorithm, config):
@@ -37,7 +41,20 @@ def test_algorithm_strings_both_ways(algorithm, config):
 
 
 @pytest.mark.parametrize(
-    "text", ("", "nabla", "nabla-", "sta-1-2", "nabla-0.5_nabla-0.6", "nabla_0.7", "sta-a-b-c", "x")
+    "text",
+    (
+        "",
+        "nabla",
+        "nabla-",
+        "sta-1-2",
+        "nabla-0.5_nabla-0.6",
+        "nabla_0.7",
+        "sta-a-b-c",
+        "x",
+        "keep-0.1_nabla-0.1",
+        "pool-4-4",
+        "keep-0.1_dropped",
+    ),
 )
 def test_unknown_algorithm_strings(text):
     with pytest.raises(InputError, match="is not known; use dense, nabla-0.7"):
@@ -61,6 +78,14 @@ def test_unknown_algorithm_strings(text):
         ({"tile": (0, 8, 8)}, "tile .* is not three positive integers"),
         ({"tile": (1, 100000, 100000)}, "at most 1024 are allowed"),
         ({"window": {11, 3, 5}}, "not three positive integers"),
+        ({"keep": 0.1, "pool": (1, 3, 4)}, r"pool \(1, 3, 4\) does not divide tile \(1, 8, 8\)"),
+        ({"keep": 0.1, "pool": (1, 4)}, "pool .* is not three positive integers"),
+        ({"pool": (1, 4, 4)}, r"pool \(1, 4, 4\) has no use for dense"),
+        ({"keep": 0.1, "keep_max": 0.2}, "limit a threshold, and none is given"),
+        ({"threshold": 0.1, "keep_min": 0}, r"keep_min 0 is outside \(0, 1\]"),
+        ({"threshold": 0.1, "keep_min": 0.3, "keep_max": 0.2}, "keep_min 0.3 is more than keep_max 0.2"),
+        ({"keep": 0.1, "dropped": "max"}, "dropped 'max' is not known; use one of none, mean"),
+        ({"dropped": "mean"}, "dropped 'mean' has no use for dense"),
         ({"dense_steps": -1}, "dense_steps -1"),
         ({"dense_steps": True}, "dense_steps True"),
         ({"mask_refresh": 0, "keep": 0.1}, "mask_refresh 0: give a whole number of sampling steps, 1 or more"),
@@ -83,6 +108,7 @@ def test_values_outside_what_is_allowed(settings, message):
         ({"algorithm": "sta", "window": [3, 3, 3], "threshold": 0.5}, "takes a window, but given are a threshold"),
         ({"algorithm": "dense", "threshold": 0.5}, "takes no threshold and no window"),
         ({"algorithm": "nabla-0.7", "threshold": 0.5}, "carries its numbers already; remove a threshold"),
+        ({"algorithm": "keep-0.1_pool-1-4-4", "pool": [1, 2, 2]}, "says its pool already; remove the other"),
         ({"algorithm": ["nabla"]}, r"algorithm \['nabla'\] is not known"),
         ({"algorithm": 3}, "algorithm 3 is not known"),
         ({1: 2, "a": 3}, "unknown key '1'"),
@@ -330,7 +356,10 @@ def test_a_window_alone_runs_its_first_steps_dense_unless_told_otherwise():
     assert resolve(ROOM | {"attention": {"algorithm": "sta-3-3-3", "dense_steps": 0}}).attention.dense_steps == 0
 
 
-@pytest.mark.parametrize("algorithm", ("dense", "nabla-0.7", "sta-3-3-3", "keep-0.2_sta-1-3-3"))
+LONG = "nabla-0.7_min-0.05_max-0.3_pool-1-2-2_dropped-mean_sta-1-3-3"
+
+
+@pytest.mark.parametrize("algorithm", ("dense", "nabla-0.7", "sta-3-3-3", "keep-0.2_sta-1-3-3", LONG))
 def test_settings_survive_the_json_beside_a_video(tmp_path, algorithm):
     settings = resolve(ROOM | {"attention": {"algorithm": algorithm, "tile": [1, 4, 4]}, "sampling": {"seed": 7}})
     path = tmp_path / "video.json"

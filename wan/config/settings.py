@@ -7,7 +7,7 @@ from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_count
+from nabla.config import CHOICE, is_count
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import check_keys, parse_size
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
@@ -28,6 +28,8 @@ MAX_FPS = 240
 _EXPANDED_FROM = ("prompt", "image", "expand_prompt")
 # Keys of `attention` that say which algorithm: in a layer, one of them stands for all four.
 _CHOICE = ("algorithm", "threshold", "keep", "window")
+# What goes with an algorithm, and falls with it.
+_BESIDE = (*CHOICE, "dense_steps", "mask_refresh")
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]
         raise InputError(f"{section} {upper!r} is not a mapping of settings")
     if section == "attention" and any(key in upper for key in _CHOICE):
         # Another algorithm: the numbers of the lower one, and what it does over steps, were meant for that one.
-        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, "dense_steps", "mask_refresh")}
+        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, *_BESIDE)}
     return {**lower, **{key: value for key, value in upper.items() if value is not None}}
 
 
@@ -272,4 +274,4 @@ def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
 
 def attention_to_dict(config: NablaConfig) -> dict[str, Any]:
     """The `attention` mapping that `attention_config` reads back to an equal config."""
-    return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in _CHOICE}
+    return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in (*_CHOICE, *CHOICE)}
