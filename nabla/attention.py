@@ -14,10 +14,12 @@ from nabla import probe
 from nabla.backends import BACKENDS, choose, inputs_unsupported_reason
 from nabla.backends.interface import Prepared
 from nabla.block_lists import from_lists
-from nabla.config import InputError, NablaConfig
+from nabla.checks import InputError
+from nabla.config import NablaConfig
 from nabla.kernels import block_selection, tile_gather
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means
+from nabla.shares import described_layers, described_steps
 from nabla.tiling import TileLayout
 
 # Lists of more entries than this are made and used for a few heads at a time; an entry is 4 bytes, twice that where
@@ -48,18 +50,22 @@ class Plan:
     def tokens(self) -> int:
         return math.prod(self.grid)
 
-    def describe(self) -> str:
-        """One line on what runs: algorithm, backend, grid and blocks."""
+    def describe(self, whole: NablaConfig | None = None) -> str:
+        """One line on what runs: algorithm, backend, grid and blocks.
+
+        whole: the config of a whole run, where this is the plan of what some layers run in some steps of it
+        """
         grid = f"grid {'x'.join(map(str, self.grid))} = {self.tokens:,} tokens"
         if self.selection is None:
             return f"dense, backend {self.backend}, {grid}, no blocks"
-        config, layout = self.config, self.selection.layout
-        extra = f", first {config.dense_steps} steps dense" if config.dense_steps else ""
-        extra += f", layers {', '.join(map(str, config.dense_layers))} dense" if config.dense_layers else ""
+        config, layout = whole or self.config, self.selection.layout
+        what = config.algorithm + (f" ({config.profile.describe()})" if config.profile else "")
+        dense = described_steps(config.dense_steps), described_layers(config.dense_layers)
+        extra = "".join(f", {one}" for one in dense if one)
         extra += f", masks kept for {config.mask_refresh} steps" if config.mask_refresh > 1 else ""
         blocks = f"{layout.blocks:,} blocks of {layout.block} tokens, {int((~layout.full).sum()):,} of them partial"
         backend = self.backend + (" with gradients" if self.trains else "")
-        return f"{config.algorithm}{extra}, backend {backend}, {grid}, {blocks}; backend {self.reason}"
+        return f"{what}{extra}, backend {backend}, {grid}, {blocks}; backend {self.reason}"
 
 
 class ReusableBlockMask(NamedTuple):

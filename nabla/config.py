@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any
+
+from nabla import config_text
+from nabla.checks import MAX_COUNT, InputError, is_count, is_number
+from nabla.profile import KeepProfile
+from nabla.shares import checked_layers, checked_steps, layer_numbers, step_count
 
 BACKEND_NAMES = ("auto", "cudnn", "flex", "gather", "reference")
 KINDS = ("dense", "nabla", "sta", "nabla_sta")
@@ -16,36 +18,11 @@ DROPPED = ("none", "mean")
 # What an algorithm string says, so that no other setting says it again.
 CHOICE = ("threshold", "keep", "keep_min", "keep_max", "window", "pool", "dropped")
 MAX_BLOCK = 1024
-MAX_MESSAGE = 2000
-# Of blocks, steps and layers: far beyond any, and within all integers that kernels compute with.
-MAX_COUNT = 10**9
-
-
-def printable(text: object) -> str:
-    """Text of one line that no terminal obeys: control characters, line breaks and lone surrogates are escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text))
-
-
-class InputError(ValueError):
-    """An input that its giver can mend; the message is one line: the value, what is allowed, what to do.
-
-    What a message shows of files and prompts reaches terminals and logs, so control characters in it are escaped, and
-    a value of any length leaves the message short enough to read.
-    """
-
-    def __init__(self, message: str):
-        # Clipped before too, since escaping takes long for what a file may hold.
-        super().__init__(_clipped(printable(_clipped(message))))
-
-
-def _clipped(text: str) -> str:
-    half = MAX_MESSAGE // 2
-    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} [...] {text[-half:]}"
 
 
 @dataclass(frozen=True)
 class NablaConfig:
-    """One sparse attention. With neither `threshold`, `keep` nor `window` it is dense attention.
+    """One sparse attention. With neither `threshold`, `keep`, `profile` nor `window` it is dense attention.
 
     threshold: share of each query block's probability that the kept key blocks must reach, in (0, 1]
     keep: instead of a threshold, the density of every row, the share of key blocks that it keeps, in (0, 1]
@@ -55,10 +32,11 @@ class NablaConfig:
         it is by default (None)
     keep_min, keep_max: least and greatest share of key blocks that a row keeps by a threshold, in (0, 1]
     dropped: what stands for the blocks that are not kept: "none", or their "mean" keys and values
-    dense_steps: how many sampling steps run dense before the sparse ones
-    dense_layers: transformer layers that always run dense, counted from 0
+    dense_steps: how many sampling steps run dense before the sparse ones; below 1 a share of a run's steps, rounded up
+    dense_layers: transformer layers that always run dense, counted from 0; or a share of them, the first ones
     mask_refresh: sampling steps for which a layer keeps the blocks that it chose, for both guidance branches
     backend: the kernel, one of `BACKEND_NAMES`
+    profile: instead of threshold, keep, dense_steps and dense_layers, what each layer keeps in each stretch of steps
     """
 
     threshold: float | None = None
@@ -69,10 +47,11 @@ class NablaConfig:
     keep_min: float | None = None
     keep_max: float | None = None
     dropped: str = "none"
-    dense_steps: int = 0
-    dense_layers: tuple[int, ...] = ()
+    dense_steps: int | float = 0
+    dense_layers: tuple[int, ...] | float = ()
     mask_refresh: int = 1
     backend: str = "auto"
+    profile: KeepProfile | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep is not None:
@@ -95,18 +74,13 @@ class NablaConfig:
             raise InputError(f"dropped {self.dropped!r} is not known; use one of {', '.join(DROPPED)}")
         if self.dropped != "none" and self.is_dense:
             raise InputError(f"dropped {self.dropped!r} has no use for dense attention, which drops no block")
-        if not is_count(self.dense_steps) or self.dense_steps > MAX_COUNT:
-            raise InputError(f"dense_steps {self.dense_steps!r}: give a whole number of sampling steps, 0 or more")
+        object.__setattr__(self, "dense_steps", checked_steps(self.dense_steps))
+        object.__setattr__(self, "dense_layers", checked_layers(self.dense_layers))
+        self._check_profile()
         if not is_count(self.mask_refresh) or not 1 <= self.mask_refresh <= MAX_COUNT:
             raise InputError(f"mask_refresh {self.mask_refresh!r}: give a whole number of sampling steps, 1 or more")
         if self.mask_refresh > 1 and not self.selects:
             raise InputError(f"mask_refresh {self.mask_refresh} has no use for {self.kind}, whose blocks do not change")
-        layers = self.dense_layers
-        if not isinstance(layers, (list, tuple, range)) or not all(
-            is_count(layer) and layer <= MAX_COUNT for layer in layers
-        ):
-            raise InputError(f"dense_layers {layers!r}: give a list of layer numbers, counted from 0")
-        object.__setattr__(self, "dense_layers", tuple(sorted(set(layers))))
         if self.backend not in BACKEND_NAMES:
             raise InputError(f"backend {self.backend!r} is not known; use one of {', '.join(BACKEND_NAMES)}")
 
@@ -130,6 +104,17 @@ class NablaConfig:
         if least is not None and most is not None and least > most:
             raise InputError(f"keep_min {least} is more than keep_max {most}; swap them")
 
+    def _check_profile(self) -> None:
+        if self.profile is None:
+            return
+        if not isinstance(self.profile, KeepProfile):
+            raise InputError(f"profile {self.profile!r} is none; read it with nabla.KeepProfile.from_dict")
+        for name in ("threshold", "keep", "dense_steps", "dense_layers"):
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} {value!r} does not go with a profile, which says what layers keep; leave it out"
+                )
+
     @property
     def block(self) -> int:
         """Tokens in a full block."""
@@ -138,7 +123,7 @@ class NablaConfig:
     @property
     def selects(self) -> bool:
         """Whether blocks are chosen from the content of q and k."""
-        return self.threshold is not None or self.keep is not None
+        return self.threshold is not None or self.keep is not None or self.profile is not None
 
     @property
     def is_dense(self) -> bool:
@@ -151,15 +136,36 @@ class NablaConfig:
 
     @property
     def algorithm(self) -> str:
-        """The string that `parse` reads, such as `nabla-0.6_sta-11-3-3`."""
-        parts = [f"nabla-{self.threshold}"] if self.threshold is not None else []
-        parts += [f"keep-{self.keep}"] if self.keep is not None else []
-        limits = ("min", self.keep_min), ("max", self.keep_max)
-        parts += [f"{name}-{share}" for name, share in limits if share is not None]
-        parts += ["pool-" + "-".join(map(str, self.pool))] if self.pool is not None else []
-        parts += [f"dropped-{self.dropped}"] if self.dropped != "none" else []
-        parts += ["sta-" + "-".join(map(str, self.window))] if self.window is not None else []
+        """The string that `parse` reads, such as `nabla-0.6_sta-11-3-3`; with a profile it has its name, for people."""
+        said = {name: value for name in CHOICE if (value := getattr(self, name)) not in (None, "none")}
+        parts = ([self.profile.name] if self.profile else []) + config_text.written(said)
         return "_".join(parts) or "dense"
+
+    def dense_step_count(self, steps: int | None) -> int:
+        """How many first steps run dense in all layers, of so many; raises `InputError` where that takes to know them.
+
+        steps: of the run; None where nothing says it
+        """
+        return self.profile.dense_step_count(steps) if self.profile else step_count(self.dense_steps, steps)
+
+    def dense_layer_numbers(self, layers: int) -> tuple[int, ...]:
+        """Which of so many layers run dense in all steps; raises `InputError` for one that does not exist."""
+        if self.profile is None:
+            return layer_numbers(self.dense_layers, layers)
+        self.profile.check_layers(layers)
+        return tuple(n for n in range(layers) if all(one.keep[n] == 1 for one in self.profile.stretches))
+
+    def at(self, layer: int, layers: int, step: int, steps: int | None) -> NablaConfig:
+        """What a layer of so many runs in a step of so many, both counted from 0: a config alike for all steps.
+
+        steps: None where nothing says how many, which shares of steps raise `InputError` for
+        """
+        if self.is_dense or layer in self.dense_layer_numbers(layers) or step < self.dense_step_count(steps):
+            return NablaConfig()
+        if self.profile is None:
+            return replace(self, dense_steps=0, dense_layers=())
+        keep = self.profile.stretch_at(step, steps).keep[layer]
+        return NablaConfig() if keep == 1 else replace(self, profile=None, keep=keep)
 
     @classmethod
     def parse(cls, algorithm: str) -> NablaConfig:
@@ -169,17 +175,7 @@ class NablaConfig:
         `max-0.3` (limits of a threshold), `pool-1-4-4` (parts in tokens), `dropped-mean`. Raises `InputError` for any
         other string.
         """
-        numbers: dict[str, Any] = {}
-        for part in [] if algorithm == "dense" else str(algorithm).split("_"):
-            name, value = _read_part(part)
-            # A threshold and a share are two forms of one choice.
-            if name is None or name in numbers or {name, *numbers} >= {"threshold", "keep"}:
-                raise InputError(
-                    f"attention algorithm {algorithm!r} is not known; use dense, nabla-0.7, sta-11-3-3 "
-                    "or nabla-0.6_sta-11-3-3 (threshold; window in blocks of frames, rows, columns)"
-                )
-            numbers[name] = value
-        return cls(**numbers)
+        return cls(**config_text.read(algorithm))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> NablaConfig:
@@ -194,6 +190,8 @@ class NablaConfig:
         if unknown := sorted(map(str, settings.keys() - known)):
             raise InputError(f"attention has an unknown key {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
         algorithm = settings.pop("algorithm", None)
+        if isinstance(settings.get("profile"), Mapping):
+            settings["profile"] = KeepProfile.from_dict(settings["profile"])
         if algorithm is None or algorithm in KINDS:
             given = cls(**settings)
             if algorithm in (None, given.kind):
@@ -220,41 +218,6 @@ _NUMBERS = {
     "sta": "a window",
     "nabla_sta": "a threshold (or keep) and a window",
 }
-
-
-# Of the parts of an algorithm string: the field, how its value is written, and how it is read. Numbers may have
-# exponents, since `algorithm` writes small ones so; nine digits of a size stay below `MAX_COUNT`.
-_SHARE, _SIZES = r"(\d*\.?\d+(?:e-?\d+)?)", r"(\d{1,9}-\d{1,9}-\d{1,9})"
-_PARTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "nabla": ("threshold", _SHARE, float),
-    "keep": ("keep", _SHARE, float),
-    "min": ("keep_min", _SHARE, float),
-    "max": ("keep_max", _SHARE, float),
-    "sta": ("window", _SIZES, lambda text: tuple(map(int, text.split("-")))),
-    "pool": ("pool", _SIZES, lambda text: tuple(map(int, text.split("-")))),
-    "dropped": ("dropped", r"([a-z]+)", str),
-}
-
-
-def _read_part(part: str) -> tuple[str | None, Any]:
-    """The field that a part of an algorithm string is for, and its value; no field for what is no such part."""
-    head, _, rest = part.partition("-")
-    name, written, read = _PARTS.get(head, (None, "", str))
-    value = re.fullmatch(written, rest, re.ASCII)
-    return (name, read(value[1])) if name is not None and value else (None, None)
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, 0 or more."""
-    # To Python True is an integer, but YAML's `true` is no number.
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number."""
-    # Not by math.isfinite, which raises for whole numbers that no float holds.
-    most = sys.float_info.max
-    return isinstance(value, Real) and not isinstance(value, bool) and value <= most and not value < -most
 
 
 def _three_positive(name: str, value: object) -> tuple[int, int, int]:

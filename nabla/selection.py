@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla.checks import InputError
 from nabla.config import NablaConfig
 from nabla.tiling import TileLayout
 from nabla.window import window_mask
@@ -102,7 +103,12 @@ class Selection:
 
     @classmethod
     def build(cls, grid: tuple[int, int, int], config: NablaConfig, device: torch.device | str) -> Selection:
-        """For a grid of (frames, rows, columns) tokens. The config must not be dense."""
+        """For a grid of (frames, rows, columns) tokens. The config must not be dense.
+
+        Raises `InputError` for one with a profile, which is of many layers.
+        """
+        if config.profile is not None:
+            raise InputError(f"{config.algorithm} is of many layers and steps; take what one runs from NablaConfig.at")
         layout = TileLayout.build(grid, config.tile, device, config.pool)
         cut = window = None
         if config.threshold is not None:

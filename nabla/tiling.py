@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nabla.config import InputError, is_count
+from nabla.checks import InputError, is_count
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nabla.backends import cudnn, flex, gather, reference
 from nabla.backends.interface import Backend, Prepared
-from nabla.config import InputError, NablaConfig
+from nabla.checks import InputError
+from nabla.config import NablaConfig
 from nabla.selection import Selection, block_means
 
 # The fastest first, as measured on Hopper; on a CPU its compile puts flex aside.

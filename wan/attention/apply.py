@@ -15,6 +15,7 @@ from nabla import InputError, NablaConfig, Plan
 from wan.attention.layer import LayerState
 from wan.attention.mask_cache import Choice, MaskCache
 from wan.attention.plans import Plans
+from wan.attention.schedule import PAST, Schedule
 from wan.attention.spec import ForwardInputs, TransformerSpec
 from wan.attention.steps import StepCounter
 from wan.caches.ran import ran_in_full
@@ -66,7 +67,7 @@ class AppliedAttention:
     def __init__(self, transformer: nn.Module, config: NablaConfig, spec: TransformerSpec, steps: StepCounter):
         self.config, self.spec, self.steps = config, spec, steps
         self.switched_off = self.watched = False
-        self.plans = Plans(config, spec.head_size(transformer))
+        self.plans = Plans(spec.head_size(transformer))
         self.masks = MaskCache(config.mask_refresh)
         self.sequence_parallel = sequence_parallel_of(transformer)
         # Which forward the layers' states are of, and by thread which one it runs.
@@ -74,11 +75,12 @@ class AppliedAttention:
         self.own: dict[int, int] = {}
         modules = spec.attentions_of(transformer)
         self.layers = [LayerState(spec.heads(transformer)) for _ in modules]
-        numbers = range(len(modules))
-        self.sparse_layers = [n for n in numbers if not config.is_dense and n not in config.dense_layers]
+        self.schedule = Schedule(config, len(modules))
+        # Of any step: in each, some of them may run dense.
+        self.sparse_layers = self.schedule.sparse_layers
         self.sparse = [self.layers[n] for n in self.sparse_layers]
         # Where processes share the video, dense layers too have to swap tokens for heads.
-        patched = numbers if self.sequence_parallel else self.sparse_layers
+        patched = range(len(modules)) if self.sequence_parallel else self.sparse_layers
         self.patched = [self.layers[n] for n in patched]
         self.originals = [(modules[n], modules[n].processor) for n in patched]
         self.processors = [spec.sparse_processor(modules[n].processor, self.layers[n]) for n in patched]
@@ -95,9 +97,11 @@ class AppliedAttention:
         for module, original in self.originals:
             module.set_processor(original)
 
-    def plan(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Plan:
-        """The plan for a grid of (frames, rows, columns) tokens, made on first use of that size."""
-        return self.plans.of(grid, device, dtype)
+    def describe(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> str:
+        """One line on what runs for a grid of (frames, rows, columns) tokens: algorithm, backend, grid and blocks."""
+        # Of the last steps, since the first ones may be dense, and of any layer that is sparse there.
+        sparse = [config for config in self.schedule.at(*PAST) if not config.is_dense] or [NablaConfig()]
+        return self.plans.of(sparse[0], grid, device, dtype).describe(self.config)
 
     def watch(self, watched: bool) -> None:
         """Have sparse layers write their heads' densities from now on, or not."""
@@ -136,29 +140,28 @@ class AppliedAttention:
         return (args, kwargs) if self.spec.in_raster_order is None else self.spec.in_raster_order(args, kwargs)
 
     def _set_layers(self, inputs: ForwardInputs, trains: bool, training: bool) -> None:
-        config, device = self.config, inputs.device
+        device = inputs.device
         # Training draws timesteps at random, so they say nothing of steps.
-        refreshes = config.mask_refresh > 1 and not training
-        counts = refreshes or (config.dense_steps > 0 and not training)
+        refreshes = self.config.mask_refresh > 1 and not training
+        counts = refreshes or (self.schedule.by_step and not training)
         # Asked only where it matters: unless the loop says the step, its timestep is read off the GPU, which is a wait.
-        step = self.steps.step_of(inputs.timestep) if counts else config.dense_steps
+        step, steps = (self.steps.step_of(inputs.timestep), self.steps.steps) if counts else PAST
         # Of q, k and v, which autocast makes in a dtype of its own.
         is_mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_mixed else inputs.dtype
-        is_sparse = bool(self.sparse) and not self.switched_off and step >= config.dense_steps
-        plan = self.plans.of(inputs.grid, device, dtype, trains=trains) if is_sparse else None
+        configs = self.schedule.at(step, steps)
+        plans = tuple(
+            None
+            if self.switched_off or configs[n].is_dense
+            else self.plans.of(configs[n], inputs.grid, device, dtype, trains)
+            for n in self.sparse_layers
+        )
         # Before masks and densities, whose size is that of a process's own heads.
         self._set_all_to_alls(inputs, dtype)
-        if self.sequence_parallel:
-            dense = self.plans.of(inputs.grid, device, dtype, dense=True)
-            for layer in self.patched:
-                layer.plan = dense
-        # Of one process, a layer without a plan runs diffusers' own attention.
-        for layer in self.sparse if is_sparse or not self.sequence_parallel else ():
-            layer.plan = plan
-        takes_over = False
-        if plan is not None and refreshes:
-            takes_over = self.masks.prepare(self.sparse, Choice(self.steps.video, step, plan, inputs.batch))
+        self._set_plans(plans, inputs, dtype)
+        is_sparse, takes_over = any(plans), False
+        if is_sparse and refreshes:
+            takes_over = self.masks.prepare(self.sparse, Choice(self.steps.video, step, plans, inputs.batch))
         else:
             self.forget_blocks()
         # Masks that are taken over are of the heads that a process had, so these stay where they are meanwhile.
@@ -166,6 +169,21 @@ class AppliedAttention:
             self._balance(device)
         elif is_sparse and self.watched and self._densities_on(device) is None:
             self.measure_density(self.sparse, device)
+
+    def _set_plans(self, plans: Sequence[Plan | None], inputs: ForwardInputs, dtype: torch.dtype) -> None:
+        """Give each layer its plan; plans: of those in `sparse`, None where one runs dense."""
+        # Of one process, a layer without a plan runs diffusers' own attention.
+        dense = None
+        if self.sequence_parallel:
+            dense = self.plans.of(NablaConfig(), inputs.grid, inputs.device, dtype)
+        for layer in self.patched:
+            layer.plan = dense
+        for layer, plan in zip(self.sparse, plans, strict=True):
+            if plan is not None:
+                layer.plan = plan
+            elif layer.density is not None:
+                # Dense attention writes none, and what is there is of an earlier step.
+                layer.density.fill_(1)
 
     def _set_all_to_alls(self, inputs: ForwardInputs, dtype: torch.dtype) -> None:
         all_to_alls: Sequence[UlyssesAllToAll | None]
@@ -226,8 +244,8 @@ class AppliedAttention:
 def _check(transformer: nn.Module, config: NablaConfig, spec: TransformerSpec) -> None:
     spec.check(transformer)
     modules = spec.attentions_of(transformer)
-    if config.dense_layers and config.dense_layers[-1] >= len(modules):
-        raise InputError(f"dense_layers {config.dense_layers[-1]} does not exist; layers are 0 to {len(modules) - 1}")
+    # Called for the error that it raises for layers that are not there.
+    config.dense_layer_numbers(len(modules))
     for module in modules:
         processor = module.processor
         if not isinstance(processor, spec.processor):

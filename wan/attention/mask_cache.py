@@ -13,16 +13,20 @@ from wan.attention.layer import LayerState
 
 
 class Choice(NamedTuple):
-    """The forward in which blocks are chosen: others may take them in the same video, with an equal plan and batch."""
+    """The forward in which blocks are chosen: others may take them in the same video, with the same plans and batch.
+
+    plans: of each layer, None where it runs dense
+    """
 
     video: int
     step: int
-    plan: Plan
+    plans: tuple[Plan | None, ...]
     batch: int
 
     def serves(self, now: Choice, refresh: int) -> bool:
         """Whether its blocks are good for the forward `now`."""
-        # Plans compare by identity, and `Plans` makes one for a size, device and dtype.
+        # Plans compare by identity, and `Plans` makes one for a config, size, device and dtype. Where that of one layer
+        # is another one, as where a stretch of steps ends, all choose anew, so that all are of one forward.
         return self == now._replace(step=self.step) and self.step <= now.step < self.step + refresh
 
 
@@ -39,17 +43,17 @@ class MaskCache:
         self.choosing: Choice | None = None
 
     def prepare(self, layers: Sequence[LayerState], now: Choice) -> bool:
-        """Set the block masks of layers for a forward; whether it takes blocks over."""
+        """Set the block masks of layers for a forward, which has a plan for each; whether it takes blocks over."""
         last = self.chosen
         if last is not None and last.serves(now, self.refresh):
             for layer in layers:
-                assert layer.block_mask is not None
-                layer.block_mask = layer.block_mask._replace(reuse=True)
+                if layer.block_mask is not None:
+                    layer.block_mask = layer.block_mask._replace(reuse=True)
             return True
         # Until all layers have chosen, nobody may take what is there: a forward that raises leaves a mixture.
         self.chosen, self.choosing = None, now
-        for layer in layers:
-            layer.block_mask = _empty_mask(layer, now)
+        for layer, plan in zip(layers, now.plans, strict=True):
+            layer.block_mask = None if plan is None else _empty_mask(layer, plan, now.batch)
         return False
 
     def complete(self) -> None:
@@ -67,12 +71,12 @@ class MaskCache:
             layer.block_mask = None
 
 
-def _empty_mask(layer: LayerState, now: Choice) -> ReusableBlockMask:
+def _empty_mask(layer: LayerState, plan: Plan, batch: int) -> ReusableBlockMask:
     """Memory to write blocks to, that of before if it has the size."""
-    assert now.plan.selection is not None
-    layout = now.plan.selection.layout
+    assert plan.selection is not None
+    layout = plan.selection.layout
     heads = layer.all_to_all.own_heads(layer.heads) if layer.all_to_all else layer.heads
-    shape, device = (now.batch, heads, layout.blocks, layout.blocks), layout.sizes.device
+    shape, device = (batch, heads, layout.blocks, layout.blocks), layout.sizes.device
     mask = layer.block_mask
     if mask is not None and mask.mask.shape == shape and mask.mask.device == device:
         return mask._replace(reuse=False)

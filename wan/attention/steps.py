@@ -12,18 +12,23 @@ class StepCounter:
     video that begins where the last one ended, as after a single step, is not seen as new unless its steps are set.
 
     video: a number that differs from video to video
+    steps: how many the video has, where the loop says it
     """
 
     def __init__(self) -> None:
         self.given: int | None = None
+        self.steps: int | None = None
         self.video = 0
         self.step = 0
         # So that whatever comes first is a rise, and begins a video.
         self.timestep = float("-inf")
 
-    def set_step(self, step: int | None) -> None:
-        """State the step of the forwards to come; None leaves it to the timesteps again, from a new video on."""
-        self.given = step
+    def set_step(self, step: int | None, steps: int | None = None) -> None:
+        """State the step of the forwards to come; None leaves it to the timesteps again, from a new video on.
+
+        steps: how many the video has, which timesteps do not say
+        """
+        self.given, self.steps = step, steps
         self.video += step == 0
         self.timestep = float("-inf")
 

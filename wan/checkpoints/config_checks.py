@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 
 # Several times what any of the models here has; one of more would take long to build, even without memory.
 MAX_LAYERS = 400

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 from wan.config.checks import MAX_STEPS, check_keys, check_path
 from wan.config.config_files import CONFIG_FOLDER
 from wan.files.plain_data import parse_json, read_json

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from nabla import InputError
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 
 SOLVERS = ("unipc", "dpm++", "euler")
 MAX_STEPS = 1000

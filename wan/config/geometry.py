@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla import InputError
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 
 
 @dataclass(frozen=True)

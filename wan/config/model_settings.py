@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import absolute_path, check_keys, check_path, check_text
 from wan.files.formats import SAFETENSORS

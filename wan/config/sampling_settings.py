@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from nabla import InputError
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.config.checks import check_context_scale, check_sampling, check_text, guide_scale_text, parse_guide_scale
 
 if TYPE_CHECKING:

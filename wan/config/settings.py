@@ -7,7 +7,8 @@ from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nabla import InputError, NablaConfig
-from nabla.config import CHOICE, is_count
+from nabla.checks import is_count
+from nabla.config import CHOICE
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import check_keys, parse_size
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry

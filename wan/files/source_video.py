@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nabla import InputError
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.files.ordinary import check_ordinary
 from wan.files.picture import MAX_PIXELS, check_picture, read_picture
 from wan.files.video import encoder

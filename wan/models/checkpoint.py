@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, download, find_folder

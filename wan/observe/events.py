@@ -42,7 +42,7 @@ MEASURED = {
 def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tensor, about: Event) -> Event:
     """The first event: what runs."""
     transformer, spec, applied = pipe.transformer, pipe.transformer_spec, applied_attention(pipe.transformer)
-    own = applied.config if applied else NablaConfig()
+    own, layers = applied.config if applied else NablaConfig(), len(spec.blocks_of(transformer))
     return {
         "kind": "run",
         **about,
@@ -53,11 +53,12 @@ def run_event(pipe: ObservedPipeline, sampling: SamplingSettings, latents: Tenso
         "attention": own.algorithm,
         "window": None if own.window is None else list(own.window),
         "tile": list(own.tile),
-        "dense_steps": own.dense_steps,
-        "dense_layers": list(own.dense_layers),
+        "dense_steps": own.dense_step_count(sampling.steps),
+        "dense_layers": list(own.dense_layer_numbers(layers)),
+        "profile": own.profile and own.profile.to_dict(),
         "mask_refresh": own.mask_refresh,
         "cache": None if pipe.cache is None else pipe.cache.settings.describe(),
-        "layers": len(spec.blocks_of(transformer)),
+        "layers": layers,
         "heads": spec.heads(transformer),
         "grid": list(spec.grid(transformer, tuple(latents.shape[2:]))),
         "device": _device_name(pipe.device),

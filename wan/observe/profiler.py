@@ -199,11 +199,13 @@ class Profiler(probe.Probe):
             self.trace.densities.append((torch.arange(len(plans)) < ran).float()[:, None])
             return
         # In one forward either all sparse layers choose blocks or all take them over.
-        first = now.sparse[0]
         if any(plans[:ran]):
+            first = next(layer for layer, plan in zip(now.layers, plans) if plan)
             self.trace.reused_masks.append(first.block_mask is not None and first.block_mask.reuse)
         sequence = now.sequence_parallel
-        dense = torch.ones(first.heads if sequence is None else sequence.own_head_order.shape[1], device=self.device)
+        dense = torch.ones(
+            now.sparse[0].heads if sequence is None else sequence.own_head_order.shape[1], device=self.device
+        )
         rows = []
         for number, (layer, plan) in enumerate(zip(now.layers, plans)):
             written = layer.density if plan else None

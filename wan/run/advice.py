@@ -45,9 +45,10 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     others = checkpoint.family.algorithms_at_other_sizes(checkpoint.layout)
     if own is not None and chosen.algorithm not in (own.algorithm, *others):
         lines.append(f"checkpoint {checkpoint.name} was made for {own.algorithm}; running {chosen.algorithm} as asked")
-    if not chosen.is_dense and chosen.dense_steps >= settings.sampling.steps:
+    dense_steps = chosen.dense_step_count(settings.sampling.steps)
+    if not chosen.is_dense and dense_steps >= settings.sampling.steps:
         lines.append(
-            f"the first {chosen.dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
+            f"the first {dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
     others_say = _hidden_picture(settings), measured_otherwise(settings)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from nabla import InputError
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.attention.compile import check_compiler
 from wan.config.settings import Settings
 from wan.memory.budget import check_memory

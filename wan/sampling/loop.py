@@ -95,13 +95,13 @@ def video_steps(transformers: Sequence[nn.Module], steps: int) -> Iterator[Calla
 
     def set_step(step: int | None) -> None:
         for counter in counters:
-            counter.set_step(step)
+            counter.set_step(step, None if step is None else steps)
 
     try:
         for one in transformers:
             applied, cache = applied_attention(one), step_cache_of(one)
             if cache is not None:
-                cache.begin(steps, applied.config.dense_steps if applied else 0)
+                cache.begin(steps, applied.config.dense_step_count(steps) if applied else 0)
         yield set_step
     finally:
         for one in transformers:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.config.checks import guide_scale_text
 from wan.config.prompts import clean_prompt
 from wan.config.settings import Settings

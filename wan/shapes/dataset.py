@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.shapes.captions import caption
 from wan.shapes.drawing import render
 from wan.shapes.random_scenes import sample_scene

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nabla import InputError
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.models.wan.geometry import GEOMETRY
 from wan.models.wan.whole_clips import posterior, reconstruction
 from wan.shapes.vae_settings import LossSettings

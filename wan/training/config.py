@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.model_settings import EXPERTS
 from wan.config.prompts import check_prompt

@@ -125,7 +125,7 @@ class Sampler:
                 Conditions(_alone(guide.prompt, device), _alone(guide.negative, device)),
                 make_solver(sampling.solver, sampling.steps, sampling.shift, device),
                 sampling.guide_scale_of(0),
-                before_step=transformer.nabla.steps.set_step,
+                before_step=partial(transformer.nabla.steps.set_step, steps=sampling.steps),
             )
             # Else the forwards of training would go on as those of the last step.
             transformer.nabla.steps.set_step(None)

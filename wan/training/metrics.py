@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.files.atomic import atomic_path, written
 from wan.files.json_files import complete_lines, to_line
 from wan.files.plain_data import parse_json

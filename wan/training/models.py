@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nabla import InputError, NablaConfig
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.attention.compile import compile_blocks
 from wan.checkpoints.file_errors import read_json_object
 from wan.config.model_settings import EXPERTS

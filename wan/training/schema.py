@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from nabla import InputError
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 from wan.config.checks import check_keys, check_path
 from wan.config.model_settings import COMPONENTS
 from wan.files.plain_data import parse_yaml

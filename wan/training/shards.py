@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nabla import InputError
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.files.plain_data import parse_json
 

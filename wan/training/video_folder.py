@@ -13,7 +13,7 @@ import imageio.v2 as imageio
 import numpy as np
 
 from nabla import InputError
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.config.checks import parse_size
 from wan.config.geometry import DEFAULT_GEOMETRY
 from wan.config.settings import VideoSettings

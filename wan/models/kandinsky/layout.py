@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nabla import InputError
-from nabla.config import is_number
+from nabla.checks import is_number
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX

@@ -308,4 +308,4 @@ class Kandinsky5:
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self._positions)
-        return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
+        return self.transformer.nabla.describe(video.token_grid, self.device, self.transformer.dtype)

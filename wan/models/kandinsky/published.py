@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.config_checks import check_layers, divides, fraction, numbers, positive, sizes_of
 from wan.models.kandinsky.geometry import GEOMETRY
 from wan.models.kandinsky.sizes import Shapes, transformer_config

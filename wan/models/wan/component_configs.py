@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import UMT5Config
 
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.config_checks import check_layers, each, fraction, numbers, positive
 from wan.models.wan.layout import MAX_POSITIONS
 from wan.models.wan.published import check_vace

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object, require_file
 from wan.checkpoints.gguf_file import GgufFile, load_gguf

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from nabla import InputError
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 from wan.models.training import TEXT_LENGTH
 from wan.models.wan import components
 from wan.models.wan.geometry import GEOMETRY

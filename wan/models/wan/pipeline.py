@@ -329,7 +329,7 @@ class WanT2V:
     def describe_attention(self, video: VideoSettings) -> str:
         """One line: algorithm, backend, grid and blocks for a video of this size, which must be possible."""
         video.check_positions(self.transformer.config.rope_max_seq_len)
-        return self.transformer.nabla.plan(video.token_grid, self.device, self.transformer.dtype).describe()
+        return self.transformer.nabla.describe(video.token_grid, self.device, self.transformer.dtype)
 
     def _condition_of(self, request: VideoRequest) -> Condition | None:
         """What `condition` makes of a request's inputs, on all processes that share the video; None of text alone."""

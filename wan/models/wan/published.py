@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransforme
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from nabla.config import is_count
+from nabla.checks import is_count
 from wan.checkpoints.config_checks import check_layers, fraction, numbers, positive
 from wan.models.wan import names, vae_names
 

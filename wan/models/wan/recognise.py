@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 from wan.checkpoints.component_files import DIFFUSERS_STEM
 from wan.checkpoints.file_errors import AGAIN, CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX

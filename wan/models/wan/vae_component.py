@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from nabla.config import is_count, is_number
+from nabla.checks import is_count, is_number
 from wan.checkpoints.component import Component, fitting
 from wan.checkpoints.config_checks import MAX_LAYERS, MAX_WIDTH, check_layers, each, numbers, positive, sizes_of
 from wan.checkpoints.file_errors import CheckpointError, read_json_object

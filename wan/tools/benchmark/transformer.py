@@ -136,7 +136,7 @@ def step_row(
     def before_step(step: int) -> None:
         synchronize(args)
         starts.append(time.perf_counter())
-        steps.set_step(step)
+        steps.set_step(step, args.steps)
 
     latents = denoise(predict, latents, conditions, solver, 5.0, before_step=before_step, **loop)
     # The end of the last step, as the start of one more.
