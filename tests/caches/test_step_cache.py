@@ -29,7 +29,7 @@ from wan.config.settings import resolve
 from wan.models.wan.processor import TRANSFORMER
 from wan.run.ratios import measured_otherwise
 
-SPARSE = NablaConfig(threshold=0.4)
+SPARSE = NablaConfig(threshold=0.4, pool=(1, 4, 4))
 RATIOS = (1.0, 1.1, 0.95, 1.05, 0.98, 1.02)
 # Reuses whatever the limits let it.
 LOOSE = {"first_block": 1e6, "mag": 1e6}

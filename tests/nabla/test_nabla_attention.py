@@ -24,6 +24,7 @@ from nabla.rotary import Rotary, rotate
 from nabla.selection import blocks_to_keep, top_p_mask
 
 ALGORITHMS = ("nabla-0.5", "nabla-0.9", "sta-3-1-3", "nabla-0.3_sta-1-3-1", "keep-0.3", "keep-0.2_sta-3-1-1")
+POOLED = ("nabla-0.5_pool-1-4-4", "keep-0.3_pool-1-2-4", "nabla-0.9_min-0.2_max-0.4_pool-1-1-2_sta-1-3-1")
 
 
 def random_qkv(grid, batch=1, heads=2, dim=8, seed=0, dtype=torch.float64, spread=1.5):
@@ -34,13 +35,16 @@ def random_qkv(grid, batch=1, heads=2, dim=8, seed=0, dtype=torch.float64, sprea
 
 def oracle(q, k, v, grid, config):
     """Dense attention under a token mask, built token by token from the definition of the algorithm."""
-    tile_of = {}
-    for token, place in enumerate(itertools.product(*map(range, grid))):
-        tile_of[token] = tuple(p // t for p, t in zip(place, config.tile))
-    tiles = sorted(set(tile_of.values()))
-    block_of = torch.tensor([tiles.index(tile_of[token]) for token in range(len(tile_of))])
+    tile_of, part_of = (
+        [tuple(p // t for p, t in zip(place, size)) for place in itertools.product(*map(range, grid))]
+        for size in (config.tile, config.pool or config.tile)
+    )
+    tiles, parts = sorted(set(tile_of)), sorted(set(part_of))
+    block_of = torch.tensor([tiles.index(one) for one in tile_of])
     n = len(tiles)
-    members = [torch.nonzero(block_of == block).flatten() for block in range(n)]
+    part_members = [torch.tensor([token for token, one in enumerate(part_of) if one == part]) for part in parts]
+    # (N, parts) bool, which parts each block has.
+    owns = torch.stack([block_of[tokens[0]] == torch.arange(n) for tokens in part_members], dim=1)
     near = torch.zeros(n, n, dtype=torch.bool)
     if config.window is not None:
         for a, b in itertools.product(range(n), range(n)):
@@ -50,8 +54,9 @@ def oracle(q, k, v, grid, config):
         qh, kh, vh = (x[batch, :, head] for x in (q, k, v))
         kept = near.clone()
         if config.selects:
-            means = [torch.stack([x[m].float().mean(0) for m in members]) for x in (qh, kh)]
-            rows = (means[0] @ means[1].T / math.sqrt(q.shape[-1])).softmax(-1)
+            means = [torch.stack([x[m].float().mean(0) for m in part_members]) for x in (qh, kh)]
+            pairs = (means[0] @ means[1].T / math.sqrt(q.shape[-1])).softmax(-1)
+            rows = torch.stack([(pairs @ owns.T.float())[own].mean(0) for own in owns])
             for row, probabilities in enumerate(rows):
                 order = probabilities.argsort()
                 if config.keep is not None:
@@ -59,7 +64,9 @@ def oracle(q, k, v, grid, config):
                     chosen = order[n - count :]
                 else:
                     total = torch.cumsum(probabilities[order], 0)
-                    chosen = order[total >= 1 - config.threshold]
+                    limits = config.keep_min or 1e-9, config.keep_max or 1
+                    least, most = (next(m for m in range(1, n + 1) if m / n >= limit) for limit in limits)
+                    chosen = order[n - min(max(int((total >= 1 - config.threshold).sum()), least), most) :]
                 kept[row, chosen] = True
                 kept[row, order[-1]] = True
         mask = kept[block_of][:, block_of]
@@ -71,7 +78,7 @@ def oracle(q, k, v, grid, config):
 @settings(max_examples=25, deadline=None)
 @given(
     grid=st.tuples(st.integers(1, 4), st.integers(1, 21), st.integers(1, 21)),
-    algorithm=st.sampled_from(ALGORITHMS),
+    algorithm=st.sampled_from((*ALGORITHMS, *POOLED)),
     tile=st.sampled_from(((1, 8, 8), (2, 4, 4), (1, 4, 8))),
     seed=st.integers(0, 100),
 )
@@ -84,7 +91,7 @@ def test_sparse_equals_the_oracle(grid, algorithm, tile, seed):
 
 
 @pytest.mark.parametrize("grid", ((2, 30, 52), (1, 45, 80)))
-@pytest.mark.parametrize("algorithm", ("nabla-0.6_sta-1-3-3", "nabla-0.4"))
+@pytest.mark.parametrize("algorithm", ("nabla-0.6_sta-1-3-3", "nabla-0.4", "keep-0.1_pool-1-4-4"))
 def test_published_sizes_equal_the_oracle(grid, algorithm):
     q, k, v = random_qkv(grid, heads=1)
     config = NablaConfig.parse(algorithm)
@@ -113,7 +120,7 @@ def test_threshold_one_is_dense_at_published_sizes(grid):
 @settings(max_examples=8, deadline=None)
 @given(
     grid=st.tuples(st.integers(1, 3), st.integers(3, 14), st.integers(3, 14)),
-    algorithm=st.sampled_from(("dense", *ALGORITHMS)),
+    algorithm=st.sampled_from(("dense", *ALGORITHMS, *POOLED)),
     seed=st.integers(0, 100),
 )
 def test_gradients_equal_the_oracle(grid, algorithm, seed):

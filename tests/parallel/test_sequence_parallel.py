@@ -26,7 +26,7 @@ def test_what_a_forward_that_failed_has_asked_for_serves_no_other(mesh):
     sizes = dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2)
     transformer = WanTransformer3DModel(in_channels=16, out_channels=16, **sizes).eval()
     apply_sequence_parallel(transformer, mesh, TRANSFORMER)
-    wan.apply_attention(transformer, NablaConfig(threshold=0.4, tile=(1, 4, 4)))
+    wan.apply_attention(transformer, NablaConfig(threshold=0.4, tile=(1, 4, 4), pool=(1, 2, 2)))
     inputs = torch.randn(1, 16, 3, 12, 10), torch.tensor([500.0]), torch.randn(1, 512, 32)
     fail = transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

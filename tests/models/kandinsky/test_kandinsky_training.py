@@ -31,7 +31,7 @@ from wan.training.prepare_settings import PrepareSettings
 from wan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-SPARSE = {"algorithm": "nabla-0.3", "tile": [1, 2, 2]}
+SPARSE = {"algorithm": "nabla-0.3", "tile": [1, 2, 2], "pool": [1, 1, 2]}
 
 
 @pytest.fixture(scope="module")
