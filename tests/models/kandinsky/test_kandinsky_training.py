@@ -98,7 +98,7 @@ def test_fine_tuning_goes_on_exactly_and_leaves_a_checkpoint_with_its_attention(
     assert rows[-1]["validation_sparse"] < rows[0]["validation_sparse"] and rows[-1]["kept"] < 1
     assert (tmp_path / "run/samples/step-00000004/00-a-cat.png").is_file()
     last = Checkpoint.open(tmp_path / "run/latest/model")
-    assert last.family.name == "Kandinsky-5" and last.own_attention().algorithm == "nabla-0.3"
+    assert last.family.name == "Kandinsky-5" and last.own_attention().algorithm == "nabla-0.3_pool-1-1-2"
     assert last.own_sampling().steps == 2 and last.own_sampling().solver == "euler"
     first, trained = load(checkpoint).state_dict(), load(last.folder).state_dict()
     assert sum(not torch.equal(weight, trained[name]) for name, weight in first.items()) > len(first) / 2
