@@ -91,13 +91,22 @@ class _VideoFile(SourceVideo):
         self._set(name, size, count, fps)
 
     def take(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        wanted, found = set(numbers), 0
-        for number, frame in enumerate(_decode(self.path, self.name, self.size, most=max(numbers) + 1)):
-            if number in wanted:
-                found += 1
-                yield frame
-        if found < len(wanted):
-            raise InputError(f"{self.name} has become another file while it was read; run again")
+        return frames_of(self.path, self.name, self.size, numbers)
+
+
+def frames_of(path: Path, name: str, size: tuple[int, int], numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """Frames (height, width, 3) uint8 by their numbers, which rise, of a file whose video is known to be of this size.
+
+    name: as messages call it. Raises `InputError` for a file that is damaged, or shorter.
+    """
+    check_ordinary(path, name, GIVE)
+    wanted, found = set(numbers), 0
+    for number, frame in enumerate(_decode(path, name, size, most=max(numbers) + 1)):
+        if number in wanted:
+            found += 1
+            yield frame
+    if found < len(wanted):
+        raise InputError(f"{name} has become another file while it was read; run again")
 
 
 def video_of(given: Any, name: str = "src_video") -> SourceVideo:

@@ -7,7 +7,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ from wan.files.json_files import to_json
 
 # Of H.264, from 0 to 51, the best first: imageio's quality 8.
 RATE_FACTOR = 10
+# What frames are written as: for people, in a form that every player shows. Of RGB frames libx264 would by default make
+# 4:4:4, which browsers and many players do not.
+H264 = ("-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR))
+# And for programs, to the bit: every frame by itself, its slices with checksums; the same file for the same frames.
+FFV1 = ("-vcodec", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", "gbrp", "-fflags", "+bitexact")
+LOSSLESS = ".mkv"
 # What a person can do about an encoder that does not work.
 OTHER_ENCODER = "pip install imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name an ffmpeg with libx264"
 
@@ -86,6 +92,18 @@ def write_video(path: Path, video: np.ndarray, fps: int, flag: str = "--save_fil
         os.replace(draft, path)
 
 
+def write_lossless(path: Path, video: np.ndarray, fps: int, flag: str = "--out") -> None:
+    """Write (frames, height, width, 3) uint8 to a path that ends in `LOSSLESS`, so that `SourceVideo` reads the same.
+
+    Raises `InputError` if that fails; flag: names the path.
+    """
+    with _drafts_of(path, f"free some space, or choose another {flag}") as folder:
+        draft = folder / path.name
+        _encode(encoder(), draft, video, fps, FFV1)
+        settle(draft)
+        os.replace(draft, path)
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write (height, width, 3) uint8 in the format of the path's ending."""
     with _drafts_of(path, "free some space, or choose another --save_file") as folder:
@@ -129,16 +147,14 @@ class EncoderError(Exception):
     """The encoder did not end well, or wrote something else than it was given."""
 
 
-def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int) -> None:
-    """Have ffmpeg write (frames, height, width, 3) uint8 as H.264, and look at how it ended and what is in the file.
+def _encode(ffmpeg: str, path: Path, video: np.ndarray, fps: int, codec: Sequence[str] = H264) -> None:
+    """Have ffmpeg write (frames, height, width, 3) uint8, and look at how it ended and what is in the file.
 
     Not by imageio, which looks at neither. Raises `EncoderError` and `OSError`.
     """
     count, height, width, _ = video.shape
     command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    # Of RGB frames libx264 would by default make 4:4:4, which browsers and many players do not show.
-    command += ["-r", str(fps), "-i", "-", "-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p"]
-    command += ["-crf", str(RATE_FACTOR), str(path.absolute())]
+    command += ["-r", str(fps), "-i", "-", "-an", *codec, str(path.absolute())]
     # In a session of its own: Ctrl-C is for the program, which then ends it.
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
     # Its messages go to a file: with a pipe that nobody reads, ffmpeg would wait once that is full.

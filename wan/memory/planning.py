@@ -41,8 +41,9 @@ def _largest(workloads: Sequence[Workload]) -> Workload:
     """What stands for all of them: one plan serves them, since weights are loaded once."""
     largest = max(workloads, key=lambda workload: (workload.tokens, math.prod(workload.decoding.size)))
     given = max(workloads, key=lambda one: one.given + (decode_bytes(one.encoding) if one.encoding else 0))
-    writing = max(workload.writing for workload in workloads)
-    return replace(largest, writing=writing, encoding=given.encoding, given=given.given)
+    # Any of the videos may be the one that keeps masks, or what a cache reuses.
+    most = {name: max(getattr(one, name) for one in workloads) for name in ("writing", "mask_layers", "cached")}
+    return replace(largest, **most, encoding=given.encoding, given=given.given)
 
 
 def plan_run(

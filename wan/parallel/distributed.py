@@ -116,6 +116,10 @@ class DistributedContext:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def wait_for_each_other(self) -> None:
+        """Until all processes are here. Over the host, which waits for no GPU."""
+        dist.all_reduce(torch.zeros(1))
+
     def claim_jobs(self, count: int) -> Iterator[int]:
         """Numbers below `count`, each for one replica, which takes the next whenever it is done with one."""
         while True:

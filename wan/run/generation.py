@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,20 +139,18 @@ def generate_video(
     """
     detailed = options.log is not None or options.report is not None
     recorder = Recorder(options.log, True, detailed, options.report is not None, {"loading": loading})
-    inputs, record = open_inputs(settings)
-    with _clear_about_memory(settings, options):
-        settings, expanding = _expanded(pipe, settings, inputs.get("image"))
-        frames = _frames(pipe, settings, inputs, recorder if observer is None else Observers(recorder, observer))
+    made = make_frames(
+        pipe, settings, options, loading, recorder if observer is None else Observers(recorder, observer)
+    )
     # Only the leader of those that share a video has its frames.
-    if frames is None:
+    if made is None:
         return
-    seconds = {"loading": loading} | expanding | pipe.seconds
-    made_with = _made_with(pipe, options, seconds) | record
     # Whether the path is free was asked when the run began, which may be hours ago.
     if not options.overwrite and (free := free_path(path)) != path:
         log.warning("warning: another run has made %s meanwhile; this one is %s", path, free)
         path = free
-    write_with_sidecar(path, frames, settings.video.fps, {"settings": settings.to_dict(), "made_with": made_with})
+    seconds, made_with = made.seconds, made.made_with
+    write_with_sidecar(path, made.frames, settings.video.fps, made.record)
     stages = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
     peak = ", ".join(f"{where} {amount}" for where, amount in made_with["peak_memory"].items())
     log.info("time: %s (%.2f s a step); peak memory: %s", stages, seconds["sampling"] / settings.sampling.steps, peak)
@@ -161,6 +159,42 @@ def generate_video(
         log.info("log: %s", options.log)
     if options.report is not None:
         _draw(recorder, options.report)
+
+
+class Made(NamedTuple):
+    """A video that is made and not written yet.
+
+    frames: (frames, height, width, 3) uint8
+    settings: its own, with the text that its prompt was expanded to
+    seconds: of each stage; made_with: what its record says beside the settings
+    """
+
+    frames: np.ndarray
+    settings: Settings
+    seconds: dict[str, float]
+    made_with: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What its sidecar says of it."""
+        return {"settings": self.settings.to_dict(), "made_with": self.made_with}
+
+
+def make_frames(
+    pipe: GuidedPipeline, settings: Settings, options: Options, loading: float, observer: Observer
+) -> Made | None:
+    """The video that the settings describe; None on a process that does not lead.
+
+    loading: seconds that the models took. Raises `InputError` as `generate_all` does.
+    """
+    inputs, record = open_inputs(settings)
+    with _clear_about_memory(settings, options):
+        settings, expanding = _expanded(pipe, settings, inputs.get("image"))
+        frames = _frames(pipe, settings, inputs, observer)
+    if frames is None:
+        return None
+    seconds = {"loading": loading} | expanding | pipe.seconds
+    return Made(frames, settings, seconds, _made_with(pipe, options, seconds) | record)
 
 
 def _expanded(

@@ -33,6 +33,12 @@ def run(request: Request, options: Options) -> None:
             log.setLevel(logging.INFO if processes.rank == 0 else logging.WARNING)
             _run(request, options, processes.device, processes)
         return
+    check_alone(options)
+    _run(request, options, pick_device(options.device), None)
+
+
+def check_alone(options: Options) -> None:
+    """Raise `InputError` for options that take several processes, of a run that is one."""
     for name in ("replicas", "cfg_size", "ulysses_size"):
         asked = getattr(options, name)
         if asked is not None and (not is_count(asked) or asked == 0):
@@ -42,7 +48,6 @@ def run(request: Request, options: Options) -> None:
     for name in ("dit_fsdp", "t5_fsdp"):
         if getattr(options, name):
             raise InputError(f"{name} True needs several processes; start with torchrun")
-    _run(request, options, pick_device(options.device), None)
 
 
 def _run(request: Request, options: Options, device: torch.device, processes: DistributedContext | None) -> None:
@@ -65,12 +70,12 @@ def _run(request: Request, options: Options, device: torch.device, processes: Di
     if not videos:
         return
     if processes is not None:
-        _lay_out(processes, checkpoint, [settings for settings, _ in videos], options)
+        lay_out(processes, checkpoint, [settings for settings, _ in videos], options)
     options = replace(options, named_apart=request.prompt_file is not None, again=request.config)
     generate_all(checkpoint, videos, device, options, processes)
 
 
-def _lay_out(processes: DistributedContext, checkpoint: Checkpoint, every: list[Settings], options: Options) -> None:
+def lay_out(processes: DistributedContext, checkpoint: Checkpoint, every: list[Settings], options: Options) -> None:
     """Choose how the processes share the work of videos, and have them know their places."""
     layout = choose_layout(
         processes.world_size,
