@@ -174,9 +174,10 @@ def test_threshold_1_equals_dense(node, model):
     torch.testing.assert_close(patched(x, context), model(x, context))
 
 
-def test_the_first_steps_run_dense(node, model):
+@pytest.mark.parametrize("dense_steps", (2, 2.0, 0.4))
+def test_the_first_steps_run_dense(node, model, dense_steps):
     x, context = inputs()
-    (patched,) = node.NablaAttention().apply(model, **INPUTS | {"dense_steps": 2})
+    (patched,) = node.NablaAttention().apply(model, **INPUTS | {"dense_steps": dense_steps})
     dense = model(x, context)
     # Between two sigmas: a second evaluation within the step that the first of them began.
     at = {sigma: torch.equal(patched(x, context, sigma), dense) for sigma in (1.0, 0.9, 0.8, 0.6, 0.5, 0.3, 0.2)}
@@ -203,6 +204,7 @@ def test_all_else_goes_to_the_override_that_was_there(node, model):
     "inputs_of_node, message",
     (
         ({"keep": 0.5}, "threshold 0.5 and keep 0.5 are alternatives"),
+        ({"dense_steps": 1.5}, "dense_steps 1.5: give a whole number of sampling steps, 0 or more, or a share"),
         ({"window_rows": 0}, "window .1, 0, 1. is not three positive integers"),
     ),
 )

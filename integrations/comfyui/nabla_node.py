@@ -43,7 +43,16 @@ class NablaAttention:
                 "window_frames": ("INT", blocks | {"tooltip": "window in blocks, kept besides; 0: none"}),
                 "window_rows": ("INT", blocks),
                 "window_columns": ("INT", blocks),
-                "dense_steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "first steps that run dense"}),
+                "dense_steps": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1000.0,
+                        "step": 0.05,
+                        "tooltip": "first steps that run dense; below 1 a share of the run's steps",
+                    },
+                ),
             }
         }
 
@@ -55,12 +64,14 @@ class NablaAttention:
         window_frames: int,
         window_rows: int,
         window_columns: int,
-        dense_steps: int,
+        dense_steps: float,
     ) -> tuple[Any]:
         window = window_frames, window_rows, window_columns
         # A slider cannot be empty: 0 says off, for which the config has None.
         shares = {"threshold": threshold or None, "keep": keep or None}
-        config = NablaConfig(**shares, window=window if any(window) else None, dense_steps=dense_steps)
+        # Whole numbers come as floats, and 1.0 is one step here, as in workflows that were saved as whole numbers.
+        first = int(dense_steps) if float(dense_steps).is_integer() else dense_steps
+        config = NablaConfig(**shares, window=window if any(window) else None, dense_steps=first)
         network = model.get_model_object("diffusion_model")
         # A network without blocks has [None], which has no self-attention either.
         if not all(hasattr(block, "self_attn") for block in getattr(network, "blocks", [None])):
@@ -82,7 +93,7 @@ def leave_grid(
     transformer_options: dict[str, Any] | None = None,
     **others: Any,
 ) -> Tensor:
-    """Around the forward of a Wan model: leave (grid, step) in the options that its attentions are given."""
+    """Around the forward of a Wan model: leave (grid, step, steps) in the options that its attentions are given."""
     options = dict(transformer_options or {})
     # x is (B, C, T, h, w); ComfyUI pads each axis to whole patches, so the counts are rounded up.
     frames, *size = (-(-n // p) for n, p in zip(x.shape[2:], executor.class_obj.patch_size))
@@ -97,7 +108,7 @@ def leave_grid(
             f"a video of {math.prod(grid)} tokens cannot be told from its text or picture, which has as many; "
             "choose another size or length, or leave NABLA out"
         )
-    options[FORWARD] = grid, step_of(options)
+    options[FORWARD] = grid, step_of(options), len(options["sample_sigmas"]) - 1
     return executor(x, timestep, context, clip_fea, time_dim_concat, options, **others)
 
 
@@ -117,9 +128,9 @@ def override_of(config: NablaConfig, before: Callable | None) -> Callable:
     plans: dict[tuple, Plan] = {}
 
     def attend(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        grid, step = kwargs["transformer_options"].get(FORWARD) or (None, 0)
+        grid, step, steps = kwargs["transformer_options"].get(FORWARD) or (None, 0, 1)
         is_self = q.shape[-2] == k.shape[-2]
-        if config.is_dense or step < config.dense_steps or not is_self:
+        if config.is_dense or step < config.dense_step_count(steps) or not is_self:
             call = func if before is None else partial(before, func)
             return call(q, k, v, heads, *args, **kwargs)
         _check(q, grid, args, kwargs)
