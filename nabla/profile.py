@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -141,6 +142,11 @@ class KeepProfile:
         """A few words: how much it keeps, and of what."""
         stretches = f"{len(self.stretches)} stretch{'es' if len(self.stretches) > 1 else ''} of steps"
         return f"{self.layers} layers, {stretches}, {self.mean_keep:.1%} of blocks in the mean"
+
+
+def is_profile_name(algorithm: str) -> bool:
+    """Whether an algorithm is written by the name of a profile, which says it to people alone."""
+    return re.match(r"profile-[0-9a-f]{8}(_|$)", algorithm) is not None
 
 
 def _stretch(given: object) -> Stretch:

@@ -10,9 +10,10 @@ import re
 import pytest
 
 from nabla import InputError, NablaConfig
+from wan.config.attention_settings import STA_DENSE_STEPS
 from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import CONFIG_FOLDER, read_settings
-from wan.config.settings import STA_DENSE_STEPS, Settings, resolve
+from wan.config.settings import Settings, resolve
 from wan.files.plain_data import parse_yaml
 from wan.run.ratios import measured_otherwise
 from wan.sampling.solvers import make_solver

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,9 +10,9 @@ from typing import Any
 
 from nabla import InputError
 from nabla.checks import is_count, is_number
-from wan.config.checks import MAX_STEPS, check_keys, check_path
+from wan.config.checks import MAX_STEPS, check_keys, check_path, recordable
 from wan.config.config_files import CONFIG_FOLDER
-from wan.files.plain_data import parse_json, read_json
+from wan.files.plain_data import read_json
 
 # Thresholds that diffusers sets by default; not measured here.
 THRESHOLDS = {"first_block": 0.05, "mag": 0.06}
@@ -72,7 +71,9 @@ class CacheSettings:
         # A file's name stands where its numbers will: sidecars have these, and need no file to be made again.
         said: dict[str, Any] = _read(self.ratios) if isinstance(self.ratios, str) else {}
         object.__setattr__(self, "ratios", _checked(said.get("ratios", self.ratios)))
-        object.__setattr__(self, "measured_on", _recordable(said.get("measured_on", self.measured_on)))
+        object.__setattr__(
+            self, "measured_on", recordable("cache measured_on", said.get("measured_on", self.measured_on))
+        )
         if self.max_skips is None:
             object.__setattr__(self, "max_skips", said.get("max_skips", MAX_SKIPS))
         if self.max_skips is None or not is_count(self.max_skips) or self.max_skips > MAX_STEPS:
@@ -149,21 +150,6 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "ratios" not in content:
         raise InputError(f"cache ratios {path} has no 'ratios'; write it with scripts/calibrate_cache.py")
     return {"measured_on": None} | content
-
-
-def _recordable(measured_on: object) -> dict[str, Any] | None:
-    """What ratios hold for as the sidecar of a video will have it, which must not fail when the video is made."""
-    if measured_on is None:
-        return None
-    if not isinstance(measured_on, Mapping):
-        raise InputError(f"cache measured_on {measured_on!r} is not a mapping of what ratios hold for")
-    try:
-        text = json.dumps(dict(measured_on), allow_nan=False, ensure_ascii=False)
-        # Lone surrogates pass as JSON and fail in a file. Read back, it meets the limits that a sidecar's reader has.
-        text.encode("utf-8")
-        return parse_json(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"cache measured_on cannot be written to a record ({error}); give plain values") from None
 
 
 def _checked(given: Any) -> tuple[float, ...] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from nabla import InputError
 from nabla.checks import is_count, is_number
+from wan.files.plain_data import parse_json
 
 SOLVERS = ("unipc", "dpm++", "euler")
 MAX_STEPS = 1000
@@ -116,3 +118,21 @@ def check_keys(where: str, given: Mapping[str, Any], allowed: Collection[str]) -
     if unknown := sorted(map(str, given.keys() - set(allowed))):
         known = sorted(allowed) if isinstance(allowed, Set) else allowed
         raise InputError(f"{where} has an unknown key {unknown[0]!r}; allowed are {', '.join(known)}")
+
+
+def recordable(name: str, given: object) -> dict[str, Any] | None:
+    """What numbers hold for as the sidecar of a video will have it, which must not fail when the video is made.
+
+    Raises `InputError` for what is no mapping of plain values.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name} {given!r} is not a mapping of what was measured")
+    try:
+        text = json.dumps(dict(given), allow_nan=False, ensure_ascii=False)
+        # Lone surrogates pass as JSON and fail in a file. Read back, it meets the limits that a sidecar's reader has.
+        text.encode("utf-8")
+        return parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} cannot be written to a record ({error}); give plain values") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from wan.files.plain_data import read_json, read_yaml
 
 # Within an installed package, or beside this one.
 _HERE = Path(__file__).resolve().parents[1]
+# Before a profile's file where an algorithm is written, as on a command line.
+PROFILE = "profile:"
 CONFIG_FOLDER = next((folder for folder in (_HERE / "configs",) if folder.is_dir()), _HERE.parent / "configs")
 
 
 def read_settings(name: str | Path) -> dict[str, Any]:
     """A layer of settings from a YAML file, or from the JSON file beside a video.
 
-    `name` is a path, or the name of a file in `configs/` whatever the working directory.
+    `name` is a path, or the name of a file in `configs/` whatever the working directory. A profile that it names may
+    lie beside it.
     """
     path, content = _read(name)
     # A sidecar has its settings under a key, beside what it says of how the video was made.
@@ -27,7 +31,28 @@ def read_settings(name: str | Path) -> dict[str, Any]:
     # A YAML file of comments alone is an empty layer.
     if not isinstance(content, dict) and not (content is None and path.suffix != ".json"):
         raise InputError(f"config {path} does not hold a mapping of settings")
-    return content or {}
+    return _with_profile_beside(path, content or {})
+
+
+def profile_file(attention: Mapping[str, Any]) -> str | None:
+    """The file of a profile that an `attention` mapping names, if it names one."""
+    algorithm, profile = attention.get("algorithm"), attention.get("profile")
+    if isinstance(algorithm, str) and algorithm.startswith(PROFILE):
+        return algorithm.removeprefix(PROFILE)
+    return profile if isinstance(profile, str) else None
+
+
+def _with_profile_beside(path: Path, layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer whose profile, if it lies beside the config, is named by its whole path."""
+    attention = layer.get("attention")
+    if not isinstance(attention, Mapping) or (name := profile_file(attention)) is None:
+        return layer
+    check_path("attention profile", name)
+    beside = path.absolute().parent / name
+    if not os.path.isfile(beside):
+        return layer
+    key, text = ("profile", "") if isinstance(attention.get("profile"), str) else ("algorithm", PROFILE)
+    return layer | {"attention": {**attention, key: f"{text}{beside}"}}
 
 
 def read_made_with(name: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nabla import InputError, NablaConfig
 from nabla.checks import is_count
-from nabla.config import CHOICE
+from wan.config.attention_settings import attention_config, attention_to_dict, merge_attention
 from wan.config.cache_settings import CacheSettings
 from wan.config.checks import check_keys, parse_size
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
@@ -22,15 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
-# The published program runs this many first steps dense when only a window is used.
-STA_DENSE_STEPS = 12
 MAX_FPS = 240
 # What the text of an expanded prompt was made of: a layer that names one of these leaves out a lower layer's text.
 _EXPANDED_FROM = ("prompt", "image", "expand_prompt")
-# Keys of `attention` that say which algorithm: in a layer, one of them stands for all four.
-_CHOICE = ("algorithm", "threshold", "keep", "window")
-# What goes with an algorithm, and falls with it.
-_BESIDE = (*CHOICE, "dense_steps", "mask_refresh")
 
 
 @dataclass(frozen=True)
@@ -257,22 +251,8 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _merge(section: str, lower: dict[str, Any], upper: object) -> dict[str, Any]:
+    if section == "attention":
+        return merge_attention(lower, upper)
     if not isinstance(upper, Mapping):
         raise InputError(f"{section} {upper!r} is not a mapping of settings")
-    if section == "attention" and any(key in upper for key in _CHOICE):
-        # Another algorithm: the numbers of the lower one, and what it does over steps, were meant for that one.
-        lower = {key: value for key, value in lower.items() if key not in (*_CHOICE, *_BESIDE)}
     return {**lower, **{key: value for key, value in upper.items() if value is not None}}
-
-
-def attention_config(settings: Mapping[str, Any]) -> NablaConfig:
-    """An `attention` mapping to its config; a window alone runs its first steps dense unless told otherwise."""
-    config = NablaConfig.from_dict(settings)
-    if config.kind == "sta" and settings.get("dense_steps") is None:
-        return replace(config, dense_steps=STA_DENSE_STEPS)
-    return config
-
-
-def attention_to_dict(config: NablaConfig) -> dict[str, Any]:
-    """The `attention` mapping that `attention_config` reads back to an equal config."""
-    return {"algorithm": config.algorithm} | {k: v for k, v in asdict(config).items() if k not in (*_CHOICE, *CHOICE)}

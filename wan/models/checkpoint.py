@@ -13,11 +13,12 @@ from wan.checkpoints.component_files import ComponentFiles
 from wan.checkpoints.file_errors import CheckpointError, exists, read_json_object
 from wan.checkpoints.locate import CONFIG, download, find_folder
 from wan.checkpoints.weights import WeightFiles
+from wan.config.attention_settings import attention_config, untuned_layer
 from wan.config.config_files import read_settings
 from wan.config.geometry import Geometry
 from wan.config.inputs import INPUTS
 from wan.config.model_settings import ExpertFiles, files_of
-from wan.config.settings import SamplingSettings, Settings, attention_config, resolve, resolve_sampling, size_in
+from wan.config.settings import SamplingSettings, Settings, resolve, resolve_sampling, size_in
 from wan.models.companions import companion_folder, given_folder
 from wan.models.family import Family, Layout, TransformerFacts
 from wan.models.recognise import family_on_hub, recognise, recognise_with
@@ -230,7 +231,9 @@ class Checkpoint:
         needs_prompt: as of `wan.config.settings.resolve`
         """
         try:
-            layers = *above, *self.settings_layers
+            own = self.settings_layers
+            unsaid = untuned_layer(above, own, self.own_algorithm.get("attention", {}).get("algorithm"))
+            layers = unsaid, *above, *own
             settings = resolve(
                 {"checkpoint": self.name},
                 *layers,
@@ -243,6 +246,9 @@ class Checkpoint:
             self.own_attention()
             raise
         self.check_kind(settings.model.kind)
+        profile, own_layers = settings.attention.profile, self._facts.layers
+        if profile is not None and is_count(own_layers):
+            profile.check_layers(own_layers)
         count = 1 if self.boundary is None else 2
         settings.model.check_experts(count)
         settings.sampling.check_experts(count)

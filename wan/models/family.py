@@ -51,11 +51,13 @@ class TransformerFacts(NamedTuple):
     heads: of its attention, as the configuration has it, right or wrong
     positions: of its rotary table, along each axis
     text_length: rows of text states that it sees
+    layers: of self-attention, through all lists of its blocks; as of `heads`, and None where it is not said
     """
 
     heads: object
     positions: int
     text_length: int
+    layers: object = None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from nabla import InputError
+from nabla import InputError, NablaConfig
+from nabla.shares import described_layers, described_steps
 from wan.checkpoints.file_errors import CheckpointError
+from wan.config.attention_settings import is_untuned
 from wan.config.sampling_settings import DEFAULT_NEGATIVE_PROMPT
 from wan.config.settings import Settings
 from wan.models.checkpoint import Checkpoint
-from wan.run.ratios import measured_otherwise
+from wan.run.ratios import measured_otherwise, profile_measured_otherwise
 from wan.run.request import Request
 from wan.run.sidecars import Video
 
@@ -29,6 +31,8 @@ def say_what_runs(checkpoint: Checkpoint, videos: list[Video], request: Request)
     if request.about_default is not None and checkpoint.name == request.default_checkpoint:
         log.info(request.about_default)
     # Videos of a list mostly have the same lines to say: each is said once.
+    for line in dict.fromkeys(line for settings in every if (line := _untuned(settings.attention)) is not None):
+        log.info(line)
     for line in dict.fromkeys(line for settings in every for line in unexpected(checkpoint, settings)):
         log.warning("warning: %s", line)
 
@@ -51,8 +55,21 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             f"the first {dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
-    others_say = _hidden_picture(settings), measured_otherwise(settings)
+    others_say = _hidden_picture(settings), measured_otherwise(settings), profile_measured_otherwise(settings)
     return [*lines, *_without_guidance(checkpoint, settings), *filter(None, others_say)]
+
+
+def _untuned(chosen: NablaConfig) -> str | None:
+    """What is done for weights that were not tuned for the share of blocks that they run with."""
+    if not is_untuned(chosen):
+        return None
+    assert isinstance(chosen.dense_layers, tuple)
+    beside = described_steps(chosen.dense_steps), described_layers(chosen.dense_layers)
+    parts = "" if chosen.pool is None else f", blocks chosen by parts of {'x'.join(map(str, chosen.pool))} tokens"
+    return (
+        f"attention: {chosen.algorithm} for weights that were not tuned for it, {', '.join(beside)}{parts}; "
+        "dense_steps, dense_layers or pool in a config change that"
+    )
 
 
 def _hidden_picture(settings: Settings) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from nabla import InputError, NablaConfig
 from nabla.checks import is_number
+from nabla.profile import is_profile_name
+from wan.config.attention_settings import attention_to_dict
 from wan.config.checks import guide_scale_text
 from wan.config.prompts import clean_prompt
 from wan.config.settings import Settings
@@ -45,7 +47,7 @@ class Form:
     lora: tuple[str, ...]
     scales: str
     algorithm: str
-    dense_steps: int | None
+    dense_steps: int | float | None
     mask_refresh: int | None
     backend: str
     fp8: bool
@@ -90,12 +92,6 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
             raise InputError(f"{name} is empty; give a number")
     values = base.to_dict()
     changed = {
-        "attention": {
-            "algorithm": form.algorithm.strip(),
-            "dense_steps": _whole(form.dense_steps),
-            "mask_refresh": _whole(form.mask_refresh),
-            "backend": form.backend,
-        },
         "sampling": {
             "negative_prompt": form.negative_prompt or "",
             "seed": _seed(form.seed),
@@ -112,9 +108,22 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
         },
     }
     layer = values | {section: values[section] | change for section, change in changed.items()}
+    layer["attention"] = _attention(form, base)
     # A cache of the settings may have ratios and limits for which there is no control.
     cache = (values["cache"] if base.cache else USUAL_CACHE) if form.cache else "none"
     return layer | {"prompt": form.prompt, "lora": _loras(form, base, lora_files), "fp8": form.fp8, "cache": cache}
+
+
+def _attention(form: Form, base: Settings) -> Layer:
+    own, algorithm = attention_to_dict(base.attention), form.algorithm.strip()
+    beside = {"mask_refresh": _whole(form.mask_refresh), "backend": form.backend}
+    if base.attention.profile is not None and algorithm == base.attention.algorithm:
+        # It says by itself which steps run dense, and has no string that could be read.
+        return own | beside
+    # For its error alone: a string that is not known might name a file, of which a page has none but its own.
+    NablaConfig.parse(algorithm)
+    kept = {name: own[name] for name in ("tile", "dense_layers") if name in own}
+    return kept | beside | {"algorithm": algorithm, "dense_steps": _whole(form.dense_steps)}
 
 
 def _loras(form: Form, base: Settings, files: Mapping[str, str]) -> list[Layer]:
@@ -170,9 +179,15 @@ def to_algorithm(kind: str, amount: float | None, window: str) -> str:
     return f"{share}_{sta}" if (window or "").strip() else share
 
 
-def to_controls(algorithm: str) -> tuple[str, float, str]:
-    """Kind, amount and window of an algorithm string; raises `InputError` for one that is not known."""
-    config = NablaConfig.parse((algorithm or "").strip())
+def to_controls(algorithm: str) -> tuple[str | None, float, str]:
+    """Kind, amount and window of an algorithm string; raises `InputError` for one that is not known.
+
+    A profile is of none of the kinds: what each layer keeps is in the settings that the page has it from.
+    """
+    algorithm = (algorithm or "").strip()
+    if is_profile_name(algorithm):
+        return None, USUAL_AMOUNT[THRESHOLD], ""
+    config = NablaConfig.parse(algorithm)
     window = "-".join(map(str, config.window)) if config.window else ""
     if config.threshold is not None:
         return THRESHOLD, config.threshold, window

@@ -254,7 +254,7 @@ def _attention(form: Form) -> tuple[dict[str, gr.components.Component], dict]:
     )  # fmt: skip
     with gr.Row():
         dense_steps = gr.Number(
-            form.dense_steps, label="Dense steps", info="at the start", precision=0,
+            form.dense_steps, label="Dense steps", info="at the start; below 1 a share",
             min_width=110, elem_id="dense-steps",
         )  # fmt: skip
         refresh = gr.Number(
@@ -268,16 +268,16 @@ def _attention(form: Form) -> tuple[dict[str, gr.components.Component], dict]:
     return controls, {"kind": kinds, "amount": amounts, "window": windows}
 
 
-def amount_label(kind: str) -> str:
+def amount_label(kind: str | None) -> str:
     return "Share of blocks kept" if kind == SHARE else "Probability kept"
 
 
-def has_amount(kind: str) -> bool:
+def has_amount(kind: str | None) -> bool:
     return kind in (THRESHOLD, SHARE)
 
 
-def has_window(kind: str) -> bool:
-    return kind != DENSE
+def has_window(kind: str | None) -> bool:
+    return kind in (THRESHOLD, SHARE, WINDOW)
 
 
 def _results() -> dict:

@@ -14,7 +14,7 @@ from wan.checkpoints.file_errors import CheckpointError
 from wan.checkpoints.locate import check_hub_id
 from wan.checkpoints.tensor_files import weight_file
 from wan.checkpoints.weights import WeightFiles
-from wan.config.config_files import CONFIG_FOLDER, read_settings
+from wan.config.config_files import CONFIG_FOLDER, profile_file, read_settings
 from wan.config.inputs import INPUTS, LISTS
 from wan.config.settings import Settings, resolve
 from wan.files.atomic import atomic_path
@@ -242,3 +242,6 @@ def check_names_no_file(sidecar: Layer) -> None:
     ratios = cache.get("ratios") if isinstance(cache, Mapping) else None
     if isinstance(ratios, str) or (isinstance(cache, str) and cache.count(":") > 1):
         raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
+    attention = sidecar.get("attention")
+    if isinstance(attention, Mapping) and profile_file(attention) is not None:
+        raise InputError("attention names a file of a profile; give the JSON file beside a video, which has it whole")

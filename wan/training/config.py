@@ -8,15 +8,11 @@ from typing import Any, NamedTuple
 
 from nabla import InputError, NablaConfig
 from nabla.checks import is_number
+from wan.config.attention_settings import attention_config, attention_to_dict
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.model_settings import EXPERTS
 from wan.config.prompts import check_prompt
-from wan.config.settings import (
-    SamplingSettings,
-    VideoSettings,
-    attention_config,
-    attention_to_dict,
-)
+from wan.config.settings import SamplingSettings, VideoSettings
 from wan.training.objective_settings import ObjectiveSettings
 from wan.training.schema import (
     ComponentPlaces,
@@ -255,6 +251,8 @@ class TrainingSettings(ComponentPlaces):
                 )
         if self.mode == "distill" and self.attention.is_dense:
             raise InputError("distill teaches sparse attention; set attention, such as {algorithm: nabla-0.7}")
+        if self.attention.profile is not None:
+            raise InputError("profile is about the steps of sampling; train with keep, and sample with the profile")
         if self.attention.dense_steps or self.attention.mask_refresh > 1:
             raise InputError("dense_steps and mask_refresh are about the steps of sampling; leave them out of training")
 

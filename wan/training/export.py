@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from wan.checkpoints.component_files import DIFFUSERS_STEM
-from wan.config.settings import attention_to_dict
+from wan.config.attention_settings import attention_to_dict
 from wan.files.atomic import atomic_path, remove
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.training import TrainingFacts, training_of

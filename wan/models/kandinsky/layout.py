@@ -198,7 +198,8 @@ def facts(layout: Layout) -> TransformerFacts:
     """See `Family.facts`."""
     width, axes = layout.config.get("model_dim"), layout.config.get("axes_dims") or (0,)
     whole = isinstance(width, int) and all(isinstance(axis, int) for axis in axes) and sum(axes) > 0
-    return TransformerFacts(width // sum(axes) if whole else None, POSITIONS, TEXT_LENGTH)
+    heads, layers = width // sum(axes) if whole else None, layout.config.get("num_visual_blocks")
+    return TransformerFacts(heads, POSITIONS, TEXT_LENGTH, layers)
 
 
 def published_as(layout: Layout) -> Published | None:

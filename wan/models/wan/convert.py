@@ -24,7 +24,7 @@ from wan.checkpoints.file_errors import CheckpointError, read_json_object
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.checkpoints.saving import save_json, save_pickle, save_shards
 from wan.checkpoints.weights import WeightFiles
-from wan.config.settings import attention_config
+from wan.config.attention_settings import attention_config
 from wan.files.atomic import atomic_path
 from wan.models.checkpoint import DEFAULTS_FILE, Checkpoint
 from wan.models.wan import components, published

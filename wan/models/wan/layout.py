@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nabla.checks import is_count
 from wan.checkpoints.component_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, ComponentFiles
 from wan.checkpoints.locate import CONFIG, INDEX
 from wan.checkpoints.saving import save_json
@@ -78,7 +79,15 @@ def facts(layout: Layout) -> TransformerFacts:
         # The published layout has no word for them.
         positions=ROTARY_POSITIONS if layout.published else config.get("rope_max_seq_len", ROTARY_POSITIONS),
         text_length=config.get("text_len", TEXT_LENGTH),
+        layers=_layers(layout),
     )
+
+
+def _layers(layout: Layout) -> int | None:
+    # VACE's own blocks count too, and its published configuration need not name them.
+    hints = layout.config.get("vace_layers", None if layout.kind == "vace" else ())
+    own = layout.config.get("num_layers")
+    return own + len(hints) if is_count(own) and isinstance(hints, (list, tuple)) else None
 
 
 def kinds_of(layout: Layout) -> frozenset[str]:
