@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError, NablaConfig
+from wan.config.attention_settings import attention_config, attention_to_dict
 from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import read_settings
-from wan.config.settings import Settings, attention_config, attention_to_dict
+from wan.config.settings import Settings
 
 FILES = (".yaml", ".yml", ".json")
 MAX_NAME = 60
