@@ -255,8 +255,17 @@ def test_dates_are_texts_so_that_a_record_can_hold_them(tmp_path):
     assert resolve(read_settings(tmp_path / "a.yaml"), ROOM).cache.measured_on == {"when": "2026-01-01"}
 
 
+@pytest.mark.parametrize("percent", (10, 20))
+def test_sparse_configs_keep_that_share_of_the_base_model(percent):
+    settings = resolve(read_settings(f"sparse_{percent}.yaml"), {"prompt": "a cat"})
+    attention, dense = settings.attention, resolve(read_settings("full.yaml"), {"prompt": "a cat"})
+    assert attention.algorithm == f"keep-{percent / 100}_pool-1-4-4"
+    assert attention.dense_layers == (0,) and attention.dense_step_count(50) == 13
+    assert (settings.checkpoint, settings.sampling, settings.video) == (dense.checkpoint, dense.sampling, dense.video)
+
+
 def test_every_config_file_loads_and_runs_what_its_name_says():
-    others = ("turbo", "fast", "kandinsky5", "wan21", "wan22")
+    others = ("turbo", "fast", "sparse", "kandinsky5", "wan21", "wan22")
     files = [file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if not file.stem.startswith(others)]
     assert len(files) >= 7
     for file in files:

@@ -41,14 +41,14 @@ def test_configs_of_the_wan_family_run_what_their_names_say(file):
     few = rest == ["turbo"]
     assert (settings.sampling == replace(published, negative_prompt=DEFAULT_NEGATIVE_PROMPT)) is not few
     assert settings.video == resolve(own, {"checkpoint": "x", "prompt": "a cat"}).video or kind.name != "ti2v-5B"
-    assert settings.attention.algorithm == ("keep-0.2" if rest[:1] == ["keep"] else "dense")
+    assert settings.attention.algorithm == (f"keep-{rest[1]}_pool-1-4-4" if rest[:1] == ["keep"] else "dense")
     if few:
         timesteps = make_solver("euler", 4, settings.sampling.shift).timesteps
         assert settings.sampling.guide_scale == 1
         assert (timesteps >= 1000 * kind.boundary).tolist() == [True, True, False, False]
     elif rest:
         assert "not tuned for it" in file.read_text().splitlines()[0]
-        dense = read_settings(f"{file.stem.removesuffix('_keep_0.2')}.yaml")
+        dense = read_settings(f"{file.stem.removesuffix('_' + '_'.join(rest))}.yaml")
         assert read_settings(file.name) | {"attention": dense["attention"]} == dense
 
 
