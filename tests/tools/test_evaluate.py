@@ -132,7 +132,7 @@ def test_settings_are_made_measured_and_told(run, random_nano, tmp_path, lpips, 
     yaml.write_text(
         "checkpoint: another\nattention: {algorithm: keep-0.4, dense_layers: [0]}\ncache: first_block:0.1\n"
     )
-    assert run("--settings", "keep-0.4", yaml, "--seeds", "2", "--clip", clip, "--shown", "1") == 0
+    assert run("--settings", "nabla-0.4", yaml, "--seeds", "2", "--clip", clip, "--shown", "1") == 0
     out = tmp_path / "out"
     results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
     assert printed.startswith((out / "table.md").read_text())
@@ -144,7 +144,7 @@ def test_settings_are_made_measured_and_told(run, random_nano, tmp_path, lpips, 
     assert cached["attention"]["dense_layers"] == [0] and cached["cache"]["kind"] == "first_block"
     # Of four videos each setting's first compiles; two prompts are two independent values.
     assert dense["seconds"]["count"] == keep["psnr"]["count"] == 2
-    assert results["against"] == "keep-0.4" and [one["name"] for one in results["differences"]] == ["dense", "cached"]
+    assert results["against"] == "nabla-0.4" and [one["name"] for one in results["differences"]] == ["dense", "cached"]
     check_videos(results, out, random_nano)
     check_pictures(out)
 
@@ -173,12 +173,12 @@ def check_videos(results: dict, out: Path, checkpoint: Path) -> None:
     seeds = {(one["prompt"], one["seed"]) for one in results["videos"]}
     quoted = 'she says "a/b"'
     assert seeds == {("a red ball", 0), ("a red ball", STRIDE), (quoted, 7), (quoted, 7 + STRIDE)}
-    pipe = wan.WanT2V.from_pretrained(checkpoint, NablaConfig.parse("keep-0.4"))
+    pipe = wan.WanT2V.from_pretrained(checkpoint, NablaConfig.parse("nabla-0.4"))
     small = {"size": (64, 64), "frame_num": 5, "steps": 1, "guide_scale": 1}
-    own = next(one for one in results["videos"] if one["setting"] == "keep-0.4" and one["seed"] == 7)
+    own = next(one for one in results["videos"] if one["setting"] == "nabla-0.4" and one["seed"] == 7)
     sparse, dense = (
-        frames_of((out / own["file"].replace("videos", "frames").replace("keep-0.4", name)).with_suffix(".mkv"))
-        for name in ("keep-0.4", "dense")
+        frames_of((out / own["file"].replace("videos", "frames").replace("nabla-0.4", name)).with_suffix(".mkv"))
+        for name in ("nabla-0.4", "dense")
     )
     assert np.array_equal(sparse, pipe.generate(quoted, seed=7, **small))
     pair = torch.from_numpy(sparse), torch.from_numpy(dense)
@@ -186,7 +186,7 @@ def check_videos(results: dict, out: Path, checkpoint: Path) -> None:
     difference = np.abs(sparse.astype(float) - dense).mean() / 127.5
     assert own["lpips"] == pytest.approx(difference, rel=1e-4) and 0 <= own["clip"] <= 100
     record = json.loads((out / own["file"]).with_suffix(".json").read_text())
-    assert record["settings"]["attention"]["algorithm"] == "keep-0.4" and record["evaluation"]["kept"] == own["kept"]
+    assert record["settings"]["attention"]["algorithm"] == "nabla-0.4" and record["evaluation"]["kept"] == own["kept"]
 
 
 def check_pictures(out: Path) -> None:
@@ -197,7 +197,7 @@ def check_pictures(out: Path) -> None:
     assert iio.imread(beside, index=None).shape == (5, 64 + 20, 3 * 64, 3)
     # Nothing but videos, by names that give the prompt where a prompt can be a name.
     names = {"a red ball-0.mp4", "a red ball-1.mp4", "001-she-says-a-b-0.mp4", "001-she-says-a-b-1.mp4"}
-    for setting in ("dense", "keep-0.4", "cached"):
+    for setting in ("dense", "nabla-0.4", "cached"):
         assert {file.name for file in (out / "vbench" / setting).iterdir()} == names
         said = json.loads((out / "vbench" / f"{setting}.json").read_text())
         assert said.keys() == names and said["001-she-says-a-b-1.mp4"] == 'she says "a/b"'
@@ -213,44 +213,44 @@ def test_a_run_that_was_cut_goes_on_and_makes_nothing_twice(run, made, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(making, "make_frames", cut)
-        assert run("--settings", "keep-0.4") == 130
+        assert run("--settings", "nabla-0.4") == 130
     assert "the same command goes on" in capsys.readouterr().err
     out = tmp_path / "out"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     assert len(before) == 3 and not (out / "results.json").exists() and not list(out.rglob(".partial*"))
-    assert run("--settings", "keep-0.4") == 0 and made == ["dense", "dense", "keep-0.4", "keep-0.4"]
+    assert run("--settings", "nabla-0.4") == 0 and made == ["dense", "dense", "nabla-0.4", "nabla-0.4"]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     first = json.loads((out / "results.json").read_text())
     # Each setting's first video of either run compiles; one that was made by the run that went on is its first.
     assert first["settings"][0]["seconds"]["count"] == 1 and first["settings"][1]["seconds"] is None
-    assert run("--settings", "keep-0.4") == 0 and len(made) == 4
+    assert run("--settings", "nabla-0.4") == 0 and len(made) == 4
     assert json.loads((out / "results.json").read_text()) == first
 
 
 def test_a_killed_video_is_made_again_and_measured_again(run, made, tmp_path):
-    assert run("--settings", "keep-0.4") == 0
+    assert run("--settings", "nabla-0.4") == 0
     out = tmp_path / "out"
-    dense, sparse = (sorted((out / "videos" / name).glob("*.mp4"))[0] for name in ("dense", "keep-0.4"))
+    dense, sparse = (sorted((out / "videos" / name).glob("*.mp4"))[0] for name in ("dense", "nabla-0.4"))
     sparse.write_bytes(b"cut")
-    measured = out / "measures" / "keep-0.4" / f"{sparse.stem}.json"
+    measured = out / "measures" / "nabla-0.4" / f"{sparse.stem}.json"
     before = json.loads(measured.read_text())
     made.clear()
-    assert run("--settings", "keep-0.4") == 0
-    assert made == ["keep-0.4"] and json.loads(measured.read_text()) == before
+    assert run("--settings", "nabla-0.4") == 0
+    assert made == ["nabla-0.4"] and json.loads(measured.read_text()) == before
     # Frames may go once they are measured, and are made anew where they are to be measured against.
     for frames in (out / "frames").rglob("*.mkv"):
         frames.unlink()
     made.clear()
-    assert run("--settings", "keep-0.4") == 0 and made == []
-    assert run("--settings", "keep-0.4", "keep-0.3") == 0 and made == ["dense"] * 2 + ["keep-0.3"] * 2
+    assert run("--settings", "nabla-0.4") == 0 and made == []
+    assert run("--settings", "nabla-0.4", "nabla-0.3") == 0 and made == ["dense"] * 2 + ["nabla-0.3"] * 2
     assert dense.exists()
 
 
 def test_settings_prompts_and_seeds_are_added(run, made, prompts, tmp_path):
-    assert run("--settings", "keep-0.4", "--prompts", "1") == 0 and made == ["dense", "keep-0.4"]
+    assert run("--settings", "nabla-0.4", "--prompts", "1") == 0 and made == ["dense", "nabla-0.4"]
     made.clear()
-    assert run("--settings", "nabla-0.5", "keep-0.4", "--prompts", "1", "--seeds", "2") == 0
-    assert sorted(made) == ["dense", "keep-0.4", "nabla-0.5", "nabla-0.5"]
+    assert run("--settings", "nabla-0.5", "nabla-0.4", "--prompts", "1", "--seeds", "2") == 0
+    assert sorted(made) == ["dense", "nabla-0.4", "nabla-0.5", "nabla-0.5"]
     made.clear()
     assert run("--settings", "nabla-0.5") == 0 and sorted(made) == ["dense", "nabla-0.5"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -263,7 +263,7 @@ OTHERS = {
     "--prompt_file other.txt": 'prompt "a red ball", and this run has "a blue ball"',
     "--dtype bfloat16": 'was made with model dtype "float32", and this run has "bfloat16"',
     "--ckpt_dir other": "was made with made_on weights",
-    "--settings other/keep.yaml": 'was made with settings keep attention algorithm "keep-0.4"',
+    "--settings other/keep.yaml": 'was made with settings keep attention algorithm "nabla-0.4"',
     "--only_measure --out empty": "has no videos to measure",
     "--out other": "has files that are none of an evaluation",
 }
@@ -274,7 +274,7 @@ def test_a_folder_of_something_else_is_refused_in_a_line(run, random_nano, made,
     other = tmp_path / "other"
     other.mkdir()
     for folder, keep in ((tmp_path, 0.4), (other, 0.5)):
-        (folder / "keep.yaml").write_text(f"attention: {{algorithm: keep-{keep}}}")
+        (folder / "keep.yaml").write_text(f"attention: {{algorithm: nabla-{keep}}}")
     (tmp_path / "other.txt").write_text("a blue ball")
     for file in random_nano.iterdir():
         (other / file.name).symlink_to(file)
@@ -299,13 +299,16 @@ def test_a_folder_of_something_else_is_refused_in_a_line(run, random_nano, made,
     (
         ("", "nothing is compared with dense attention; give --settings"),
         ("--settings dense", "nothing is compared"),
-        ("--settings keep-0.4 --against nabla-0.7", "against nabla-0.7 is none of the settings dense, keep-0.4"),
-        ("--settings keep-0.4 --sparse_algo keep-0.4", "--sparse_algo is not for comparing settings; give --settings"),
-        ("--settings keep-0.4 --prompt x", "--prompt is not for comparing settings; give --prompt_file"),
-        ("--settings keep-0.4 --cache taylorseer:2", "--cache is not for comparing settings"),
-        ("--settings keep-0.4 --seeds 0", "'0' is not a positive whole number"),
-        ("--settings keep-0.4 --prompt_file none.txt", "prompt_file none.txt cannot be read"),
-        ("--settings keep-0.4 --ulysses_size 2", "ulysses_size 2 needs several processes"),
+        ("--settings nabla-0.4 --against nabla-0.7", "against nabla-0.7 is none of the settings dense, nabla-0.4"),
+        (
+            "--settings nabla-0.4 --sparse_algo nabla-0.4",
+            "--sparse_algo is not for comparing settings; give --settings",
+        ),
+        ("--settings nabla-0.4 --prompt x", "--prompt is not for comparing settings; give --prompt_file"),
+        ("--settings nabla-0.4 --cache taylorseer:2", "--cache is not for comparing settings"),
+        ("--settings nabla-0.4 --seeds 0", "'0' is not a positive whole number"),
+        ("--settings nabla-0.4 --prompt_file none.txt", "prompt_file none.txt cannot be read"),
+        ("--settings nabla-0.4 --ulysses_size 2", "ulysses_size 2 needs several processes"),
         ("--settings layers.yaml", "dense_layers 99 does not exist"),
     ),
 )
@@ -323,18 +326,18 @@ def test_what_cannot_be_is_said_before_anything_is_made(run, made, tmp_path, fla
 def test_measures_that_cannot_be_taken_are_named_and_taken_later(run, made, clip, lpips, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(lpips, "LPIPS", lambda **_: (_ for _ in ()).throw(OSError("no network")))
-        assert run("--settings", "keep-0.4", "--clip", tmp_path) == 0
+        assert run("--settings", "nabla-0.4", "--clip", tmp_path) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "lpips: no network; torchmetrics is not installed" in results["missing"]["lpips"]
     assert str(tmp_path) in results["missing"]["clip"] and results["settings"][1]["lpips"] is None
     table = capsys.readouterr().out
     assert "No LPIPS: lpips: no network" in table and "| LPIPS" not in table and "PSNR, dB" in table
-    assert run("--settings", "keep-0.4", "--only_measure", "--clip", clip) == 0 and len(made) == 4
+    assert run("--settings", "nabla-0.4", "--only_measure", "--clip", clip) == 0 and len(made) == 4
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["missing"] == {} and None not in [results["settings"][1][name] for name in ("lpips", "clip", "psnr")]
     # What an earlier run could take stays.
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert run("--settings", "keep-0.4") == 0
+    assert run("--settings", "nabla-0.4") == 0
     later = json.loads((tmp_path / "out" / "results.json").read_text())
     assert later["settings"] == results["settings"] and later["missing"] == {}
 
@@ -439,17 +442,27 @@ def test_settings_by_strings_and_files(tmp_path, monkeypatch):
     assert (made.attention, made.cache, made.sampling.steps) == (found[2].attention, found[2].cache, 50)
     assert held_against(found, None) == found[1] and held_against(found, "dense") == DENSE
     for given, said in (
-        (["keep-0.4", "keep-0.4"], "setting keep-0.4 is given twice"),
+        (["nabla-0.4", "nabla-0.4"], "setting nabla-0.4 is given twice"),
         (["neither.yaml"], "names neither attention nor cache"),
         (["gone.yaml"], "is neither a file nor one of"),
         (["keep-2"], "keep"),
-        (["nabla_0.4", "nabla-0.4"], "not known"),
+        (["nabla_0.4", "nabla-0.4"], "nabla_0.4"),
     ):
         with pytest.raises(InputError, match=said):
             read_compared(given)
-    Path("keep-0.4.yaml").write_text("attention: {algorithm: keep-0.5}\n")
-    with pytest.raises(InputError, match="two settings would both be called keep-0.4"):
-        read_compared(["keep-0.4", "keep-0.4.yaml"])
+    Path("nabla-0.4.yaml").write_text("attention: {algorithm: keep-0.5}\n")
+    with pytest.raises(InputError, match="two settings would both be called nabla-0.4"):
+        read_compared(["nabla-0.4", "nabla-0.4.yaml"])
+
+
+def test_settings_say_nothing_else_than_generate_would(random_nano):
+    from wan.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(random_nano)
+    _, share, threshold = read_compared(["keep-0.4", "nabla-0.4"], checkpoint)
+    asked = checkpoint.resolve({"prompt": "a", "attention": {"algorithm": "keep-0.4"}})
+    assert share.attention == asked.attention != NablaConfig(keep=0.4) and share.attention.dense_steps > 0
+    assert threshold.attention == NablaConfig(threshold=0.4)
 
 
 def test_jobs_have_the_same_seeds_whatever_is_added():
@@ -483,7 +496,7 @@ def test_prompts_that_come_with_the_program_are_fifty_that_differ():
 
 
 def test_progress_says_how_many_and_how_long():
-    progress = Progress(["dense"] * 2 + ["keep-0.4"] * 2)
+    progress = Progress(["dense"] * 2 + ["nabla-0.4"] * 2)
     # Nothing is known of the other yet.
     assert progress.after(0, 30) == "1 of 4, 30.0 s a video, 01:30 left"
     # The first compiled.
@@ -512,18 +525,18 @@ def test_videos_that_begin_with_a_picture(run, prompts, tmp_path):
     random_checkpoint.write("i2v-nano", tmp_path / "i2v", torch.float32)
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     prompts.write_text(json.dumps({"prompt": "it turns", "image": str(tmp_path / "red.png")}))
-    assert run("--settings", "keep-0.4", ckpt=tmp_path / "i2v") == 0
+    assert run("--settings", "nabla-0.4", ckpt=tmp_path / "i2v") == 0
     Image.new("RGB", (64, 64), (30, 30, 200)).save(tmp_path / "red.png")
-    assert run("--settings", "keep-0.4", ckpt=tmp_path / "i2v") == 2
+    assert run("--settings", "nabla-0.4", ckpt=tmp_path / "i2v") == 2
 
 
 def test_another_family(run, kandinsky_nano, made, tmp_path):
-    flags = "--settings keep-0.4 --prompts 1 --size 128*128 --sample_guide_scale 1".split()
-    assert run(*flags, ckpt=kandinsky_nano) == 0 and made == ["dense", "keep-0.4"]
+    flags = "--settings nabla-0.4 --prompts 1 --size 128*128 --sample_guide_scale 1".split()
+    assert run(*flags, ckpt=kandinsky_nano) == 0 and made == ["dense", "nabla-0.4"]
 
 
 def test_two_processes_share_videos(random_nano, prompts, tmp_path):
-    flags = ["--ckpt_dir", random_nano, "--prompt_file", prompts, *QUICK, "--settings", "keep-0.4"]
+    flags = ["--ckpt_dir", random_nano, "--prompt_file", prompts, *QUICK, "--settings", "nabla-0.4"]
     for layout, count in ((["--ulysses_size", 2, "--prompts", 1], 1), (["--replicas", 2], 2)):
         out = tmp_path / layout[0]
         code, printed, said = finish(
@@ -531,7 +544,7 @@ def test_two_processes_share_videos(random_nano, prompts, tmp_path):
         )
         assert code == 0, said
         results = json.loads((out / "results.json").read_text())
-        assert [one["videos"] for one in results["settings"]] == [count] * 2 and "| keep-0.4" in printed
+        assert [one["videos"] for one in results["settings"]] == [count] * 2 and "| nabla-0.4" in printed
         assert results["settings"][1]["psnr"]["mean"] < 100
         assert results["made_on"]["processes"] == (2 if "--ulysses_size" in layout else 1)
 

@@ -13,6 +13,7 @@ from wan.config.attention_settings import attention_config, attention_to_dict
 from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import read_settings
 from wan.config.settings import Settings
+from wan.models.checkpoint import Checkpoint
 
 FILES = (".yaml", ".yml", ".json")
 MAX_NAME = 60
@@ -44,15 +45,18 @@ class Compared:
 DENSE = Compared("dense")
 
 
-def read_compared(given: Sequence[str]) -> list[Compared]:
+def read_compared(given: Sequence[str], checkpoint: Checkpoint | None = None) -> list[Compared]:
     """What each of several texts names, behind the dense baseline, which there always is.
 
     A text is an algorithm, such as `nabla-0.7`, or a file of settings, by path or by name in configs/, of which
-    `attention` and `cache` alone count. Raises `InputError` for what is neither, and for a name that stands for two.
+    `attention` and `cache` alone count. checkpoint: what a text does not say is what generate.py takes with this one.
+    Raises `InputError` for what is neither, and for a name that stands for two.
     """
     found = [DENSE]
     for text in given:
-        one = _of_file(text) if text.endswith(FILES) else _of_algorithm(text)
+        name, layer = _layer_of(text)
+        attention = {"algorithm": "dense"} if layer.get("attention") is None else layer["attention"]
+        one = Compared(name, _attention(text, attention, checkpoint), CacheSettings.parse(layer.get("cache")))
         if one.is_baseline:
             continue
         if twin := next((other for other in found if other.name == one.name), None):
@@ -78,18 +82,22 @@ def held_against(compared: Sequence[Compared], name: str | None) -> Compared:
     return compared[names.index(name)]
 
 
-def _of_algorithm(text: str) -> Compared:
-    return Compared(_name(text), attention_config({"algorithm": text}))
-
-
-def _of_file(text: str) -> Compared:
+def _layer_of(text: str) -> tuple[str, Mapping[str, Any]]:
+    """The name of a setting, and what it says, in the schema of the YAML files."""
+    if not text.endswith(FILES):
+        return _name(text), {"attention": {"algorithm": text}}
     layer = read_settings(text)
     if layer.get("attention") is None and layer.get("cache") is None:
         raise InputError(f"setting {text} names neither attention nor cache, which are compared; add one")
-    attention = layer.get("attention") or {}
-    if not isinstance(attention, Mapping):
-        raise InputError(f"setting {text}: attention {attention!r} is not a mapping of settings")
-    return Compared(_name(Path(text).stem), attention_config(attention), CacheSettings.parse(layer.get("cache")))
+    return _name(Path(text).stem), layer
+
+
+def _attention(text: str, given: object, checkpoint: Checkpoint | None) -> NablaConfig:
+    if not isinstance(given, Mapping):
+        raise InputError(f"setting {text}: attention {given!r} is not a mapping of settings")
+    if checkpoint is None:
+        return attention_config(given)
+    return checkpoint.resolve({"attention": given}, needs_prompt=False).attention
 
 
 def _name(text: str) -> str:

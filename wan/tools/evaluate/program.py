@@ -99,12 +99,15 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, device: torch.device, processes: DistributedContext | None) -> None:
     """Compare on these processes, and print what came out on the first."""
-    options, compared = options_of(args), read_compared(args.settings)
-    against = held_against(compared, args.against)
+    options = options_of(args)
+    # What is wrong in them is said before a checkpoint is looked for.
+    held_against(read_compared(args.settings), args.against)
     check_memory(options.memory, device, processes, options.offload)
     if device.type == "cuda" if options.compile is None else options.compile:
         check_compiler(device)
     checkpoint, jobs = settle_jobs(args, device)
+    compared = read_compared(args.settings, checkpoint)
+    against = held_against(compared, args.against)
     every = [one.of(job.settings) for one in compared for job in jobs]
     leads = processes is None or processes.rank == 0
     if leads:

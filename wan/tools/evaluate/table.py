@@ -47,9 +47,9 @@ def _cell(found: Mapping[str, Any] | None, write: Callable[[float], str], signed
     def written(value: float) -> str:
         return f"+{write(value)}" if signed and value > 0 else write(value)
 
-    if found["low"] is None:
-        return written(found["mean"])
-    return f"{written(found['mean'])} [{written(found['low'])}, {written(found['high'])}]"
+    mean, low, high = (found[key] if found[key] is None else written(found[key]) for key in ("mean", "low", "high"))
+    # One that has no width as it is written says nothing more.
+    return mean if low is None or low == mean == high else f"{mean} [{low}, {high}]"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
