@@ -108,31 +108,36 @@ def of_errors(shares: Sequence[float]) -> Iterator[Setting]:
 
 def of_videos(shares: Sequence[float]) -> Iterator[Setting]:
     """Those of which whole videos are compared with the dense ones, of the same noise."""
-    middle = [share for share in shares if share in (0.1, 0.2)] or shares[:1]
-    # Those that say most first: at one share all rules, with what every setting should have.
+    middle = middle_of(shares)
+    # Those that say most first: all shares with what every setting should have.
     yield from (Setting(rule, share, True, QUARTER) for share in shares for rule in ("means", "parts"))
     yield from (Setting("best", share, True, QUARTER) for share in middle)
     yield from (Setting("parts", share, True, QUARTER, "mean") for share in middle)
-    # What each part of the setting is worth.
-    for layer_0, steps in ((False, QUARTER), (True, 0.0), (False, 0.0)):
-        yield from (Setting(rule, share, layer_0, steps) for share in middle for rule in ("means", "parts"))
     others = [rule for rule in RULES if rule not in ("means", "parts", "best")]
-    yield from (Setting(rule, share, True, QUARTER) for rule in others for share in middle)
+    for share in middle:
+        # What each part of the setting is worth.
+        for layer_0, steps in ((False, QUARTER), (True, 0.0), (False, 0.0)):
+            yield from (Setting(rule, share, layer_0, steps) for rule in ("means", "parts"))
+        yield from (Setting(rule, share, True, QUARTER) for rule in others)
     yield from (Setting("best", share, True) for share in middle)
 
 
 def of_sentences(shares: Sequence[float]) -> Iterator[Setting]:
     """Those of which it is measured how often videos show what their sentences say."""
-    middle = [share for share in shares if share in (0.1, 0.2)][::-1] or shares[:1]
+    middle = middle_of(shares)[::-1]
     yield Setting(DENSE)
+    for steps in (0.0, QUARTER):
+        yield from (Setting("parts", share, True, steps) for share in middle)
+    yield from (Setting("means", share) for share in middle)
     for share in middle:
-        yield Setting("means", share)
-        yield Setting("parts", share, True)
-        yield Setting("parts", share, True, QUARTER)
-    for share in middle:
-        yield Setting("best", share, True)
         yield Setting("means", share, True, QUARTER)
+        yield Setting("best", share, True)
         yield Setting("parts", share, True, QUARTER, "mean")
+
+
+def middle_of(shares: Sequence[float]) -> Sequence[float]:
+    """A tenth and a fifth, of which most is asked, or the first share where they are not among these."""
+    return [share for share in shares if share in (0.1, 0.2)] or shares[:1]
 
 
 def of_distilled(share: float) -> dict[str, list[Setting]]:
