@@ -16,6 +16,7 @@ from nabla.backends.interface import Prepared
 from nabla.block_lists import from_lists
 from nabla.checks import InputError
 from nabla.config import NablaConfig
+from nabla.dropped import TileMeans, tile_means
 from nabla.kernels import block_selection, tile_gather
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means
@@ -94,7 +95,7 @@ def plan(
     dtype, head_size: of q, k and v, so that a backend is chosen which takes them; None where not known
     trains: whether gradients will be taken, so that a backend is chosen which has them
     Checks the chosen backend on first use on that device. Raises `InputError` if the grid is not three positive
-    integers or if a backend named in the config does not work there.
+    integers, if a backend named in the config does not work there, or if it has no gradients of what is asked for.
     """
     grid = TileLayout.check_grid(grid)
     device = torch.device(device)
@@ -104,7 +105,12 @@ def plan(
     if config.is_dense:
         return Plan(config, grid)
     selection = Selection.build(grid, config, device)
-    backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains)
+    backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains, config.dropped)
+    if trains and config.dropped != "none" and backend != "reference":
+        raise InputError(
+            f"dropped {config.dropped!r} has no gradients on backend {backend}; train without it, or, where little is "
+            "to be computed, with backend: reference"
+        )
     fixed = None
     # The same blocks in every forward, so they are listed once.
     if selection.is_fixed and selection.window is not None:
@@ -136,12 +142,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     _check_backend(q, k, v, plan)
     selection, layout, backend = plan.selection, plan.selection.layout, BACKENDS[plan.backend]
-    means = None
-    if plan.fixed is None:
-        (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary) for x in (q, k))
-        means = q_means, k_means
-    else:
-        q, k = (_rotated_tiles(x, layout, rotary) for x in (q, k))
+    q, k, means, mean_keys = _queries_and_keys(q, k, plan, rotary)
 
     # A function, not a loop's body, so that the lists of some heads are freed before those of the next are made.
     def of_heads(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,7 +155,8 @@ def attend(
             # In place, into memory that the layer holds, so that one compiled graph serves all layers.
             density[of].copy_(backend.block_counts(prepared).float().mean((0, 2)) / layout.blocks)
         # v last: where it comes from other processes, it may still be on its way.
-        return probe.run(probe.ATTENTION, backend.attend, q, k, layout.to_tiles(v), prepared)
+        v, for_dropped = _values(v, layout, None if mean_keys is None else mean_keys[:, of])
+        return probe.run(probe.ATTENTION, backend.attend, q, k, v, prepared, for_dropped)
 
     group = max(1, LIST_ENTRIES // (q.shape[0] * layout.blocks**2))
     # Not slices, of which each would have a gradient of the whole size.
@@ -169,6 +171,29 @@ def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None)
         return tile_gather.tiles_and_means(x, layout, rotary)
     tiles = _rotated_tiles(x, layout, rotary)
     return tiles, block_means(tiles, layout)
+
+
+def _queries_and_keys(
+    q: Tensor, k: Tensor, plan: Plan, rotary: Rotary | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """q and k (B, S, heads, D) as tiles, the means by which blocks are chosen, and mean keys that stand for tiles.
+
+    No means where the same blocks are kept in every forward, and no mean keys where nothing stands for dropped tiles.
+    """
+    assert plan.selection is not None
+    layout, is_fixed, stands = plan.selection.layout, plan.fixed is not None, plan.config.dropped != "none"
+    if is_fixed and not stands:
+        return _rotated_tiles(q, layout, rotary), _rotated_tiles(k, layout, rotary), None, None
+    (q, q_means), (k, k_means) = (tiles_and_means(x, layout, rotary) for x in (q, k))
+    return q, k, None if is_fixed else (q_means, k_means), tile_means(k, k_means, layout) if stands else None
+
+
+def _values(v: Tensor, layout: TileLayout, mean_keys: Tensor | None) -> tuple[Tensor, TileMeans | None]:
+    """v (B, S, heads, D) as tiles and, if mean keys of tiles are given, these with mean values."""
+    if mean_keys is None:
+        return layout.to_tiles(v), None
+    tiles, means = tiles_and_means(v, layout)
+    return tiles, TileMeans(mean_keys, tile_means(tiles, means, layout), layout.sizes)
 
 
 def _rotated_tiles(x: Tensor, layout: TileLayout, rotary: Rotary | None) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any
 
 from nabla.checks import InputError, is_number
 from nabla.shares import rounded_up
@@ -117,23 +117,16 @@ class KeepProfile:
         if len(self.stretches) == 1:
             return self.stretches[0]
         if steps is None:
-            self._count_unknown()
+            raise InputError(
+                f"profile of {len(self.stretches)} stretches needs to know how many steps a run has, and nothing here "
+                "says it; sample with a pipeline of wan, which does, or give a profile of one stretch"
+            )
         return next((one for one in self.stretches if step < rounded_up(one.until, steps)), self.stretches[-1])
 
     def dense_step_count(self, steps: int | None) -> int:
-        """How many first steps run dense in all layers; raises `InputError` where it takes their number to know."""
-        first = next((number for number, one in enumerate(self.stretches) if not one.is_dense), None)
-        if first == 0:
-            return 0
-        if steps is None:
-            return self._count_unknown()
-        return steps if first is None else rounded_up(self.stretches[first - 1].until, steps)
-
-    def _count_unknown(self) -> NoReturn:
-        raise InputError(
-            f"profile of {len(self.stretches)} stretches needs to know how many steps a run has, and nothing here "
-            "says it; sample with a pipeline of wan, which does, or give a profile of one stretch"
-        )
+        """How many first steps run dense in all layers."""
+        ends = [one for one in range(steps or 0) if not self.stretch_at(one, steps).is_dense]
+        return ends[0] if ends else steps or 0
 
     def check_layers(self, layers: int) -> None:
         """Raise `InputError` for a transformer of another number of layers."""

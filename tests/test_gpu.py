@@ -93,7 +93,7 @@ def test_auto_takes_cudnn_where_it_is_and_passes_and_says_why(monkeypatch):
     assert plan.backend == "cudnn" and "the fastest that passed its check" in plan.describe()
     assert nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 40).backend == "flex"
     monkeypatch.setattr(backends, "_verified", {})
-    monkeypatch.setattr(cudnn, "attend", lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(cudnn, "attend", lambda q, k, v, blocks, means: F.scaled_dot_product_attention(q, k, v))
     with pytest.warns(UserWarning, match="cudnn does not work on cuda:0 .its result is off by"):
         plan = nabla.plan(FULL, AUTO, "cuda", torch.bfloat16, 128)
     assert plan.backend == "flex" and "cudnn: its result is off by" in plan.describe()

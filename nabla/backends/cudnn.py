@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nabla import probe
 from nabla.block_lists import BlockLists, from_lists
+from nabla.dropped import TileMeans
 from nabla.kernels.block_lists import lists_of_blocks
 from nabla.kernels.block_selection import choose_lists
+from nabla.kernels.dropped_means import join_means_of_lists
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
@@ -77,16 +79,25 @@ def block_counts(blocks: Blocks) -> Tensor:
     return blocks.lists.counts
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
-    return block_sparse(q, k, v, *blocks.lists, blocks.sizes)[0]
+def dropped_unsupported_reason(device: torch.device) -> str:
+    """Why this backend cannot have means stand for dropped blocks on a device, or ""."""
+    return ""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, means: TileMeans | None = None) -> Tensor:
+    """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype.
+
+    means: what stands for the others, None for nothing
+    """
+    out, log_sums = block_sparse(q, k, v, *blocks.lists, blocks.sizes)
+    return out if means is None else join_means_of_lists(q, out, log_sums, [blocks.lists], means)
 
 
 @torch.library.custom_op("nabla::cudnn", mutates_args=())
 def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, sizes: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The attention, and the logarithm (B, heads, N * block) float32 of each row's sum, which the backward reads."""
+    """The attention, and the natural logarithm (B, heads, N * block) float32 of the sum of each row's exponentials."""
     from cudnn.block_sparse_attention import block_sparse_attention_forward
 
     probe.see(lambda: counts, lambda heads: from_lists(BlockLists(counts[:, heads], indices[:, heads])))

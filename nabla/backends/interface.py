@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from nabla.dropped import TileMeans
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
@@ -38,6 +39,9 @@ class Backend(Protocol):
     ) -> str:
         """Why this backend has no gradients on a device, of q, k and v of a dtype and head size, or ""."""
 
+    def dropped_unsupported_reason(self, device: torch.device) -> str:
+        """Why this backend cannot have means stand for dropped blocks on a device, or ""."""
+
     def prepare(self, block_mask: Tensor, layout: TileLayout) -> Prepared:
         """A block mask (B or 1, heads or 1, N, N) bool -> what `attend` needs of it."""
 
@@ -47,5 +51,10 @@ class Backend(Protocol):
     def block_counts(self, blocks: Prepared) -> Tensor:
         """How many key blocks each query block keeps: (B or 1, heads or 1, N)."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Prepared) -> Tensor:
-        """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Prepared, means: TileMeans | None = None) -> Tensor:
+        """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype.
+
+        means: of the keys and values of all tiles; a query attends to those of the tiles that it drops too, each
+            counted as often as its tile has tokens. None to attend to kept blocks alone
+        Where means are given gradients are those of `reference` alone.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nabla import probe
+from nabla.dropped import TileMeans, wide
 from nabla.selection import Selection
 from nabla.tiling import TileLayout
 
@@ -55,8 +57,16 @@ def block_counts(blocks: Blocks) -> Tensor:
     return blocks.mask.sum(dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype."""
+def dropped_unsupported_reason(device: torch.device) -> str:
+    """Why this backend cannot have means stand for dropped blocks on a device, or ""."""
+    return ""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, means: TileMeans | None = None) -> Tensor:
+    """Attention of q, k, v (B, heads, N * block, D) in tile order over the kept blocks; same shape and dtype.
+
+    means: what stands for the others, None for nothing
+    """
     probe.see(lambda: block_counts(blocks), lambda chosen: blocks.mask[:, chosen])
     batch, heads, length, _ = q.shape
     block_mask = blocks.mask.expand(batch, heads, -1, -1)
@@ -68,7 +78,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
     def rows(head: int, row: int) -> Tensor:
         h, r = slice(head, head + head_group), slice(row * block, (row + row_group) * block)
-        args = q[:, h, r], k[:, h], v[:, h], block_mask[:, h, row : row + row_group], blocks.valid
+        of_heads = None if means is None else TileMeans(means.k[:, h], means.v[:, h], means.sizes)
+        args = q[:, h, r], k[:, h], v[:, h], block_mask[:, h, row : row + row_group], blocks.valid, of_heads
         # The mask of a group, a byte a token pair, is made anew in the backward rather than kept until then.
         return checkpoint(_masked_attention, *args, use_reentrant=False) if needs_grad else _masked_attention(*args)
 
@@ -78,9 +89,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     return torch.cat(by_head, dim=1)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Tensor) -> Tensor:
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, valid: Tensor, means: TileMeans | None
+) -> Tensor:
     """q (B, heads, rows * block, D), k and v (B, heads, N * block, D), block_mask (B, heads, rows, N) -> q's shape."""
     block = k.shape[2] // block_mask.shape[-1]
+    by_query = block_mask.repeat_interleave(block, dim=-2)
     # No row is masked whole, which would be NaN: each keeps a block, and each block has a valid token.
-    mask = block_mask.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1) & valid
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mask = by_query.repeat_interleave(block, dim=-1) & valid
+    if means is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # A mean that stands for so many tokens is a key so many times, which adds the logarithm to its score.
+    exact = wide(q.dtype)
+    bias = torch.where(torch.cat((mask, ~by_query), dim=-1), 0.0, -math.inf).to(exact)
+    bias[..., k.shape[2] :] += means.sizes.to(exact).log()
+    k, v = (torch.cat((x.to(exact), mean.to(exact)), dim=2) for x, mean in ((k, means.k), (v, means.v)))
+    return F.scaled_dot_product_attention(q.to(exact), k, v, attn_mask=bias).to(q.dtype)

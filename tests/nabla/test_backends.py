@@ -58,10 +58,10 @@ def test_the_first_that_can_do_it_and_passes_is_taken(install):
 @pytest.mark.parametrize(
     "attend, fault",
     (
-        (lambda q, k, v, blocks: F.scaled_dot_product_attention(q, k, v), "its result is off by"),
-        (lambda q, k, v, blocks: torch.full_like(q, torch.nan), "its result is off by nan"),
-        (lambda q, k, v, blocks: torch.randn(3) @ torch.randn(2), "RuntimeError: inconsistent tensor size"),
-        (lambda q, k, v, blocks: exec("assert False"), "AssertionError: no message"),
+        (lambda q, k, v, blocks, means: F.scaled_dot_product_attention(q, k, v), "its result is off by"),
+        (lambda q, k, v, blocks, means: torch.full_like(q, torch.nan), "its result is off by nan"),
+        (lambda q, k, v, blocks, means: torch.randn(3) @ torch.randn(2), "RuntimeError: inconsistent tensor size"),
+        (lambda q, k, v, blocks, means: exec("assert False"), "AssertionError: no message"),
     ),
 )
 def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_out_aloud(install, attend, fault):
@@ -73,7 +73,7 @@ def test_dense_attention_in_place_of_sparse_wrong_values_and_failures_are_found_
         backends.choose("trap", CPU, 64)
 
 
-def dense_gradients(q, k, v, blocks):
+def dense_gradients(q, k, v, blocks, means):
     """The reference's values with the gradients of dense attention."""
     dense = F.scaled_dot_product_attention(q, k, v)
     return dense + (reference.attend(q, k, v, blocks) - dense).detach()
@@ -100,7 +100,7 @@ def test_a_kernel_without_gradients_infers_but_does_not_train(install):
 
 
 def test_each_head_size_has_a_check_of_its_own(install):
-    def wrong_if_narrow(q, k, v, blocks):
+    def wrong_if_narrow(q, k, v, blocks, means):
         return reference.attend(q, k, v, blocks) * (1 if q.shape[-1] == 128 else 2)
 
     install(trap=kernel(attend=wrong_if_narrow))

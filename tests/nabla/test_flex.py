@@ -120,7 +120,7 @@ def test_auto_on_a_cpu_is_gather_until_flex_has_passed():
 
 
 def test_a_backend_that_answers_with_dense_attention_fails_its_check(monkeypatch):
-    def dense(q, k, v, blocks):
+    def dense(q, k, v, blocks, means):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     monkeypatch.setattr(flex, "attend", dense)

@@ -163,7 +163,7 @@ def test_auto_trains_on_cudnn_where_its_gradients_are_right_and_says_why_not_whe
     monkeypatch.setattr(backends, "_verified", {})
     attend = cudnn.attend
 
-    def dense_gradients(q, k, v, blocks):
+    def dense_gradients(q, k, v, blocks, means):
         dense = F.scaled_dot_product_attention(q, k, v)
         return dense + (attend(q, k, v, blocks) - dense).detach()
 
