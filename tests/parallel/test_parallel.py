@@ -24,9 +24,8 @@ from wan.models.wan import random_checkpoint
 
 # Of the checkpoints that so many processes run.
 HEADS = {2: (2, 3, 7), 4: (2, 3)}
-SMALL = (
-    "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu --sparse_algo nabla-0.5_pool-1-4-4".split()
-)
+SMALL = "--size 64*48 --frame_num 5 --sample_steps 2 --base_seed 1 --device cpu".split()
+SMALL += ["--sparse_algo", "nabla-0.5_pool-1-4-4_dropped-mean"]
 
 
 def files(folder: Path) -> list[str]:

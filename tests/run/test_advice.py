@@ -30,3 +30,21 @@ def test_a_window_alone_that_hides_a_picture_is_told(nano, algorithm, inputs, fr
     told = [line for line in unexpected(Checkpoint.open(Path(nano)), settings) if "window alone" in line]
     assert len(told) == (hidden is not None)
     assert hidden is None or f"by which {hidden} latent frames do not see" in told[0]
+
+
+@pytest.mark.parametrize(
+    "attention, told",
+    (
+        ({"algorithm": "keep-0.1_dropped-mean", "dense_layers": []}, True),
+        ({"algorithm": "keep-0.1_dropped-mean", "dense_layers": [1]}, True),
+        ({"algorithm": "keep-0.1_dropped-mean", "dense_layers": [0, 1]}, False),
+        ({"algorithm": "keep-0.1_dropped-mean", "dense_layers": 0.05}, False),
+        ({"dropped": "mean", "profile": {"stretches": [{"until": 1, "keep": [1, 0.1, 0.1]}]}}, False),
+        ({"dropped": "mean", "profile": {"stretches": [{"until": 1, "keep": [0.1, 1, 0.1]}]}}, True),
+        ({"algorithm": "keep-0.1", "dense_layers": []}, False),
+    ),
+)
+def test_means_of_dropped_blocks_in_the_first_layer_are_told(nano, attention, told):
+    settings = resolve({"checkpoint": str(nano), "prompt": "a cat", "attention": attention})
+    lines = unexpected(Checkpoint.open(Path(nano)), settings)
+    assert any("with layer 0 sparse was measured" in line for line in lines) == told

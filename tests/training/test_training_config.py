@@ -55,6 +55,10 @@ def minimal(**changes) -> dict:
         ({"transformer": {"num_layers": 2}}, "transformer is .* in mode pretrain"),
         ({"mode": "distill"}, "distill teaches sparse attention"),
         ({"attention": {"algorithm": "nabla-0.7", "dense_steps": 2}}, "dense_steps and mask_refresh"),
+        (
+            {"attention": {"algorithm": "nabla-0.7_dropped-mean"}},
+            "dropped .mean. is for sampling.*leave it out of training",
+        ),
         ({"samples": {"prompts": "A cat"}}, "prompts 'A cat' are not a list"),
         ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
         ({"samples": {"sampling": {"step": 3}}}, "sampling has an unknown key 'step'"),

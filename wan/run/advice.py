@@ -55,7 +55,12 @@ def unexpected(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             f"the first {dense_steps} steps run dense, so all {settings.sampling.steps} steps do; "
             "lower dense_steps in a config"
         )
-    others_say = _hidden_picture(settings), measured_otherwise(settings), profile_measured_otherwise(settings)
+    others_say = (
+        _hidden_picture(settings),
+        _means_in_first_layer(settings),
+        measured_otherwise(settings),
+        profile_measured_otherwise(settings),
+    )
     return [*lines, *_without_guidance(checkpoint, settings), *filter(None, others_say)]
 
 
@@ -85,6 +90,22 @@ def _hidden_picture(settings: Settings) -> str | None:
     return (
         f"{chosen.algorithm} is a window alone, by which {hidden} of {len(blocks)} latent frames do not see a given "
         f"picture's; add a threshold, as in nabla-0.7_{chosen.algorithm}"
+    )
+
+
+def _means_in_first_layer(settings: Settings) -> str | None:
+    """What means in place of dropped blocks do in layer 0, whose errors go through all others."""
+    chosen = settings.attention
+    # A share of the layers is of the first ones.
+    dense = chosen.dense_layers
+    is_dense = bool(dense) if isinstance(dense, (int, float)) else 0 in dense
+    if chosen.profile is not None:
+        is_dense = 0 in chosen.dense_layer_numbers(chosen.profile.layers)
+    if chosen.dropped == "none" or is_dense:
+        return None
+    return (
+        f"dropped {chosen.dropped} with layer 0 sparse was measured to be far worse than nothing in their place; add 0 "
+        "to dense_layers in a config, or leave dropped out"
     )
 
 

@@ -255,6 +255,11 @@ class TrainingSettings(ComponentPlaces):
             raise InputError("profile is about the steps of sampling; train with keep, and sample with the profile")
         if self.attention.dense_steps or self.attention.mask_refresh > 1:
             raise InputError("dense_steps and mask_refresh are about the steps of sampling; leave them out of training")
+        if self.attention.dropped != "none":
+            raise InputError(
+                f"attention dropped {self.attention.dropped!r} is for sampling: no fast kernel has its gradients; "
+                "leave it out of training"
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainingSettings:
