@@ -147,6 +147,7 @@ def test_settings_are_made_measured_and_told(run, random_nano, tmp_path, lpips, 
     assert results["against"] == "nabla-0.4" and [one["name"] for one in results["differences"]] == ["dense", "cached"]
     check_videos(results, out, random_nano)
     check_pictures(out)
+    assert "cached is keep-0.4, dense_layers 0, cache first_block.\n" in printed
 
 
 def check_schema(results: dict) -> None:

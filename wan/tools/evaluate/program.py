@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ from wan.tools.evaluate.table import table_of
 
 log = logging.getLogger("wan")
 
+# Of their size as numbers, what frames take that are written to the bit: about, for it depends on what they show.
+LOSSLESS_SHARE = 0.45
 # What generate.py does and this does not, and what to do instead.
 UNSUPPORTED = {
     "prompt": "give --prompt_file",
@@ -150,6 +153,8 @@ def say_what_runs(checkpoint: Checkpoint, jobs: list[Job], compared: list[Compar
     log.info(
         "%d prompts, %d seeds each, %d settings: %d videos", prompts, takes, len(compared), len(jobs) * len(compared)
     )
+    pixels = sum(math.prod(job.settings.video.size) * job.settings.video.frame_num for job in jobs) * len(compared)
+    log.info("frames: about %.1f GB, kept to the bit until all is measured", 3 * pixels * LOSSLESS_SHARE / 1e9)
     sparse = [one for one in compared if not one.is_baseline]
     lines = (line for one in sparse for job in jobs for line in unexpected(checkpoint, one.of(job.settings)))
     for line in dict.fromkeys(lines):

@@ -28,8 +28,24 @@ def table_of(results: Mapping[str, Any]) -> str:
     said.append(_table([f"minus {results['against']}", *heads], differing))
     level, prompts = results["interval"]["level"], results["prompts"]
     about = f"In brackets: {level:.0%} intervals by the bootstrap over {prompts} prompts; differences video by video."
+    more = [f"{one['name']} is {what}." for one in settings if (what := _beyond_name(one))]
     missing = [f"No {COLUMNS[name][0]}: {why}." for name, why in results["missing"].items()]
-    return "\n\n".join([*said, "\n".join([about, *missing])]) + "\n"
+    return "\n\n".join([*said, "\n".join([about, *more, *missing])]) + "\n"
+
+
+def _beyond_name(one: Mapping[str, Any]) -> str:
+    """What a setting runs that its name does not say."""
+    attention, cache = one["attention"], one["cache"]
+    algorithm = attention.get("algorithm", "by a profile")
+    said = [] if algorithm == one["name"] else [algorithm]
+    for name, usual in (("dense_steps", 0), ("dense_layers", ()), ("mask_refresh", 1)):
+        value = attention.get(name, usual)
+        if isinstance(value, float | int) and value != usual:
+            said.append(f"{name} {value:g}")
+        elif not isinstance(value, float | int) and tuple(value) != usual:
+            said.append(f"{name} {' '.join(map(str, value))}")
+    said += [] if cache is None else [f"cache {cache['kind']}"]
+    return ", ".join(map(str, said))
 
 
 def _speedup(one: Mapping[str, Any]) -> str:
