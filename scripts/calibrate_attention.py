@@ -11,7 +11,9 @@ from wan.observe.console import exit_with, run_program
 
 
 def main() -> int:
-    return run_program(_main)
+    return run_program(
+        _main, interrupted="interrupted; what is measured is kept, and the same command goes on from there"
+    )
 
 
 def _main() -> int:

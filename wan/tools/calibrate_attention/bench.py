@@ -25,7 +25,7 @@ class Bench:
 
     def __init__(self, pipe: GuidedPipeline, every: Sequence[Settings], design: Design):
         self.pipe, self.every, self.design = pipe, every, design
-        self.seats = [Seats(one, pipe.transformer_spec, design.shares) for one in pipe.transformers]
+        self.seats = [Seats(one, pipe.transformer_spec) for one in pipe.transformers]
 
     @property
     def running(self) -> Seats:

@@ -98,7 +98,8 @@ def open_job(args: argparse.Namespace) -> Job:
     measured = measured_attention(own, args.pool, args.window, args.shares[0])
     every = tuple(_prepared(one, args.seed + number, measured) for number, (one, _) in enumerate(videos))
     _check_alike(every)
-    dense = dense_steps_of(own, every[0].sampling.steps)
+    # Those of a profile are what is measured anew.
+    dense = 0 if own.profile is not None else own.dense_step_count(every[0].sampling.steps)
     design = _design(args, checkpoint, every, dense)
     return Job(checkpoint, every, design, dense, device, options, args.mode)
 
@@ -108,12 +109,7 @@ def measured_attention(
 ) -> NablaConfig:
     """The attention of settings at a share, with another pool or window where one is given."""
     given: dict[str, Any] = {name: value for name, value in (("pool", pool), ("window", window)) if value is not None}
-    return at_share(replace(own, **given), share)
-
-
-def dense_steps_of(own: NablaConfig, steps: int) -> int:
-    """How many first steps settings have dense."""
-    return own.dense_steps
+    return replace(at_share(own, share), **given)
 
 
 def _prepared(settings: Settings, seed: int, attention: NablaConfig) -> Settings:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nabla import NablaConfig, Plan
+from nabla import NablaConfig
 from wan.attention.apply import applied_attention
-from wan.attention.plans import Plans
 from wan.attention.spec import Argument, TransformerSpec
 from wan.memory.budget import host_bytes
 from wan.memory.placement import free_bytes
@@ -36,17 +35,15 @@ class Seat(nn.Module):
 
 
 class Seats:
-    """The seats of a transformer, and what each layer attends to.
+    """The seats of a transformer, and what each layer keeps: a share of its blocks, of which 1 is dense."""
 
-    shares: that may be chosen; 1 is dense
-    """
-
-    def __init__(self, transformer: nn.Module, spec: TransformerSpec, shares: Collection[float]):
+    def __init__(self, transformer: nn.Module, spec: TransformerSpec):
         applied = applied_attention(transformer)
         assert applied is not None and len(applied.sparse_layers) == len(applied.layers), "all layers can be sparse"
         self.transformer, self.spec, self.layers = transformer, spec, applied.layers
-        self.plans = {share: Plans(at_share(applied.config, share), applied.plans.head_size) for share in shares}
-        self.now: Mapping[float, Plan] = {}
+        self.config, self.plans = applied.config, applied.plans
+        # Of the forward that is under way: what a plan depends on beside the share.
+        self.place: tuple[tuple[int, int, int], torch.device, torch.dtype] | None = None
         self.keep: Sequence[float] = [1.0] * len(self.layers)
         self.seats: list[Seat] = []
         self.inputs: list[Argument] = []
@@ -97,15 +94,13 @@ class Seats:
 
     def set(self, layer: int, share: float) -> None:
         """Have a layer keep a share for the rest of the forward that is under way."""
-        self.layers[layer].plan = None if share == 1 else self.now[share]
-
-    def plan_of(self, share: float) -> Plan:
-        """What a layer runs at a share in the forward that is under way."""
-        return self.now[share]
+        assert self.place is not None, "a forward is under way"
+        plan = None if share == 1 else self.plans.of(at_share(self.config, share), *self.place)
+        self.layers[layer].plan = plan
 
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = self.spec.inputs(transformer, args, kwargs)
-        self.now = {share: one.of(inputs.grid, inputs.device, inputs.dtype) for share, one in self.plans.items()}
+        self.place = inputs.grid, inputs.device, inputs.dtype
         for layer, share in enumerate(self.keep):
             self.set(layer, share)
 
@@ -165,4 +160,5 @@ def groups_that_fit(layers: Sequence[int], nbytes: int, device: torch.device) ->
 
 def at_share(config: NablaConfig, share: float) -> NablaConfig:
     """The attention of a config with a share of blocks instead of its rule, in all layers and steps."""
-    return NablaConfig(keep=share, window=config.window, tile=config.tile, backend=config.backend)
+    own = {name: getattr(config, name) for name in ("window", "tile", "pool", "dropped", "backend")}
+    return NablaConfig(keep=share, **own)

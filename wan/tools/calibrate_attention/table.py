@@ -123,9 +123,7 @@ def solve_keep(table: Table, keep: float) -> list[Keep]:
     budget = Fraction(str(keep)) * table.layers * table.steps
     chosen = solve(Problem(_errors(table), costs, budget))
     if chosen is None:
-        raise InputError(
-            f"keep {keep} is less than the least share of --shares, {table.shares[0]}; give more, or a less"
-        )
+        raise InputError(f"keep {keep} is below {table.shares[0]}, the least of --shares; give more, or a less share")
     return _as_keep(table, chosen)
 
 
