@@ -119,26 +119,29 @@ def _outputs(
 
 def solve_keep(table: Table, keep: float) -> list[Keep]:
     """The shares with the least error that keep so much in the mean. Raises `InputError` for less than is possible."""
-    costs = [[span.steps * Fraction(str(one)) for one in _choices(table)] for span, _ in _groups(table)]
-    budget = Fraction(str(keep)) * table.layers * table.steps
-    chosen = solve(Problem(_errors(table), costs, budget))
-    if chosen is None:
+    if keep < table.shares[0]:
         raise InputError(f"keep {keep} is below {table.shares[0]}, the least of --shares; give more, or a less share")
-    return _as_keep(table, chosen)
+    choices = _choices(table, keep)
+    costs = [[span.steps * Fraction(str(one)) for one in choices] for _, span, _ in _groups(table)]
+    chosen = solve(Problem(_errors(table, choices), costs, Fraction(str(keep)) * table.layers * table.steps))
+    assert chosen is not None, "all may keep this share"
+    return _as_keep(table, choices, chosen)
 
 
-def solve_milliseconds(table: Table, cost: Cost, calls: Sequence[int], budget: float) -> list[Keep] | None:
+def solve_milliseconds(
+    table: Table, cost: Cost, calls: Sequence[int], budget: float, uniform: float
+) -> list[Keep] | None:
     """The shares with the least error whose blocks take at most so long in all steps; None if none do.
 
-    calls: forwards of a step, by stretch
+    calls: forwards of a step, by stretch; uniform: a share that may be chosen besides those that are measured
     """
-    groups = _groups(table)
+    choices = _choices(table, uniform)
     costs = [
-        [_round(calls[table.spans.index(span)] * span.steps * cost.block(layer, one)) for one in _choices(table)]
-        for span, layer in groups
+        [_round(calls[stretch] * span.steps * cost.block(layer, one)) for one in choices]
+        for stretch, span, layer in _groups(table)
     ]
-    chosen = solve(Problem(_errors(table), costs, _round(budget)))
-    return None if chosen is None else _as_keep(table, chosen)
+    chosen = solve(Problem(_errors(table, choices), costs, _round(budget)))
+    return None if chosen is None else _as_keep(table, choices, chosen)
 
 
 def _round(milliseconds: float) -> float:
@@ -146,23 +149,23 @@ def _round(milliseconds: float) -> float:
     return round(milliseconds, 3)
 
 
-def _choices(table: Table) -> list[float]:
-    return [*table.shares, 1.0]
+def _choices(table: Table, uniform: float) -> list[float]:
+    """What a layer may keep: a measured share, all, or what all keep in the profile that this is to be better than."""
+    return sorted({*table.shares, uniform, 1.0})
 
 
-def _groups(table: Table) -> list[tuple[Span, int]]:
-    return [(span, layer) for span in table.spans for layer in range(table.layers)]
+def _groups(table: Table) -> list[tuple[int, Span, int]]:
+    return [(stretch, span, layer) for stretch, span in enumerate(table.spans) for layer in range(table.layers)]
 
 
-def _errors(table: Table) -> list[list[float]]:
-    """Of all steps of a stretch, by group and choice; a dense layer makes none."""
+def _errors(table: Table, choices: Sequence[float]) -> list[list[float]]:
+    """Of all steps of a stretch, by group and choice."""
     return [
-        [span.steps * error for error in table.errors[stretch][layer]] + [0.0]
-        for stretch, span in enumerate(table.spans)
-        for layer in range(table.layers)
+        [span.steps * table.error(stretch, layer, share) for share in choices]
+        for stretch, span, layer in _groups(table)
     ]
 
 
-def _as_keep(table: Table, chosen: Sequence[int]) -> list[Keep]:
-    shares = [_choices(table)[choice] for choice in chosen]
+def _as_keep(table: Table, choices: Sequence[float], chosen: Sequence[int]) -> list[Keep]:
+    shares = [choices[choice] for choice in chosen]
     return [shares[first : first + table.layers] for first in range(0, len(shares), table.layers)]

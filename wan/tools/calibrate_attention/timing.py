@@ -36,7 +36,8 @@ class VideoTime:
 
     def solve(self, seconds: float) -> list[Keep]:
         """The shares with the least error in a video of so many seconds. Raises `InputError` if that is too short."""
-        found = solve_milliseconds(self.table, self.cost, self.calls, 1000 * (seconds - self._fixed))
+        budget, uniform = 1000 * (seconds - self._fixed), self.uniform_share(seconds)
+        found = solve_milliseconds(self.table, self.cost, self.calls, budget, uniform)
         if found is None:
             least = min(self.table.shares, key=lambda share: self.seconds(self.table.uniform(share)))
             raise InputError(
