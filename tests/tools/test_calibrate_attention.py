@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-import wan
+import generate
 from nabla import InputError, NablaConfig
 from nabla.profile import KeepProfile
 from wan.attention.apply import apply_attention
@@ -353,11 +353,16 @@ def test_the_profile_is_drawn_and_runs(calibrate, random_nano, tmp_path, capsys)
     pytest.importorskip("matplotlib")
     assert calibrate("--pool", "1-1-1", "--plot", str(tmp_path / "plot.png"), "--check", "0") == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    settings = yaml.safe_load((tmp_path / "profile.yaml").read_text())
-    profile = KeepProfile.from_dict({name: settings.pop(name) for name in ("stretches", "measured_on")})
-    pipe = wan.from_pretrained(random_nano, NablaConfig(profile=profile, **settings), "cpu")
-    assert settings == {"pool": [1, 1, 1], "tile": [1, 2, 2]}
-    assert pipe.generate("x", size=(64, 96), frame_num=5, steps=6, seed=0).shape == (5, 96, 64, 3)
+    (tmp_path / "run.yaml").write_text("attention: {profile: profile.yaml}")
+    capsys.readouterr()
+    small = f"--size 64*96 --frame_num 5 --sample_steps 6 --device cpu --ckpt_dir {random_nano} --prompt x".split()
+    flags = ["--config", str(tmp_path / "run.yaml"), "--save_file", str(tmp_path / "x.mp4"), *small]
+    assert generate.main(flags) == 0, capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "attention: profile-" in said and "measured with" not in said
+    made = json.loads((tmp_path / "x.json").read_text())["settings"]["attention"]
+    assert made["profile"]["measured_on"]["found"]["profile"]["keep"] <= 0.4
+    assert made["pool"] == [1, 1, 1] and made["tile"] == [1, 2, 2]
 
 
 @pytest.fixture(scope="session")

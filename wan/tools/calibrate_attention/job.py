@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nabla import InputError, NablaConfig
+from wan.config.attention_settings import untuned_pool
 from wan.config.settings import Settings
 from wan.files.hashes import text_hash
 from wan.files.json_files import to_line
@@ -107,9 +108,18 @@ def open_job(args: argparse.Namespace) -> Job:
 def measured_attention(
     own: NablaConfig, pool: tuple[int, int, int] | None, window: tuple[int, int, int] | None, share: float
 ) -> NablaConfig:
-    """The attention of settings at a share, with another pool or window where one is given."""
+    """The attention of settings at a share, with another pool or window where one is given.
+
+    Weights that no choice of blocks is set for were not tuned for one, and have the parts of tiles that are best then.
+    """
+    own = at_share(own, share) if own.selects else _untuned(own, share)
     given: dict[str, Any] = {name: value for name, value in (("pool", pool), ("window", window)) if value is not None}
-    return replace(at_share(own, share), **given)
+    return replace(own, **given)
+
+
+def _untuned(own: NablaConfig, share: float) -> NablaConfig:
+    parts: Any = untuned_pool(own.tile)
+    return replace(at_share(own, share), pool=parts)
 
 
 def _prepared(settings: Settings, seed: int, attention: NablaConfig) -> Settings:
