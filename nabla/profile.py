@@ -125,8 +125,16 @@ class KeepProfile:
 
     def dense_step_count(self, steps: int | None) -> int:
         """How many first steps run dense in all layers."""
-        ends = [one for one in range(steps or 0) if not self.stretch_at(one, steps).is_dense]
-        return ends[0] if ends else steps or 0
+        if not steps:
+            return 0
+        begin = 0
+        for one in self.stretches:
+            # By stretches rather than steps, of which there may be any number: one too short for a step says nothing.
+            end = rounded_up(one.until, steps)
+            if end > begin and not one.is_dense:
+                return begin
+            begin = max(begin, end)
+        return begin
 
     def check_layers(self, layers: int) -> None:
         """Raise `InputError` for a transformer of another number of layers."""
