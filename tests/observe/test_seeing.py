@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import generate
 import nabla
 import wan.attention.layer
-from nabla import InputError, NablaConfig, probe
+from nabla import InputError, KeepProfile, NablaConfig, Stretch, probe
 from nabla.backends import flex
 from nabla.block_lists import from_lists, to_lists
 from nabla.rotary import rotate
@@ -42,6 +42,8 @@ CONFIGS = {
     "window alone": NablaConfig(window=(1, 1, 3)),
     "a step and a layer dense": replace(NABLA, dense_steps=1, dense_layers=(1,)),
     "masks kept": replace(NABLA, mask_refresh=2),
+    # Of three steps the last alone keeps other shares; each stretch has a layer that runs dense.
+    "a profile": NablaConfig(profile=KeepProfile((Stretch(0.5, (1.0, 0.3, 0.6)), Stretch(1.0, (0.3, 0.5, 1.0))))),
 }
 
 
@@ -103,7 +105,7 @@ def test_shares_and_examples_are_those_of_masks_chosen_anew(name, guidance, pipe
         found = {layer: [] for layer in range(layers)}
         for forward in range(forwards):
             for layer in range(layers):
-                if config.is_dense or step["step"] < config.dense_steps or layer in config.dense_layers:
+                if config.at(layer, layers, step["step"], 3).is_dense:
                     found[layer].append(torch.ones(pipe.transformer.config.num_attention_heads))
                     continue
                 mask = next(masks)
@@ -457,7 +459,7 @@ def test_processes_that_share_a_video_put_their_shares_together(tmp_path):
     code, out, said = finish(fork(2, PROGRAMS / "watched.py", tmp_path / "checkpoint", cwd=tmp_path))
     assert code == 0, said
     results = [json.loads(line) for line in out.splitlines()]
-    assert len(results) == 4
+    assert len(results) == 6
     for result in results:
         assert result["differs"] < 1e-6 and result["layers"] == 6 and result["examples"]
         assert max(abs(error) for _, error in result["examples"]) < 2e-6

@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from nabla import NablaConfig
+from nabla import KeepProfile, NablaConfig, Stretch
 from wan import Recorder, WanT2V
 from wan.config.cache_settings import CacheSettings
 from wan.observe import events
@@ -18,6 +18,9 @@ from wan.observe.step_trace import MaskExample
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
 
+CONFIG = NablaConfig(threshold=0.4, window=(1, 1, 1), dense_steps=1, dense_layers=(1,))
+# Of three steps: layers that run dense before they are sparse, and after.
+BY_PROFILE = NablaConfig(profile=KeepProfile((Stretch(0.5, (1.0, 0.3)), Stretch(1.0, (0.3, 1.0)))))
 # After two steps of three, whatever changed.
 REUSES = CacheSettings("first_block", 1e9, warmup=0.6)
 
@@ -38,9 +41,10 @@ class Keeping(Recorder):
 
 
 def main(checkpoint: str) -> None:
-    config = NablaConfig(threshold=0.4, window=(1, 1, 1), dense_steps=1, dense_layers=(1,))
+    layouts = ParallelLayout(cfg=2), ParallelLayout(ulysses=2)
     with DistributedContext.join("cpu") as distributed:
-        for cache, layout in product((None, REUSES), (ParallelLayout(cfg=2), ParallelLayout(ulysses=2))):
+        runs = [*product((CONFIG,), (None, REUSES), layouts), *product((BY_PROFILE,), (None,), layouts)]
+        for config, cache, layout in runs:
             alone = sampled(WanT2V.from_pretrained(checkpoint, config, cache=cache))
             distributed.init_meshes(layout)
             recorder = sampled(WanT2V.from_pretrained(checkpoint, config, cache=cache, processes=distributed))

@@ -356,7 +356,7 @@ def test_a_studio_makes_what_is_asked_and_loads_only_when_weights_change(studio,
     finish(again)
     assert again.result().path != made.path and studio._pipe is pipe
     # What a share that no weights were tuned for gets where nothing else is said.
-    untuned = NablaConfig(keep=0.5, pool=(1, 4, 4), dense_steps=0.2, dense_layers=(0,))
+    untuned = NablaConfig(keep=0.5, pool=(1, 4, 4), dense_steps=0.25, dense_layers=(0,))
     assert pipe.transformer.nabla.config == untuned
     weight_files.write_lora(
         tmp_path / "a.safetensors",

@@ -59,6 +59,8 @@ def minimal(**changes) -> dict:
             {"attention": {"algorithm": "nabla-0.7_dropped-mean"}},
             "dropped .mean. is for sampling.*leave it out of training",
         ),
+        ({"attention": {"algorithm": "nabla-0.7", "dense_steps": 0.2}}, "dense_steps and mask_refresh"),
+        ({"attention": {"profile": {"stretches": [{"until": 1, "keep": [0.5]}]}}}, "profile is about the steps"),
         ({"samples": {"prompts": "A cat"}}, "prompts 'A cat' are not a list"),
         ({"samples": {"sampling": {"seed": -1}}}, "seed -1 would change"),
         ({"samples": {"sampling": {"step": 3}}}, "sampling has an unknown key 'step'"),

@@ -20,7 +20,7 @@ from wan.files.plain_data import read_yaml
 STA_DENSE_STEPS = 12
 # Of weights that were not tuned for the share of blocks that a run asks for: the first steps decide which video it
 # becomes, errors of the first layer go through all others, and one mean says too little of a tile.
-UNTUNED_DENSE_STEPS = 0.2
+UNTUNED_DENSE_STEPS = 0.25
 UNTUNED_DENSE_LAYERS = (0,)
 # Parts of a tile along each axis: (1, 4, 4) tokens of a tile of (1, 8, 8).
 UNTUNED_PARTS = (1, 2, 2)
@@ -133,12 +133,12 @@ def _chosen(asked: Mapping[str, Any]) -> NablaConfig:
 def _with_profile(given: Mapping[str, Any]) -> Layer:
     """A mapping with the profile itself where its file is named, and beside it what the file says that goes with it."""
     layer, file = dict(given), profile_file(given)
+    if file is not None and layer.get("profile") is None:
+        del layer["algorithm"]
+    algorithm, profile = layer.get("algorithm"), file or layer.get("profile")
+    if profile is not None and algorithm is not None and algorithm not in KINDS:
+        raise InputError(f"attention names algorithm {algorithm!r} beside a profile, which takes its place; remove one")
     if file is not None:
-        if layer.get("profile") is not None and layer.get("algorithm") is not None:
-            raise InputError(
-                f"attention names algorithm {layer['algorithm']!r} beside a profile, which takes its place; remove one"
-            )
-        layer.pop("algorithm", None)
         layer["profile"] = _read(file)
     profile = layer.get("profile")
     if not isinstance(profile, Mapping):
