@@ -8,8 +8,10 @@ import math
 import os
 import random
 import runpy
+import statistics
 import sys
 from fractions import Fraction
+from functools import partial
 
 import kandinsky_set
 import pytest
@@ -183,6 +185,26 @@ def test_gains_carry_own_errors_to_the_velocity():
     assert outputs_of(records, walk) == [[2.0, 1.0], [3.0, 2.0], [3.0, 5.0]]
     table = table_of(records, [Span(1, 3), Span(3, 4)], walk, (0.1, 0.2))
     assert table.errors == (((2.5, 1.5),), ((3.0, 5.0),))
+
+
+def test_the_fast_way_ranks_layers_and_shares_as_the_exact_one_does():
+    torch.manual_seed(0)
+    model, spec, _ = wan_model()
+    apply_attention([model], CONFIG, spec)
+    exact = []
+    for step in range(2):
+        inputs = torch.randn(1, 16, 3, 16, 24), torch.tensor([500]), torch.randn(1, 5, model.config.text_dim)
+        found, run = [], partial(model, *inputs, return_dict=False)
+        with Seats(model, spec).taken() as seats:
+            sensitivity.measure_layers(seats, SHARES, lambda: run()[0], range(3), SHARES, 0, found.append)
+        exact += [line(step, one.layer, list(one.own), list(one.output)) for one in found]
+    # Up to the velocity at one share in the first forward alone.
+    fast = [one | {"output": [None, one["output"][1] if one["step"] == 0 else None, None]} for one in exact]
+    carried, known = ([n for row in outputs_of(lines, Walk(2, (0, 0))) for n in row] for lines in (fast, exact))
+    assert all(0.5 < one / other < 2 for one, other in zip(carried, known))
+    order = [sorted(range(len(known)), key=values.__getitem__) for values in (carried, known)]
+    places = [sorted(range(len(known)), key=one.__getitem__) for one in order]
+    assert statistics.correlation(*places) > 0.8
 
 
 TABLE = Table((Span(0, 3), Span(3, 4)), (0.1, 0.4), (((0.09, 0.01), (0.0001, 0.0)), ((0.04, 0.01), (0.0004, 0.0001))))
