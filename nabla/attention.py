@@ -104,7 +104,7 @@ def plan(
         device = torch.device("cuda", torch.cuda.current_device())
     if config.is_dense:
         return Plan(config, grid)
-    selection = Selection.build(grid, config, device)
+    selection = Selection.build(grid, config, device, dtype)
     backend, reason = choose(config.backend, device, config.block, dtype, head_size, trains, config.dropped)
     if trains and config.dropped != "none" and backend != "reference":
         raise InputError(
@@ -167,7 +167,7 @@ def attend(
 
 def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
     """(B, S, heads, D) in raster order to tiles (B, heads, N * block, D), rotated, and the means of their parts."""
-    if layout.parts == 1 and tile_gather.applies(x, layout):
+    if tile_gather.applies(x, layout):
         return tile_gather.tiles_and_means(x, layout, rotary)
     tiles = _rotated_tiles(x, layout, rotary)
     return tiles, block_means(tiles, layout)
@@ -244,7 +244,7 @@ def select_blocks(q: Tensor, k: Tensor, grid: tuple[int, int, int], config: Nabl
     if config.is_dense:
         blocks = TileLayout.build(grid, config.tile, q.device).blocks
         return torch.ones(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
-    selection = Selection.build(grid, config, q.device)
+    selection = Selection.build(grid, config, q.device, q.dtype)
     q_means, k_means = (tiles_and_means(x, selection.layout)[1] for x in (q, k))
     # A window alone is one mask for all.
     return choose_block_mask(q_means, k_means, selection, config.backend).expand(batch, heads, -1, -1)

@@ -92,6 +92,7 @@ class Selection:
     count: 0-d int64, blocks to keep in every row, or None
     least, most: 0-d int64, limits of what is kept by the threshold in every row, or None
     window: (1, 1, N, N) bool, blocks kept besides, or None
+    half: whether q and k are of half precision, so that products of means of their parts may be too
     """
 
     layout: TileLayout
@@ -100,12 +101,20 @@ class Selection:
     window: Tensor | None
     least: Tensor | None = None
     most: Tensor | None = None
+    half: bool = False
 
     @classmethod
-    def build(cls, grid: tuple[int, int, int], config: NablaConfig, device: torch.device | str) -> Selection:
+    def build(
+        cls,
+        grid: tuple[int, int, int],
+        config: NablaConfig,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> Selection:
         """For a grid of (frames, rows, columns) tokens. The config must not be dense.
 
-        Raises `InputError` for one with a profile, which is of many layers.
+        dtype: of q and k; where it is not known, means of them are taken as if they were of float32
+        Raises `InputError` for a config with a profile, which is of many layers.
         """
         if config.profile is not None:
             raise InputError(f"{config.algorithm} is of many layers and steps; take what one runs from NablaConfig.at")
@@ -121,7 +130,7 @@ class Selection:
         )
         if config.window is not None:
             window = window_mask(layout.tiles, config.window, device)[None, None]
-        return cls(layout, cut, count, window, least, most)
+        return cls(layout, cut, count, window, least, most, dtype in (torch.bfloat16, torch.float16))
 
     @property
     def is_fixed(self) -> bool:

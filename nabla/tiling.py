@@ -69,6 +69,12 @@ class TileLayout:
     def has_partial_tiles(self) -> bool:
         return self.blocks * self.block != math.prod(self.grid)
 
+    @property
+    def has_empty_parts(self) -> bool:
+        """Whether the grid ends before some part of its last tiles."""
+        axes = zip(self.grid, self.tile, self.pool)
+        return any(math.ceil(tokens / part) % (tile // part) for tokens, tile, part in axes)
+
     @staticmethod
     def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
         """A grid as a tuple; raises `InputError` unless it is three positive integers."""

@@ -1,4 +1,4 @@
-"""Tokens into tile order on a GPU; rotated, and averaged tile by tile, in the same pass over them."""
+"""Tokens into tile order on a GPU; rotated, and averaged part by part of their tiles, in the same pass over them."""
 
 from __future__ import annotations
 
@@ -29,24 +29,31 @@ def applies(x: Tensor, layout: TileLayout) -> bool:
 
 
 def tiles_and_means(x: Tensor, layout: TileLayout, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
-    """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order, and (B, heads, N, D) float32 means.
+    """(B, S, heads, D) in raster order -> (B, heads, N * block, D) in tile order, (B, heads, N * P, D) float32 means.
 
     Equal to `nabla.rotary.rotate`, `layout.to_tiles` and `nabla.selection.block_means`, up to the order of the sums.
     """
     # Every angle stands there twice; the kernel reads one for a pair.
     angles = (None, None) if rotary is None else [angle[..., ::2].contiguous() for angle in rotary]
-    tiles, means = _gather(x, layout.source, layout.sizes, *angles)
+    # One part has its slots in order.
+    slots = None if layout.parts == 1 else layout.part_slots
+    tiles, means = _gather(x, layout.source, slots, layout.part_sizes, *angles)
     return tiles.transpose(1, 2), means
 
 
 @torch.library.custom_op("nabla::gather_tiles", mutates_args=())
 def _gather(
-    x: Tensor, source: Tensor, sizes: Tensor, cos: Optional[Tensor], sin: Optional[Tensor]
+    x: Tensor,
+    source: Tensor,
+    slots: Optional[Tensor],
+    sizes: Tensor,
+    cos: Optional[Tensor],
+    sin: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     tiles, means = _empty(x, source, sizes)
     kind = PAIR_TYPES[x.dtype]
     x_pairs, tile_pairs = x.contiguous().view(kind), tiles.view(kind)
-    (batch, _, heads, pairs), blocks = x_pairs.shape, sizes.shape[0]
+    (batch, _, heads, pairs), (blocks, parts) = x_pairs.shape, sizes.shape
     block, width = source.shape[0] // blocks, math.gcd(WIDTH, pairs)
     together = max(n for n in range(1, HEADS + 1) if heads % n == 0)
     with torch.cuda.device(x.device):
@@ -54,6 +61,7 @@ def _gather(
         _gather_tile[(pairs // width * (heads // together), blocks, batch)](
             x_pairs,
             source,
+            slots,
             sizes,
             cos,
             sin,
@@ -65,6 +73,7 @@ def _gather(
             pairs,
             TYPE=_TYPES[x.dtype],
             BLOCK=block,
+            PARTS=parts,
             WIDTH=width,
             CHUNKS=pairs // width,
             HEADS=together,
@@ -76,7 +85,7 @@ def _gather(
 
 
 @_gather.register_fake
-def _(x: Tensor, source: Tensor, sizes: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, source: Tensor, slots: Tensor | None, sizes: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     return _empty(x, source, sizes)
 
 
@@ -84,7 +93,7 @@ def _empty(x: Tensor, source: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, heads, dim = x.shape
     # Heads inside, as in x: programs side by side read one stretch of memory and write one.
     tiles = x.new_empty(batch, source.shape[0], heads, dim)
-    return tiles, x.new_empty(batch, heads, sizes.shape[0], dim, dtype=torch.float32)
+    return tiles, x.new_empty(batch, heads, sizes.numel(), dim, dtype=torch.float32)
 
 
 if triton is not None:
@@ -119,6 +128,7 @@ if triton is not None:
     def _gather_tile(
         x,
         source,
+        slots,
         sizes,
         cos,
         sin,
@@ -132,6 +142,7 @@ if triton is not None:
         pairs,
         TYPE: tl.constexpr,
         BLOCK: tl.constexpr,
+        PARTS: tl.constexpr,
         WIDTH: tl.constexpr,
         CHUNKS: tl.constexpr,
         HEADS: tl.constexpr,
@@ -139,11 +150,21 @@ if triton is not None:
     ):
         block, batch = tl.program_id(1), tl.program_id(2)
         row, column = tl.arange(0, BLOCK), tl.program_id(0) % CHUNKS * WIDTH + tl.arange(0, WIDTH)
-        slot = block * BLOCK + row
+        if PARTS == 1:
+            slot = block * BLOCK + row
+            size = tl.load(sizes + block)
+            # Valid tokens of a tile come first. The slots behind them repeat one, which is stored but not averaged.
+            counted = row[:, None] < size
+        else:
+            # Rows are (FAR, PARTS, NEAR), so that those of a part are a warp's own, which reads eight rows at a time:
+            # its sums need no other.
+            NEAR: tl.constexpr = min(8, BLOCK // PARTS)
+            FAR: tl.constexpr = BLOCK // (PARTS * NEAR)
+            part, place = row // NEAR % PARTS, row // (PARTS * NEAR) * NEAR + row % NEAR
+            slot = tl.load(slots + block * BLOCK + part * (BLOCK // PARTS) + place)
+            counted = (place < tl.load(sizes + block * PARTS + part))[:, None]
+            size = tl.maximum(tl.load(sizes + block * PARTS + tl.arange(0, PARTS)), 1)
         token = tl.load(source + slot).to(OFFSET)
-        size = tl.load(sizes + block)
-        # Valid tokens of a tile come first. The slots behind them repeat one, which is stored but not averaged.
-        counted = row[:, None] < size
         # (BLOCK, WIDTH) pairs: tokens of the tile by a part of a head.
         here = token[:, None] * from_token + column[None, :]
         there = slot.to(OFFSET)[:, None] * to_slot + column[None, :]
@@ -162,8 +183,20 @@ if triton is not None:
                 first, second = _unpack(pair, TYPE)
             tl.store(tiles + head * pairs + there, pair)
             number = (batch * heads + head).to(tl.int64) * tl.num_programs(1) + block
-            mean = means + 2 * (number * pairs + column)
-            parts = tl.where(counted, first, 0.0), tl.where(counted, second, 0.0)
-            first_sum, second_sum = tl.reduce(parts, 0, _add)
-            tl.store(mean, first_sum / size)
-            tl.store(mean + 1, second_sum / size)
+            first, second = tl.where(counted, first, 0.0), tl.where(counted, second, 0.0)
+            if PARTS == 1:
+                first_sum, second_sum = tl.reduce((first, second), 0, _add)
+                mean = means + 2 * (number * pairs + column)
+                tl.store(mean, first_sum / size)
+                tl.store(mean + 1, second_sum / size)
+            else:
+                first, second = _by_part(first, FAR, PARTS, NEAR, WIDTH), _by_part(second, FAR, PARTS, NEAR, WIDTH)
+                to = number * PARTS + tl.arange(0, PARTS)
+                mean = means + 2 * (to[:, None] * pairs + column)
+                tl.store(mean, first / size[:, None])
+                tl.store(mean + 1, second / size[:, None])
+
+    @triton.jit
+    def _by_part(x, FAR: tl.constexpr, PARTS: tl.constexpr, NEAR: tl.constexpr, WIDTH: tl.constexpr):
+        """Sums of the rows of each part, (PARTS, WIDTH)."""
+        return tl.sum(tl.sum(tl.reshape(x, (FAR, PARTS, NEAR, WIDTH)), axis=2), axis=0)
