@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ import nabla
 from nabla import NablaConfig
 from nabla.attention import Plan, choose_block_mask, tiles_and_means
 from nabla.backends import BACKENDS, inputs_unsupported_reason, verify
+from nabla.tiling import TileLayout
 from wan.config.settings import VideoSettings
 from wan.tools.benchmark.models import MODELS
 from wan.tools.benchmark.timing import Row, dense_kernels, label, sparse_configs, timed
@@ -40,14 +42,17 @@ def mask_mode(args: argparse.Namespace, videos: list[VideoSettings], device: tor
                 f"{name}: lists, {config.algorithm}, {plan.backend}", lambda: backend.choose(*means, selection), args
             )
             yield lists
-        pooled = timed(
-            f"{name}: gather of q and k with pooling",
-            lambda: [tiles_and_means(x, selection.layout) for x in (q, k)],
-            args,
-        )
-        plain = timed(f"{name}: gather of q and k", lambda: [selection.layout.to_tiles(x) for x in (q, k)], args)
-        yield from (pooled, plain)
+        yield from gather_rows(args, name, grid, q, k)
         yield timed(f"{name}: kept blocks by sorting", lambda: selection.block_mask(*means), args)
+
+
+def gather_rows(args: argparse.Namespace, name: str, grid: tuple[int, int, int], q: Tensor, k: Tensor) -> Iterator[Row]:
+    """The gather of q and k (B, S, heads, D) into tiles, with means of their parts and without."""
+    for pool in sorted({config.pool or config.tile for config in sparse_configs(args)}, reverse=True):
+        layout = TileLayout.build(grid, NablaConfig().tile, q.device, pool)
+        what = f"{name}: gather of q and k with means of {layout.parts} parts"
+        yield timed(what, lambda: [tiles_and_means(x, layout) for x in (q, k)], args)
+    yield timed(f"{name}: gather of q and k", lambda: [layout.to_tiles(x) for x in (q, k)], args)
 
 
 @torch.no_grad()
@@ -65,21 +70,23 @@ def attention_mode(args: argparse.Namespace, videos: list[VideoSettings], device
             with context():
                 row = timed(f"{name}: dense, {kernel}", lambda: nabla.attention(q, k, v, grid, NablaConfig()), args)
             yield row | {"tflops": round(flops / row["ms"] / 1e9, 1)}
+        for config in sparse_configs(args):
+            for backend in backends_for(config, q):
+                plan = nabla.plan(grid, replace(config, backend=backend), device, q.dtype, q.shape[-1])
+                yield kernel_row(args, f"{name}: {backend}, {config.algorithm}", backend, q, k, v, plan)
+                what = f"{name}: attend by {backend}, {config.algorithm}"
+                yield timed(what, lambda: nabla.attend(q, k, v, plan), args)
         for keep in args.keep:
-            for backend, module in BACKENDS.items():
-                # The reference is exact and slow; of the others one is taken if it is named.
-                if backend == "reference" or backend != args.backend != "auto":
-                    continue
-                if inputs_unsupported_reason(module, q.dtype, q.shape[-1]):
-                    continue
-                if verify(backend, q.device, NablaConfig().block, q.dtype, q.shape[-1]):
-                    continue
-                config = NablaConfig(keep=keep, backend=backend)
-                plan = nabla.plan(grid, config, device, q.dtype, q.shape[-1])
-                yield kernel_row(args, f"{name}: {backend}, keep {keep}", backend, q, k, v, plan)
-                yield timed(f"{name}: attend by {backend}, keep {keep}", lambda: nabla.attend(q, k, v, plan), args)
             if row := fa4_row(args, f"{name}: FlashAttention-4, 128-token blocks, keep {keep}", grid, q, k, v, keep):
                 yield row
+
+
+def backends_for(config: NablaConfig, q: Tensor) -> list[str]:
+    """The backends that can run a config for q (B, S, heads, D), or of these the one that it names."""
+    # The reference is exact and slow, and stands in no table.
+    names = [name for name in BACKENDS if name != "reference" and config.backend in (name, "auto")]
+    names = [name for name in names if not inputs_unsupported_reason(BACKENDS[name], q.dtype, q.shape[-1])]
+    return [name for name in names if not verify(name, q.device, config.block, q.dtype, q.shape[-1])]
 
 
 def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Row:

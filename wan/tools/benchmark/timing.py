@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ def label(video: VideoSettings) -> str:
 
 
 def sparse_configs(args: argparse.Namespace) -> list[NablaConfig]:
+    """Of the shares of blocks, the thresholds and the algorithms asked for, in this order."""
     kept = [NablaConfig(keep=keep, backend=args.backend) for keep in args.keep]
-    return kept + [NablaConfig(threshold=value, backend=args.backend) for value in args.threshold]
+    kept += [NablaConfig(threshold=value, backend=args.backend) for value in args.threshold]
+    return kept + [replace(NablaConfig.parse(one), backend=args.backend) for one in args.algorithm]
 
 
 def dense_kernels(device: torch.device) -> dict[str, Any]:
