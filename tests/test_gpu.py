@@ -24,7 +24,8 @@ from nabla import NablaConfig, backends
 from nabla.backends import cudnn, flex_options, reference
 from nabla.block_lists import BlockLists, from_lists, to_lists
 from nabla.kernels.block_lists import lists_of_blocks
-from nabla.kernels.block_selection import choose_lists, lists_of_map
+from nabla.kernels.block_selection import choose_lists
+from nabla.kernels.row_selection import Rule, lists_of_map
 from nabla.kernels.tile_gather import tiles_and_means
 from nabla.rotary import Rotary, rotate
 from nabla.selection import Selection, block_means, top_k_mask, top_p_mask
@@ -159,7 +160,12 @@ def test_other_dtypes(dtype):
     assert relative_error(nabla.attention(q, k, v, PARTIAL, AUTO), exact) < 5e-3
 
 
-@pytest.mark.parametrize("algorithm", ("nabla-0.02", "nabla-0.7", "nabla-1.0", "keep-0.13", "nabla-0.5_sta-3-3-3"))
+LIMITED = "nabla-0.6_min-0.05_max-0.2"
+
+
+@pytest.mark.parametrize(
+    "algorithm", ("nabla-0.02", "nabla-0.7", "nabla-1.0", "keep-0.13", "nabla-0.5_sta-3-3-3", LIMITED)
+)
 @pytest.mark.parametrize("grid, heads", (((21, 40, 80), 100), ((21, 45, 80), 100), ((61, 45, 80), 5)))
 def test_lists_of_a_map_keep_what_the_rule_says(algorithm, grid, heads):
     """Over a million rows in all, against the rule in float64 and against the sort."""
@@ -171,14 +177,16 @@ def test_lists_of_a_map_keep_what_the_rule_says(algorithm, grid, heads):
         scores = spread * torch.randn(1, heads, layout.blocks, layout.blocks, device="cuda", generator=generator)
         counts = torch.empty(1 if full is None else 2, 1, heads, layout.blocks, dtype=torch.int32, device="cuda")
         indices = torch.empty(*counts.shape, layout.blocks, dtype=torch.int32, device="cuda")
-        lists_of_map(scores, full, cut, count, window, counts, indices)
+        rule = Rule(full, cut, count, selection.least, selection.most, window)
+        lists_of_map(scores, rule, counts, indices)
         lists = [from_lists(BlockLists(*pair)) for pair in zip(counts, indices)]
         if full is not None:
             assert not (lists[0] & ~full).any() and not (lists[1] & full).any()
         kept = lists[0] if full is None else lists[0] | lists[1]
 
         by_sort = scores.softmax(-1)
-        by_sort = top_k_mask(by_sort, count) if cut is None else top_p_mask(by_sort, cut)
+        limits = selection.least, selection.most
+        by_sort = top_k_mask(by_sort, count) if cut is None else top_p_mask(by_sort, cut, *limits)
         by_sort = by_sort if window is None else by_sort | window
         # Where float32 rounds two probabilities to one, or a sum to the cut, the neighbour at the edge may be kept.
         differ = (kept != by_sort).sum(-1)
@@ -190,6 +198,9 @@ def test_lists_of_a_map_keep_what_the_rule_says(algorithm, grid, heads):
         assert (probability.where(~kept, 0.0).amax(-1) <= edge * (1 + 1e-6)).all()
         if cut is None:
             assert (kept.sum(-1) == count).all()
+        elif limits != (None, None):
+            # Some rows of a sharp map meet the floor, and all of a flat one the cap.
+            assert (kept.sum(-1) >= selection.least).all() and (kept.sum(-1) <= selection.most).all()
         else:
             dropped = (probability * ~kept).sum(-1)
             assert (dropped <= cut + 1e-6).all() and (dropped + edge >= cut - 1e-6).all()
@@ -253,7 +264,7 @@ def test_a_block_with_which_the_sum_is_the_cut_exactly_is_kept(probability, kept
     scores = torch.tensor(probability, device="cuda").log().expand(1, 1, blocks, blocks).contiguous()
     counts = torch.empty(1, 1, 1, blocks, dtype=torch.int32, device="cuda")
     indices = torch.empty(*counts.shape, blocks, dtype=torch.int32, device="cuda")
-    lists_of_map(scores, None, torch.tensor(1 / 4, device="cuda"), None, None, counts, indices)
+    lists_of_map(scores, Rule(cut=torch.tensor(1 / 4, device="cuda")), counts, indices)
     assert (from_lists(BlockLists(counts[0], indices[0])).cpu() == torch.tensor(kept)).all()
 
 

@@ -17,8 +17,8 @@ from nabla.kernels.halves import halved
 
 # A step of the second pass holds all parts of two tiles at least.
 MAX_PARTS = 32
-# Heads are read in stretches of at most so many numbers.
-DEPTH = 128
+# Heads are read in stretches of at most so many bytes of a row, all of which are held at once.
+DEPTH_BYTES = 256
 
 
 class Options(NamedTuple):
@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 # Of both passes, by whether products are of float16. Measured on an H200 for heads of 128 in four parts.
 OPTIONS = {
-    True: (Options(128, 128, 4, 4, 2), Options(128, 128, 4, 4, 2)),
+    True: (Options(256, 64, 4, 8, 3), Options(128, 64, 2, 4, 4)),
     False: (Options(64, 64, 1, 4, 2), Options(64, 64, 1, 4, 2)),
 }
 
@@ -67,7 +67,7 @@ def part_map(q: Tensor, k: Tensor, part_sizes: Tensor, has_empty_parts: bool, ha
     scale = dim**-0.5 / math.log(2)
     given = q, k, q_greatest, k_greatest, part_sizes, totals, *q.stride()[:3], *k.stride()[:3], heads, blocks, scale
     shape = {"PARTS": parts, "HAS_EMPTY": has_empty_parts, "SPLITS": first.splits}
-    shape |= {"DIM": dim, "DEPTH": min(DEPTH, max(16, triton.next_power_of_2(dim)))}
+    shape |= {"DIM": dim, "DEPTH": min(DEPTH_BYTES // q.element_size(), max(16, triton.next_power_of_2(dim)))}
     grid = triton.cdiv(rows, first.rows), first.splits, batch * heads
     _add_up_keys[grid](*given, **shape, **first.of_launch)
     # Of a number of parts that is no power of two, such as 3, steps hold places for one more.
@@ -261,8 +261,8 @@ if triton is not None:
             weight = tl.sum(tl.sum(weight, axis=2), axis=0)
             if HAS_EMPTY or PARTS < WIDTH:
                 # After the sum over query parts, of which there are fewer then.
-                counted = (key_part < PARTS) & (tl.load(part_sizes + key_at) > 0)
-                weight = tl.where(counted[None, None, :], weight, 0.0)
+                key_counted = (key_part < PARTS) & (tl.load(part_sizes + key_at) > 0)
+                weight = tl.where(key_counted[None, None, :], weight, 0.0)
             weight = tl.reshape(weight, (FAR, NEAR, KEY_FAR, HALF, KEY_NEAR, 2))
             weight = tl.reshape(tl.sum(tl.sum(weight, axis=5), axis=3), (TILES, KEY_TILES))
             inside = (to_tile < blocks)[:, None] & (start + to_key_tile < blocks)[None, :]
