@@ -47,9 +47,12 @@ if triton is not None:
 
     @triton.jit
     def power_of(greatest, SIGN: tl.constexpr):
-        """The power of two that makes float16 of a head's numbers, or with a sign of -1 these again."""
+        """The power of two that makes float16 of numbers, or with a sign of -1 these again.
+
+        greatest: the bits of their greatest magnitude in float32
+        """
         # Kept where neither power is infinite or zero.
-        exponent = tl.minimum(tl.maximum((tl.load(greatest) >> MANTISSA) - BIAS, -100), 100)
+        exponent = tl.minimum(tl.maximum((greatest >> MANTISSA) - BIAS, -100), 100)
         return (((exponent - EXPONENT) * -SIGN + BIAS) << MANTISSA).to(tl.float32, bitcast=True)
 
     @triton.jit
@@ -92,6 +95,6 @@ if triton is not None:
         ROWS: tl.constexpr,
     ):
         x, at, inside = _rows(x, x_batch, x_head, x_row, heads, rows, DIM, DEPTH, ROWS)
-        x *= power_of(greatest + tl.program_id(1), 1)
+        x *= power_of(tl.load(greatest + tl.program_id(1)), 1)
         values += tl.program_id(1).to(tl.int64) * rows * DIM
         tl.store(values + at, x.to(tl.float16), mask=inside)

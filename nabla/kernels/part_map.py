@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 # Of both passes, by whether products are of float16. Measured on an H200 for heads of 128 in four parts.
 OPTIONS = {
-    True: (Options(256, 64, 4, 8, 3), Options(128, 64, 2, 4, 4)),
+    True: (Options(256, 64, 2, 8, 3), Options(128, 64, 2, 4, 4)),
     False: (Options(64, 64, 1, 4, 2), Options(64, 64, 1, 4, 2)),
 }
 
@@ -58,16 +58,17 @@ def part_map(q: Tensor, k: Tensor, part_sizes: Tensor, has_empty_parts: bool, ha
     """
     (batch, heads, rows, dim), (blocks, parts) = q.shape, part_sizes.shape
     first, second = OPTIONS[half]
-    q_greatest = k_greatest = None
+    k_greatest = None
     if half:
-        (q, q_greatest), (k, k_greatest) = halved(q), halved(k)
+        # Of k alone: a program reads q once, and can make float16 of it then.
+        k, k_greatest = halved(k)
     totals = torch.empty(first.splits, batch * heads, rows, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
     # Of base two, as exponentials are on a GPU.
     scale = dim**-0.5 / math.log(2)
-    given = q, k, q_greatest, k_greatest, part_sizes, totals, *q.stride()[:3], *k.stride()[:3], heads, blocks, scale
-    shape = {"PARTS": parts, "HAS_EMPTY": has_empty_parts, "SPLITS": first.splits}
-    shape |= {"DIM": dim, "DEPTH": min(DEPTH_BYTES // q.element_size(), max(16, triton.next_power_of_2(dim)))}
+    given = q, k, k_greatest, part_sizes, totals, *q.stride()[:3], *k.stride()[:3], heads, blocks, scale
+    shape = {"PARTS": parts, "HAS_EMPTY": has_empty_parts, "SPLITS": first.splits, "TO_HALF": half}
+    shape |= {"DIM": dim, "DEPTH": min(DEPTH_BYTES // k.element_size(), max(16, triton.next_power_of_2(dim)))}
     grid = triton.cdiv(rows, first.rows), first.splits, batch * heads
     _add_up_keys[grid](*given, **shape, **first.of_launch)
     # Of a number of parts that is no power of two, such as 3, steps hold places for one more.
@@ -90,13 +91,32 @@ if triton is not None:
             return tl.load(x + row[:, None] * stride + at, mask=(at < DIM)[None, :], other=0.0)
 
     @triton.jit
-    def _products(a, q, q_at, q_row, k, k_at, k_row, DIM: tl.constexpr, DEPTH: tl.constexpr):
+    def _greatest_of_rows(q, at, q_row, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
+        """The bits of each query row's greatest magnitude, by which float16 is made of it; zeros where none is."""
+        greatest = tl.zeros(at.shape, tl.float32)
+        if TO_HALF:
+            for start in tl.static_range(0, DIM, DEPTH):
+                greatest = tl.maximum(greatest, tl.max(tl.abs(_load(q, at, q_row, start, DIM, DEPTH)), axis=1))
+        return greatest.to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _queries(
+        q, at, q_row, greatest, START: tl.constexpr, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
+    ):
+        """(rows, DEPTH) numbers of query rows, as they are multiplied."""
+        x = _load(q, at, q_row, START, DIM, DEPTH)
+        return (x * power_of(greatest, 1)[:, None]).to(tl.float16) if TO_HALF else x
+
+    @triton.jit
+    def _products(
+        a, q, q_at, q_row, greatest, k, k_at, k_row, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
+    ):
         """Of query rows, whose first numbers are `a` already, with key rows."""
         # Of float16 this says nothing.
         PRECISION: tl.constexpr = "tf32x3"
         total = tl.dot(a, tl.trans(_load(k, k_at, k_row, 0, DIM, DEPTH)), input_precision=PRECISION)
         for start in tl.static_range(DEPTH, DIM, DEPTH):
-            more = _load(q, q_at, q_row, start, DIM, DEPTH)
+            more = _queries(q, q_at, q_row, greatest, start, TO_HALF, DIM, DEPTH)
             total = tl.dot(more, tl.trans(_load(k, k_at, k_row, start, DIM, DEPTH)), total, input_precision=PRECISION)
         return total
 
@@ -106,11 +126,12 @@ if triton is not None:
         return x + (of // heads).to(tl.int64) * batch_stride + (of % heads).to(tl.int64) * head_stride
 
     @triton.jit
-    def _scale(q_greatest, k_greatest, scale):
-        """Of the products of a head, whatever power of two its numbers were stored with."""
-        if q_greatest is not None:
-            scale *= power_of(q_greatest + tl.program_id(2), -1) * power_of(k_greatest + tl.program_id(2), -1)
-        return scale
+    def _scales(greatest, k_greatest, scale, TO_HALF: tl.constexpr):
+        """Of each query row's products, whatever powers of two it and the head's keys were multiplied by."""
+        scales = tl.zeros(greatest.shape, tl.float32) + scale
+        if TO_HALF:
+            scales *= power_of(greatest, -1) * power_of(tl.load(k_greatest + tl.program_id(2)), -1)
+        return scales
 
     @triton.jit
     def _stretch(number, COLUMNS: tl.constexpr):
@@ -122,14 +143,13 @@ if triton is not None:
     def _add_keys(greatest, total, score, scale):
         """The greatest score of each row and the sum of exponentials relative to it, with some keys more."""
         more = tl.maximum(greatest, tl.max(score, axis=1))
-        weight = tl.exp2(score * scale - (more * scale)[:, None])
+        weight = tl.exp2(score * scale[:, None] - (more * scale)[:, None])
         return more, total * tl.exp2((greatest - more) * scale) + tl.sum(weight, axis=1)
 
     @triton.jit
     def _add_up_keys(
         q,
         k,
-        q_greatest,
         k_greatest,
         part_sizes,
         totals,
@@ -145,6 +165,7 @@ if triton is not None:
         PARTS: tl.constexpr,
         HAS_EMPTY: tl.constexpr,
         SPLITS: tl.constexpr,
+        TO_HALF: tl.constexpr,
         DIM: tl.constexpr,
         DEPTH: tl.constexpr,
         ROWS: tl.constexpr,
@@ -153,10 +174,11 @@ if triton is not None:
         """The logarithm of the sum of each query part's exponentials, over a stretch of keys."""
         rows = blocks * PARTS
         q, k = _head(q, q_batch, q_head, heads), _head(k, k_batch, k_head, heads)
-        scale = _scale(q_greatest, k_greatest, scale)
         row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         at = tl.minimum(row, rows - 1)
-        a = _load(q, at, q_row, 0, DIM, DEPTH)
+        row_greatest = _greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
+        scale = _scales(row_greatest, k_greatest, scale, TO_HALF)
+        a = _queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
         greatest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
         first, last = _stretch(rows, COLUMNS)
         # The last keys are apart, so that all others need no mask.
@@ -165,7 +187,7 @@ if triton is not None:
             key = start + column
             if HAS_EMPTY:
                 key = tl.minimum(key, rows - 1)
-            score = _products(a, q, at, q_row, k, key, k_row, DIM, DEPTH)
+            score = _products(a, q, at, q_row, row_greatest, k, key, k_row, TO_HALF, DIM, DEPTH)
             if HAS_EMPTY:
                 # A tile's first part never is, so that no step is without a key.
                 counted = (tl.load(part_sizes + key) > 0) & (start + column < rows)
@@ -173,7 +195,7 @@ if triton is not None:
             greatest, total = _add_keys(greatest, total, score, scale)
         if whole < last:
             key = tl.minimum(whole + column, rows - 1)
-            score = _products(a, q, at, q_row, k, key, k_row, DIM, DEPTH)
+            score = _products(a, q, at, q_row, row_greatest, k, key, k_row, TO_HALF, DIM, DEPTH)
             score = tl.where((whole + column < rows)[None, :], score, float("-inf"))
             greatest, total = _add_keys(greatest, total, score, scale)
         totals += (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * rows
@@ -197,7 +219,6 @@ if triton is not None:
     def _sum_by_tiles(
         q,
         k,
-        q_greatest,
         k_greatest,
         part_sizes,
         totals,
@@ -214,6 +235,7 @@ if triton is not None:
         PARTS: tl.constexpr,
         HAS_EMPTY: tl.constexpr,
         SPLITS: tl.constexpr,
+        TO_HALF: tl.constexpr,
         DIM: tl.constexpr,
         DEPTH: tl.constexpr,
         WIDTH: tl.constexpr,
@@ -239,9 +261,10 @@ if triton is not None:
         key_part = column // (2 * KEY_NEAR) % HALF * 2 + column % 2
         key_tile = column // (WIDTH * KEY_NEAR) * KEY_NEAR + column // 2 % KEY_NEAR
         q, k = _head(q, q_batch, q_head, heads), _head(k, k_batch, k_head, heads)
-        scale = _scale(q_greatest, k_greatest, scale)
         at = tl.minimum(tile, blocks - 1) * PARTS + tl.minimum(part, PARTS - 1)
-        a = _load(q, at, q_row, 0, DIM, DEPTH)
+        row_greatest = _greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
+        scale = _scales(row_greatest, k_greatest, scale, TO_HALF)
+        a = _queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
         # A mean over the query parts that count, by what their probabilities are divided by.
         total = _sum_of_splits(totals, at, blocks * PARTS, SPLITS) + tl.log2(
             _parts_that_count(part_sizes, at // PARTS, PARTS, HAS_EMPTY, WIDTH)
@@ -255,8 +278,8 @@ if triton is not None:
         first, last = _stretch(blocks, KEY_TILES)
         for start in range(first, last, KEY_TILES):
             key_at = tl.minimum(start + key_tile, blocks - 1) * PARTS + tl.minimum(key_part, PARTS - 1)
-            score = _products(a, q, at, q_row, k, key_at, k_row, DIM, DEPTH)
-            weight = tl.exp2(score * scale - total[:, None])
+            score = _products(a, q, at, q_row, row_greatest, k, key_at, k_row, TO_HALF, DIM, DEPTH)
+            weight = tl.exp2(score * scale[:, None] - total[:, None])
             weight = tl.reshape(weight, (HALF, FAR, 2, NEAR, COLUMNS))
             weight = tl.sum(tl.sum(weight, axis=2), axis=0)
             if HAS_EMPTY or PARTS < WIDTH:
