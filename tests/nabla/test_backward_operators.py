@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nabla
 from nabla import NablaConfig, backends
-from nabla.backends import cudnn, flex, flex_options
+from nabla.backends import cudnn, flex, flex_graph, flex_options
 from nabla.block_lists import BlockLists, from_lists
 
 
@@ -43,7 +43,7 @@ def cudnn_backward(gradient, q, k, v, out, lse, **sparsity):
     return {f"d{name}_tensor": torch.empty_like(like).copy_(x) for name, (x, like) in zip("qkv", found)}
 
 
-def flex_forward(q, k, v, counts, indices, partial_counts, partial_indices, valid, options, transposed):
+def flex_forward(q, k, v, counts, indices, partial_counts, partial_indices, valid, options, transposed, sums):
     lists = [BlockLists(counts, indices)]
     if partial_counts is not None:
         lists.append(BlockLists(partial_counts, partial_indices))
@@ -61,7 +61,7 @@ def backend(request, monkeypatch):
     library.block_sparse_attention_forward, library.block_sparse_attention_backward = cudnn_forward, cudnn_backward
     monkeypatch.setitem(sys.modules, "cudnn", types.ModuleType("cudnn"))
     monkeypatch.setitem(sys.modules, "cudnn.block_sparse_attention", library)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_forward)
+    monkeypatch.setattr(flex_graph, "_compiled", lambda: flex_forward)
     monkeypatch.setattr(flex_options, "for_backward", lambda *kind: {})
     monkeypatch.setattr(backends, "_verified", {})
     for module in (cudnn, flex):

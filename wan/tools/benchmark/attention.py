@@ -86,7 +86,9 @@ def backends_for(config: NablaConfig, q: Tensor) -> list[str]:
     # The reference is exact and slow, and stands in no table.
     names = [name for name in BACKENDS if name != "reference" and config.backend in (name, "auto")]
     names = [name for name in names if not inputs_unsupported_reason(BACKENDS[name], q.dtype, q.shape[-1])]
-    return [name for name in names if not verify(name, q.device, config.block, q.dtype, q.shape[-1])]
+    return [
+        name for name in names if not verify(name, q.device, config.block, q.dtype, q.shape[-1], dropped=config.dropped)
+    ]
 
 
 def kernel_row(args: argparse.Namespace, what: str, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Row:
