@@ -16,7 +16,8 @@ Row = dict[str, Any]
 # Of rules that this project has, of the best possible one, and of others.
 COLOURS = {"means": "#c05621", "parts": "#2b6cb0", "best": "#2f855a"}
 OTHERS = ("#718096", "#b794f4", "#d69e2e", "#63b3ed", "#f687b3")
-WIDTH, HEIGHT, DPI = 15, 4.6, 110
+# Inches of a panel, and dots an inch.
+WIDTH, HEIGHT, DPI = 5, 4.6, 110
 
 
 def draw(rows: Sequence[Row], times: Times, path: Path) -> None:
@@ -25,19 +26,21 @@ def draw(rows: Sequence[Row], times: Times, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib is not there, which draws pictures; pip install matplotlib") from None
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    panels = 2 if times.dense is None else 3
+    figure = Figure(figsize=(WIDTH * panels, HEIGHT), layout="constrained")
+    left, middle, *rest = figure.subplots(1, panels)
     errors, videos = ([row for row in rows if row["part"] == part] for part in ("error", "videos"))
     _lines(left, errors, "error", 0.0, lambda setting: 100 * setting.share)
     left.set(xlabel="blocks kept, %", ylabel="error of the output to dense", title="Layer 0 dense (dashed: sparse)")
     _lines(middle, videos, "psnr", QUARTER, lambda setting: 100 * setting.share)
     middle.set(xlabel="blocks kept, %", ylabel="PSNR to the dense video, dB", title="A quarter of the steps dense too")
-    _lines(right, errors, "error", 0.0, times.of)
-    right.set(xlabel="ms of attention a layer of the 14B, 75,600 tokens", ylabel="error of the output to dense")
-    right.set_title("At equal time")
-    for axes in (left, middle, right):
+    for right in rest:
+        _lines(right, errors, "error", 0.0, times.of)
+        right.set(xlabel="ms of attention a layer of the 14B", ylabel="error of the output to dense")
+        right.set_title("At equal time")
+    for axes in (left, middle, *rest):
         axes.grid(alpha=0.3)
-    for axes in (left, right):
+    for axes in (left, *rest):
         axes.set_ylim(bottom=0)
     left.legend(fontsize=8)
     with atomic_path(path) as partial:
