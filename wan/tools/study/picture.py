@@ -59,7 +59,7 @@ def _lines(axes: Any, rows: list[Row], measure: str, steps: float, place: Callab
 
 
 def _series(rows: list[Row], steps: float) -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
-    """Rows of each rule with a dense layer 0 and, of nabla's own, without it and with a stand-in."""
+    """Rows of each rule with a dense layer 0 and, of nabla's own, without it and with means of dropped blocks."""
     others = iter(OTHERS)
     for rule in RULES:
         colour = COLOURS.get(rule) or next(others)
@@ -67,7 +67,7 @@ def _series(rows: list[Row], steps: float) -> Iterator[tuple[str, dict[str, Any]
         if rule in ("means", "parts"):
             kinds |= {(False, "none"): ("--", ", layer 0 sparse")}
         if rule == "parts":
-            kinds |= {(True, "mean"): (":", ", stand-in")}
+            kinds |= {(True, "mean"): (":", ", dropped mean")}
         for (layer_0, dropped), (line, words) in kinds.items():
             some = [row for row in rows if _is_of(Setting.of(row), rule, layer_0, dropped, steps)]
             yield RULES[rule].words + words, {"color": colour, "linestyle": line}, some

@@ -58,7 +58,7 @@ def error_table(rows: Sequence[Row], shares: Sequence[float]) -> str:
             found = [find(rows, "error", setting) for setting in settings]
             if any(found):
                 cells = [_cell(row and row["values"]["error"], 3) for row in found]
-                name = RULES[rule].words + (", stand-in" if dropped != "none" else "")
+                name = RULES[rule].words + (f", dropped {dropped}" if dropped != "none" else "")
                 lines.append([name, "dense" if layer_0 else "sparse", *cells])
     return _markdown(["rule", "layer 0", *(f"{share:.0%}" for share in shares)], lines)
 
@@ -99,8 +99,8 @@ def comparisons() -> Iterator[Comparison]:
         parts = Setting("parts", share, True, QUARTER)
         for other in (Setting("means", share, True, QUARTER), Setting("means", share, False, QUARTER)):
             yield Comparison("videos", "psnr", parts, other)
-        stand_in = Setting("parts", share, True, QUARTER, "mean")
-        yield Comparison("videos", "psnr", stand_in, parts)
+        with_means = Setting("parts", share, True, QUARTER, "mean")
+        yield Comparison("videos", "psnr", with_means, parts)
         yield Comparison("error", "error", Setting("parts", share, True, 0.0, "mean"), Setting("parts", share, True))
         for setting in (Setting("parts", share, True), parts, Setting("means", share)):
             yield Comparison("sentences", "all", setting, Setting(DENSE))

@@ -58,7 +58,7 @@ class Setting:
             parts = [f"{RULES[self.rule].words} {self.share:.0%}"]
         parts += ["layer 0 dense"] * self.layer_0
         parts += [f"{self.dense_steps:.0%} of steps dense"] * (self.dense_steps > 0)
-        parts += ["stand-in"] * (self.dropped != "none")
+        parts += [f"dropped {self.dropped}"] * (self.dropped != "none")
         if self.weights is not None:
             parts.append(f"distilled at {self.weights:.0%}")
         return ", ".join(parts)
