@@ -36,6 +36,7 @@ SCRIPT = Path(benchmark.__file__)
         ("forward", "64x48x5: dense, sdpa"),
         ("pipeline", "64x48x5: decode, fast, float32"),
         ("training", "64x48x5: attention, dense, sdpa"),
+        ("calibration", "64x48x5: a block, dense"),
     ),
 )
 def test_modes(mode, first, tmp_path):
@@ -55,6 +56,9 @@ def test_modes(mode, first, tmp_path):
     if mode == "training":
         assert rows[-1]["what"] == "64x48x5: nano, 1 layers, keep-0.1" and rows[-1]["backend"] == "reference"
         assert all(row["speedup"] > 0 for row in (rows[1], rows[-1]))
+    if mode == "calibration":
+        fast, exact = rows[-2:]
+        assert 0 < fast["ms"] < exact["ms"] and fast["host_gib"] > 0
     if mode == "pipeline":
         assert rows[-1]["what"].endswith("masks kept for 2 steps") and rows[-1]["change_of_latents"] < 1
 

@@ -23,6 +23,7 @@ from wan.quantize.quantizer import check_quantization
 from wan.run.versions import installed_versions
 from wan.tools.benchmark.attention import attention_mode, mask_mode
 from wan.tools.benchmark.cache import cache_mode
+from wan.tools.benchmark.calibration import calibration_mode
 from wan.tools.benchmark.memory import memory_mode
 from wan.tools.benchmark.models import MODELS, family_of
 from wan.tools.benchmark.parallel import ROWS, parallel_mode
@@ -41,6 +42,7 @@ MODES = {
     "cache": cache_mode,
     "memory": memory_mode,
     "run": run_mode,
+    "calibration": calibration_mode,
 }
 # On a CPU, and on a GPU, of models whose family says nothing else.
 SIZE, FRAMES = ("256*208", "1280*720"), (9, 81)

@@ -129,7 +129,9 @@ def make_pipeline(
 
 WAN = BenchmarkFamily(
     models=_models_of("t2v"),
-    modes=frozenset({"mask", "attention", "forward", "pipeline", "training", "parallel", "cache", "memory", "run"}),
+    modes=frozenset(
+        {"mask", "attention", "forward", "pipeline", "training", "parallel", "cache", "memory", "run", "calibration"}
+    ),
     geometry=GEOMETRY,
     spec=wan_processor.TRANSFORMER,
     random_transformer=wan.random_transformer,
@@ -157,7 +159,7 @@ WAN = BenchmarkFamily(
 WAN_GIVEN = replace(
     WAN,
     models=_models_of("i2v", "flf2v", "t2v-A14B", "i2v-A14B"),
-    modes=frozenset({"mask", "attention", "forward", "pipeline", "memory", "run"}),
+    modes=frozenset({"mask", "attention", "forward", "pipeline", "memory", "run", "calibration"}),
     videos={name: ("64*48", 5) for name in random_sizes.MODELS if name.endswith("-nano")},
 )
 WAN_VACE = replace(
