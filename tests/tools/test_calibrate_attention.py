@@ -26,6 +26,7 @@ import generate
 from nabla import InputError, NablaConfig
 from nabla.profile import KeepProfile
 from wan.attention.apply import apply_attention
+from wan.config.attention_settings import attention_config
 from wan.config.settings import SamplingSettings
 from wan.models.kandinsky import processor as kandinsky
 from wan.models.wan.processor import TRANSFORMER, VACE_TRANSFORMER
@@ -33,7 +34,7 @@ from wan.models.wan.random_checkpoint import random_transformer
 from wan.tools.calibrate_attention import design as designs
 from wan.tools.calibrate_attention import sensitivity
 from wan.tools.calibrate_attention.cost import Cost
-from wan.tools.calibrate_attention.profile_file import profile_of
+from wan.tools.calibrate_attention.profile_file import profile_of, write_profile
 from wan.tools.calibrate_attention.records import Forward, Records
 from wan.tools.calibrate_attention.seats import Seats, at_share
 from wan.tools.calibrate_attention.solve import Problem, solve
@@ -224,6 +225,19 @@ def test_profiles_give_more_to_layers_that_lose_more():
     assert TABLE.predicted(TABLE.uniform(1)) == 0
     with pytest.raises(InputError, match="keep 0.05 is below 0.1, the least of --shares"):
         solve_keep(TABLE, 0.05)
+
+
+def test_the_least_share_is_found_where_costs_are_rounded_up():
+    layers, spans = 30, tuple(Span(begin, end) for begin, end in ((13, 22), (22, 31), (31, 40), (40, 50)))
+    table = Table(spans, (0.123, 0.4), tuple(((0.09, 0.01),) * layers for _ in spans))
+    assert solve_keep(table, 0.123) == table.uniform(0.123)
+
+
+def test_a_profile_names_what_it_was_measured_with(tmp_path):
+    measured = NablaConfig(keep=0.1, pool=(1, 4, 4), window=(3, 1, 1), dropped="mean")
+    write_profile(tmp_path / "own.yaml", profile_of([Span(2, 5)], [[0.1, 1.0]], 5, measured, {}))
+    run = attention_config({"profile": str(tmp_path / "own.yaml")})
+    assert run.at(0, 2, 4, 5) == measured and run.at(1, 2, 4, 5).is_dense and run.at(0, 2, 1, 5).is_dense
 
 
 def test_seconds_are_kept_and_those_that_are_too_few_are_refused():

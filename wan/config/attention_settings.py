@@ -27,11 +27,11 @@ UNTUNED_PARTS = (1, 2, 2)
 # Profiles that come with the program.
 PROFILE_FOLDER = CONFIG_FOLDER / "profiles"
 # Keys that say which algorithm: in a layer, one of them stands for all.
-_SAYS_WHICH = ("algorithm", "threshold", "keep", "window", "profile")
+SAYS_WHICH = ("algorithm", "threshold", "keep", "window", "profile")
 # What goes with an algorithm, and falls with it.
 _BESIDE = (*CHOICE, "dense_steps", "mask_refresh")
 # What a profile was measured with, and is to run with where nothing else is said.
-_MEASURED_WITH = ("pool", "window", "tile")
+_MEASURED_WITH = ("pool", "window", "tile", "dropped")
 
 Layer = dict[str, Any]
 
@@ -41,9 +41,9 @@ def merge_attention(lower: Mapping[str, Any], upper: object) -> Layer:
     if not isinstance(upper, Mapping):
         raise InputError(f"attention {upper!r} is not a mapping of settings")
     own = {key: value for key, value in _with_profile(upper).items() if value is not None}
-    if any(key in own for key in _SAYS_WHICH):
+    if any(key in own for key in SAYS_WHICH):
         # Another algorithm: the numbers of the lower one, and what it does over steps, were meant for that one.
-        fallen = {*_SAYS_WHICH, *_BESIDE} | ({"dense_layers"} if "profile" in own else set())
+        fallen = {*SAYS_WHICH, *_BESIDE} | ({"dense_layers"} if "profile" in own else set())
         lower = {key: value for key, value in lower.items() if key not in fallen}
     return {**lower, **own}
 
@@ -66,7 +66,7 @@ def attention_to_dict(config: NablaConfig) -> Layer:
         gone = {"threshold", "keep", "keep_min", "keep_max", "dense_steps", "dense_layers"}
         plain = values | {"profile": config.profile.to_dict()}
         return {key: value for key, value in plain.items() if key not in gone and value is not None}
-    beside = {key: value for key, value in values.items() if key not in (*_SAYS_WHICH, *CHOICE)}
+    beside = {key: value for key, value in values.items() if key not in (*SAYS_WHICH, *CHOICE)}
     return {"algorithm": config.algorithm} | beside
 
 

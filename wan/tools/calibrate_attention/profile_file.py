@@ -26,10 +26,11 @@ def profile_of(
     dense = [(spans[0].begin, [1.0] * layers)] if spans[0].begin else []
     ends = dense + [(span.end, list(shares)) for span, shares in zip(spans, keep)]
     stretches = [{"until": _share(end, steps), "keep": shares} for end, shares in ends]
-    parts = {"pool": config.pool, "window": config.window, "tile": config.tile}
+    sizes = {"pool": config.pool, "window": config.window, "tile": config.tile}
     return {
         "stretches": stretches,
-        **{name: list(value) for name, value in parts.items() if value is not None},
+        **{name: list(value) for name, value in sizes.items() if value is not None},
+        **({} if config.dropped == "none" else {"dropped": config.dropped}),
         "measured_on": dict(about),
     }
 

@@ -23,6 +23,7 @@ from wan.run.flags import Parser
 from wan.run.flags import parse_args as parse_run
 from wan.tools.calibrate_attention.calibration import Calibration, about_solved
 from wan.tools.calibrate_attention.job import open_job
+from wan.tools.calibrate_attention.table import check_keep
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
 # What generate.py does and this does not.
@@ -34,6 +35,9 @@ def main() -> int:
     """Measure, solve and write the profile that the flags ask for. Raises `InputError` for what cannot be."""
     args = parse_args()
     log_to_stderr()
+    if args.keep is not None:
+        # Before hours of measurements, which it can make no use of.
+        check_keep(args.keep, args.shares)
     check_writable(args.out, "--out")
     check_writable(args.measurements, "--measurements")
     if args.plot is not None:

@@ -119,13 +119,18 @@ def _outputs(
 
 def solve_keep(table: Table, keep: float) -> list[Keep]:
     """The shares with the least error that keep so much in the mean. Raises `InputError` for less than is possible."""
-    if keep < table.shares[0]:
-        raise InputError(f"keep {keep} is below {table.shares[0]}, the least of --shares; give more, or a less share")
+    check_keep(keep, table.shares)
     choices = _choices(table, keep)
     costs = [[span.steps * Fraction(str(one)) for one in choices] for _, span, _ in _groups(table)]
     chosen = solve(Problem(_errors(table, choices), costs, Fraction(str(keep)) * table.layers * table.steps))
-    assert chosen is not None, "all may keep this share"
-    return _as_keep(table, choices, chosen)
+    # Costs are rounded up where they are many, so that even the least may be above a budget that they meet exactly.
+    return table.uniform(keep) if chosen is None else _as_keep(table, choices, chosen)
+
+
+def check_keep(keep: float, shares: Sequence[float]) -> None:
+    """Raise `InputError` for a mean share that is below all shares, which rise."""
+    if keep < shares[0]:
+        raise InputError(f"keep {keep} is below {shares[0]}, the least of --shares; give more, or a less share")
 
 
 def solve_milliseconds(
