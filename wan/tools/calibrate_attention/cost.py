@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wan.tools.benchmark.timing import synchronize, timed
 from wan.tools.calibrate_attention.seats import Role, Seats
-from wan.tools.calibrate_attention.sensitivity import Forward
+from wan.tools.calibrate_attention.sensitivity import Rerun
 
 REPEATS = 5
 
@@ -94,7 +94,7 @@ class Meter:
         self.nbytes = 0
 
     @torch.no_grad()
-    def measure(self, forward: Forward) -> Cost:
+    def measure(self, forward: Rerun) -> Cost:
         """The cost of forwards like this one."""
         ends = [sum(self.lists[: n + 1]) for n in range(len(self.lists))]
         # One in the middle of each list, for all are alike.

@@ -12,8 +12,7 @@ from wan.tools.calibrate_attention.bench import Bench, progress
 from wan.tools.calibrate_attention.cost import Cost, Meter
 from wan.tools.calibrate_attention.design import Design, layer_milliseconds
 from wan.tools.calibrate_attention.records import CHECK, COST, LAYER, VIDEO, Forward, Record, Records, forward_of
-from wan.tools.calibrate_attention.sensitivity import Forward as Run
-from wan.tools.calibrate_attention.sensitivity import LayerErrors, measure_layers, relative_square
+from wan.tools.calibrate_attention.sensitivity import LayerErrors, Rerun, measure_layers, relative_square
 
 # What each layer keeps, by stretch.
 Keeps = Sequence[Sequence[float]]
@@ -25,7 +24,7 @@ def measure_cost(bench: Bench, records: Records, mode: str, exact_seconds: float
         return
     measured: list[Cost] = []
 
-    def look(step: int, branch: int, forward: Run) -> Tensor:
+    def look(step: int, branch: int, forward: Rerun) -> Tensor:
         if not measured:
             measured.append(Meter(bench.running, bench.design.shares, bench.pipe.device).measure(forward))
         return forward()
@@ -77,7 +76,7 @@ class Missing:
         if last < 0 and not decodes:
             return
 
-        def look(step: int, branch: int, forward: Run) -> Tensor:
+        def look(step: int, branch: int, forward: Rerun) -> Tensor:
             velocity = self._look(bench, Forward(prompt, step, branch), forward, bar)
             bar.update(self.dense if step <= last else 0)
             return velocity
@@ -86,7 +85,7 @@ class Missing:
         if decodes:
             self.records.add(VIDEO, text=walker.seconds["text"], decode=walker.seconds["decode"])
 
-    def _look(self, bench: Bench, this: Forward, forward: Run, bar: tqdm) -> Tensor:
+    def _look(self, bench: Bench, this: Forward, forward: Rerun, bar: tqdm) -> Tensor:
         if this not in self.layers:
             return forward()
         times = self._times(this)
@@ -130,13 +129,13 @@ class Unchecked:
         with progress("checking", len(prompts) * self.design.walk.steps * self.calls) as bar:
             for prompt in prompts:
 
-                def look(step: int, branch: int, forward: Run) -> Tensor:
+                def look(step: int, branch: int, forward: Rerun) -> Tensor:
                     bar.update(1)
                     return self._look(bench, Forward(prompt, step, branch), forward)
 
                 bench.walk(prompt, look, max(one.step for one in self.names if one.prompt == prompt))
 
-    def _look(self, bench: Bench, this: Forward, forward: Run) -> Tensor:
+    def _look(self, bench: Bench, this: Forward, forward: Rerun) -> Tensor:
         exact = forward()
         for name in self.names.get(this, ()):
             with bench.running.keeping(self.keeps[name][self.design.span_at(this.step)]):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wan.tools.calibrate_attention.seats import Kept, Role, Seats, groups_that_fit
 
 # A forward once more, of the same inputs: the velocity.
-Forward = Callable[[], Tensor]
+Rerun = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _own_error(output: Any, exact: Any) -> Tensor:
 def measure_layers(
     seats: Seats,
     shares: Sequence[float],
-    forward: Forward,
+    forward: Rerun,
     layers: Sequence[int],
     whole: Collection[float],
     nbytes: int,
@@ -79,7 +79,7 @@ def measure_layers(
     return exact
 
 
-def _whole_error(seats: Seats, kept: Kept, layer: int, share: float, forward: Forward, exact: Tensor) -> float:
+def _whole_error(seats: Seats, kept: Kept, layer: int, share: float, forward: Rerun, exact: Tensor) -> float:
     with seats.roles(kept.roles(layer)), seats.keeping(seats.only(layer, share)):
         return relative_square(forward(), exact).item()
 

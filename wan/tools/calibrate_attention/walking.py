@@ -15,10 +15,10 @@ from wan.observe.observer import Observer
 from wan.run.inputs import open_inputs
 from wan.sampling.guided import GuidedPipeline
 from wan.sampling.loop import Cancelled
-from wan.tools.calibrate_attention.sensitivity import Forward
+from wan.tools.calibrate_attention.sensitivity import Rerun
 
 # Given the step, which of its forwards this is, and the forward, gives its velocity.
-Look = Callable[[int, int, Forward], Tensor]
+Look = Callable[[int, int, Rerun], Tensor]
 
 
 class Walker(Observer):
