@@ -189,6 +189,8 @@ def test_the_page_runs_a_profile_as_it_is_and_reads_no_file_of_one(file):
     form = to_form(base, "a cat")
     assert form.algorithm == WANTED.algorithm and to_controls(form.algorithm)[0] is None
     assert resolve(to_layer(replace(form, mask_refresh=2), base, {})).attention == replace(WANTED, mask_refresh=2)
+    with pytest.raises(InputError, match="dense_steps 3 does not go with a profile"):
+        resolve(to_layer(replace(form, dense_steps=3), base, {}))
     other = resolve(to_layer(replace(form, algorithm="keep-0.2", dense_steps=0.2), base, {})).attention
     assert other == NablaConfig(keep=0.2, dense_steps=0.2, tile=(1, 4, 4))
     with pytest.raises(InputError, match="attention algorithm 'profile:own.yaml' is not known"):

@@ -116,14 +116,18 @@ def to_layer(form: Form, base: Settings, lora_files: Mapping[str, str]) -> Layer
 
 def _attention(form: Form, base: Settings) -> Layer:
     own, algorithm = attention_to_dict(base.attention), form.algorithm.strip()
-    beside = {"mask_refresh": _whole(form.mask_refresh), "backend": form.backend}
+    beside = {
+        "mask_refresh": _whole(form.mask_refresh),
+        "backend": form.backend,
+        "dense_steps": _whole(form.dense_steps),
+    }
     if base.attention.profile is not None and algorithm == base.attention.algorithm:
-        # It says by itself which steps run dense, and has no string that could be read.
+        # It has no string that could be read. That it goes with no dense steps is for the settings to say.
         return own | beside
     # For its error alone: a string that is not known might name a file, of which a page has none but its own.
     NablaConfig.parse(algorithm)
     kept = {name: own[name] for name in ("tile", "dense_layers") if name in own}
-    return kept | beside | {"algorithm": algorithm, "dense_steps": _whole(form.dense_steps)}
+    return kept | beside | {"algorithm": algorithm}
 
 
 def _loras(form: Form, base: Settings, files: Mapping[str, str]) -> list[Layer]:
