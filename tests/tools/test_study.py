@@ -12,7 +12,7 @@ import nabla
 from nabla import InputError, NablaConfig
 from nabla.selection import Selection, block_means
 from wan.tools.study import program, rules
-from wan.tools.study.results import difference, find, interval, read_rows
+from wan.tools.study.results import Results, difference, find, interval, read_rows
 from wan.tools.study.settings import QUARTER, Setting, of_errors, of_sentences, of_videos
 from wan.tools.study.times import Times
 
@@ -115,6 +115,15 @@ def test_intervals():
     assert difference([one + 1 for one in values], values) == pytest.approx((1, 1, 1))
 
 
+def test_a_line_that_was_cut_leaves_no_trace(tmp_path):
+    setting, file = Setting("parts", 0.1), tmp_path / "results.jsonl"
+    Results(tmp_path).add("error", setting, 1.0, error=[0.5])
+    with file.open("a") as lines:
+        lines.write('{"part": "err')
+    Results(tmp_path).add("videos", setting, 1.0, psnr=[20.0])
+    assert [row["part"] for row in read_rows(file)] == ["error", "videos"]
+
+
 def test_times_of_a_layer(tmp_path):
     rows = {"1280x720x81: dense, cudnn": 180.0, "1280x720x81: dense, flash": 300.0}
     rows |= {"1280x720x81: attend by flex, keep-0.1_pool-1-4-4": 30.0, "1280x720x81: flex, keep 0.1": 25.0}
@@ -144,6 +153,8 @@ def test_script_measures_goes_on_and_reports(random_nano, tmp_path, capsys):
     capsys.readouterr()
     assert program.main([*flags.split(), "--parts", "error", "videos"]) == 0
     assert not capsys.readouterr().out and read_rows(folder / "results.jsonl") == rows
+    with pytest.raises(InputError, match="was measured with steps 5, and this is 6; give that again"):
+        program.main([*flags.split(), "--steps", "6", "--parts", "error"])
     report = ["report", str(folder / "results.jsonl"), "--json", str(tmp_path / "study.json")]
     assert program.main([*report, "--picture", str(tmp_path / "study.png")]) == 0
     printed = capsys.readouterr().out

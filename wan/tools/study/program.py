@@ -29,7 +29,7 @@ from wan.tools.study.likeness import Likeness
 from wan.tools.study.output_error import OutputErrors
 from wan.tools.study.picture import draw
 from wan.tools.study.report import summary, tables
-from wan.tools.study.results import Results, read_rows
+from wan.tools.study.results import DECIDING, Results, read_rows
 from wan.tools.study.rules import RULES
 from wan.tools.study.settings import DENSE, Setting
 from wan.tools.study.times import Times
@@ -170,8 +170,9 @@ def read_minutes(texts: list[str]) -> dict[str, float]:
 
 def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What decides the numbers, and on what they were measured."""
-    names = ("ckpt_dir", "size", "frame_num", "steps", "prompts", "videos", "seeds", "sentences", "seed", "clips")
-    found: dict[str, Any] = {name: getattr(args, name) for name in names}
+    found: dict[str, Any] = {name: getattr(args, name) for name in (*DECIDING, "clips")}
+    # Wherever it lies.
+    found["ckpt_dir"] = Path(args.ckpt_dir).resolve().name
     found |= {"torch": torch.__version__, **installed_versions(("diffusers", "transformers"))}
     return found | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 

@@ -7,17 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nabla import InputError
-from wan.files.atomic import written
+from wan.files.atomic import atomic_path, written
 from wan.files.json_files import complete_lines, to_line
+from wan.tools.evaluate.bootstrap import estimate
 from wan.tools.study.settings import Setting
 
 RESULTS_FILE = "results.jsonl"
 # Of values drawn again with replacement, for intervals.
-RESAMPLES, CONFIDENCE = 4000, 0.95
+RESAMPLES = 4000
 DIGITS = 5
+# Of what was measured with: those without which numbers differ by more than a card or a version makes.
+DECIDING = ("ckpt_dir", "size", "frame_num", "steps", "prompts", "videos", "seeds", "sentences", "seed")
 
 
 class Results:
@@ -28,6 +29,10 @@ class Results:
         with written(self.path, "choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
         self.rows = read_rows(self.path) if self.path.is_file() else []
+        if self.rows:
+            # Without a line that was cut, to which the next one would be joined.
+            with atomic_path(self.path) as partial:
+                partial.write_text("".join(map(to_line, self.rows)), encoding="utf-8")
 
     def has(self, part: str, setting: Setting) -> bool:
         return find(self.rows, part, setting) is not None
@@ -38,7 +43,14 @@ class Results:
         self._write({"part": part, **setting.fields, "seconds": round(seconds, 2), "values": rounded})
 
     def note(self, **facts: Any) -> None:
-        """A row of what the others were measured with."""
+        """A row of what the others were measured with; raises `InputError` where that decides other numbers."""
+        for known in (row["facts"] for row in of_part(self.rows, "facts")):
+            for name in DECIDING:
+                if known.get(name) != facts.get(name):
+                    raise InputError(
+                        f"{self.path} was measured with {name} {known.get(name)}, and this is {facts.get(name)}; "
+                        "give that again, or choose another --out"
+                    )
         if not any(row["part"] == "facts" and row["facts"] == facts for row in self.rows):
             self._write({"part": "facts", "facts": facts})
 
@@ -74,11 +86,11 @@ def of_part(rows: Iterable[dict[str, Any]], part: str) -> Iterator[dict[str, Any
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean of samples, and the bootstrap's 95% interval of it."""
-    sample = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(sample), (RESAMPLES, len(sample)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(sample[drawn].mean(1), (tail, 1 - tail))
-    return float(sample.mean()), float(low), float(high)
+    found = estimate(values, RESAMPLES)
+    assert found is not None, "each setting has samples"
+    mean, low, high, _ = found
+    # A single sample has no interval, and stands for itself.
+    return mean, mean if low is None else low, mean if high is None else high
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nabla import InputError, KeepProfile, NablaConfig
-from wan.files.plain_data import read_yaml
+from nabla import InputError, NablaConfig
+from wan.config.attention_settings import attention_config
 from wan.tools.study.rules import RULES
 
 DENSE = "dense"
@@ -84,13 +84,7 @@ def of_profiles(paths: Sequence[Path]) -> list[Setting]:
 
 def read_profile(path: Path) -> NablaConfig:
     """The attention of a file that scripts/calibrate_attention.py wrote."""
-    try:
-        content = read_yaml(path)
-        profile = KeepProfile.from_dict({name: content.get(name) for name in ("stretches", "measured_on")})
-        beside = {name: content[name] for name in ("pool", "window", "tile") if content.get(name) is not None}
-        return NablaConfig(profile=profile, **beside)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"profile {path} cannot be used ({error}); see scripts/calibrate_attention.py") from None
+    return attention_config({"profile": str(path)})
 
 
 def of_errors(shares: Sequence[float]) -> Iterator[Setting]:
