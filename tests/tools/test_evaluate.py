@@ -31,7 +31,7 @@ from wan.tools import quality
 from wan.tools.evaluate import likeness, making
 from wan.tools.evaluate.bootstrap import by_prompt, estimate
 from wan.tools.evaluate.clip_score import load_clip
-from wan.tools.evaluate.compared import DENSE, Compared, held_against, read_compared
+from wan.tools.evaluate.compared import DENSE, Compared, held_against, read_compared, stands_alone
 from wan.tools.evaluate.evaluation import Plan, evaluate
 from wan.tools.evaluate.folder import Folder
 from wan.tools.evaluate.jobs import PROMPT_FOLDER, PROMPTS, STRIDE, jobs_of, shown
@@ -464,6 +464,16 @@ def test_settings_say_nothing_else_than_generate_would(random_nano):
     asked = checkpoint.resolve({"prompt": "a", "attention": {"algorithm": "keep-0.4"}})
     assert share.attention == asked.attention != NablaConfig(keep=0.4) and share.attention.dense_steps > 0
     assert threshold.attention == NablaConfig(threshold=0.4)
+
+
+def test_a_setting_may_say_what_goes_beside_the_algorithm_of_a_checkpoint(tmp_path, monkeypatch):
+    from wan.models.checkpoint import Checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    Path("kept.yaml").write_text("attention: {mask_refresh: 2}\n")
+    assert not stands_alone("kept.yaml") and stands_alone("keep-0.4") and stands_alone("nabla_0.4.yaml")
+    _, found = read_compared(["kept.yaml"], Checkpoint.open(ROOT / "checkpoints" / "wan-shapes"))
+    assert (found.attention.keep, found.attention.mask_refresh) == (0.7, 2)
 
 
 def test_jobs_have_the_same_seeds_whatever_is_added():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError, NablaConfig
-from wan.config.attention_settings import attention_config, attention_to_dict
+from wan.config.attention_settings import SAYS_WHICH, attention_config, attention_to_dict
 from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import read_settings
 from wan.config.settings import Settings
@@ -80,6 +80,12 @@ def held_against(compared: Sequence[Compared], name: str | None) -> Compared:
     if name not in names:
         raise InputError(f"against {name} is none of the settings {', '.join(names)}; name one of them")
     return compared[names.index(name)]
+
+
+def stands_alone(text: str) -> bool:
+    """Whether a setting says its algorithm, and not only what goes beside that of a checkpoint."""
+    attention = _layer_of(text)[1].get("attention")
+    return not isinstance(attention, Mapping) or any(attention.get(name) is not None for name in SAYS_WHICH)
 
 
 def _layer_of(text: str) -> tuple[str, Mapping[str, Any]]:

@@ -39,7 +39,7 @@ from wan.run.generation import load_pipeline
 from wan.run.run import check_alone, lay_out
 from wan.run.settle import settle
 from wan.sampling.guided import GuidedPipeline
-from wan.tools.evaluate.compared import Compared, held_against, read_compared
+from wan.tools.evaluate.compared import Compared, held_against, read_compared, stands_alone
 from wan.tools.evaluate.evaluation import Plan, evaluate
 from wan.tools.evaluate.folder import Folder
 from wan.tools.evaluate.jobs import PROMPTS, Job, find_prompts, jobs_of
@@ -103,8 +103,9 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace, device: torch.device, processes: DistributedContext | None) -> None:
     """Compare on these processes, and print what came out on the first."""
     options = options_of(args)
-    # What is wrong in them is said before a checkpoint is looked for.
-    held_against(read_compared(args.settings), args.against)
+    # What is wrong in them is said before a checkpoint is looked for, unless it takes that to know.
+    if all(map(stands_alone, args.settings)):
+        held_against(read_compared(args.settings), args.against)
     check_memory(options.memory, device, processes, options.offload)
     if device.type == "cuda" if options.compile is None else options.compile:
         check_compiler(device)

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 
-from wan.files.atomic import atomic_path
+from wan.files.atomic import atomic_path, remove
 from wan.files.json_files import write_json
 from wan.files.video import make_folder
 from wan.tools.evaluate.compared import Compared
@@ -28,11 +28,12 @@ def write_folders(compared: Sequence[Compared], jobs: Sequence[Job], folder: Fol
         made = [(job, name) for job, name in zip(jobs, names) if folder.video(one, job).is_file()]
         if not made:
             continue
-        with atomic_path(folder.vbench / f"{one.name}.new") as partial:
+        with atomic_path(folder.vbench / one.name) as partial:
             partial.mkdir()
             for job, name in made:
                 _link(folder.video(one, job), partial / name)
-        _replace(folder.vbench / f"{one.name}.new", folder.vbench / one.name)
+            # That of an earlier run, for no folder takes the place of one with files in it.
+            remove(folder.vbench / one.name)
         write_json(folder.vbench / f"{one.name}.json", {name: job.settings.prompt for job, name in made})
 
 
@@ -56,9 +57,3 @@ def _link(video: os.PathLike, path: os.PathLike) -> None:
     # A file system without links, or with few of them.
     except OSError:
         shutil.copyfile(video, path)
-
-
-def _replace(new: os.PathLike, path: os.PathLike) -> None:
-    """Put a folder in the place of one that may be there, with the videos of an earlier run."""
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(new, path)
