@@ -109,10 +109,7 @@ def _add_weights(parser: Parser) -> None:
         help="a LoRA to merge into the transformer, .safetensors; may be given several times (default scale: 1); "
         "with high: or low: before it, into that expert of Wan2.2 alone",
     )
-    add(
-        "--sparse_algo",
-        help="attention: dense, nabla-0.7, sta-11-3-3, nabla-0.6_sta-11-3-3 (window in blocks), keep-0.2, profile:FILE",
-    )
+    add("--sparse_algo", help="attention: dense, nabla-0.7, keep-0.2, nabla-0.6_sta-11-3-3 (blocks), profile:FILE")
 
 
 def _add_video(parser: Parser) -> None:
