@@ -139,6 +139,14 @@ def test_the_controls_of_attention_and_its_string_say_the_same(algorithm, contro
 def test_controls_of_attention_that_are_half_filled():
     assert to_algorithm(WINDOW, None, " ") == "sta-11-3-3"
     assert to_algorithm(SHARE, None, "3x5x5") == "keep-0.2_sta-3-5-5"
+    # What has no control stays while it has a use.
+    before = "nabla-0.7_max-0.3_pool-1-4-4_dropped-mean_sta-11-3-3"
+    assert to_algorithm(THRESHOLD, 0.8, "", before) == "nabla-0.8_max-0.3_pool-1-4-4_dropped-mean"
+    assert to_algorithm(SHARE, 0.3, "3-5-5", before) == "keep-0.3_pool-1-4-4_dropped-mean_sta-3-5-5"
+    assert (
+        to_algorithm(WINDOW, None, "", before) == "dropped-mean_sta-11-3-3"
+        and to_algorithm(DENSE, 1, "", before) == "dense"
+    )
     with pytest.raises(InputError, match="'sta-3-5' is not known"):
         to_controls(to_algorithm(WINDOW, None, "3, 5"))
 

@@ -76,7 +76,7 @@ class Events:
         # On `input`, which people cause, not `change`, which updates cause too: `read` sets the controls of attention,
         # and `spell` would answer it.
         for control in attention:
-            control.input(told(self.spell), attention, [algorithm, c.amount, c.window, c.said], **QUIET)
+            control.input(told(self.spell), [*attention, algorithm], [algorithm, c.amount, c.window, c.said], **QUIET)
         gr.on([algorithm.submit, algorithm.blur], told(self.read), algorithm, [*attention, c.said], **QUIET)
         results = [c.generate, c.cancel, c.said, c.picture, c.video, c.save_video, c.save_sidecar]
         gr.on(
@@ -193,9 +193,9 @@ class Events:
         files = lora_choices(self.library.files(), base)
         return {self.controls.form["lora"]: gr.update(choices=list(files)), self.controls.said: READY}
 
-    def spell(self, kind: str, amount: float | None, window: str) -> Updates:
-        """The algorithm that the controls of attention spell."""
-        algorithm = to_algorithm(kind, amount, window)
+    def spell(self, kind: str, amount: float | None, window: str, before: str) -> Updates:
+        """The algorithm that the controls of attention spell, which said another one before."""
+        algorithm = to_algorithm(kind, amount, window, before)
         c = self.controls
         return {
             c.form["algorithm"]: algorithm,

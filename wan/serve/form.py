@@ -20,6 +20,8 @@ from wan.config.settings import Settings
 DENSE, THRESHOLD, SHARE, WINDOW = "Dense", "Threshold", "Share", "Window"
 USUAL_AMOUNT = {THRESHOLD: 0.7, SHARE: 0.2}
 USUAL_WINDOW = "11-3-3"
+# Of an algorithm, the parts without controls that go with what the controls say.
+BESIDE = {THRESHOLD: ("min-", "max-", "pool-", "dropped-"), SHARE: ("pool-", "dropped-"), WINDOW: ("dropped-",)}
 USUAL_CACHE = "first_block"
 
 Layer = dict[str, Any]
@@ -172,15 +174,16 @@ def _whole(number: float) -> int | float:
     return int(number) if float(number).is_integer() else number
 
 
-def to_algorithm(kind: str, amount: float | None, window: str) -> str:
-    """The algorithm string that the controls beside it spell."""
+def to_algorithm(kind: str, amount: float | None, window: str, before: str = "") -> str:
+    """The algorithm string that the controls beside it spell, with what they do not say of the one before."""
+    beside = [part for part in (before or "").split("_") if part.startswith(BESIDE.get(kind, ()))]
     sta = "sta-" + "-".join(re.findall(r"\d+", window or "") or [USUAL_WINDOW])
     if kind == DENSE:
         return "dense"
     if kind == WINDOW:
-        return sta
+        return "_".join([*beside, sta])
     share = f"{'nabla' if kind == THRESHOLD else 'keep'}-{USUAL_AMOUNT[kind] if amount is None else amount:g}"
-    return f"{share}_{sta}" if (window or "").strip() else share
+    return "_".join([share, *beside, *([sta] if (window or "").strip() else [])])
 
 
 def to_controls(algorithm: str) -> tuple[str | None, float, str]:
