@@ -95,14 +95,9 @@ class TileLayout:
 
         pool: of a part, which divides the tile; None for parts that are whole tiles
         """
-        frames, rows, columns = grid = cls.check_grid(grid)
+        grid = cls.check_grid(grid)
         t, h, w = tile
-        # Tokens are numbers in raster order, slots of padding -1.
-        tokens = torch.arange(math.prod(grid)).view(grid)
-        tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)
-        # (tiles, tokens of a tile), both in raster order of (frames, rows, columns).
-        n_t, n_h, n_w = (n // m for n, m in zip(tokens.shape, tile))
-        tiled = tokens.view(n_t, t, n_h, h, n_w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, t * h * w)
+        tiled = _tokens_of_tiles(grid, (t, h, w))
         # Valid tokens first, in raster order: cuDNN and our own gather are given a count for each tile and no mask.
         valid_first = (tiled < 0).to(torch.int8).argsort(dim=1, stable=True)
         tiled = tiled.gather(1, valid_first)
@@ -139,6 +134,15 @@ class TileLayout:
         # Padding names a token as its source, whose gradient it must not take.
         valid = self.valid.flatten() if self.has_partial_tiles else None
         return _move(x.transpose(1, 2), self.slot, self.source, valid)
+
+
+def _tokens_of_tiles(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> Tensor:
+    """The raster numbers of each tile's tokens, both in raster order, -1 for padding: (tiles, block) int64."""
+    (frames, rows, columns), (t, h, w) = grid, tile
+    tokens = torch.arange(math.prod(grid)).view(grid)
+    tokens = F.pad(tokens, (0, -columns % w, 0, -rows % h, 0, -frames % t), value=-1)
+    n_t, n_h, n_w = (n // m for n, m in zip(tokens.shape, tile))
+    return tokens.view(n_t, t, n_h, h, n_w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, t * h * w)
 
 
 def _parts_of_places(tile: tuple[int, int, int], pool: tuple[int, int, int]) -> Tensor:
