@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from nabla import InputError
 from wan.attention.compile import compile_blocks
 from wan.config.sampling_settings import SamplingSettings
 from wan.config.settings import VideoSettings
@@ -34,6 +35,8 @@ def calibration_mode(args: argparse.Namespace, videos: list[VideoSettings], devi
 
     Two layers are measured, that in the middle and the last; `all` is extrapolated, for two guidance branches.
     """
+    if not args.keep:
+        raise InputError("keep is empty; give shares of blocks to measure, such as --keep 0.1 0.2")
     family = MODELS[args.model]
     for video in videos:
         transformer = family.random_transformer(args.model, getattr(torch, args.dtype), device, layers=args.layers)
