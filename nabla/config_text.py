@@ -44,8 +44,9 @@ def read(algorithm: object) -> dict[str, Any]:
         # A threshold and a share are two forms of one choice.
         if name is None or name in values or {name, *values} >= {"threshold", "keep"}:
             raise InputError(
-                f"attention algorithm {algorithm!r} is not known; use dense, nabla-0.7, sta-11-3-3 "
-                "or nabla-0.6_sta-11-3-3 (threshold; window in blocks of frames, rows, columns)"
+                f"attention algorithm {algorithm!r} is not known; use dense, nabla-0.7, keep-0.2, sta-11-3-3 "
+                "or nabla-0.6_sta-11-3-3 (threshold; share of blocks; window in blocks of frames, rows, columns), and "
+                "after a threshold or share _pool-1-4-4, _dropped-mean, and of a threshold _min-0.05, _max-0.3"
             )
         values[name] = value
     return values

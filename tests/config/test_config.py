@@ -58,7 +58,7 @@ def test_algorithm_strings_both_ways(algorithm, config):
     ),
 )
 def test_unknown_algorithm_strings(text):
-    with pytest.raises(InputError, match="is not known; use dense, nabla-0.7"):
+    with pytest.raises(InputError, match="is not known; use dense, nabla-0.7, keep-0.2.*_pool-1-4-4"):
         NablaConfig.parse(text)
 
 
