@@ -476,6 +476,11 @@ def test_a_setting_may_say_what_goes_beside_the_algorithm_of_a_checkpoint(tmp_pa
     assert (found.attention.keep, found.attention.mask_refresh) == (0.7, 2)
 
 
+def test_a_first_seed_below_zero_is_refused():
+    with pytest.raises(InputError, match="base_seed -5 is below 0; give one of 0 or more"):
+        jobs_of([settings_of("a b")], base_seed=-5)
+
+
 def test_jobs_have_the_same_seeds_whatever_is_added():
     jobs = jobs_of([settings_of("a b"), settings_of("c", seed=5)], 2, base_seed=100)
     assert [(job.name, job.settings.sampling.seed) for job in jobs] == [

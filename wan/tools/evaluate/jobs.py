@@ -46,6 +46,9 @@ def jobs_of(videos: Sequence[Settings], takes: int = 1, base_seed: int = 0) -> l
     """
     if takes < 1:
         raise InputError(f"seeds {takes} must be 1 or more")
+    # None is drawn anew, not for -1 either: every setting has to have the same, and so has a run that goes on.
+    if base_seed < 0:
+        raise InputError(f"base_seed {base_seed} is below 0; give one of 0 or more, or leave it out for 0")
     return [_job(number, take, one, base_seed) for take in range(takes) for number, one in enumerate(videos)]
 
 

@@ -144,7 +144,7 @@ def settle_jobs(args: argparse.Namespace, device: torch.device) -> tuple[Checkpo
         raise InputError(
             "expand_prompt would write other texts each time; give --expand_prompt false, and texts as meant"
         )
-    return checkpoint, jobs_of(every[: args.prompts], args.seeds, max(args.base_seed or 0, 0))
+    return checkpoint, jobs_of(every[: args.prompts], args.seeds, args.base_seed or 0)
 
 
 def say_what_runs(checkpoint: Checkpoint, jobs: list[Job], compared: list[Compared]) -> None:
