@@ -1,4 +1,5 @@
-"""Means in float16 on a GPU, each head by a power of two with which all of it fits."""
+"""Means in float16 on a GPU, by powers of two with which they fit: keys once, a head by one; queries as they are read,
+a row by one."""
 
 from __future__ import annotations
 
@@ -54,6 +55,32 @@ if triton is not None:
         # Kept where neither power is infinite or zero.
         exponent = tl.minimum(tl.maximum((greatest >> MANTISSA) - BIAS, -100), 100)
         return (((exponent - EXPONENT) * -SIGN + BIAS) << MANTISSA).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def load_rows(x, row, stride, START: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
+        """(rows, DEPTH) numbers of heads from START on, and zeros behind a head's end."""
+        at = START + tl.arange(0, DEPTH)
+        if START + DEPTH <= DIM:
+            return tl.load(x + row[:, None] * stride + at)
+        else:
+            return tl.load(x + row[:, None] * stride + at, mask=(at < DIM)[None, :], other=0.0)
+
+    @triton.jit
+    def greatest_of_rows(q, at, q_row, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
+        """The bits of each query row's greatest magnitude, by which float16 is made of it; zeros where none is."""
+        greatest = tl.zeros(at.shape, tl.float32)
+        if TO_HALF:
+            for start in tl.static_range(0, DIM, DEPTH):
+                greatest = tl.maximum(greatest, tl.max(tl.abs(load_rows(q, at, q_row, start, DIM, DEPTH)), axis=1))
+        return greatest.to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def queries(
+        q, at, q_row, greatest, START: tl.constexpr, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
+    ):
+        """(rows, DEPTH) numbers of query rows, as they are multiplied."""
+        x = load_rows(q, at, q_row, START, DIM, DEPTH)
+        return (x * power_of(greatest, 1)[:, None]).to(tl.float16) if TO_HALF else x
 
     @triton.jit
     def _rows(x, x_batch, x_head, x_row, heads, rows, DIM: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):

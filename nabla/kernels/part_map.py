@@ -79,33 +79,7 @@ def part_map(q: Tensor, k: Tensor, part_sizes: Tensor, has_empty_parts: bool, ha
 
 
 if triton is not None:
-    from nabla.kernels.halves import power_of
-
-    @triton.jit
-    def _load(x, row, stride, START: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
-        """(rows, DEPTH) numbers of heads from START on, and zeros behind a head's end."""
-        at = START + tl.arange(0, DEPTH)
-        if START + DEPTH <= DIM:
-            return tl.load(x + row[:, None] * stride + at)
-        else:
-            return tl.load(x + row[:, None] * stride + at, mask=(at < DIM)[None, :], other=0.0)
-
-    @triton.jit
-    def _greatest_of_rows(q, at, q_row, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
-        """The bits of each query row's greatest magnitude, by which float16 is made of it; zeros where none is."""
-        greatest = tl.zeros(at.shape, tl.float32)
-        if TO_HALF:
-            for start in tl.static_range(0, DIM, DEPTH):
-                greatest = tl.maximum(greatest, tl.max(tl.abs(_load(q, at, q_row, start, DIM, DEPTH)), axis=1))
-        return greatest.to(tl.int32, bitcast=True)
-
-    @triton.jit
-    def _queries(
-        q, at, q_row, greatest, START: tl.constexpr, TO_HALF: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
-    ):
-        """(rows, DEPTH) numbers of query rows, as they are multiplied."""
-        x = _load(q, at, q_row, START, DIM, DEPTH)
-        return (x * power_of(greatest, 1)[:, None]).to(tl.float16) if TO_HALF else x
+    from nabla.kernels.halves import greatest_of_rows, load_rows, power_of, queries
 
     @triton.jit
     def _products(
@@ -114,10 +88,12 @@ if triton is not None:
         """Of query rows, whose first numbers are `a` already, with key rows."""
         # Of float16 this says nothing.
         PRECISION: tl.constexpr = "tf32x3"
-        total = tl.dot(a, tl.trans(_load(k, k_at, k_row, 0, DIM, DEPTH)), input_precision=PRECISION)
+        total = tl.dot(a, tl.trans(load_rows(k, k_at, k_row, 0, DIM, DEPTH)), input_precision=PRECISION)
         for start in tl.static_range(DEPTH, DIM, DEPTH):
-            more = _queries(q, q_at, q_row, greatest, start, TO_HALF, DIM, DEPTH)
-            total = tl.dot(more, tl.trans(_load(k, k_at, k_row, start, DIM, DEPTH)), total, input_precision=PRECISION)
+            more = queries(q, q_at, q_row, greatest, start, TO_HALF, DIM, DEPTH)
+            total = tl.dot(
+                more, tl.trans(load_rows(k, k_at, k_row, start, DIM, DEPTH)), total, input_precision=PRECISION
+            )
         return total
 
     @triton.jit
@@ -176,9 +152,9 @@ if triton is not None:
         q, k = _head(q, q_batch, q_head, heads), _head(k, k_batch, k_head, heads)
         row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         at = tl.minimum(row, rows - 1)
-        row_greatest = _greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
+        row_greatest = greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
         scale = _scales(row_greatest, k_greatest, scale, TO_HALF)
-        a = _queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
+        a = queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
         greatest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
         first, last = _stretch(rows, COLUMNS)
         # The last keys are apart, so that all others need no mask.
@@ -262,9 +238,9 @@ if triton is not None:
         key_tile = column // (WIDTH * KEY_NEAR) * KEY_NEAR + column // 2 % KEY_NEAR
         q, k = _head(q, q_batch, q_head, heads), _head(k, k_batch, k_head, heads)
         at = tl.minimum(tile, blocks - 1) * PARTS + tl.minimum(part, PARTS - 1)
-        row_greatest = _greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
+        row_greatest = greatest_of_rows(q, at, q_row, TO_HALF, DIM, DEPTH)
         scale = _scales(row_greatest, k_greatest, scale, TO_HALF)
-        a = _queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
+        a = queries(q, at, q_row, row_greatest, 0, TO_HALF, DIM, DEPTH)
         # A mean over the query parts that count, by what their probabilities are divided by.
         total = _sum_of_splits(totals, at, blocks * PARTS, SPLITS) + tl.log2(
             _parts_that_count(part_sizes, at // PARTS, PARTS, HAS_EMPTY, WIDTH)

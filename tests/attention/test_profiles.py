@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from test_apply_attention import tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
 import nabla
@@ -19,20 +19,6 @@ PROFILE = KeepProfile(
     (Stretch(0.25, (1.0, 1.0, 1.0)), Stretch(0.5, (1.0, 0.3, 0.5)), Stretch(1.0, (0.2, 0.3, 1.0))), {"layers": 3}
 )
 CONFIG = NablaConfig(profile=PROFILE, tile=TILE)
-
-
-def tiny_transformer(layers: int = 3) -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=layers,
-    ).eval()
 
 
 def forward(transformer, timestep: float = 500.0) -> torch.Tensor:
@@ -49,7 +35,7 @@ def at_step(transformer, step: int, steps: int) -> torch.Tensor:
 
 def by_hand(shares: tuple[float, ...], timestep: float, **changes) -> torch.Tensor:
     """A forward of layers with a plan each, put in by hand."""
-    transformer = tiny_transformer(len(shares))
+    transformer = tiny_transformer(0, num_layers=len(shares))
     wan.apply_attention(transformer, NablaConfig(keep=0.5, tile=TILE))
     configs = [None if share == 1 else NablaConfig(keep=share, tile=TILE, **changes) for share in shares]
 
@@ -63,7 +49,7 @@ def by_hand(shares: tuple[float, ...], timestep: float, **changes) -> torch.Tens
 
 @pytest.mark.parametrize("changes", ({}, {"pool": (1, 1, 1)}, {"window": (1, 3, 1)}))
 def test_each_layer_keeps_its_share_in_each_stretch(changes):
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     wan.apply_attention(transformer, replace(CONFIG, **changes))
     for step, stretch in enumerate((0, 0, 1, 1, 2, 2, 2, 2)):
         wanted = by_hand(PROFILE.stretches[stretch].keep, 1000.0 - step, **changes)
@@ -73,7 +59,7 @@ def test_each_layer_keeps_its_share_in_each_stretch(changes):
 
 
 def test_layers_and_stretches_of_equal_shares_have_one_plan():
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     wan.apply_attention(transformer, CONFIG)
     for step in range(8):
         at_step(transformer, step, 8)
@@ -87,7 +73,7 @@ def test_layers_and_stretches_of_equal_shares_have_one_plan():
 
 @pytest.mark.parametrize("refresh, graphs", ((1, 2), (2, 3)))
 def test_one_graph_serves_all_layers_stretches_and_shares(refresh, graphs):
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     counter = CompileCounter()
     for block in transformer.blocks:
         block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
@@ -107,7 +93,7 @@ def test_one_graph_serves_all_layers_stretches_and_shares(refresh, graphs):
 
 
 def test_masks_are_chosen_anew_where_a_stretch_begins():
-    transformer, seen = tiny_transformer(), []
+    transformer, seen = tiny_transformer(0, num_layers=3), []
     wan.apply_attention(transformer, replace(CONFIG, mask_refresh=3))
     layers, fresh = transformer.nabla.layers, []
     for step in range(8):
@@ -125,14 +111,14 @@ def test_masks_are_chosen_anew_where_a_stretch_begins():
 def test_masks_of_one_layer_are_not_taken_under_another_share():
     """Of stretches of which but one layer's share changes."""
     profile = KeepProfile((Stretch(0.5, (0.3, 0.3)), Stretch(1.0, (0.3, 0.6))))
-    transformer = tiny_transformer(2)
+    transformer = tiny_transformer(0, num_layers=2)
     wan.apply_attention(transformer, NablaConfig(profile=profile, tile=TILE, mask_refresh=4))
     at_step(transformer, 0, 2)
     assert torch.equal(at_step(transformer, 1, 2), by_hand((0.3, 0.6), 999.0))
 
 
 def test_shares_need_a_loop_that_says_how_many_steps_there_are():
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     for config in (NablaConfig(keep=0.3, tile=TILE, dense_steps=0.2), CONFIG):
         wan.apply_attention(transformer, config)
         with pytest.raises(InputError, match="nothing here says .*; (give a whole number|sample with a pipeline)"):
@@ -143,7 +129,7 @@ def test_shares_need_a_loop_that_says_how_many_steps_there_are():
 
 
 def test_training_runs_what_comes_after_the_dense_steps():
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     for config in (replace(CONFIG, mask_refresh=2), NablaConfig(keep=0.3, tile=TILE, dense_steps=0.5)):
         wan.apply_attention(transformer, config)
         shares = PROFILE.stretches[-1].keep if config.profile else (0.3,) * 3
@@ -152,14 +138,14 @@ def test_training_runs_what_comes_after_the_dense_steps():
 
 
 def test_the_first_layers_by_share():
-    transformer = tiny_transformer()
+    transformer = tiny_transformer(0, num_layers=3)
     for share, first in ((0.3, 1), (0.34, 2), (0.9, 3)):
         wan.apply_attention(transformer, NablaConfig(keep=0.3, tile=TILE, dense_layers=share))
         assert torch.equal(forward(transformer), by_hand((1.0,) * first + (0.3,) * (3 - first), 500.0))
 
 
 def test_a_profile_of_other_layers_changes_no_transformer():
-    transformer = tiny_transformer(2)
+    transformer = tiny_transformer(0, num_layers=2)
     wan.apply_attention(transformer, NablaConfig(keep=0.5, tile=TILE))
     before, line = forward(transformer), "profile has shares of 3 layers, and this transformer has 2"
     with pytest.raises(InputError, match=line):
@@ -170,7 +156,7 @@ def test_a_profile_of_other_layers_changes_no_transformer():
 def test_layers_that_are_dense_in_all_stretches_stay_diffusers_own():
     schedule = Schedule(NablaConfig(profile=KeepProfile((Stretch(0.5, (1.0, 0.5)), Stretch(1.0, (1.0, 1.0))))), 2)
     assert schedule.sparse_layers == [1] and schedule.by_step
-    transformer, dense = tiny_transformer(2), forward(tiny_transformer(2))
+    transformer, dense = tiny_transformer(0, num_layers=2), forward(tiny_transformer(0, num_layers=2))
     wan.apply_attention(transformer, NablaConfig(profile=KeepProfile((Stretch(1.0, (1.0, 1.0)),))))
     assert transformer.nabla.patched == [] and torch.equal(forward(transformer), dense)
 

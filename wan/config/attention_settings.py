@@ -4,16 +4,15 @@ nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from nabla import InputError, KeepProfile, NablaConfig
 from nabla.config import CHOICE, KINDS
-from wan.config.checks import check_path, recordable
+from wan.config.checks import recordable
 from wan.config.config_files import CONFIG_FOLDER, profile_file
+from wan.config.measured_files import read_measured
 from wan.files.plain_data import read_yaml
 
 # The published program runs this many first steps dense when only a window is used.
@@ -149,14 +148,5 @@ def _with_profile(given: Mapping[str, Any]) -> Layer:
 
 def _read(name: str) -> Mapping[str, Any]:
     """What the file of a profile says."""
-    check_path("attention profile", name)
-    path = Path(os.path.expanduser(name))
-    if not os.path.isfile(path) and os.path.isfile(PROFILE_FOLDER / name):
-        path = PROFILE_FOLDER / name
-    try:
-        content = read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"attention profile {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping) or "stretches" not in content:
-        raise InputError(f"attention profile {path} has no 'stretches'; write it with scripts/calibrate_attention.py")
-    return content
+    program = "scripts/calibrate_attention.py"
+    return read_measured("attention profile", name, PROFILE_FOLDER, read_yaml, "stretches", program)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from nabla import InputError
 from nabla.checks import is_count, is_number
-from wan.config.checks import MAX_STEPS, check_keys, check_path, recordable
+from wan.config.checks import MAX_STEPS, check_keys, recordable
 from wan.config.config_files import CONFIG_FOLDER
+from wan.config.measured_files import read_measured
 from wan.files.plain_data import read_json
 
 # Thresholds that diffusers sets by default; not measured here.
@@ -139,17 +138,8 @@ class CacheSettings:
 
 def _read(name: str) -> dict[str, Any]:
     """What a file of ratios says: these, what they were measured on, and how many forwards in a row may reuse."""
-    check_path("cache ratios", name)
-    path = Path(os.path.expanduser(name))
-    if not os.path.isfile(path) and os.path.isfile(RATIOS_FOLDER / name):
-        path = RATIOS_FOLDER / name
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cache ratios {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or "ratios" not in content:
-        raise InputError(f"cache ratios {path} has no 'ratios'; write it with scripts/calibrate_cache.py")
-    return {"measured_on": None} | content
+    content = read_measured("cache ratios", name, RATIOS_FOLDER, read_json, "ratios", "scripts/calibrate_cache.py")
+    return {"measured_on": None, **content}
 
 
 def _checked(given: Any) -> tuple[float, ...] | None:
