@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> None:
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import pick_device
     from wan.serve.limits import Limits
-    from wan.serve.server import Address, make_page, serve
-    from wan.serve.sources import LoraLibrary, Presets
+    from wan.serve.lora_library import LoraLibrary
+    from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.presets import Presets
     from wan.serve.studio import Studio
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}

@@ -17,8 +17,8 @@ from wan.config.config_files import read_settings
 from wan.config.model_settings import ModelSettings
 from wan.config.settings import Settings, resolve
 from wan.run.ratios import conditions, profile_measured_otherwise
-from wan.serve.form import to_controls, to_form, to_layer
-from wan.serve.sources import from_sidecar
+from wan.serve.page.form import to_controls, to_form, to_layer
+from wan.serve.page.sidecars import from_sidecar
 
 ROOM = {"checkpoint": "somewhere", "prompt": "a cat"}
 PROFILE = KeepProfile((Stretch(0.2, (1.0, 0.5)), Stretch(1.0, (0.5, 0.1))), {"checkpoint": "somewhere", "layers": 2})

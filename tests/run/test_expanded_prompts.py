@@ -12,7 +12,7 @@ from nabla import InputError
 from wan.config.settings import resolve, writers_of
 from wan.run.jobs import name_of, read_prompts
 from wan.run.sidecars import Sidecar, comparable
-from wan.serve.sources import from_sidecar
+from wan.serve.page.sidecars import from_sidecar
 
 PLAIN = {"checkpoint": "x", "prompt": "a cat"}
 ASKED = PLAIN | {"expand_prompt": True}

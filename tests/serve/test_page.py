@@ -25,20 +25,24 @@ from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
 from wan.sampling.loop import Cancelled
-from wan.serve import pictures, status
 from wan.serve import studio as studio_module
-from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, parse_scales, to_algorithm, to_controls, to_form, to_layer
 from wan.serve.limits import Limits
-from wan.serve.pictures import picture_notes, pictures_taken, thumbnail_of, with_picture
-from wan.serve.sources import (
-    MAX_SIDECAR_BYTES,
-    OWN,
-    LoraLibrary,
-    Presets,
-    from_sidecar,
-    quantization_notes,
-    read_sidecar,
+from wan.serve.lora_library import LoraLibrary
+from wan.serve.page import pictures, status
+from wan.serve.page.form import (
+    DENSE,
+    SHARE,
+    THRESHOLD,
+    WINDOW,
+    parse_scales,
+    to_algorithm,
+    to_controls,
+    to_form,
+    to_layer,
 )
+from wan.serve.page.pictures import picture_notes, pictures_taken, thumbnail_of, with_picture
+from wan.serve.page.sidecars import MAX_SIDECAR_BYTES, from_sidecar, quantization_notes, read_sidecar
+from wan.serve.presets import OWN, Presets
 from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
 SMALL = {"sampling": {"steps": 2, "seed": 1}, "video": {"size": "64*48", "frame_num": 5}, "prompt": "A red circle"}
@@ -475,7 +479,7 @@ def test_without_gradio_the_program_says_how_to_get_it(monkeypatch, capsys):
 )
 def test_a_wrong_start_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
-    monkeypatch.setattr("wan.serve.server.gr.Blocks.launch", lambda *_, **__: pytest.fail("the page was served"))
+    monkeypatch.setattr("wan.serve.page.server.gr.Blocks.launch", lambda *_, **__: pytest.fail("the page was served"))
     (tmp_path / "file").touch()
     assert app.main(["--save_dir", str(tmp_path / "videos"), *flags.format(tmp_path).split()]) == 2
     said = capsys.readouterr().err
@@ -488,7 +492,7 @@ def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.serve.server.gr.Blocks.launch", interrupted)
+    monkeypatch.setattr("wan.serve.page.server.gr.Blocks.launch", interrupted)
     assert app.main(["--save_dir", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -22,8 +22,8 @@ from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.request import Options
-from wan.serve import pictures
 from wan.serve.limits import Limits, Line, Visitor, check_waiting
+from wan.serve.page import pictures
 from wan.serve.shown import sidecar_to_share, without_folders
 from wan.serve.studio import Studio
 
@@ -109,8 +109,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def page(random_nano, tmp_path_factory) -> Iterator[Served]:
-    from wan.serve.server import Address, make_page, serve
-    from wan.serve.sources import LoraLibrary, Presets
+    from wan.serve.lora_library import LoraLibrary
+    from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.presets import Presets
 
     folder = tmp_path_factory.mktemp("attacked")
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +175,7 @@ def test_the_page_s_own_names_are_answered(page):
 
 @pytest.mark.parametrize("name", ("", "a b", "http://x", "x/y", "x:port", "*"))
 def test_an_allowed_host_that_is_none(name):
-    from wan.serve.guard import Guard, Presence
+    from wan.serve.page.guard import Guard, Presence
 
     with pytest.raises(InputError, match="is not a host; give video.example.org"):
         Guard(None, "127.0.0.1", [name], list, int, 1, 1, Presence())
@@ -208,7 +209,7 @@ def test_an_upload_needs_the_token_that_comes_with_the_page(page, monkeypatch):
 
 
 def test_uploads_hold_so_much_of_the_disk_and_no_more():
-    from wan.serve.guard import API, Guard, Presence, Refused
+    from wan.serve.page.guard import API, Guard, Presence, Refused
 
     guard = Guard(None, "127.0.0.1", (), list, lambda: 900, 500, 1000, Presence())
     scope = {"type": "http", "method": "POST", "path": f"{API}upload", "server": ("127.0.0.1", 80), "headers": []}
@@ -346,8 +347,8 @@ def test_a_picture_for_what_takes_none_is_refused_when_a_video_is_asked_for(page
 
 
 def test_a_preset_beyond_the_limits_is_shown_within_them_and_says_so():
-    from wan.serve.form import to_form
-    from wan.serve.layout import within
+    from wan.serve.page.form import to_form
+    from wan.serve.page.layout import within
 
     form_of = to_form(resolve({"prompt": "x", "checkpoint": "x", "video": {"frame_num": 81}}))
     fitting, note = within(form_of, Limits(frames=20, steps=8))
@@ -378,7 +379,7 @@ def test_a_visitor_of_200_jobs_keeps_nobody_out_and_cancel_ends_them_all(page, m
 
 
 def test_a_video_of_which_nobody_hears_is_cancelled(page, monkeypatch):
-    monkeypatch.setattr("wan.serve.guard.UNHEARD_SECONDS", 0.5)
+    monkeypatch.setattr("wan.serve.page.guard.UNHEARD_SECONDS", 0.5)
     assert page.generate("deaf", steps=900, frames=33, size="128x128") == 200
     page.until(lambda: page.jobs("deaf"))
     page.until(lambda: not page.jobs("deaf"))

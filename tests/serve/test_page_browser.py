@@ -116,8 +116,9 @@ def browser(studio, random_nano, tmp_path_factory) -> Iterator[Browser]:
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    from wan.serve.server import Address, make_page, serve
-    from wan.serve.sources import LoraLibrary, Presets
+    from wan.serve.lora_library import LoraLibrary
+    from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.presets import Presets
 
     library = LoraLibrary(studio.folder / "loras")
     page = make_page(studio, Presets({"checkpoint": str(random_nano)}, "x", "nabla_0.7.yaml"), library)

@@ -1,1 +1,1 @@
-"""The web page of app.py, with gradio. Only `layout` needs gradio."""
+"""Videos made for others: jobs that survive, the processes that make them, an HTTP API, and a web page."""

@@ -11,12 +11,12 @@ from nabla.config import BACKEND_NAMES
 from wan.config.checks import SOLVERS
 from wan.config.geometry import DEFAULT_GEOMETRY, Geometry
 from wan.config.settings import Settings
-from wan.serve.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.serve.limits import Limits
-from wan.serve.pictures import PICTURES, pictures_taken
+from wan.serve.page.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
+from wan.serve.page.pictures import PICTURES, pictures_taken
+from wan.serve.page.status import STARTING
+from wan.serve.presets import Presets
 from wan.serve.shown import name_of
-from wan.serve.sources import Presets
-from wan.serve.status import STARTING
 
 # Of a slider, unless settings go beyond.
 LEAST_AMOUNT = 0.05

@@ -12,10 +12,11 @@ import gradio as gr
 from gradio.routes import App, ORJSONResponse
 
 from nabla import InputError
-from wan.serve.events import Events
-from wan.serve.guard import Guard, Presence, size_of
-from wan.serve.layout import Controls, lay_out
-from wan.serve.sources import LoraLibrary, Presets
+from wan.serve.lora_library import LoraLibrary
+from wan.serve.page.events import Events
+from wan.serve.page.guard import Guard, Presence, size_of
+from wan.serve.page.layout import Controls, lay_out
+from wan.serve.presets import Presets
 from wan.serve.studio import Studio
 
 log = logging.getLogger("wan")

@@ -16,9 +16,11 @@ from wan.config.config_files import read_made_with
 from wan.config.settings import Settings, resolve
 from wan.files.plain_data import read_json
 from wan.sampling.loop import Cancelled
-from wan.serve.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
-from wan.serve.guard import Hearing, Presence
-from wan.serve.layout import (
+from wan.serve.limits import Visitor
+from wan.serve.lora_library import LoraLibrary
+from wan.serve.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
+from wan.serve.page.guard import Hearing, Presence
+from wan.serve.page.layout import (
     LEAST_AMOUNT,
     Controls,
     about_preset,
@@ -28,18 +30,11 @@ from wan.serve.layout import (
     what_runs,
     within,
 )
-from wan.serve.limits import Visitor
-from wan.serve.pictures import PICTURES, picture_notes, pictures_taken, with_picture
+from wan.serve.page.pictures import PICTURES, picture_notes, pictures_taken, with_picture
+from wan.serve.page.sidecars import check_names_no_file, from_sidecar, quantization_notes, read_sidecar
+from wan.serve.page.status import READY, made_html, notes_html, progress_html, said_html
+from wan.serve.presets import Presets
 from wan.serve.shown import sidecar_to_share
-from wan.serve.sources import (
-    LoraLibrary,
-    Presets,
-    check_names_no_file,
-    from_sidecar,
-    quantization_notes,
-    read_sidecar,
-)
-from wan.serve.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.studio import Job, JobProgress, JobResult, Studio
 
 # New values or looks of controls, by control.
