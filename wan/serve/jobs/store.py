@@ -50,10 +50,18 @@ class JobStore(Protocol):
         ...
 
     def list(
-        self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True, via: str | None = None
+        self,
+        owner: str,
+        after: str | None = None,
+        limit: int = 20,
+        newest_first: bool = True,
+        via: str | None = None,
+        source: str | None = None,
     ) -> Listed:
         """Jobs of an owner by the time that they came, those behind the job `after`. Raises `KeyError` for an `after`
         that is not one of them.
+
+        via, source: only those whose wish has it, if given
         """
         ...
 
