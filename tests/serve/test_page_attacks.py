@@ -255,7 +255,7 @@ def test_nothing_is_served_but_what_the_page_shows(page, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     (
-        ({"size": "16384x16384"}, "size 16384x16384 is larger than this page makes"),
+        ({"size": "16384x16384"}, "size 16384x16384 is larger than is made here"),
         ({"steps": 901}, ""),
         ({"frames": 4093}, ""),
         ({"frames": 1e308}, ""),
@@ -274,9 +274,9 @@ def test_values_beyond_the_limits_are_refused_in_raw_calls(page, change, said):
 @pytest.mark.parametrize(
     "section, values, said",
     (
-        ("video", {"size": "16384*16384", "frame_num": 5}, "size 16384x16384 is larger than this page makes"),
-        ("video", {"size": "32*32", "frame_num": 4093}, "4093 frames are more than this page makes; use up to 241"),
-        ("sampling", {"steps": 901}, "901 steps are more than this page takes; use up to 900"),
+        ("video", {"size": "16384*16384", "frame_num": 5}, "size 16384x16384 is larger than is made here"),
+        ("video", {"size": "32*32", "frame_num": 4093}, "4093 frames are more than are made here; use up to 241"),
+        ("sampling", {"steps": 901}, "901 steps are more than are taken here; use up to 900"),
         ("cache", "mag:0.06:/etc/hostname", "cache names a file of ratios"),
         ("cache", {"kind": "mag", "ratios": "/no/such/file"}, "cache names a file of ratios"),
     ),
@@ -423,7 +423,7 @@ def test_limits_cover_the_presets_unless_the_operator_says_less():
     large = resolve({"prompt": "x", "checkpoint": "x", "sampling": {"steps": 200}, "video": {"size": "1920*1088"}})
     assert Limits.of({}, [large]) == Limits(pixels=1920 * 1088, steps=200)
     assert Limits.of({"steps": 8, "frames": None}, [large]).steps == 8
-    with pytest.raises(InputError, match="max_frames 0 is not a positive whole number"):
+    with pytest.raises(InputError, match="limit of frames 0 is not a positive whole number"):
         Limits.of({"frames": 0}, [large])
 
 

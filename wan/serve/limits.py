@@ -1,15 +1,19 @@
-"""What a visitor of the page may ask for, and in which order the videos of several are made."""
+"""What may be asked for, and in which order the videos of several visitors of the page are made."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nabla import InputError
+from nabla.checks import is_count
+from wan.config.checks import check_keys
 from wan.config.settings import Settings
+from wan.files.plain_data import read_yaml
 
 # Of videos that wait: of everyone, of an address, of one session of a browser.
 MAX_WAITING, MAX_OF_ADDRESS, MAX_OF_SESSION = 20, 10, 4
@@ -19,42 +23,71 @@ USUAL_FRAMES, USUAL_PIXELS, USUAL_STEPS = 241, 1280 * 720, 100
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one video may be. pixels: of a frame. Raises `InputError` unless all are positive."""
+    """The most that one video may be, and that one request and all of them may bring.
+
+    pixels: of a frame; picture_pixels: of a picture that is sent, width times height, before it is decoded
+    upload_mb: of one request, in MB
+    waiting, waiting_of_source: jobs that wait, of everyone, and of one token or address
+    n: videos of one request; priority: the highest that a request may have
+    Raises `InputError` unless all are positive whole numbers; priority may be 0.
+    """
 
     frames: int = USUAL_FRAMES
     pixels: int = USUAL_PIXELS
     steps: int = USUAL_STEPS
+    prompt_characters: int = 5_000
+    upload_mb: int = 32
+    picture_pixels: int = 4096 * 4096
+    waiting: int = 1000
+    waiting_of_source: int = 1000
+    n: int = 8
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name, most in vars(self).items():
-            if most < 1:
-                raise InputError(f"max_{name} {most} is not a positive whole number")
+            if not is_count(most) or most < (name != "priority"):
+                raise InputError(f"limit of {name} {most!r} is not a positive whole number")
 
     @classmethod
-    def of(cls, flags: dict[str, int | None], presets: Iterable[Settings]) -> Limits:
-        """Limits as the operator's flags say; else the usual ones, or what the presets need if that is more."""
-        every = list(presets)
+    def of(cls, given: Mapping[str, Any], presets: Iterable[Settings]) -> Limits:
+        """Limits as an operator gives them; else the usual ones, or what the presets need if that is more."""
+        every, usual = list(presets), vars(USUAL_LIMITS)
         needed = {
             "frames": max(one.video.frame_num for one in every),
             "pixels": max(math.prod(one.video.size) for one in every),
             "steps": max(one.sampling.steps for one in every),
         }
-        usual = vars(USUAL_LIMITS)
-        return cls(**{n: max(usual[n], needed[n]) if flags.get(n) is None else flags[n] for n in needed})
+        own = {name: max(usual[name], most) for name, most in needed.items()}
+        return cls(**own | {name: most for name, most in given.items() if most is not None})
 
     def check(self, settings: Settings) -> None:
         """Raise `InputError` for a video that is beyond the limits."""
-        video = settings.video
+        video, prompt = settings.video, settings.prompt or ""
         if video.frame_num > self.frames:
-            raise InputError(f"{video.frame_num} frames are more than this page makes; use up to {self.frames}")
+            raise InputError(f"{video.frame_num} frames are more than are made here; use up to {self.frames}")
         if math.prod(video.size) > self.pixels:
             size = "x".join(map(str, video.size))
-            raise InputError(f"size {size} is larger than this page makes; use up to {self.pixels} pixels")
+            raise InputError(f"size {size} is larger than is made here; use up to {self.pixels} pixels")
         if settings.sampling.steps > self.steps:
-            raise InputError(f"{settings.sampling.steps} steps are more than this page takes; use up to {self.steps}")
+            raise InputError(f"{settings.sampling.steps} steps are more than are taken here; use up to {self.steps}")
+        for name, text in (("prompt", prompt), ("negative_prompt", settings.sampling.negative_prompt)):
+            if len(text) > self.prompt_characters:
+                raise InputError(f"{name} has {len(text)} characters; use up to {self.prompt_characters}")
 
 
 USUAL_LIMITS = Limits()
+
+
+def read_limits(path: Path) -> dict[str, Any]:
+    """What a YAML file of limits says; raises `InputError` for one that cannot be read, and for a key that is none."""
+    try:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"limits {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"limits {path} does not hold a mapping, such as 'frames: 121'")
+    check_keys(f"limits {path}", content, [item.name for item in fields(Limits)])
+    return content
 
 
 class Visitor(NamedTuple):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
-from nabla import InputError
 from wan.observe.console import printable
+from wan.serve.hosts import Hosts, Refused, answer, read_headers, take_in
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 API = "/gradio_api/"
 FILE = f"{API}file="
 # All that the page's own script asks for.
@@ -32,17 +29,8 @@ PATHS = re.compile(
 MAX_BODY = 1 << 20
 # Of a request that uploads, beside the file itself.
 MULTIPART_EXTRA = 1 << 20
-TAKE_IN_SECONDS = 2
 # Who has no connection open that hears of a video for so long has left.
 UNHEARD_SECONDS = 15
-
-
-class Refused(Exception):
-    """A request that is not answered. status: of HTTP"""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
 
 
 class Presence:
@@ -67,19 +55,10 @@ class Presence:
         return session in self._open
 
 
-def split_host(text: str) -> tuple[str, int | None]:
-    """Name and port of `name:port`, `[::1]:port` or `name`; raises ValueError for anything else."""
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
-        raise ValueError(text)
-    parts = urlsplit(f"//{text}")
-    return (parts.hostname or "").rstrip("."), parts.port
-
-
 class Guard:
     """An ASGI application that passes on to another what the page answers to, and refuses the rest in a line.
 
-    app: gradio's; host: the address that is served on; names: further hosts, with or without a port, of which
-    `allow` adds more, as a reverse proxy or a public link has them; offered: gives the files that may be fetched
+    app: gradio's; host, names: as of `Hosts`; offered: gives the files that may be fetched
     presence: is told which sessions listen
     held: gives the bytes that uploads hold by now; max_upload, max_held: the most that one and all may be
     """
@@ -96,24 +75,13 @@ class Guard:
         presence: Presence,
     ):
         self.app = app
-        # 0.0.0.0 and :: mean every address, and are no name that a page is opened by.
-        self.own = {*LOOPBACK, host.strip("[]").lower()} - {"0.0.0.0", "::", ""}
-        self.names: set[tuple[str, int | None]] = set()
+        self.hosts = Hosts(host, names)
         self.offered, self.held = offered, held
         self.max_upload, self.max_held = max_upload, max_held
         self.presence = presence
         self._token = secrets.token_urlsafe(32)
         # Read and changed on the event loop alone, so it needs no lock.
         self._arriving = 0
-        for name in names:
-            self.allow(name)
-
-    def allow(self, name: str) -> None:
-        """Answer to a further name too; raises `InputError` unless it is one."""
-        try:
-            self.names.add(split_host(name.lower()))
-        except ValueError:
-            raise InputError(f"allowed_host {name!r} is not a host; give video.example.org or a name:port") from None
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -123,8 +91,9 @@ class Guard:
             headers = self._check(scope)
             size = self._check_body(scope, headers)
         except Refused as refused:
-            await _take_in(scope, receive)
-            await _refuse(scope, send, refused)
+            await take_in(scope, receive)
+            body = f"{printable(refused)}\n".encode()
+            await answer(scope, send, refused.status, "text/plain; charset=utf-8", body)
             return
         self._arriving += size
         if session := _heard_by(scope):
@@ -138,44 +107,13 @@ class Guard:
 
     def _check(self, scope: dict) -> dict[str, str]:
         """The headers of a request that may pass; raises `Refused`."""
-        headers: dict[str, str] = {}
-        for raw, value in scope["headers"]:
-            name = raw.decode("latin-1").lower()
-            # Of two, this and what is behind it might each go by another.
-            if name in ("host", "origin", "content-length") and name in headers:
-                raise Refused(403, f"two headers {name}")
-            text = value.decode("latin-1")
-            headers[name] = f"{headers[name]}; {text}" if name in headers else text
-        host, origin = headers.get("host", ""), headers.get("origin")
-        # Else a foreign page could have its own name lead here (DNS rebinding), and be of this page's origin.
-        if not self._is_own(host, "http", scope):
-            raise Refused(403, f"this page is not served as {host[:100]!r}; see --allowed_host")
-        if origin is not None and not self._is_own_origin(origin, scope):
-            raise Refused(403, f"requests from {origin[:100]!r} are not taken")
-        path = scope["path"]
-        # Without an origin come pictures and scripts that a foreign page embeds.
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and path != "/":
-            raise Refused(403, "requests from other sites are not taken")
+        headers, path = read_headers(scope), scope["path"]
+        self.hosts.check(scope, headers)
         if scope["type"] != "http" or not PATHS.fullmatch(path):
             raise Refused(404, "there is nothing here")
         if path.startswith(FILE) and unquote(path[len(FILE) :]) not in set(self.offered()):
             raise Refused(403, "this file is not offered")
         return headers
-
-    def _is_own(self, netloc: str, scheme: str, scope: dict) -> bool:
-        try:
-            name, port = split_host(netloc.lower())
-        except ValueError:
-            return False
-        if (name, None) in self.names or (name, port) in self.names:
-            return True
-        here, here_port = scope.get("server") or ("", None)
-        # This server speaks no TLS: an https origin can only be a proxy's, which is among the allowed names.
-        return scheme == "http" and name in self.own | {here} and (port or 80) == here_port
-
-    def _is_own_origin(self, origin: str, scope: dict) -> bool:
-        scheme, _, netloc = origin.partition("://")
-        return scheme in ("http", "https") and self._is_own(netloc, scheme, scope)
 
     def _check_body(self, scope: dict, headers: dict[str, str]) -> int:
         """The bytes of an upload that may pass, 0 for other requests; raises `Refused`."""
@@ -237,30 +175,6 @@ def _heard_by(scope: dict) -> str | None:
     if path.startswith(f"{API}heartbeat/"):
         return path.rpartition("/")[2]
     return None
-
-
-async def _take_in(scope: dict, receive: Callable) -> None:
-    """Read the rest of a small request that is refused: with some unread, its sender may lose the answer."""
-    lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
-    if scope["type"] != "http" or len(lengths) != 1 or not re.fullmatch(rb"[0-9]{1,7}", lengths[0]):
-        return
-    if 0 < int(lengths[0]) <= MAX_BODY:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(TAKE_IN_SECONDS):
-                while (await receive()).get("more_body"):
-                    pass
-
-
-async def _refuse(scope: dict, send: Callable, refused: Refused) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    body = f"{printable(refused)}\n".encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-    # What comes of a body that is not read would be taken for the next request.
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def size_of(folder: Path) -> int:

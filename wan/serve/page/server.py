@@ -130,7 +130,7 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
         port = "any port from 7860" if address.port is None else f"port {address.port}"
         raise InputError(f"{port} of {address.host} cannot be served, it may be taken; choose another") from None
     if public is not None:
-        app.guard.allow(urlsplit(public).netloc)
+        app.guard.hosts.allow(urlsplit(public).netloc)
     log.info("page: %s", url if public is None else f"{url} and, for anyone, {public}")
     if wait:
         page.blocks.block_thread()
