@@ -77,7 +77,7 @@ class JobStore(Protocol):
         """A job is completed: settings, files, seconds, peak_bytes, kept. False if it was deleted meanwhile."""
         ...
 
-    def fail(self, job_id: str, error: JobError) -> bool:
+    def fail(self, job_id: str, error: JobError, expires_at: float | None = None) -> bool:
         """A job has failed. False if it was deleted meanwhile."""
         ...
 
@@ -104,12 +104,12 @@ class JobStore(Protocol):
         """Jobs by status."""
         ...
 
-    def ended_before(self, time: float) -> list[str]:
+    def expired_by(self, time: float) -> list[str]:
         """Ids of jobs that have expired by a time."""
         ...
 
-    def finished_first(self) -> list[str]:
-        """Ids of completed jobs, the first that was completed first."""
+    def ended_first(self) -> list[str]:
+        """Ids of jobs that have ended, the first that did first."""
         ...
 
     def close(self) -> None: ...

@@ -1,0 +1,73 @@
+"""What jobs are made from and come to, a folder a job."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from nabla import InputError
+from wan.files.atomic import atomic_path, remove
+from wan.files.video import make_folder
+
+ID = re.compile(r"video_[0-9a-f]{32}")
+# A folder without a job may be of one that is just taken in, by another process too: files come first.
+YOUNG_SECONDS = 600
+
+
+class StorageError(Exception):
+    """The disk does not take what should be kept. Its text says why, and names no folder."""
+
+
+class JobFiles:
+    """The folders of jobs, in one folder, which is made if it is not there; raises `InputError` if that cannot be."""
+
+    def __init__(self, folder: Path):
+        make_folder(folder)
+        self.folder = folder
+
+    def path(self, job_id: str, name: str) -> Path:
+        """Where a file of a job lies, if it is there. Raises `ValueError` for what is no id, and no name of a file."""
+        if not ID.fullmatch(job_id) or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{job_id!r}, {name!r}: not an id and a name of a file")
+        return self.folder / job_id / name
+
+    def keep(self, job_id: str, files: Mapping[str, bytes]) -> None:
+        """Write files by their names, each whole or not at all, all on the disk at the end. Raises `StorageError`."""
+        for name, content in files.items():
+            try:
+                with atomic_path(self.path(job_id, name)) as partial:
+                    partial.write_bytes(content)
+            except InputError as error:
+                reason = getattr(error.__cause__, "strerror", None) or "it cannot be written"
+                raise StorageError(f"the server cannot keep {name} ({reason})") from error
+
+    def read(self, job_id: str, name: str) -> bytes:
+        """What is in a file. Raises `FileNotFoundError`."""
+        return self.path(job_id, name).read_bytes()
+
+    def delete(self, job_id: str) -> None:
+        """Remove all files of a job, if there are any."""
+        remove(self.path(job_id, "any").parent)
+
+    def held_bytes(self) -> int:
+        """What the files of all jobs hold."""
+        return sum(file.lstat().st_size for folder in self._folders() for file in _there(folder))
+
+    def sweep(self, has_job: Callable[[str], object]) -> None:
+        """Remove folders of jobs that are no more, such as of a process that was killed while it deleted one."""
+        for folder in self._folders():
+            if time.time() - folder.stat().st_mtime > YOUNG_SECONDS and not has_job(folder.name):
+                remove(folder)
+
+    def _folders(self) -> Iterator[Path]:
+        return (path for path in self.folder.iterdir() if ID.fullmatch(path.name))
+
+
+def _there(folder: Path) -> list[Path]:
+    """The files of a folder that another process may remove meanwhile."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
