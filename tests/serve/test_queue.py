@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from wan.serve.jobs import files as job_files
+from wan.serve.jobs import keeping
 from wan.serve.jobs import queue as job_queue
 from wan.serve.jobs.files import JobFiles, StorageError
 from wan.serve.jobs.job import JobError, Status, Wish, new_id
+from wan.serve.jobs.keeping import tidy
 from wan.serve.jobs.queue import Queue
 from wan.serve.jobs.store import QueueFull, QueueLimits
 from wan.serve.workers.messages import InputFile, Made, Progress
@@ -118,10 +122,54 @@ def test_folders_of_no_job_are_swept_once_they_are_old(tmp_path, monkeypatch):
     for one in (kept, lost):
         files.keep(one, {"a": b"123"})
     (tmp_path / "mine").mkdir()
-    assert files.held_bytes() == 6
     files.sweep(lambda one: one == kept)
-    assert files.held_bytes() == 6
+    assert files.sizes() == {kept: 3, lost: 3}
     monkeypatch.setattr(job_files, "YOUNG_SECONDS", -1)
     files.sweep(lambda one: one == kept)
-    assert files.read(kept, "a") == b"123" and files.held_bytes() == 3
-    assert (tmp_path / "mine").is_dir()
+    assert files.sizes() == {kept: 3} and (tmp_path / "mine").is_dir()
+
+
+def made(queue: Queue, number: int, content: bytes = b"12345") -> list[str]:
+    for _ in range(number):
+        [job] = queue.submit([WISH])
+        queue.claim()
+        queue.finish(job.id, replace(MADE, files={"video.mp4": content}))
+    return [one.id for one in queue.list("", newest_first=False).jobs]
+
+
+def test_a_job_that_has_expired_goes_with_its_files(queue, monkeypatch):
+    gone, stays = made(queue, 1)[0], made(replace(queue, keep_seconds=3600), 1)[1]
+    tidy(queue)
+    assert queue.get(gone, "")
+    monkeypatch.setattr(keeping, "time", lambda: time.time() + 61)
+    tidy(queue)
+    assert queue.get(gone, "") is None and queue.get(stays, "") and [*queue.files.sizes()] == [stays]
+
+
+def test_the_first_that_ended_go_where_files_hold_too_much(queue):
+    jobs = made(queue, 3)
+    [waiting] = queue.submit([WISH], {"image.png": b"12345"})
+    tidy(queue, 20)
+    assert len(queue.list("").jobs) == 4
+    tidy(queue, 14)
+    assert [one.id for one in queue.list("").jobs] == [waiting.id, jobs[2]]
+    tidy(queue, 0)
+    assert queue.list("").jobs == [waiting]
+
+
+def test_tidying_goes_on_after_an_error(queue, monkeypatch, caplog):
+    monkeypatch.setattr(keeping, "EVERY", 0.01)
+    [job] = made(queue, 1)
+    with keeping.kept_tidy(queue, 5), monkeypatch.context() as broken:
+        broken.setattr(Queue, "remove", lambda *_: 1 / 0)
+        made(queue, 1)
+        until(lambda: "ZeroDivisionError" in caplog.text)
+        broken.undo()
+        until(lambda: queue.get(job, "") is None)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

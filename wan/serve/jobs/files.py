@@ -51,23 +51,23 @@ class JobFiles:
         """Remove all files of a job, if there are any."""
         remove(self.path(job_id, "any").parent)
 
-    def held_bytes(self) -> int:
-        """What the files of all jobs hold."""
-        return sum(file.lstat().st_size for folder in self._folders() for file in _there(folder))
+    def sizes(self) -> dict[str, int]:
+        """Bytes that the files of each job hold, by its id."""
+        return {folder.name: _bytes_in(folder) for folder in self._folders()}
 
     def sweep(self, has_job: Callable[[str], object]) -> None:
         """Remove folders of jobs that are no more, such as of a process that was killed while it deleted one."""
         for folder in self._folders():
-            if time.time() - folder.stat().st_mtime > YOUNG_SECONDS and not has_job(folder.name):
+            if not has_job(folder.name) and time.time() - folder.stat().st_mtime > YOUNG_SECONDS:
                 remove(folder)
 
     def _folders(self) -> Iterator[Path]:
         return (path for path in self.folder.iterdir() if ID.fullmatch(path.name))
 
 
-def _there(folder: Path) -> list[Path]:
-    """The files of a folder that another process may remove meanwhile."""
+def _bytes_in(folder: Path) -> int:
+    """What a folder's files hold, of which others may be removed meanwhile."""
     try:
-        return list(folder.iterdir())
+        return sum(file.lstat().st_size for file in folder.iterdir())
     except FileNotFoundError:
-        return []
+        return 0

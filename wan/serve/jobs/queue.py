@@ -42,14 +42,14 @@ class Queue:
 
     # Asked by clients.
 
-    def submit(self, wishes: Sequence[Wish], uploads: Mapping[str, bytes] | None = None) -> list[Job]:
+    def submit(self, wishes: Sequence[Wish], uploads: Mapping[str, bytes] | None = None) -> Sequence[Job]:
         """Take in the jobs of one request, all or none, each with the files that were sent, by their names.
 
         Of an idempotency key that is known, which all wishes have, the jobs that are there already are given.
         Raises `QueueFull` and `StorageError`.
         """
         jobs = [Job(new_id(), wish, time.time()) for wish in wishes]
-        taken: list[Job] = []
+        taken: Sequence[Job] = []
         try:
             for job in jobs:
                 # Before the job, which is made as soon as it is there.
@@ -72,10 +72,14 @@ class Queue:
 
     def delete(self, job_id: str, owner: str) -> bool:
         """Remove a job of an owner and its files; whoever makes it hears so. False if there is none."""
-        if self.get(job_id, owner) is None or not self.store.delete(job_id):
-            return False
+        return self.get(job_id, owner) is not None and self.remove(job_id)
+
+    def remove(self, job_id: str) -> bool:
+        """Remove a job of anyone and its files; False if there is none."""
+        # The job first: one that is there has its files.
+        is_removed = self.store.delete(job_id)
         self.files.delete(job_id)
-        return True
+        return is_removed
 
     def wait(self, job_id: str, owner: str, seconds: float) -> Job | None:
         """A job once it has ended, or as it is after some seconds; None if it is deleted."""

@@ -64,7 +64,7 @@ class SqliteStore:
             self.close()
             raise InputError(f"{path} cannot keep jobs ({error}); move it away, or choose another folder") from None
 
-    def add(self, jobs: Sequence[Job], limits: QueueLimits) -> list[Job]:
+    def add(self, jobs: Sequence[Job], limits: QueueLimits) -> Sequence[Job]:
         with self._writing() as database:
             if known := self._known(database, jobs):
                 return known
@@ -138,10 +138,10 @@ class SqliteStore:
         found = {Status(status): number for status, number in self._ask("SELECT status, count(*) FROM jobs GROUP BY 1")}
         return {status: found.get(status, 0) for status in Status}
 
-    def expired_by(self, time: float) -> list[str]:
+    def expired_by(self, time: float) -> Sequence[str]:
         return [one for (one,) in self._ask("SELECT id FROM jobs WHERE expires_at <= ? ORDER BY completed_at", time)]
 
-    def ended_first(self) -> list[str]:
+    def ended_first(self) -> Sequence[str]:
         return [one for (one,) in self._ask("SELECT id FROM jobs WHERE completed_at IS NOT NULL ORDER BY completed_at")]
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class SqliteStore:
         )
         return len(given_back)
 
-    def _known(self, database: sqlite3.Connection, jobs: Sequence[Job]) -> list[Job]:
+    def _known(self, database: sqlite3.Connection, jobs: Sequence[Job]) -> Sequence[Job]:
         """The jobs of an earlier request with the idempotency key of these, which have one key."""
         wish = jobs[0].wish
         rows = database.execute(
@@ -207,7 +207,7 @@ class SqliteStore:
                 database.execute(statement)
         database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
-    def _ask(self, statement: str, *values: Any) -> list[tuple]:
+    def _ask(self, statement: str, *values: Any) -> Sequence[tuple]:
         """All rows of one statement, which is a transaction of its own, and on the disk once its rows are read."""
         with self._connected() as database, closing(database.execute(statement, values)) as rows:
             return rows.fetchall()

@@ -28,7 +28,7 @@ class QueueLimits:
 class Listed(NamedTuple):
     """Some jobs of a list, and whether it has more behind them."""
 
-    jobs: list[Job]
+    jobs: Sequence[Job]
     has_more: bool
 
 
@@ -38,7 +38,7 @@ class JobStore(Protocol):
     What a call has returned from is kept through a crash of the process, and of the machine.
     """
 
-    def add(self, jobs: Sequence[Job], limits: QueueLimits) -> list[Job]:
+    def add(self, jobs: Sequence[Job], limits: QueueLimits) -> Sequence[Job]:
         """Take in jobs, all or none. Those of an idempotency key that is known are given as they are kept.
 
         Raises `QueueFull`.
@@ -104,11 +104,11 @@ class JobStore(Protocol):
         """Jobs by status."""
         ...
 
-    def expired_by(self, time: float) -> list[str]:
+    def expired_by(self, time: float) -> Sequence[str]:
         """Ids of jobs that have expired by a time."""
         ...
 
-    def ended_first(self) -> list[str]:
+    def ended_first(self) -> Sequence[str]:
         """Ids of jobs that have ended, the first that did first."""
         ...
 
