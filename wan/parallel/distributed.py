@@ -35,11 +35,14 @@ LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|remote 
 
 
 class DistributedContext:
-    """This process among those that torchrun started, from `join`; `init_meshes` comes before models are loaded."""
+    """This process among those of a run, from `join` under torchrun, else from `connect`; `init_meshes` comes before
+    models are loaded.
+    """
 
     def __init__(self, store: dist.Store, device: torch.device):
         self.store, self.device = store, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._meshes: dict[ParallelLayout, tuple[DeviceMesh, DeviceMesh, DeviceMesh]] = {}
 
     @classmethod
     @contextmanager
@@ -60,10 +63,7 @@ class DistributedContext:
             store, rank, count = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
             # The store outlives a restart by torchrun, and what was counted in it before is not of this attempt.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            store.set_timeout(TIMEOUT)
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-            context = watchdog.context = cls(dist.PrefixStore("wan", store), device)
+            context = watchdog.context = cls.connect(store, rank, count, device)
             yield context
             context._wait_for_all()
             dist.destroy_process_group()
@@ -72,6 +72,17 @@ class DistributedContext:
             is_first = context is None or context.claim_first_failure()
             _leave(_report(error) if is_first else 1)
 
+    @classmethod
+    def connect(cls, store: dist.Store, rank: int, count: int, device: torch.device) -> DistributedContext:
+        """Join `count` processes that meet in a store, on nccl for GPUs and gloo for CPUs; all have to at once.
+
+        What fails is raised, here and later, and whoever started the processes has to end them all then.
+        """
+        store.set_timeout(TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        return cls(dist.PrefixStore("wan", store), device)
+
     def _wait_for_all(self) -> None:
         """Until all are done, since nccl's own end needs all at once; a leader may decode and write for long."""
         if self.store.add("done", 1) == self.world_size:
@@ -79,14 +90,22 @@ class DistributedContext:
         self.store.wait(["all done"], TIMEOUT)
 
     def init_meshes(self, layout: ParallelLayout) -> None:
-        """Set the layout, and the meshes of those that share a video with this one: all, and along each axis."""
+        """Set the layout, and the meshes of those that share a video with this one: all, and along each axis.
+
+        Where there is a layout already, pipelines that were loaded in it are of no use in another.
+        """
         self.layout = layout
+        # Kept, since the connections of a group are never closed.
+        if layout not in self._meshes:
+            self._meshes[layout] = self._make_meshes(layout)
+        self.video_mesh, self.cfg_mesh, self.ulysses_mesh = self._meshes[layout]
+
+    def _make_meshes(self, layout: ParallelLayout) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
         # Neighbours in rank share a sequence, which sends most, so that as little as can be goes between machines.
         ranks = torch.arange(self.world_size).view(layout.replicas, layout.cfg, layout.ulysses)
         # A row for each group: (replicas, rest), (replicas * ulysses, cfg), (replicas * cfg, ulysses).
-        self.video_mesh = self._mesh(ranks.flatten(1))
-        self.cfg_mesh = self._mesh(ranks.movedim(1, -1).flatten(0, 1))
-        self.ulysses_mesh = self._mesh(ranks.flatten(0, 1))
+        video = self._mesh(ranks.flatten(1))
+        return video, self._mesh(ranks.movedim(1, -1).flatten(0, 1)), self._mesh(ranks.flatten(0, 1))
 
     def _mesh(self, groups: Tensor) -> DeviceMesh:
         """The mesh of this process's row. Not by init_device_mesh, whose groups have a time-out of their own."""
@@ -115,6 +134,12 @@ class DistributedContext:
         box = [thing]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def any_of_all(self, wish: bool) -> bool:
+        """Whether one of all processes wishes it; all have to ask at once. Over the host, which waits for no GPU."""
+        wishes = torch.tensor(int(wish))
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        return bool(wishes)
 
     def wait_for_each_other(self) -> None:
         """Until all processes are here. Over the host, which waits for no GPU."""
@@ -169,6 +194,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def has_lost_another(error: BaseException) -> bool:
+    """Whether an error of this process is only that another has gone."""
+    return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
 def _report(error: BaseException) -> int:
     """Say why this process ends, and return its exit code."""
     rank = os.environ["RANK"]
@@ -178,7 +208,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, EndedBySignal)):
         say("interrupted; no half-written file is left")
         return 130
-    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+    if has_lost_another(error):
         reason = " ".join(str(error).split())[:500]
         say(f"error: process {rank} lost another, which was killed or cut off: {reason}")
     else:
