@@ -17,7 +17,7 @@ EVERY = 60.0
 
 
 def tidy(queue: Queue, most_bytes: int | None = None) -> None:
-    """Remove jobs that have expired, what is left of none, and then those that ended first while files hold too much."""
+    """Remove jobs that have expired, what is left of none, and those that ended first while files hold too much."""
     for job_id in queue.store.expired_by(time()):
         queue.remove(job_id)
     queue.files.sweep(queue.store.get)
