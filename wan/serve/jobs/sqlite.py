@@ -20,8 +20,9 @@ PATIENCE = 30.0
 # Of how many jobs that were made last the mean time is told to whom the queue is full for.
 RECENT = 10
 
-# What brings a file from each version to the next. A job is JSON, so that a field with a default needs no entry here;
-# columns are what is looked for. The place stands for the time that a job came: clocks are set back.
+# What brings a file from each version to the next. A job is JSON, so a new field with a default needs no more than an
+# empty step, by which an older program knows that it cannot read the file. Columns are what is looked for; the place
+# stands for the time that a job came, since clocks are set back.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE jobs (
