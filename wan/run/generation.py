@@ -42,6 +42,10 @@ log = logging.getLogger("wan")
 VERSIONS_OF = ("torch", "diffusers", "transformers", "nvidia-cudnn-frontend", "torchao", "peft", "gguf")
 
 
+class OutOfMemory(InputError):
+    """A GPU or the machine has too little memory; the text says what to lower."""
+
+
 def generate_all(
     checkpoint: Checkpoint,
     videos: list[Video],
@@ -51,7 +55,7 @@ def generate_all(
 ) -> None:
     """Load the models once, and make videos, each by the processes of a replica.
 
-    Raises `InputError` with what to lower if a GPU or the machine runs out of memory.
+    Raises `OutOfMemory`, an `InputError` with what to lower, if a GPU or the machine runs out of memory.
     """
     start = time.perf_counter()
     every = [one for one, _ in videos]
@@ -243,12 +247,12 @@ def _clear_about_memory(settings: Settings, options: Options) -> Iterator[None]:
     # A subclass of RuntimeError, so that it has to come first.
     except torch.OutOfMemoryError as error:
         offload = bool(options.offload or options.memory)
-        raise InputError(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
+        raise OutOfMemory(_out_of_memory("GPU", settings, offload, options.t5_cpu)) from error
     except RuntimeError as error:
         # The host's memory has no error of its own in torch; its message names the allocator.
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise InputError(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
+        raise OutOfMemory(_out_of_memory("machine", settings, offload=True, t5_cpu=True)) from error
 
 
 def _out_of_memory(what: str, settings: Settings, offload: bool, t5_cpu: bool) -> str:
