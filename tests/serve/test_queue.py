@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +14,11 @@ import pytest
 from wan.serve.jobs import files as job_files
 from wan.serve.jobs import keeping
 from wan.serve.jobs import queue as job_queue
-from wan.serve.jobs.files import JobFiles, StorageError
+from wan.serve.jobs.files import JobFiles
 from wan.serve.jobs.job import JobError, Status, Wish, new_id
 from wan.serve.jobs.keeping import tidy
 from wan.serve.jobs.queue import Queue
-from wan.serve.jobs.store import QueueFull, QueueLimits
+from wan.serve.jobs.store import QueueFull, QueueLimits, StorageError
 from wan.serve.workers.messages import InputFile, Made, Progress
 
 WISH = Wish("nabla_0.7", {"prompt": "A cat"})
@@ -108,6 +109,19 @@ def test_a_full_disk_is_said_without_a_path(queue, monkeypatch, tmp_path):
     with pytest.raises(StorageError, match="cannot keep image.png .No space left on device.$"):
         queue.submit([WISH], {"image.png": b"png"})
     assert queue.list("").jobs == [] and [*queue.files._folders()] == []
+
+
+def test_a_database_that_cannot_grow_takes_jobs_again_once_it_can(queue):
+    size = (queue.files.folder / "jobs.sqlite-wal").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot keep jobs"):
+            queue.submit([WISH])
+        assert queue.list("").jobs == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert queue.submit([WISH]) == queue.list("").jobs
 
 
 @pytest.mark.parametrize("job_id, name", [("..", "a"), ("video_" + "0" * 32, "../a"), ("video_" + "0" * 32, "..")])

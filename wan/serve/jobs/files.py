@@ -10,14 +10,11 @@ from pathlib import Path
 from nabla import InputError
 from wan.files.atomic import atomic_path, remove
 from wan.files.video import make_folder
+from wan.serve.jobs.store import StorageError
 
 ID = re.compile(r"video_[0-9a-f]{32}")
 # A folder without a job may be of one that is just taken in, by another process too: files come first.
 YOUNG_SECONDS = 600
-
-
-class StorageError(Exception):
-    """The disk does not take what should be kept. Its text says why, and names no folder."""
 
 
 class JobFiles:

@@ -13,12 +13,20 @@ from typing import Any
 
 from nabla import InputError
 from wan.serve.jobs.job import Job, JobError, Status, Wish
-from wan.serve.jobs.store import Listed, QueueFull, QueueLimits
+from wan.serve.jobs.store import Listed, QueueFull, QueueLimits, StorageError
 
 # How long a call waits for those of others, in seconds; each takes milliseconds.
 PATIENCE = 30.0
 # Of how many jobs that were made last the mean time is told to whom the queue is full for.
 RECENT = 10
+# Others of SQLite's are bugs. The second byte says more.
+FAULTS_OF_DISKS = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
 
 # What brings a file from each version to the next. A job is JSON, so a new field with a default needs no more than an
 # empty step, by which an older program knows that it cannot read the file. Columns are what is looked for; the place
@@ -61,9 +69,10 @@ class SqliteStore:
         try:
             with self._writing() as database:
                 self._migrate(database)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, StorageError) as error:
             self.close()
-            raise InputError(f"{path} cannot keep jobs ({error}); move it away, or choose another folder") from None
+            reason = error.__cause__ or error
+            raise InputError(f"{path} cannot keep jobs ({reason}); move it away, or choose another folder") from None
 
     def add(self, jobs: Sequence[Job], limits: QueueLimits) -> Sequence[Job]:
         with self._writing() as database:
@@ -237,6 +246,10 @@ class SqliteStore:
             database.execute("PRAGMA synchronous = FULL")
         try:
             yield database
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in FAULTS_OF_DISKS:
+                raise
+            raise StorageError(f"the server cannot keep jobs ({error})") from error
         finally:
             self._idle.append(database)
 

@@ -17,6 +17,10 @@ class QueueFull(Exception):
         self.retry_after = retry_after
 
 
+class StorageError(Exception):
+    """The disk does not take what should be kept, or not now. Its text says why, and names no folder."""
+
+
 @dataclass(frozen=True)
 class QueueLimits:
     """Jobs that may wait: of everyone, and of one source."""
@@ -35,7 +39,8 @@ class Listed(NamedTuple):
 class JobStore(Protocol):
     """Jobs on the disk, for several threads and processes at once. Each call is whole or has not happened.
 
-    What a call has returned from is kept through a crash of the process, and of the machine.
+    What a call has returned from is kept through a crash of the process, and of the machine. Each may raise
+    `StorageError`.
     """
 
     def add(self, jobs: Sequence[Job], limits: QueueLimits) -> Sequence[Job]:
