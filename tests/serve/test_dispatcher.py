@@ -163,9 +163,11 @@ def test_a_store_that_fails_for_a_while_costs_nothing(queue, monkeypatch):
     assert not failing and len(engine.started) == 1
 
 
-def test_files_of_a_client_that_are_gone_fail_their_job(queue):
+def test_files_of_a_client_that_are_gone_fail_their_job_and_cost_no_replica(queue):
     [job] = queue.submit([Wish("small", {}, {"image": "cat.png"})], {"cat.png": b"cat"})
     queue.files.path(job.id, "cat.png").unlink()
-    with Dispatcher(queue, ThreadEngine()):
+    engine = ThreadEngine()
+    with Dispatcher(queue, engine):
         assert ended(queue, job.id).error.code == "internal_error"
         assert ended(queue, submit(queue)).status is Status.COMPLETED
+    assert len(engine.started) == 1

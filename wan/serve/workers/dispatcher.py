@@ -13,7 +13,7 @@ from nabla import InputError
 from wan.serve.jobs.files import StorageError
 from wan.serve.jobs.job import Job, JobError, Status
 from wan.serve.jobs.queue import Queue
-from wan.serve.workers.messages import EVENTS_AT_THE_END, Event, Failed, Made, Progress
+from wan.serve.workers.messages import EVENTS_AT_THE_END, Event, Failed, Made, Order, Progress
 from wan.serve.workers.replica import Engine, Replica, ReplicaDied
 
 T = TypeVar("T")
@@ -113,7 +113,15 @@ class _ReplicaThread(threading.Thread):
     def _make(self, job: Job, replica: Replica) -> bool:
         """Have a job made, and write down what it came to; gives whether the replica can make another."""
         try:
-            end = self._watch(job, replica)
+            order = self.queue.order(job)
+        except OSError as error:
+            # Mostly of a job that was deleted just now. It is nothing of the replica's, whose model stays loaded.
+            log.warning("warning: %s could not be begun: %s", job.id, error)
+            gone = JobError("internal_error", "the files that it should be made from are gone")
+            self._write(lambda: self.queue.fail(job.id, gone))
+            return True
+        try:
+            end = self._watch(job, order, replica)
         except ReplicaDied as error:
             died = str(error)
             log.warning("warning: %s while it made %s", died, job.id)
@@ -135,9 +143,9 @@ class _ReplicaThread(threading.Thread):
                 self._write(lambda: self.queue.give_back(job))
         return end is not None
 
-    def _watch(self, job: Job, replica: Replica) -> Event | None:
+    def _watch(self, job: Job, order: Order, replica: Replica) -> Event | None:
         """What a job came to; None if the server ends before. Raises `ReplicaDied`."""
-        replica.start(self.queue.order(job))
+        replica.start(order)
         is_aborted = False
         while not self.ending.is_set():
             event = replica.poll(LOOK_SECONDS)
