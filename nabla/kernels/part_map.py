@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 # Of both passes, by whether products are of float16. Measured on an H200 for heads of 128 in four parts.
 OPTIONS = {
-    True: (Options(256, 64, 2, 8, 3), Options(128, 64, 2, 4, 4)),
+    True: (Options(128, 128, 1, 4, 2), Options(128, 64, 2, 4, 4)),
     False: (Options(64, 64, 1, 4, 2), Options(64, 64, 1, 4, 2)),
 }
 

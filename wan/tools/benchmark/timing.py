@@ -21,8 +21,18 @@ from wan.memory.peak import peak_gpu_bytes
 Row = dict[str, Any]
 
 
-def timed(what: str, function: Callable[[], object], args: argparse.Namespace, warm: bool = True, **extra: Any) -> Row:
-    """A row: the median of `args.repeats` runs, after one that warms up, with the least and the greatest."""
+def timed(
+    what: str,
+    function: Callable[[], object],
+    args: argparse.Namespace,
+    warm: bool = True,
+    calls: int = 1,
+    **extra: Any,
+) -> Row:
+    """A row: the median of `args.repeats` runs, after one that warms up, with the least and the greatest.
+
+    calls: of which a run is made, one behind the other; the row is of one of them
+    """
     if warm:
         function()
     synchronize(args)
@@ -30,9 +40,10 @@ def timed(what: str, function: Callable[[], object], args: argparse.Namespace, w
     times = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        function()
+        for _ in range(calls):
+            function()
         synchronize(args)
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (time.perf_counter() - start) / calls)
     return row_of(what, times) | extra
 
 
