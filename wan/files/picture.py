@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,20 @@ def check_picture(path: str | Path, name: str = "image") -> tuple[int, int]:
     """(width, height) of a picture as `read_picture` gives it; raises as that does, and says nothing."""
     height, width, _ = _read(path, name)[0].shape
     return width, height
+
+
+def check_content(content: bytes, name: str, most: int = MAX_PIXELS) -> str:
+    """Pillow's name of the format of a picture that was sent; raises as `read_picture` does, and says nothing.
+
+    most: pixels, beyond which it is not decoded
+    """
+    with _blamed_on(name), Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        width, height = picture.size
+        _check_size(name, width, height, most)
+        found = picture.format
+        _pixels(picture, name)
+    assert found is not None
+    return found
 
 
 def picture_of(given: Any, name: str = "image") -> np.ndarray:
@@ -103,9 +118,9 @@ def _blamed_on(name: str) -> Iterator[None]:
             raise InputError(f"{name} is damaged ({reason}); save it anew, or give another") from error
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{name} is {width}x{height}, of more than {MAX_PIXELS} pixels; make it smaller")
+def _check_size(name: str, width: int, height: int, most: int = MAX_PIXELS) -> None:
+    if width * height > most:
+        raise InputError(f"{name} is {width}x{height}, of more than {most} pixels; make it smaller")
 
 
 def _pixels(picture: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:

@@ -62,7 +62,7 @@ class Limits:
 
     def check(self, settings: Settings) -> None:
         """Raise `InputError` for a video that is beyond the limits."""
-        video, prompt = settings.video, settings.prompt or ""
+        video = settings.video
         if video.frame_num > self.frames:
             raise InputError(f"{video.frame_num} frames are more than are made here; use up to {self.frames}")
         if math.prod(video.size) > self.pixels:
@@ -70,9 +70,12 @@ class Limits:
             raise InputError(f"size {size} is larger than is made here; use up to {self.pixels} pixels")
         if settings.sampling.steps > self.steps:
             raise InputError(f"{settings.sampling.steps} steps are more than are taken here; use up to {self.steps}")
-        for name, text in (("prompt", prompt), ("negative_prompt", settings.sampling.negative_prompt)):
-            if len(text) > self.prompt_characters:
-                raise InputError(f"{name} has {len(text)} characters; use up to {self.prompt_characters}")
+        self.check_text("prompt", settings.prompt or "")
+
+    def check_text(self, name: str, text: str) -> None:
+        """Raise `InputError` for a text of a client that is longer than the limit."""
+        if len(text) > self.prompt_characters:
+            raise InputError(f"{name} has {len(text)} characters; use up to {self.prompt_characters}")
 
 
 USUAL_LIMITS = Limits()

@@ -16,6 +16,7 @@ from wan.config.config_files import read_made_with
 from wan.config.settings import Settings, resolve
 from wan.files.plain_data import read_json
 from wan.sampling.loop import Cancelled
+from wan.serve.from_clients import check_names_no_file
 from wan.serve.limits import Visitor
 from wan.serve.lora_library import LoraLibrary
 from wan.serve.page.form import Form, lora_choices, size_choices, to_algorithm, to_controls, to_form, to_layer
@@ -31,7 +32,7 @@ from wan.serve.page.layout import (
     within,
 )
 from wan.serve.page.pictures import PICTURES, picture_notes, pictures_taken, with_picture
-from wan.serve.page.sidecars import check_names_no_file, from_sidecar, quantization_notes, read_sidecar
+from wan.serve.page.sidecars import from_sidecar, quantization_notes, read_sidecar
 from wan.serve.page.status import READY, made_html, notes_html, progress_html, said_html
 from wan.serve.presets import Presets
 from wan.serve.shown import sidecar_to_share

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nabla import InputError
-from wan.config.config_files import profile_file, read_settings
+from wan.config.config_files import read_settings
 from wan.config.inputs import INPUTS, LISTS
 from wan.config.settings import Settings, resolve
 from wan.run.remaking import quantizations_of
+from wan.serve.from_clients import check_names_no_file
 from wan.serve.page.pictures import PICTURES
 from wan.serve.shown import name_of, names_of
 
@@ -88,17 +89,3 @@ def quantization_notes(made_with: Mapping[str, Any]) -> list[str]:
     return (
         [f"the video was made with {what}, and this page packs weights only as its --memory asks"] if quantized else []
     )
-
-
-def check_names_no_file(sidecar: Layer) -> None:
-    """Raise `InputError` for a sidecar of which settings would be read from a file, whose path anyone may have chosen.
-
-    Before it is resolved, which opens the file, and whose errors would tell what is there.
-    """
-    cache = sidecar.get("cache")
-    ratios = cache.get("ratios") if isinstance(cache, Mapping) else None
-    if isinstance(ratios, str) or (isinstance(cache, str) and cache.count(":") > 1):
-        raise InputError("cache names a file of ratios; give the JSON file beside a video, which has the numbers")
-    attention = sidecar.get("attention")
-    if isinstance(attention, Mapping) and profile_file(attention) is not None:
-        raise InputError("attention names a file of a profile; give the JSON file beside a video, which has it whole")

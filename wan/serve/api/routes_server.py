@@ -1,0 +1,48 @@
+"""What the server says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from wan.serve.api.schema import ModelList, ModelObject
+from wan.serve.api.service import Service
+
+
+def server_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["server"])
+
+    def described(name: str) -> ModelObject:
+        model = service.models[name]
+        takes = "image" in model.inputs.taken
+        what = f"{model.checkpoint.family.name}, {model.checkpoint.kind or 'text to video'}"
+        return ModelObject(id=name, created=service.started, owned_by="server", description=what, input_reference=takes)
+
+    @router.get("/v1/models")
+    async def list_models() -> ModelList:
+        """The models that videos can be made with; the first is taken where a request names none."""
+        return ModelList(data=[described(name) for name in service.models.by_name])
+
+    @router.get("/v1/models/{model}")
+    async def retrieve_model(model: str) -> ModelObject:
+        return described(model)
+
+    @router.get("/health")
+    async def health() -> Any:
+        """Whether jobs are taken and given out. Needs no token."""
+        try:
+            await run_in_threadpool(service.queue.store.count)
+            is_well = service.is_alive()
+        except Exception:
+            is_well = False
+        return JSONResponse({"status": "ok" if is_well else "failing"}, 200 if is_well else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(await run_in_threadpool(service.metrics.text), media_type="text/plain; version=0.0.4")
+
+    return router
