@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nabla import InputError
+from wan.checkpoints.component import Component
 from wan.checkpoints.file_errors import clear_errors, exists, read_json_object
 from wan.checkpoints.lora_names import Contents, Layer, mismatch, scale_by_peft, understand
 from wan.checkpoints.naming import TransformerNaming
@@ -47,6 +48,11 @@ class Adapter:
     factors: Mapping[str, Tensor]
     differences: Mapping[str, Tensor]
     scaling: Mapping[str, float]
+
+    @property
+    def changes(self) -> set[str]:
+        """The names in the model of the tensors that it changes."""
+        return {*self.differences, *(f"{layer}.weight" for layer in self.scaling)}
 
     def describe(self) -> str:
         more = f" and {len(self.differences)} whole tensors" if self.differences else ""
@@ -159,6 +165,27 @@ def merging(adapters: Sequence[Adapter], device: torch.device | str) -> Callable
         return tensor
 
     return merge
+
+
+@torch.no_grad()
+def merge_anew(model: nn.Module, component: Component, adapters: Sequence[Adapter], names: Container[str]) -> None:
+    """Merge adapters into tensors of some names as the files hold them, in place in a model that is loaded.
+
+    If the names are those that the adapters change and those that earlier ones did, the model is to the bit as if it
+    had been loaded with these adapters; `takes_merges` says whether it can be.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in component.tensors():
+        if name in names:
+            # Where it was merged when the model was loaded: another device would round otherwise.
+            parameters[name].copy_(merging(adapters, parameters[name].device)(name, tensor))
+
+
+def takes_merges(model: nn.Module, names: Set[str]) -> bool:
+    """Whether tensors of a loaded model are whole and plain numbers, neither packed nor a process's part of them."""
+    parameters = dict(model.named_parameters())
+    plain = {name for name, one in parameters.items() if type(one) is nn.Parameter and type(one.data) is Tensor}
+    return names <= plain
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ class Dispatcher:
 
     def _have(self, wanted: int) -> None:
         staying = [thread for thread in self._threads if not thread.leaving.is_set()]
-        # Those without a job first.
-        for thread in sorted(staying, key=lambda one: one.is_making)[: max(0, len(staying) - wanted)]:
+        idle = [thread for thread in staying if not thread.is_making]
+        for thread in idle[: max(0, len(staying) - wanted)]:
             thread.leaving.set()
         for _ in range(wanted - len(staying)):
             self._threads.append(_ReplicaThread(self.queue, self.engine, self._ending))
