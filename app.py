@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wan.observe.console import exit_with, log_to_stderr, run_program, say
 from wan.run.flag_types import boolean
 from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, options_of
+
+if TYPE_CHECKING:
+    from wan.run.request import Options
+    from wan.serve.jobs.queue import Queue
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -47,11 +55,12 @@ def run(args: argparse.Namespace) -> None:
     # Imported after parsing: --help and a mistyped flag should not wait for torch and gradio.
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import pick_device
+    from wan.serve.jobs.queue import Queue
     from wan.serve.limits import Limits
     from wan.serve.lora_library import LoraLibrary
     from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.page.visible import VisibleJobs
     from wan.serve.presets import Presets
-    from wan.serve.studio import Studio
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     address = Address(args.host, args.port, args.share, tuple(args.allowed_host))
@@ -61,8 +70,28 @@ def run(args: argparse.Namespace) -> None:
     most = {"frames": args.max_frames, "pixels": args.max_pixels, "steps": args.max_steps}
     limits = Limits.of(most, map(presets.settings, presets.names))
     library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
-    with Studio(options, args.save_dir, SMALL_CHECKPOINT, limits) as studio:
-        serve(make_page(studio, presets, library), library, address)
+    with closing(Queue.open(args.save_dir)) as queue, making(queue, options, args.save_dir):
+        jobs = VisibleJobs(queue, everyones=address.is_private)
+        serve(make_page(jobs, limits, presets, library), library, address)
+
+
+@contextmanager
+def making(queue: Queue, options: Options, folder: Path) -> Iterator[None]:
+    """Make what a queue holds meanwhile, in a process of its own, unless a server makes it already."""
+    from nabla import InputError
+    from wan.files.atomic import lock_folder
+    from wan.serve.workers.dispatcher import Dispatcher
+    from wan.serve.workers.local_engine import LocalEngine
+    from wan.serve.workers.maker import Maker
+
+    try:
+        lock = lock_folder(folder)
+    except InputError:
+        say(f"videos are made by the server that serves {folder}; flags of how they are made are its own")
+        yield
+        return
+    with lock, Dispatcher(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))):
+        yield
 
 
 if __name__ == "__main__":

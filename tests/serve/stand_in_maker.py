@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from nabla import InputError
 from wan.serve.workers.messages import SAMPLING, Aborted, Event, Failed, Made, Order, Progress
+from wan.serve.workers.process import MakesVideos
 from wan.serve.workers.replica import ReplicaDied
 
 
@@ -46,7 +47,8 @@ KILL, CTRL_C = int(signal.SIGKILL), int(signal.SIGINT)
 class ThreadReplica:
     """A replica without a process; what an order's "signal" would do to one is told of it all the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, maker: MakesVideos):
+        self.maker = maker
         self.events: queue.SimpleQueue[Event | ReplicaDied] = queue.SimpleQueue()
         self.aborted = threading.Event()
         self.is_closed = False
@@ -59,7 +61,7 @@ class ThreadReplica:
         if order.layer.get("signal"):
             self.events.put(ReplicaDied("its process was ended by SIGKILL"))
         else:
-            self.events.put(StandIn().make(order, self.events.put, self.aborted.is_set))
+            self.events.put(self.maker.make(order, self.events.put, self.aborted.is_set))
 
     def poll(self, seconds: float) -> Event | None:
         try:
@@ -81,14 +83,15 @@ class ThreadReplica:
 class ThreadEngine:
     """Starts replicas that are threads, as many as there are jobs up to some. fails: what each start raises, in turn"""
 
-    def __init__(self, most: int = 1, fails: Sequence[Exception] = ()):
+    def __init__(self, most: int = 1, fails: Sequence[Exception] = (), maker: MakesVideos | None = None):
         self.most, self.fails = most, list(fails)
+        self.maker = maker or StandIn()
         self.started: list[ThreadReplica] = []
 
     def start_replica(self) -> ThreadReplica:
         if self.fails:
             raise self.fails.pop(0)
-        self.started.append(ThreadReplica())
+        self.started.append(ThreadReplica(self.maker))
         return self.started[-1]
 
     def wanted(self, waiting: int, running: int) -> int:

@@ -1,9 +1,11 @@
-"""The page without a browser: its form, where its settings come from, and the studio that makes its videos."""
+"""The page without a browser: its form, and where its settings come from."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import weight_files
 from PIL import Image
+from stand_in_maker import ThreadEngine
 
 import app
 from nabla import InputError, NablaConfig
@@ -18,17 +21,17 @@ from wan.config.cache_settings import CacheSettings
 from wan.config.config_files import CONFIG_FOLDER
 from wan.config.model_settings import LoraFile, ModelSettings
 from wan.config.settings import Settings, VideoSettings, resolve
+from wan.files.atomic import LOCK
 from wan.files.picture import picture_hash
 from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
-from wan.sampling.loop import Cancelled
-from wan.serve import studio as studio_module
-from wan.serve.limits import Limits
+from wan.serve.jobs.job import Status, Wish
+from wan.serve.jobs.queue import Queue
 from wan.serve.lora_library import LoraLibrary
-from wan.serve.page import pictures, status
+from wan.serve.page import pictures
 from wan.serve.page.form import (
     DENSE,
     SHARE,
@@ -43,7 +46,6 @@ from wan.serve.page.form import (
 from wan.serve.page.pictures import picture_notes, pictures_taken, thumbnail_of, with_picture
 from wan.serve.page.sidecars import MAX_SIDECAR_BYTES, from_sidecar, quantization_notes, read_sidecar
 from wan.serve.presets import OWN, Presets
-from wan.serve.studio import DECODING, LOADING, READING, SAMPLING, WAITING, WRITING, Job, JobProgress, Studio
 
 SMALL = {"sampling": {"steps": 2, "seed": 1}, "video": {"size": "64*48", "frame_num": 5}, "prompt": "A red circle"}
 
@@ -329,137 +331,6 @@ def test_a_library_takes_safetensors_and_nothing_else(tmp_path, monkeypatch):
             library.add(upload)
 
 
-def test_what_the_page_says_is_escaped():
-    assert "<b>" not in status.said_html("<b>", "wrong") + status.notes_html(["<b>"])
-    assert status.progress_line(JobProgress(WAITING, ahead=2)) == "Waiting for 2 videos before yours"
-    assert (
-        status.progress_line(JobProgress(SAMPLING, step=2, steps=4, seconds_left=75.2))
-        == "Step 2 of 4, 1 min 15 s left"
-    )
-    assert status.progress_line(JobProgress(DECODING, step=4, steps=4)) == DECODING
-    stopping = [status.progress_line(JobProgress(stage, stopping=True)) for stage in (LOADING, SAMPLING, WRITING)]
-    assert stopping == ["Stopping once the model is loaded", "Stopping after this step", WRITING]
-    assert [status.duration(seconds) for seconds in (3.4, 59.9, 3599.9, 7300)] == [
-        "3 s",
-        "60 s",
-        "1 h 0 min",
-        "2 h 1 min",
-    ]
-
-
-@pytest.fixture
-def studio(random_nano, tmp_path):
-    with Studio(Options(device="cpu"), tmp_path / "videos", str(random_nano), Limits(steps=1000)) as studio:
-        yield studio
-
-
-def finish(job: Job) -> list[JobProgress]:
-    return list(job.changes())
-
-
-def test_a_studio_makes_what_is_asked_and_loads_only_when_weights_change(studio, random_nano, tmp_path):
-    job = studio.submit(SMALL | {"attention": {"algorithm": "nabla-0.5"}})
-    finish(job)
-    made, pipe = job.result(), studio._pipe
-    record = json.loads(made.sidecar.read_text())["settings"]
-    assert made.path.suffix == ".mp4" and resolve(record) == made.settings and record["sampling"]["seed"] == 1
-    assert job.progress.step == job.progress.steps == 2 and job.progress.preview.shape == (48, 64, 3)
-    again = studio.submit(SMALL | {"attention": {"algorithm": "keep-0.5"}})
-    finish(again)
-    assert again.result().path != made.path and studio._pipe is pipe
-    # What a share that no weights were tuned for gets where nothing else is said.
-    untuned = NablaConfig(keep=0.5, pool=(1, 4, 4), dense_steps=0.25, dense_layers=(0,))
-    assert pipe.transformer.nabla.config == untuned
-    weight_files.write_lora(
-        tmp_path / "a.safetensors",
-        weight_files.draw_factors(random_transformer("nano", torch.float32, torch.device("cpu"))),
-        "wan",
-    )
-    other = studio.submit(SMALL | {"lora": [str(tmp_path / "a.safetensors")]})
-    finish(other)
-    assert other.result().settings.lora and studio._pipe is not pipe
-
-
-def test_a_lora_that_does_not_fit_is_an_error_that_keeps_the_model(studio, tmp_path):
-    finish(studio.submit(SMALL))
-    pipe = studio._pipe
-    from safetensors.torch import save_file
-
-    save_file({"diffusion_model.other.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
-    job = studio.submit(SMALL | {"lora": [str(tmp_path / "other.safetensors")]})
-    finish(job)
-    with pytest.raises(InputError, match="0 of 1 weights match"):
-        job.result()
-    assert studio._pipe is pipe
-
-
-def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano, tmp_path, monkeypatch):
-    loaded, plain = [], studio_module.load_pipeline
-
-    def load(checkpoint, every, device, options):
-        loaded.append(every[0].video.size)
-        return plain(checkpoint, every, device, replace(options, memory=None))
-
-    monkeypatch.setattr(studio_module, "load_pipeline", load)
-    with Studio(Options(device="cpu", memory="auto"), tmp_path / "videos", str(random_nano)) as studio:
-        for size in ("32*32", "64*48", "32*48"):
-            job = studio.submit(SMALL | {"video": {"size": size, "frame_num": 1}})
-            finish(job)
-            assert job.result().settings.video.size == loaded[-1] or size == "32*48"
-    assert loaded == [(32, 32), (64, 48)]
-
-
-def test_one_frame_is_a_picture(studio):
-    job = studio.submit(SMALL | {"video": {"size": "32*32", "frame_num": 1}})
-    finish(job)
-    assert job.result().path.suffix == ".png"
-
-
-def test_jobs_wait_in_turn_and_are_cancelled_running_or_waiting(studio):
-    long = SMALL | {"sampling": {"steps": 1000, "guide_scale": 1}}
-    running, waiting, last = studio.submit(long), studio.submit(long), studio.submit(SMALL)
-    for progress in running.changes():
-        if progress.step:
-            break
-    assert (waiting.progress.stage, waiting.progress.ahead, last.progress.ahead) == (WAITING, 1, 2)
-    waiting.cancel()
-    assert waiting.future.done() and last.progress.ahead == 1
-    running.cancel()
-    finish(running)
-    for job in (running, waiting):
-        with pytest.raises(Cancelled):
-            job.result()
-    finish(last)
-    assert {path.stem for path in studio.folder.iterdir()} == {last.result().path.stem}
-
-
-@pytest.mark.parametrize("stage", (LOADING, READING, SAMPLING, DECODING))
-def test_a_job_ends_with_the_piece_of_work_in_which_it_is_cancelled(studio, stage, monkeypatch):
-    finish(studio.submit(SMALL))
-    made, told, tell = set(studio.folder.iterdir()), [], Job.tell
-
-    def cancelling(job, **progress):
-        tell(job, **progress)
-        told.append(job.progress.stage)
-        if progress.get("stage") == stage:
-            job._stopped.set()
-
-    monkeypatch.setattr(Job, "tell", cancelling)
-    job = studio.submit(SMALL)
-    finish(job)
-    with pytest.raises(Cancelled):
-        job.result()
-    assert told[-1] == stage and set(studio.folder.iterdir()) == made
-
-
-def test_too_many_jobs_are_refused(studio, monkeypatch):
-    monkeypatch.setattr("wan.serve.limits.MAX_WAITING", 0)
-    job = studio.submit(SMALL | {"sampling": {"steps": 1000}})
-    with pytest.raises(InputError, match="0 videos are waiting already"):
-        studio.submit(SMALL)
-    job.cancel()
-
-
 def test_without_gradio_the_program_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert app.main([]) == 2
@@ -493,8 +364,30 @@ def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wan.serve.page.server.gr.Blocks.launch", interrupted)
+    monkeypatch.setattr("wan.serve.workers.local_engine.LocalEngine", lambda make: ThreadEngine())
     assert app.main(["--save_dir", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_videos_are_made_unless_a_server_makes_those_of_the_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wan.serve.workers.local_engine.LocalEngine", lambda make: ThreadEngine())
+    queue = Queue.open(tmp_path)
+    [job] = queue.submit([Wish("small", {})])
+    with app.making(queue, Options(), tmp_path):
+        assert queue.wait(job.id, "", 20).status is Status.COMPLETED
+    assert not capsys.readouterr().err
+    # By another process, for this one may have a file's lock twice; it takes what `lock_folder` does.
+    holder = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True)"
+    )
+    holds = [sys.executable, "-c", f"{holder}; sys.stdin.read()", str(tmp_path / LOCK)]
+    with subprocess.Popen(holds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "held\n"
+        [job] = queue.submit([Wish("small", {})])
+        with app.making(queue, Options(), tmp_path):
+            assert queue.wait(job.id, "", 0.3).status is Status.QUEUED
+        server.stdin.close()
+    assert capsys.readouterr().err.startswith("videos are made by the server that serves ")
 
 
 def test_presets_for_other_kinds_of_checkpoint_than_the_given_one_are_left_out(random_nano, kandinsky_nano):

@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from PIL import Image
+from stand_in_maker import ThreadEngine
 
 from nabla import InputError
 from wan import WanT2V
@@ -22,10 +23,13 @@ from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.run.request import Options
-from wan.serve.limits import Limits, Line, Visitor, check_waiting
+from wan.serve.jobs.job import Job, Wish
+from wan.serve.jobs.queue import Queue
+from wan.serve.limits import Limits
 from wan.serve.page import pictures
 from wan.serve.shown import sidecar_to_share, without_folders
-from wan.serve.studio import Studio
+from wan.serve.workers.dispatcher import Dispatcher
+from wan.serve.workers.maker import Maker
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
 
@@ -33,9 +37,9 @@ BOUNDARY = "zz"
 MULTIPART = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 JSON = {"Content-Type": "application/json"}
 CONTROLS = {
-    "base": None, "prompt": "A red circle", "negative": "", "size": "32x32", "frames": 1, "seed": "1", "steps": 2,
-    "guidance": 1.0, "shift": 5.0, "solver": "unipc", "lora": [], "scales": "", "algorithm": "dense", "dense_steps": 0,
-    "refresh": 1, "backend": "auto", "fp8": False, "cache": False,
+    "rows": None, "seen": None, "base": None, "chosen": None, "prompt": "A red circle", "negative": "", "size": "32x32",
+    "frames": 1, "seed": "1", "steps": 2, "guidance": 1.0, "shift": 5.0, "solver": "unipc", "lora": [], "scales": "",
+    "algorithm": "dense", "dense_steps": 0, "refresh": 1, "backend": "auto", "fp8": False, "cache": False,
 }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ class Served:
     """A page that is served, and requests to it."""
 
     port: int
-    studio: Studio
+    queue: Queue
     checkpoint: Path
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str | None):
@@ -90,15 +94,25 @@ class Served:
         return self.hear(session)
 
     def hear(self, session: str) -> str:
-        """All that a session is told until its video has ended."""
+        """All that a session is told of what it asked for last."""
         return self.ask("GET", f"/gradio_api/queue/data?session_hash={session}")[2]
 
-    def cancel(self, session: str) -> None:
-        body = json.dumps({"data": [], "session_hash": session}).encode()
-        assert self.ask("POST", "/gradio_api/run/cancel", body, **JSON)[0] == 200
+    def run(self, event: str, session: str, **event_data: object) -> str:
+        """What a session is told of an event that does not wait in gradio's queue."""
+        body = {"data": [None] * 3, "session_hash": session, "event_data": event_data or None}
+        return self.ask("POST", f"/gradio_api/run/{event}", json.dumps(body).encode(), **JSON)[2]
 
-    def jobs(self, session: str) -> int:
-        return sum(job.visitor.session == session for job in list(self.studio._jobs))
+    def follow(self, session: str) -> str:
+        """The line that a session is told of the video that it asked for, once that has ended."""
+        told = [self.hear(session)]
+        ended = re.compile(r'class=\\"status (?:done|wrong)\\" role=\\"\w+\\">([^<]*)<')
+        self.until(lambda: told.append(self.run("look", session)) or ended.search(told[-1]))
+        return ended.search(told[-1])[1]
+
+    def going(self, prompt: str) -> list[Job]:
+        """The jobs that have not ended, by how their prompts begin."""
+        jobs = self.queue.list("", limit=300).jobs
+        return [one for one in jobs if one.wish.layer["prompt"].startswith(prompt) and not one.status.has_ended]
 
     def until(self, condition) -> None:
         end = time.monotonic() + 20
@@ -111,32 +125,30 @@ class Served:
 def page(random_nano, tmp_path_factory) -> Iterator[Served]:
     from wan.serve.lora_library import LoraLibrary
     from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.page.visible import VisibleJobs
     from wan.serve.presets import Presets
 
     folder = tmp_path_factory.mktemp("attacked")
+    queue = Queue.open(folder / "videos")
+    # In this process, so that a test can change what a family takes.
+    engine = ThreadEngine(maker=Maker(Options(device="cpu"), str(random_nano)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
-        with Studio(Options(device="cpu"), folder / "videos", str(random_nano), Limits(steps=900)) as studio:
-            library = LoraLibrary(folder / "loras")
-            served = make_page(studio, Presets({"checkpoint": str(random_nano)}, "x"), library)
+        with Dispatcher(queue, engine):
+            library, presets = LoraLibrary(folder / "loras"), Presets({"checkpoint": str(random_nano)}, "x")
+            served = make_page(VisibleJobs(queue, everyones=False), Limits(steps=900), presets, library)
             url = serve(served, library, Address(allowed_hosts=("video.example.org",)), wait=False)
             try:
-                yield Served(urlsplit(url).port, studio, random_nano)
+                yield Served(urlsplit(url).port, queue, random_nano)
             finally:
                 served.close()
-
-
-class Waiting:
-    """A job as a line sees it."""
-
-    def __init__(self, address: str, session: str):
-        self.visitor = Visitor(address, session)
 
 
 PATHS = ("GET /", "GET /config", "POST /gradio_api/queue/join", "POST /gradio_api/upload",
          "POST /gradio_api/run/cancel",
          "GET /gradio_api/queue/data?session_hash=x", "GET /gradio_api/heartbeat/x", "OPTIONS /gradio_api/upload",
-         "GET /assets/x.js")  # fmt: skip
+         "GET /assets/x.js",
+         "POST /gradio_api/run/use", "GET /jobs/video_00000000000000000000000000000000/video")  # fmt: skip
 
 
 @pytest.mark.parametrize("where", PATHS)
@@ -157,8 +169,9 @@ def test_a_foreign_host_or_origin_is_refused_everywhere_in_one_line_and_without_
                f"http://{own}/", f"file://{own}")  # fmt: skip
     preflight = {"Access_Control_Request_Method": "POST"}
     for headers in (*({"Host": host} for host in hosts), *({"Origin": origin} for origin in origins)):
-        # What is no HTTP at all, the server answers itself.
-        status, answered, text = page.ask(method, path, body, **headers, **preflight)
+        # What is no HTTP at all, the server answers itself, and reads no body, which could cut its answer off.
+        sent = None if headers == {"Host": None} else body
+        status, answered, text = page.ask(method, path, sent, **headers, **preflight)
         assert status == 403 or (headers == {"Host": None} and status == 400), (headers, status)
         assert text.count("\n") <= 1 and not [name for name in answered if name.lower().startswith("access-control")]
 
@@ -175,10 +188,10 @@ def test_the_page_s_own_names_are_answered(page):
 
 @pytest.mark.parametrize("name", ("", "a b", "http://x", "x/y", "x:port", "*"))
 def test_an_allowed_host_that_is_none(name):
-    from wan.serve.page.guard import Guard, Presence
+    from wan.serve.page.guard import Guard
 
     with pytest.raises(InputError, match="is not a host; give video.example.org"):
-        Guard(None, "127.0.0.1", [name], list, int, 1, 1, Presence())
+        Guard(None, "127.0.0.1", [name], list, int, 1, 1)
 
 
 def form(content: bytes = b"{}", name: str = "x.json") -> bytes:
@@ -209,9 +222,9 @@ def test_an_upload_needs_the_token_that_comes_with_the_page(page, monkeypatch):
 
 
 def test_uploads_hold_so_much_of_the_disk_and_no_more():
-    from wan.serve.page.guard import API, Guard, Presence, Refused
+    from wan.serve.page.guard import API, Guard, Refused
 
-    guard = Guard(None, "127.0.0.1", (), list, lambda: 900, 500, 1000, Presence())
+    guard = Guard(None, "127.0.0.1", (), list, lambda: 900, 500, 1000)
     scope = {"type": "http", "method": "POST", "path": f"{API}upload", "server": ("127.0.0.1", 80), "headers": []}
     headers = {"cookie": f"wan_page_80={guard._token}"}
     assert guard._check_body(scope, headers | {"content-length": "100"}) == 100
@@ -219,25 +232,28 @@ def test_uploads_hold_so_much_of_the_disk_and_no_more():
         guard._check_body(scope, headers | {"content-length": "101"})
 
 
-def test_nothing_is_served_but_what_the_page_shows(page, tmp_path):
+SPELLED = ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/",
+           "/gradio_api/proxy=", "/gradio_api/custom_component/1/client/component/", "/jobs/", "/jobs/x/")  # fmt: skip
+
+
+def test_nothing_is_served_but_what_the_page_shows(page):
     assert page.generate("shown") == 200
-    told = page.hear("shown")
-    assert "Made in " in told
-    files = set(re.findall(r'"path":"([^"]+)"', told))
-    offered = [path for path in files if path.endswith((".png", ".json"))]
-    assert len(offered) >= 2 and all(page.ask("GET", f"/gradio_api/file={quote(path)}")[0] == 200 for path in offered)
-    record = next(path for path in offered if path.endswith(".json"))
-    folder = page.studio.folder
-    (folder / "private.mp4").write_bytes(b"x")
-    shared = page.ask("GET", f"/gradio_api/file={quote(record)}")[2]
+    assert "Made in " in page.follow("shown")
+    told = page.run("look", "somebody else")
+    [job] = page.queue.list("", limit=1).jobs
+    files = {what: page.ask("GET", f"/jobs/{job.id}/{what}") for what in ("video", "thumbnail", "settings")}
+    assert {what: answer[0] for what, answer in files.items()} == dict.fromkeys(files, 200)
+    assert job.id in told
+    assert [answer[1]["Content-Type"] for answer in files.values()] == ["image/png", "image/webp", "application/json"]
+    assert all(answer[1]["X-Content-Type-Options"] == "nosniff" for answer in files.values())
+    folder, shared = page.queue.files.folder, files["settings"][2]
     for secret in (str(folder), str(page.checkpoint), str(page.checkpoint.parent)):
         assert secret not in told + shared + page.ask("GET", "/config")[2] + page.ask("GET", "/")[2]
     assert json.loads(shared)["settings"]["checkpoint"] == page.checkpoint.name
-    made = [str(path) for path in folder.iterdir()]
-    up = [f"{Path(record).parent}/../{Path(record).parent.name}/{Path(record).name}", "../" * 9 + "etc/passwd"]
+    made = [str(path) for path in (folder / job.id).iterdir()] + [str(folder / "jobs.sqlite")]
+    up = [f"{job.id}/../{job.id}/video", f"{job.id}/../jobs.sqlite", f"{job.id}/video.json", "../" * 9 + "etc/passwd"]
     for path in (*made, *up, "/etc/passwd", str(page.checkpoint / "config.json"), "http://127.0.0.1/", "app.py", ""):
-        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/",
-                      "/gradio_api/proxy=", "/gradio_api/custom_component/1/client/component/"):  # fmt: skip
+        for route in SPELLED:
             for spelled in (path, quote(path, safe=""), quote(quote(path, safe=""))):
                 status, _, text = page.ask("GET", f"{route}{spelled}")
                 assert status in (400, 403, 404) and "root:" not in text, (route, spelled, status)
@@ -250,6 +266,38 @@ def test_nothing_is_served_but_what_the_page_shows(page, tmp_path):
         "/openapi.json",
     ):
         assert page.ask("GET", path)[0] == 404
+
+
+def test_jobs_of_others_are_neither_shown_nor_deleted(page):
+    wish = Wish("nano", {"prompt": "somebody's secret", "checkpoint": "/no/such/checkpoint"}, source="10.0.0.9")
+    jobs = [
+        *page.queue.submit([wish]),
+        *page.queue.submit([replace(wish, owner="0123456789abcdef", source="127.0.0.1")]),
+    ]
+    for job in jobs:
+        for does in ("open", "delete"):
+            told = page.run("use", "curious", does=does, job=job.id)
+            assert job.id not in told and "secret" not in told and page.queue.get(job.id, job.wish.owner) is not None
+        for what in ("video", "settings", "preview", "thumbnail"):
+            assert page.ask("GET", f"/jobs/{job.id}/{what}")[0] == 404
+        page.queue.remove(job.id)
+
+
+@pytest.mark.parametrize("given", ({"does": "open", "job": ["x"]}, {"does": {}}, {"does": "delete", "job": "../.."}))
+def test_clicks_that_nobody_made_do_nothing(page, given):
+    before = [job.id for job in page.queue.list("", limit=300).jobs]
+    assert "Ready" in page.run("use", f"clicks-{len(str(given))}", **given)
+    assert [job.id for job in page.queue.list("", limit=300).jobs] == before
+
+
+def test_a_job_is_shown_and_deleted_by_another_session_of_its_address_and_its_files_go(page):
+    assert page.generate("first") == 200 and "Made in " in page.follow("first")
+    [job] = page.queue.list("", limit=1).jobs
+    assert "Made in " in page.run("use", "second", does="open", job=job.id)
+    assert page.ask("POST", f"/jobs/{job.id}/video", b"")[0] == 404
+    page.run("use", "second", does="delete", job=job.id)
+    assert page.ask("GET", f"/jobs/{job.id}/video")[0] == 404 and not (page.queue.files.folder / job.id).exists()
+    assert "no longer there" in page.run("look", "first")
 
 
 @pytest.mark.parametrize(
@@ -314,17 +362,18 @@ def test_a_picture_is_shown_used_and_named_but_not_served(page, monkeypatch):
     shown = [one for one in re.findall(r'"path":"([^"]+)"', told) if one != path]
     assert shown and all(page.ask("GET", f"/gradio_api/file={quote(one)}")[0] == 200 for one in shown)
     assert page.generate("pictured") == 200
-    told = page.hear("pictured")
+    told = page.follow("pictured")
     assert "Made in " in told and "64x32" in told and seen[0].shape == (32, 64, 3)
-    record = next(one for one in re.findall(r'"path":"([^"]+)"', told) if one.endswith(".json"))
-    shared = json.loads(page.ask("GET", f"/gradio_api/file={quote(record)}")[2])
-    assert shared["settings"]["image"] == "cat.png" == shared["made_with"]["image"]["name"]
+    [job] = page.queue.list("", limit=1).jobs
+    shared = json.loads(page.ask("GET", f"/jobs/{job.id}/settings")[2])
+    assert shared["settings"]["image"] == "image.png" == shared["made_with"]["image"]["name"]
+    assert page.queue.files.read(job.id, "image.png") == picture() and path not in json.dumps(job.wish.layer)
 
 
 def test_a_picture_is_a_visitor_s_upload_and_nothing_else(page, tmp_path, monkeypatch):
     (tmp_path / "private.png").write_bytes(picture())
-    (page.studio.folder / "private.png").write_bytes(picture())
-    for number, path in enumerate((tmp_path / "private.png", page.studio.folder / "private.png", "/etc/hostname")):
+    (page.queue.files.folder / "private.png").write_bytes(picture())
+    for number, path in enumerate((tmp_path / "private.png", page.queue.files.folder / "private.png", "/etc/hostname")):
         told = page.give("begin", str(path), f"path-{number}")
         assert "Begins with" not in told and "process_completed" in told and "pixels" not in told
     for name, content, said in (
@@ -342,8 +391,8 @@ def test_a_picture_is_a_visitor_s_upload_and_nothing_else(page, tmp_path, monkey
 def test_a_picture_for_what_takes_none_is_refused_when_a_video_is_asked_for(page):
     assert "Begins with" in page.give("begin", page.upload(picture("green"), "cat.png"), "none")
     assert page.generate("none") == 200
-    told = page.hear("none")
-    assert "image cat.png is not taken by t2v" in told and "Made in" not in told
+    told = page.follow("none")
+    assert "image image.png is not taken by t2v" in told and "Made in" not in told
 
 
 def test_a_preset_beyond_the_limits_is_shown_within_them_and_says_so():
@@ -361,62 +410,28 @@ def test_a_body_that_is_large_is_not_read(page):
     assert page.ask("POST", "/gradio_api/queue/join", b"", **JSON, Content_Length=None)[0] == 411
 
 
-def test_a_visitor_of_200_jobs_keeps_nobody_out_and_cancel_ends_them_all(page, monkeypatch):
+def test_a_visitor_of_50_jobs_keeps_nobody_out_and_cancel_ends_them_all(page, monkeypatch):
     known = page.event("generate")
     monkeypatch.setattr(Served, "event", lambda *_: known)
-    for number in range(200):
+    for number in range(50):
         assert page.generate("greedy", steps=900, frames=17, size="64x64", prompt=f"flood {number}") == 200
-    page.until(lambda: page.jobs("greedy") == 5)
+    page.until(lambda: len(page.going("flood")) == 5)
     assert page.generate("honest") == 200
-    page.until(lambda: page.jobs("honest") == 1)
-    order = [job.visitor.session for job in page.studio._line.order()]
-    assert order.index("honest") <= 1
-    page.cancel("other")
-    assert page.jobs("greedy") == 5
-    page.cancel("greedy")
-    assert "Made in " in page.hear("honest")
-    page.until(lambda: not page.studio._jobs)
+    page.until(lambda: page.going("A red circle"))
+    page.run("cancel", "other")
+    assert len(page.going("flood")) == 5
+    page.run("cancel", "greedy")
+    assert "Made in " in page.follow("honest")
+    assert not page.going("")
 
 
-def test_a_video_of_which_nobody_hears_is_cancelled(page, monkeypatch):
-    monkeypatch.setattr("wan.serve.page.guard.UNHEARD_SECONDS", 0.5)
-    assert page.generate("deaf", steps=900, frames=33, size="128x128") == 200
-    page.until(lambda: page.jobs("deaf"))
-    page.until(lambda: not page.jobs("deaf"))
-
-
-def test_addresses_take_turns_and_so_do_the_sessions_of_one():
-    line, jobs = Line(), []
-    for address, session in (("a", 1), ("a", 1), ("a", 2), ("b", 1), ("a", 1), ("b", 1)):
-        jobs.append(Waiting(address, str(session)))
-        line.join(jobs[-1])
-    order = [jobs.index(job) for job in line.order()]
-    assert order == [0, 3, 2, 5, 1, 4]
-    assert [jobs.index(line.next()) for _ in jobs] == order and line.next() is None
-
-
-def test_who_comes_again_and_again_or_under_new_names_does_not_pass_who_waits():
-    line, mine = Line(), [Waiting("a", "1") for _ in range(3)]
-    for job in mine:
-        line.join(job)
-    served = []
-    for number in range(8):
-        line.join(Waiting("b" if number % 2 else f"new {number}", "1"))
-        served.append(line.next())
-    assert all(job in served for job in mine[:2])
-
-
-def test_what_may_wait_of_a_session_an_address_and_all():
-    with pytest.raises(InputError, match="4 of your videos are waiting already"):
-        check_waiting([Visitor("a", "1")] * 5, Visitor("a", "1"))
-    check_waiting([Visitor("a", str(n)) for n in range(10)], Visitor("a", "x"))
-    with pytest.raises(InputError, match="10 videos from your address"):
-        check_waiting([Visitor("a", str(n)) for n in range(11)], Visitor("a", "x"))
-    check_waiting([Visitor("a", str(n)) for n in range(11)], Visitor("b", "x"))
-    with pytest.raises(InputError, match="20 videos are waiting already"):
-        check_waiting([Visitor(str(n), "x") for n in range(21)], Visitor("b", "x"))
-    assert Visitor.at("2001:db8::1", "s") == Visitor.at("2001:db8::ffff:2", "s") != Visitor.at("2001:db9::1", "s")
-    assert Visitor.at("::ffff:10.0.0.1", "s") == Visitor.at("10.0.0.1", "s") != Visitor.at("10.0.0.2", "s")
+def test_an_error_of_our_own_is_a_line_and_leaves_the_page_usable(page, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr("wan.serve.workers.maker.make_frames", lambda *_, **__: 1 / 0)
+        assert page.generate("unlucky") == 200
+        assert "ZeroDivisionError: division by zero" in page.follow("unlucky")
+    assert "Traceback" in capfd.readouterr().err
+    assert page.generate("unlucky") == 200 and "Made in " in page.follow("unlucky")
 
 
 def test_limits_cover_the_presets_unless_the_operator_says_less():

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import weight_files
+from stand_in_maker import ThreadEngine
 
 from wan.config.config_files import read_settings
 from wan.config.settings import resolve
 from wan.models.wan.random_checkpoint import random_transformer
 from wan.run.request import Options
+from wan.serve.jobs.job import Job, Wish
+from wan.serve.jobs.queue import Queue
 from wan.serve.limits import Limits
-from wan.serve.studio import Studio
+from wan.serve.workers.dispatcher import Dispatcher
+from wan.serve.workers.maker import Maker
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
 selenium = pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
@@ -61,7 +65,7 @@ class Browser:
     def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + SECONDS
         while not condition():
-            assert time.monotonic() < end, f"the page says {self.said!r}"
+            assert time.monotonic() < end, f"the page says {self.said!r} and {self.text('told')!r}"
             time.sleep(0.05)
 
     @property
@@ -69,7 +73,20 @@ class Browser:
         return self.one("#said").text
 
     def hears(self, start: str) -> None:
+        """Wait for what is said of a job."""
         self.until(lambda: self.said.startswith(start))
+
+    def is_told(self, start: str) -> None:
+        """Wait for what is said of the controls."""
+        self.until(lambda: self.text("told").startswith(start))
+
+    def text(self, name: str) -> str:
+        # Not `text`, which is empty of what is scrolled out of sight.
+        return self.one(f"#{name}").get_attribute("innerText").strip()
+
+    def rows(self) -> list[str]:
+        """What the list of videos says, a row a video."""
+        return [row.get_attribute("innerText") for row in self.driver.find_elements("css selector", "#listed li")]
 
     @property
     def heard(self) -> list[str]:
@@ -96,6 +113,11 @@ class Browser:
             self.click(f"{name} button")
         self.until(lambda: all(self.one(f"#{name} input") for name in names))
 
+    def answer(self, yes: bool) -> None:
+        """What the page asks before something ends for good."""
+        question = self.driver.switch_to.alert
+        question.accept() if yes else question.dismiss()
+
     def upload(self, name: str, path: Path) -> None:
         self.one(f"input:has(+ #{name})").send_keys(str(path))
 
@@ -106,27 +128,31 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def studio(random_nano, tmp_path_factory) -> Iterator[Studio]:
-    with Studio(Options(device="cpu"), tmp_path_factory.mktemp("page") / "videos", str(random_nano), LIMITS) as studio:
-        yield studio
+def queue(random_nano, tmp_path_factory) -> Iterator[Queue]:
+    queue = Queue.open(tmp_path_factory.mktemp("page") / "videos")
+    with Dispatcher(queue, ThreadEngine(maker=Maker(Options(device="cpu"), str(random_nano)))):
+        yield queue
 
 
 @pytest.fixture(scope="module")
-def browser(studio, random_nano, tmp_path_factory) -> Iterator[Browser]:
+def browser(queue, random_nano, tmp_path_factory) -> Iterator[Browser]:
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     from wan.serve.lora_library import LoraLibrary
     from wan.serve.page.server import Address, make_page, serve
+    from wan.serve.page.visible import VisibleJobs
     from wan.serve.presets import Presets
 
-    library = LoraLibrary(studio.folder / "loras")
-    page = make_page(studio, Presets({"checkpoint": str(random_nano)}, "x", "nabla_0.7.yaml"), library)
+    folder = queue.files.folder
+    library = LoraLibrary(folder / "loras")
+    presets = Presets({"checkpoint": str(random_nano)}, "x", "nabla_0.7.yaml")
+    page = make_page(VisibleJobs(queue, everyones=True), LIMITS, presets, library)
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*FLAGS.split(), "--window-size=1280,1000", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(studio.folder.parent / "saved")})
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder.parent / "saved")})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     url = serve(page, library, Address(), wait=False)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -144,29 +170,35 @@ def test_the_page_asks_nobody_else_for_anything(browser):
     assert browser.url.startswith("http://127.0.0.1:")
 
 
-def test_a_video_is_made_with_progress_and_preview_and_its_settings_make_it_again(browser, studio):
+def newest(queue: Queue) -> Job:
+    return queue.list("", limit=1).jobs[0]
+
+
+def test_a_video_is_made_with_progress_and_preview_and_its_settings_make_it_again(browser, queue):
     browser.open()
     browser.click("generate")
-    browser.hears("the prompt is empty; say what the video should show")
+    browser.is_told("the prompt is empty; say what the video should show")
     browser.write(prompt="A red circle", size="64x64", seed="7", frames="5", steps="12")
     browser.click("generate")
     browser.hears("Step ")
-    browser.until(lambda: browser.one("#picture img"))
+    assert not browser.text("told")
+    browser.until(lambda: browser.one("#picture"))
     browser.hears("Made in ")
     assert "64x64, 5 frames, 12 steps, nabla-0.7, seed 7" in browser.said
     steps = [line for line in browser.heard if line.startswith("Step ")]
     assert steps == sorted(steps, key=lambda line: int(line.split()[1])) and steps[-1].split(",")[0].endswith("of 12")
-    play = "const v = document.querySelector('#video video'); return v && [v.videoWidth, v.videoHeight, v.error]"
-    browser.until(lambda: browser.driver.execute_script(play) == [64, 64, None])
-    saved = studio.folder.parent / "saved"
+    play = "const v = document.querySelector('video'); return v && [v.videoWidth, v.videoHeight, v.error, v.paused]"
+    browser.until(lambda: browser.driver.execute_script(play) == [64, 64, None, False])
+    saved = queue.files.folder.parent / "saved"
     for name in ("save-video", "save-record"):
         browser.click(name)
     browser.until(lambda: {path.suffix for path in saved.glob("*")} == {".mp4", ".json"})
     record, video = next(saved.glob("*.json")), next(saved.glob("*.mp4"))
+    assert record.stem == video.stem and video.stem.startswith("A-red-circle-")
     browser.open()
     assert browser.value("seed") == "" and browser.value("prompt") == ""
     browser.upload("load-record", record)
-    browser.hears(f"Loaded the settings of {record.name}")
+    browser.is_told(f"Loaded the settings of {record.name}")
     browser.expand("attention")
     values = {name: browser.value(name) for name in ("prompt", "seed", "steps", "frames", "size", "algorithm")}
     assert values == {
@@ -179,11 +211,43 @@ def test_a_video_is_made_with_progress_and_preview_and_its_settings_make_it_agai
     }
     browser.click("generate")
     browser.hears("Made in ")
-    made = sorted(studio.folder.glob("*.mp4"))
-    assert len(made) == 2 and all(path.read_bytes() == video.read_bytes() for path in made)
-    shared, kept = read_settings(record), read_settings(made[0].with_suffix(".json"))
-    assert shared["checkpoint"] == Path(kept["checkpoint"]).name and str(studio.folder.parent) not in record.read_text()
+    made = [queue.files.read(job.id, "video.mp4") for job in queue.list("").jobs]
+    assert made == [video.read_bytes()] * 2
+    shared, kept = read_settings(record), read_settings(queue.files.path(newest(queue).id, "video.json"))
+    assert shared["checkpoint"] == Path(kept["checkpoint"]).name
+    assert str(queue.files.folder.parent) not in record.read_text()
     assert resolve(shared | {"checkpoint": kept["checkpoint"]}) == resolve(kept)
+
+
+def test_the_list_follows_all_jobs_of_the_folder_and_plays_and_deletes_them(browser, queue, random_nano):
+    video = {"checkpoint": str(random_nano), "video": {"size": "32*32", "frame_num": 5}}
+    layer = video | {"prompt": "<i>Asked</i> by a program", "sampling": {"steps": 200, "guide_scale": 1}}
+    browser.open()
+    others = browser.rows()
+    [job] = queue.submit([Wish("small", layer)])
+    browser.until(lambda: browser.rows()[1:] == others)
+    browser.until(lambda: "Step" in browser.rows()[0])
+    assert browser.rows()[0].startswith(layer["prompt"]) and "API" in browser.rows()[0] and browser.said == "Ready"
+    browser.click("listed li [data-does=open]")
+    browser.hears("Step ")
+    browser.until(lambda: browser.one("#picture"))
+    browser.click("listed li [data-does=delete]")
+    browser.answer(yes=False)
+    assert queue.get(job.id, "")
+    [next_job] = queue.submit([Wish("small", layer | {"sampling": {"steps": 2}})])
+    browser.until(lambda: browser.rows()[2:] == others)
+    browser.click("listed li:nth-child(2) [data-does=delete]")
+    browser.answer(yes=True)
+    browser.hears("Ready")
+    browser.until(lambda: "Made in" in browser.rows()[0] and browser.rows()[1:] == others)
+    assert queue.get(job.id, "") is None
+    browser.click("listed li [data-does=open]")
+    browser.hears("Made in ")
+    browser.until(lambda: browser.one(f"#video[src='jobs/{next_job.id}/video']"))
+    # Deleted elsewhere, as through the API.
+    queue.delete(next_job.id, "")
+    browser.hears("This video is no longer there")
+    assert browser.rows() == others and not browser.one("#video")
 
 
 def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, random_nano, tmp_path):
@@ -193,7 +257,7 @@ def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, 
     record.write_text(json.dumps({"settings": resolve(layer, video).to_dict()}))
     browser.open()
     browser.upload("load-record", record)
-    browser.hears("Loaded the settings of long.json")
+    browser.is_told("Loaded the settings of long.json")
     browser.expand("attention")
     browser.until(lambda: browser.value("amount") == "0.02")
     assert (browser.value("frames"), browser.value("steps")) == ("485", "200")
@@ -203,7 +267,7 @@ def test_settings_beyond_what_sliders_usually_reach_are_loaded_and_run(browser, 
     browser.hears("Step ")
     assert "of 200" in browser.said
     browser.click("cancel")
-    browser.hears("Cancelled")
+    browser.is_told("Cancelled")
 
 
 def test_a_preset_sets_the_controls_and_keeps_the_prompt(browser):
@@ -213,26 +277,26 @@ def test_a_preset_sets_the_controls_and_keeps_the_prompt(browser):
     assert browser.value("steps") == "3"
     browser.write("\ue007", preset="turbo_8")
     browser.until(lambda: browser.value("steps") == "8")
-    assert browser.value("prompt") == "A red circle" and "For" not in browser.said
+    assert browser.value("prompt") == "A red circle"
     assert "weights that want eight steps" in browser.one("#about").text
 
 
-def test_cancel_ends_a_video_after_its_step_and_leaves_no_file(browser, studio):
+def test_cancel_ends_a_video_after_its_step_and_leaves_no_file(browser, queue):
     browser.open()
-    before = set(studio.folder.iterdir())
+    before = {path.name for path in queue.files.folder.glob("video_*")}
     browser.write(prompt="A red circle", size="64x64", frames="5", steps="100")
     browser.click("generate")
     browser.hears("Step ")
     browser.click("cancel")
-    browser.hears("Cancelled")
-    browser.until(lambda: browser.one("#generate"))
-    assert set(studio.folder.iterdir()) == before
+    browser.is_told("Cancelled")
+    browser.until(lambda: {path.name for path in queue.files.folder.glob("video_*")} == before)
+    assert browser.said == "Ready" and not browser.one("#cancel")
     browser.write(steps="2")
     browser.click("generate")
     browser.hears("Made in ")
 
 
-def test_attention_and_lora_are_chosen_on_the_page(browser, studio, tmp_path):
+def test_attention_and_lora_are_chosen_on_the_page(browser, queue, tmp_path):
     factors = weight_files.draw_factors(random_transformer("nano", torch.float32, torch.device("cpu")))
     weight_files.write_lora(tmp_path / "style.safetensors", factors, "comfyui")
     (tmp_path / "bad.safetensors").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -240,32 +304,20 @@ def test_attention_and_lora_are_chosen_on_the_page(browser, studio, tmp_path):
     browser.write(prompt="A red circle", size="64x64", frames="5", steps="2")
     browser.expand("loras", "attention")
     browser.write(algorithm="nabla-2")
-    browser.hears("threshold 2.0 is outside (0, 1]")
+    browser.is_told("threshold 2.0 is outside (0, 1]")
     browser.write(algorithm="keep-0.5_sta-3-3-3")
     browser.until(lambda: browser.value("window") == "3-3-3" and browser.value("amount") == "0.5")
     browser.upload("add-lora", tmp_path / "bad.safetensors")
-    browser.hears("bad.safetensors is truncated or corrupt")
+    browser.is_told("bad.safetensors is truncated or corrupt")
     browser.upload("add-lora", tmp_path / "style.safetensors")
-    browser.hears("Added style-")
+    browser.is_told("Added style-")
     browser.write(scales="0.5")
     browser.click("generate")
     browser.hears("Made in ")
-    record = max(studio.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    settings = resolve(read_settings(record))
+    settings = resolve(newest(queue).settings)
     assert settings.attention.algorithm == "keep-0.5_sta-3-3-3"
-    assert [one.scale for one in settings.lora] == [0.5] and settings.lora[0].file.startswith(str(studio.folder))
-
-
-def test_a_bug_is_said_shortly_and_leaves_the_page_usable(browser, monkeypatch, capfd):
-    browser.open()
-    browser.write(prompt="A red circle", size="64x64", frames="5", steps="2")
-    with monkeypatch.context() as patch:
-        patch.setattr("wan.serve.studio.generate_video", lambda *_, **__: 1 / 0)
-        browser.click("generate")
-        browser.hears("Something broke; the program's output says what")
-    assert "ZeroDivisionError" in capfd.readouterr().err
-    browser.click("generate")
-    browser.hears("Made in ")
+    assert [one.scale for one in settings.lora] == [0.5]
+    assert settings.lora[0].file.startswith(str(queue.files.folder))
 
 
 def test_the_page_fits_a_phone(browser):

@@ -1,10 +1,10 @@
-"""What may be asked for, and in which order the videos of several visitors of the page are made."""
+"""What may be asked for, and by whom."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,6 @@ from wan.config.checks import check_keys
 from wan.config.settings import Settings
 from wan.files.plain_data import read_yaml
 
-# Of videos that wait: of everyone, of an address, of one session of a browser.
-MAX_WAITING, MAX_OF_ADDRESS, MAX_OF_SESSION = 20, 10, 4
 # What is enough for the models that there are; presets that want more raise it.
 USUAL_FRAMES, USUAL_PIXELS, USUAL_STEPS = 241, 1280 * 720, 100
 
@@ -110,68 +108,3 @@ class Visitor(NamedTuple):
         if address.version == 6 and address.ipv4_mapped is None:
             return cls(str(ipaddress.ip_network((address, 64), strict=False)), session)
         return cls(str(getattr(address, "ipv4_mapped", None) or address), session)
-
-
-NOBODY = Visitor()
-
-
-def check_waiting(visitors: Sequence[Visitor], visitor: Visitor) -> None:
-    """Raise `InputError` if a visitor may not have one more job beside those of `visitors`, of which one runs."""
-    # Beyond the limit only at one more, since one of those counted may be the one that runs.
-    if visitors.count(visitor) > MAX_OF_SESSION:
-        raise InputError(f"{MAX_OF_SESSION} of your videos are waiting already; try again when one is made")
-    if sum(one.address == visitor.address for one in visitors) > MAX_OF_ADDRESS:
-        raise InputError(f"{MAX_OF_ADDRESS} videos from your address are waiting; try again when one is made")
-    if len(visitors) > MAX_WAITING:
-        raise InputError(f"{MAX_WAITING} videos are waiting already; try again later")
-
-
-class Line:
-    """Jobs that wait, each with a `visitor`: addresses take turns, and so do the sessions of one address.
-
-    Nobody who comes later, under however many names, is served twice before one who waits.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: list[Any] = []
-        self._turn = 0
-        # By address and by visitor that has jobs here: the turn at which it was served last, or came.
-        self._since: dict[Any, int] = {}
-
-    def join(self, job: Any) -> None:
-        for key in _keys(job):
-            # Who has jobs here keeps his turn; who comes anew is as if served just now, behind all that wait.
-            self._since.setdefault(key, self._turn)
-        self._jobs.append(job)
-
-    def leave(self, job: Any) -> None:
-        """Take a job out, if it is there."""
-        if job in self._jobs:
-            self._jobs.remove(job)
-            present = {key for one in self._jobs for key in _keys(one)}
-            self._since = {key: turn for key, turn in self._since.items() if key in present}
-
-    def next(self) -> Any | None:
-        """Take out the job whose turn it is; None if nobody waits."""
-        if not self._jobs:
-            return None
-        job = self.order()[0]
-        self._turn += 1
-        self._since |= dict.fromkeys(_keys(job), self._turn)
-        self.leave(job)
-        return job
-
-    def order(self) -> list[Any]:
-        """The jobs in the order in which they would be served if nobody else came."""
-        left, since, order = list(self._jobs), dict(self._since), []
-        for turn in range(self._turn + 1, self._turn + 1 + len(left)):
-            # First the address that was served longest ago, then its session; of equals the first to have come.
-            job = min(left, key=lambda one: [since[key] for key in _keys(one)])
-            since |= dict.fromkeys(_keys(job), turn)
-            left.remove(job)
-            order.append(job)
-        return order
-
-
-def _keys(job: Any) -> tuple[str, Visitor]:
-    return job.visitor.address, job.visitor

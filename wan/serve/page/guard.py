@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import secrets
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 from wan.observe.console import printable
 from wan.serve.hosts import Hosts, Refused, answer, read_headers, take_in
@@ -22,44 +19,19 @@ FILE = f"{API}file="
 PATHS = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?|/(assets|static|svelte)/.*|"
     rf"{API}(startup-events|upload|upload_progress|queue/join|queue/data|cancel|reset|app_id|theme\.css|login_check)/?|"
-    rf"{API}((run|heartbeat)/[^/]+|info)/?|{re.escape(FILE)}.*",
+    rf"{API}((run|heartbeat)/[^/]+|info)/?|{re.escape(FILE)}.*|/jobs/[^/]+/[^/]+",
     re.DOTALL,
 )
 # Of a request that is no upload: a prompt and the controls.
 MAX_BODY = 1 << 20
 # Of a request that uploads, beside the file itself.
 MULTIPART_EXTRA = 1 << 20
-# Who has no connection open that hears of a video for so long has left.
-UNHEARD_SECONDS = 15
-
-
-class Presence:
-    """Which sessions of browsers have a connection open on which news of their videos come."""
-
-    def __init__(self) -> None:
-        # Told on the event loop, asked by the threads that follow jobs.
-        self._open: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def comes(self, session: str) -> None:
-        with self._lock:
-            self._open[session] += 1
-
-    def goes(self, session: str) -> None:
-        with self._lock:
-            self._open[session] -= 1
-            if self._open[session] <= 0:
-                del self._open[session]
-
-    def is_here(self, session: str | None) -> bool:
-        return session in self._open
 
 
 class Guard:
     """An ASGI application that passes on to another what the page answers to, and refuses the rest in a line.
 
     app: gradio's; host, names: as of `Hosts`; offered: gives the files that may be fetched
-    presence: is told which sessions listen
     held: gives the bytes that uploads hold by now; max_upload, max_held: the most that one and all may be
     """
 
@@ -72,13 +44,11 @@ class Guard:
         held: Callable[[], int],
         max_upload: int,
         max_held: int,
-        presence: Presence,
     ):
         self.app = app
         self.hosts = Hosts(host, names)
         self.offered, self.held = offered, held
         self.max_upload, self.max_held = max_upload, max_held
-        self.presence = presence
         self._token = secrets.token_urlsafe(32)
         # Read and changed on the event loop alone, so it needs no lock.
         self._arriving = 0
@@ -96,14 +66,10 @@ class Guard:
             await answer(scope, send, refused.status, "text/plain; charset=utf-8", body)
             return
         self._arriving += size
-        if session := _heard_by(scope):
-            self.presence.comes(session)
         try:
             await self.app(scope, receive, self._with_headers(scope, send))
         finally:
             self._arriving -= size
-            if session:
-                self.presence.goes(session)
 
     def _check(self, scope: dict) -> dict[str, str]:
         """The headers of a request that may pass; raises `Refused`."""
@@ -167,16 +133,6 @@ def _cookie(headers: dict[str, str], name: str) -> str:
     return "" if found is None else found.value
 
 
-def _heard_by(scope: dict) -> str | None:
-    """The session that hears of its videos by a request, if it is of that kind."""
-    path = scope["path"].rstrip("/")
-    if path == f"{API}queue/data":
-        return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [None])[0]
-    if path.startswith(f"{API}heartbeat/"):
-        return path.rpartition("/")[2]
-    return None
-
-
 def size_of(folder: Path) -> int:
     """Bytes of the files below a folder; those that go meanwhile count nothing."""
     total = 0
@@ -186,16 +142,3 @@ def size_of(folder: Path) -> int:
         except OSError:
             continue
     return total
-
-
-class Hearing:
-    """Whether anyone hears of a job: not once its session had no connection open for `UNHEARD_SECONDS`."""
-
-    def __init__(self, presence: Presence, session: str | None):
-        self._presence, self._session = presence, session
-        self._last = time.monotonic()
-
-    def goes_on(self) -> bool:
-        if self._presence.is_here(self._session):
-            self._last = time.monotonic()
-        return time.monotonic() - self._last < UNHEARD_SECONDS

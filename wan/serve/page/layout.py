@@ -14,13 +14,23 @@ from wan.config.settings import Settings
 from wan.serve.limits import Limits
 from wan.serve.page.form import DENSE, SHARE, THRESHOLD, WINDOW, Form, lora_choices, size_choices, to_controls, to_form
 from wan.serve.page.pictures import PICTURES, pictures_taken
-from wan.serve.page.status import STARTING
+from wan.serve.page.status import NOTHING, STARTING
 from wan.serve.presets import Presets
 from wan.serve.shown import name_of
 
 # Of a slider, unless settings go beyond.
 LEAST_AMOUNT = 0.05
 TITLE = "# Wan and Kandinsky-5 with NABLA\nVideos from text and pictures, with attention only where it matters."
+# Jobs that are listed at first, and as many more each time that older ones are asked for.
+ROWS = 20
+# What is clicked in the list says what it does, and its row with which job. What ends for good is asked twice.
+CLICKS = """
+element.addEventListener('click', (event) => {
+  const does = event.target.closest('[data-does]')?.dataset.does, row = event.target.closest('[data-job]');
+  if (!does || (does === 'delete' && !confirm(`${event.target.closest('button').title} this video?`))) return;
+  trigger('click', {does: does, job: row?.dataset.job});
+});
+"""
 PROMPT = "A red circle moves from left to right on a white background"
 
 
@@ -43,6 +53,9 @@ class Controls:
 
     base: the settings that the form was made of, with the pictures that were added; chosen: the preset that they are,
         or None
+    told: a line on what was done last with the controls
+    shown: the id of the job that is shown, or None; rows: how many are listed; seen: what the browser shows of them
+    said: how far the job is that is shown; result: what there is to be seen of it; listed: the jobs of the folder
     pictures: of `PICTURES`
     form: the controls of `Form`, by its fields' names
     """
@@ -60,11 +73,14 @@ class Controls:
     add_lora: gr.UploadButton
     generate: gr.Button
     cancel: gr.Button
+    told: gr.HTML
+    shown: gr.State
+    rows: gr.State
+    seen: gr.State
+    timer: gr.Timer
     said: gr.HTML
-    picture: gr.Image
-    video: gr.Video
-    save_video: gr.DownloadButton
-    save_sidecar: gr.DownloadButton
+    result: gr.HTML
+    listed: gr.HTML
 
     @property
     def values(self) -> list[gr.components.Component]:
@@ -82,6 +98,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> 
             parts = _what(presets, first, form, limits)
             generate = gr.Button("Generate", variant="primary", elem_id="generate")
             cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+            told = gr.HTML("", apply_default_css=False, elem_id="told")
         with gr.Column(elem_classes="results", min_width=0):
             results = _results()
         with gr.Column(elem_classes="more", min_width=0):
@@ -99,6 +116,7 @@ def lay_out(presets: Presets, lora_files: Mapping[str, str], limits: Limits) -> 
         add_lora=add_lora,
         generate=generate,
         cancel=cancel,
+        told=told,
         **parts,
         **helpers,
         **results,
@@ -281,20 +299,12 @@ def has_window(kind: str | None) -> bool:
 
 
 def _results() -> dict:
-    said = gr.HTML(STARTING, padding=False, elem_id="said")
-    picture = gr.Image(
-        label="Preview", interactive=False, visible=False, buttons=[], show_label=False, elem_id="picture"
-    )
-    video = gr.Video(
-        label="Video", interactive=False, autoplay=True, loop=True, show_label=False, buttons=[], elem_id="video"
-    )
-    with gr.Row():
-        save_video = gr.DownloadButton("Save video", visible=False, size="sm", elem_id="save-video")
-        save_sidecar = gr.DownloadButton("Save settings", visible=False, size="sm", elem_id="save-record")
     return {
-        "said": said,
-        "picture": picture,
-        "video": video,
-        "save_video": save_video,
-        "save_sidecar": save_sidecar,
+        "said": gr.HTML(STARTING, apply_default_css=False, elem_id="said"),
+        "result": gr.HTML(NOTHING, apply_default_css=False, elem_id="result"),
+        "listed": gr.HTML("", apply_default_css=False, js_on_load=CLICKS, elem_id="listed"),
+        "shown": gr.State(None),
+        "rows": gr.State(ROWS),
+        "seen": gr.State(None),
+        "timer": gr.Timer(1),
     }

@@ -12,19 +12,23 @@ import gradio as gr
 from gradio.routes import App, ORJSONResponse
 
 from nabla import InputError
+from wan.serve.hosts import LOOPBACK
+from wan.serve.limits import Limits
 from wan.serve.lora_library import LoraLibrary
-from wan.serve.page.events import Events
-from wan.serve.page.guard import Guard, Presence, size_of
+from wan.serve.page.form_events import FormEvents
+from wan.serve.page.guard import Guard, size_of
+from wan.serve.page.job_events import JobEvents
+from wan.serve.page.job_files import JobFilesApp
 from wan.serve.page.layout import Controls, lay_out
+from wan.serve.page.visible import VisibleJobs
 from wan.serve.presets import Presets
-from wan.serve.studio import Studio
 
 log = logging.getLogger("wan")
 
 MAX_PORT = 65535
 # The largest LoRA files there are, and what all that are added may hold on the disk.
 MAX_UPLOAD, MAX_HELD = 2 << 30, 20 << 30
-# Uploads and copies of videos that gradio keeps for browsers: looked at every hour, removed after a day.
+# Uploads that gradio keeps: looked at every hour, removed after a day.
 CACHE_SECONDS = (3600, 86400)
 CSS = Path(__file__).with_name("page.css")
 
@@ -42,6 +46,11 @@ class Address:
     share: bool = False
     allowed_hosts: tuple[str, ...] = ()
 
+    @property
+    def is_private(self) -> bool:
+        """Whether none but this machine reaches it; a proxy would be one that others go through."""
+        return self.host in LOOPBACK and not self.share and not self.allowed_hosts
+
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= MAX_PORT:
             raise InputError(f"port {self.port} is not one of 1 to {MAX_PORT}; leave it out to take a free one")
@@ -51,38 +60,38 @@ class GuardedApp(App):
     """Gradio's application behind a guard, which is outermost: gradio's own layers answer foreign origins too."""
 
     guard: Guard
+    jobs: VisibleJobs
 
     def build_middleware_stack(self) -> Callable:
-        self.guard.app = super().build_middleware_stack()
+        self.guard.app = JobFilesApp(super().build_middleware_stack(), self.jobs)
         return self.guard
 
 
 @dataclass(frozen=True)
 class Page:
-    """The page, and who has it open."""
+    """The page, and the jobs that it shows."""
 
     blocks: gr.Blocks
     controls: Controls
-    presence: Presence
+    jobs: VisibleJobs
 
     def offered(self) -> set[str]:
-        """The files that visitors may fetch: the videos and pictures that were shown, and the videos' sidecars."""
-        c = self.controls
-        given = [one.shown for one in c.pictures.values()]
-        return set().union(*(one.temp_files for one in (*given, c.picture, c.video, c.save_video, c.save_sidecar)))
+        """The files that visitors may fetch by name: the small pictures that were shown of those that they added."""
+        return set().union(*(one.shown.temp_files for one in self.controls.pictures.values()))
 
     def close(self) -> None:
         self.blocks.close(verbose=False)
 
 
-def make_page(studio: Studio, presets: Presets, library: LoraLibrary) -> Page:
-    presence = Presence()
+def make_page(jobs: VisibleJobs, limits: Limits, presets: Presets, library: LoraLibrary) -> Page:
     with gr.Blocks(
         analytics_enabled=False, title="Wan with NABLA", fill_width=True, delete_cache=CACHE_SECONDS
     ) as blocks:
-        controls = lay_out(presets, library.files(), studio.limits)
-        Events(studio, presets, library, controls, presence).wire(blocks)
-    return Page(blocks, controls, presence)
+        controls = lay_out(presets, library.files(), limits)
+        form = FormEvents(limits, presets, library, controls)
+        form.wire(blocks)
+        JobEvents(jobs, limits, controls, form.layer).wire(blocks)
+    return Page(blocks, controls, jobs)
 
 
 def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True) -> str:
@@ -92,6 +101,7 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
     `share`. Raises `InputError` for an address that cannot be used.
     """
     app = GuardedApp(default_response_class=ORJSONResponse)
+    app.jobs = page.jobs
     uploads = Path(app.uploaded_file_dir)
     app.guard = Guard(
         app,
@@ -102,7 +112,6 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
         lambda: size_of(uploads) + library.added_bytes(),
         MAX_UPLOAD,
         MAX_HELD,
-        page.presence,
     )
     try:
         _, url, public = page.blocks.launch(
