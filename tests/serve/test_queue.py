@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,25 @@ def test_nothing_is_left_of_a_job_that_was_deleted_while_it_was_made(queue):
         queue.claim()
         queue.delete(job.id, "")
         assert not hear(job) and names(queue, job.id) == []
+
+
+def test_a_job_may_be_deleted_while_its_files_are_written(queue):
+    def write() -> None:
+        while not ended.is_set():
+            with suppress(StorageError):
+                queue.files.keep(job.id, {"a": b"1", "b": b"2"})
+
+    [job] = queue.submit([WISH])
+    ended = threading.Event()
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert queue.delete(job.id, "")
+    for _ in range(50):
+        queue.files.delete(job.id)
+    ended.set()
+    writer.join()
+    queue.files.delete(job.id)
+    assert names(queue, job.id) == []
 
 
 def test_a_job_that_ends_its_process_each_time_has_failed(queue):

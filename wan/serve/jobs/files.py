@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ from nabla import InputError
 from wan.files.atomic import atomic_path, remove
 from wan.files.video import make_folder
 from wan.serve.jobs.store import StorageError
+
+log = logging.getLogger("wan")
 
 ID = re.compile(r"video_[0-9a-f]{32}")
 # A folder without a job may be of one that is just taken in, by another process too: files come first.
@@ -45,8 +48,14 @@ class JobFiles:
         return self.path(job_id, name).read_bytes()
 
     def delete(self, job_id: str) -> None:
-        """Remove all files of a job, if there are any."""
-        remove(self.path(job_id, "any").parent)
+        """Remove the files of a job that is no more.
+
+        Whoever makes it may write there, or remove them too, until it hears so; what is left then is swept.
+        """
+        try:
+            remove(self.path(job_id, "any").parent)
+        except OSError as error:
+            log.info("%s is not removed yet: %s", job_id, error.strerror)
 
     def sizes(self) -> dict[str, int]:
         """Bytes that the files of each job hold, by its id."""
