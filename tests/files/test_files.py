@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -74,3 +76,19 @@ def test_what_a_killed_program_left_is_removed_and_what_others_write_is_not(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == [another.name, "y.mp4"]
     with atomic_path(tmp_path / ("n" * 250 + ".mp4")) as partial:
         partial.write_text("a name as long as names can be")
+
+
+def test_what_another_process_removes_at_the_same_time_is_no_error(tmp_path, monkeypatch):
+    with scratch(tmp_path) as own:
+        left = own.rename(tmp_path / re.sub(rf"-{os.getpid()}-", f"-{2**22 + 1}-", own.name))
+        (left / "half").write_text("x")
+    rmtree = shutil.rmtree
+
+    def slower(path):
+        rmtree(path)
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", slower)
+    with atomic_path(tmp_path / "a.json") as partial:
+        partial.write_text("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -87,7 +87,7 @@ def test_what_is_loaded_stays_until_other_weights_are_wanted(maker):
 def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano):
     loaded = []
 
-    def load(checkpoint, every, device, options):
+    def load(checkpoint, every, device, options, processes):
         loaded.append(every[0].video.size)
         return load_pipeline(checkpoint, every, device, replace(options, memory=None))
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -88,7 +88,9 @@ def sweep(folder: Path) -> None:
         marked = MARK.match(left.name)
         # Another machine that shares the folder has processes of its own, whose numbers mean nothing here.
         if marked and marked["host"] == _host() and not _runs(int(marked["process"])):
-            remove(left)
+            # Another process may remove it at the same time, and in a folder for all it may be another user's.
+            with suppress(OSError):
+                remove(left)
 
 
 def _mark() -> str:

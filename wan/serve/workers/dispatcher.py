@@ -53,7 +53,9 @@ class Dispatcher:
         for thread in self._threads:
             thread.leaving.set()
         for thread in self._threads:
-            thread.join(GRACE_SECONDS)
+            # The others may wait for a place in a cluster, and that ends with the engine.
+            if thread.has_replica:
+                thread.join(GRACE_SECONDS)
         self.engine.close()
 
     def _manage(self) -> None:
@@ -67,6 +69,8 @@ class Dispatcher:
     def _have(self, wanted: int) -> None:
         staying = [thread for thread in self._threads if not thread.leaving.is_set()]
         idle = [thread for thread in staying if not thread.is_making]
+        # Those first that are still without a replica, for others have a model loaded.
+        idle.sort(key=lambda one: one.has_replica)
         for thread in idle[: max(0, len(staying) - wanted)]:
             thread.leaving.set()
         for _ in range(wanted - len(staying)):
@@ -84,14 +88,16 @@ class _ReplicaThread(threading.Thread):
         super().__init__(name="replica", daemon=True)
         self.queue, self.engine, self.ending = queue, engine, ending
         self.leaving = threading.Event()
-        self.is_making = False
+        self.has_replica = self.is_making = False
 
     def run(self) -> None:
         pause = FIRST_PAUSE
         while not self.leaving.is_set():
+            self.has_replica = False
             try:
                 with closing(self.engine.start_replica()) as replica:
                     pause = FIRST_PAUSE
+                    self.has_replica = True
                     self._make_jobs(replica)
             except Exception as error:
                 _report("no process that makes videos could be started", error)

@@ -16,7 +16,9 @@ from wan.config.settings import Settings, writers_of
 from wan.models.attention import apply_attention
 from wan.models.checkpoint import Checkpoint
 from wan.models.lora import exchange_lora, read_adapters
+from wan.parallel.distributed import DistributedContext
 from wan.run.request import Options
+from wan.run.run import lay_out
 from wan.sampling.guided import GuidedPipeline
 
 # What a pipeline takes on without being loaded again; all else that says what runs takes a load.
@@ -27,15 +29,22 @@ class LoadPipeline(Protocol):
     """How a pipeline is loaded for videos of one model, as by `wan.run.generation.load_pipeline`."""
 
     def __call__(
-        self, checkpoint: Checkpoint, every: list[Settings], device: torch.device, options: Options
+        self,
+        checkpoint: Checkpoint,
+        every: list[Settings],
+        device: torch.device,
+        options: Options,
+        processes: DistributedContext | None,
     ) -> GuidedPipeline: ...
 
 
 class Loaded:
     """A pipeline, or none yet."""
 
-    def __init__(self, options: Options, device: torch.device, load: LoadPipeline):
-        self.options, self.device, self.load = options, device, load
+    def __init__(
+        self, options: Options, device: torch.device, load: LoadPipeline, processes: DistributedContext | None
+    ):
+        self.options, self.device, self.load, self.processes = options, device, load, processes
         self.pipe: GuidedPipeline | None = None
         # What it was loaded by, what its plan of memory was made for, and what it was loaded to write.
         self._base: tuple = ()
@@ -50,6 +59,8 @@ class Loaded:
 
         Raises as `load_pipeline` does; what is there stays there after an `InputError` for settings.
         """
+        if self.processes is not None:
+            lay_out(self.processes, checkpoint, [settings], self.options)
         if self.pipe is None or not self._suits(settings):
             return self._load(checkpoint, settings)
         pipe, lora = self.pipe, _files(settings)
@@ -74,7 +85,7 @@ class Loaded:
         outgrown = self.options.memory is not None and any(
             now > then for now, then in zip(_needs(settings), self._needs)
         )
-        return _base(settings) == self._base and not unable and not outgrown
+        return _base(settings, self.processes) == self._base and not unable and not outgrown
 
     def _load(self, checkpoint: Checkpoint, settings: Settings) -> GuidedPipeline:
         # A file that does not fit should not cost the models that are there.
@@ -83,8 +94,9 @@ class Loaded:
         # Before the next one is loaded, so that two need not fit at once.
         gc.collect()
         torch.cuda.empty_cache()
-        self.pipe = self.load(checkpoint, [settings], self.device, self.options)
-        self._base, self._needs, self._writes = _base(settings), _needs(settings), writers_of([settings])
+        self.pipe = self.load(checkpoint, [settings], self.device, self.options, self.processes)
+        self._base, self._needs = _base(settings, self.processes), _needs(settings)
+        self._writes = writers_of([settings])
         self._lora, self._changed = lora, changed
         return self.pipe
 
@@ -105,8 +117,9 @@ def _put_on(pipe: GuidedPipeline, settings: Settings) -> None:
         apply_attention(pipe.transformers, settings.attention)
 
 
-def _base(settings: Settings) -> tuple:
-    return tuple(value for name, value in vars(settings.model).items() if name not in EXCHANGED)
+def _base(settings: Settings, processes: DistributedContext | None) -> tuple:
+    layout = None if processes is None else processes.layout
+    return (layout, *(value for name, value in vars(settings.model).items() if name not in EXCHANGED))
 
 
 def _files(settings: Settings) -> tuple:

@@ -22,7 +22,7 @@ from wan.memory.peak import peak_gpu_bytes
 from wan.observe.observer import Observer, Observers
 from wan.observe.progress import Pace
 from wan.observe.recorder import Recorder
-from wan.parallel.distributed import pick_device
+from wan.parallel.distributed import DistributedContext, has_lost_another, pick_device
 from wan.run.advice import unexpected
 from wan.run.generation import Made as MadeFrames
 from wan.run.generation import OutOfMemory, load_pipeline, make_frames
@@ -61,14 +61,21 @@ class Maker:
 
     default_checkpoint: of orders that name none
     load: how a pipeline is loaded, as by `wan.run.generation.load_pipeline`
+    processes: those that share each video, or None for this one alone
     Raises `InputError` for a device that cannot be used.
     """
 
-    def __init__(self, options: Options, default_checkpoint: str, load: LoadPipeline = load_pipeline):
-        self.device = pick_device(options.device)
+    def __init__(
+        self,
+        options: Options,
+        default_checkpoint: str,
+        load: LoadPipeline = load_pipeline,
+        processes: DistributedContext | None = None,
+    ):
+        self.device = pick_device(options.device) if processes is None else processes.device
         self.options = options
         self.default_checkpoint = default_checkpoint
-        self.loaded = Loaded(options, self.device, load)
+        self.loaded = Loaded(options, self.device, load, processes)
 
     def make(self, order: Order, tell: Tell, is_aborted: Callable[[], bool]) -> Made | Failed | Aborted | None:
         """What an order came to; None on a process that shares a video and does not lead.
@@ -84,6 +91,9 @@ class Maker:
         except Cancelled:
             return Aborted()
         except Exception as error:
+            if has_lost_another(error):
+                # Whoever started the processes knows which has gone, and why; this one is of no use without it.
+                raise
             failed = self._failed(error)
         # Only here is the error gone, whose frames hold what filled the memory.
         gc.collect()
@@ -109,7 +119,8 @@ class Maker:
             log.warning("warning: %s", line)
         observer.say(notes=_shown(notes))
         observer.check()
-        observer.preview = Preview(pipe)
+        # Only the process that leads can decode.
+        observer.preview = Preview(pipe) if pipe.is_leader else None
         recorder = Recorder(timed=False, seconds={"loading": loading})
         frames = make_frames(pipe, settings, self.options, loading, Observers(recorder, observer))
         if frames is None:
