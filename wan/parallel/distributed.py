@@ -169,6 +169,20 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one, without using it: that would take some of its memory.
+
+    Raises `InputError` if it is not there, as far as that can be told.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"device {name!r} is not known; try --device cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is not here, where there are {torch.cuda.device_count()}; try --device cpu")
+    return device
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the GPU if there is one; under torchrun, of the GPUs this process's own.
 

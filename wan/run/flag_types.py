@@ -44,3 +44,19 @@ def transformers(given: list[str] | None) -> str | dict[str, str] | None:
     if len(experts) < len(pairs):
         raise ValueError(f"transformer {', '.join(given)}: give one file, or high:FILE and low:FILE, each once")
     return experts
+
+
+def duration(text: str) -> float:
+    """The type of a flag that says for how long, in seconds: 30m, 12h, 7d."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smhd])", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 30m, 12h or 7d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def span(text: str) -> tuple[int, int]:
+    """The type of a flag that is a count, or the least and the most of one: 4, or 0-4."""
+    found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor two of them, such as 0-4")
+    return int(found[1]), int(found[2] or found[1])

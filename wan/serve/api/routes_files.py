@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.routes_videos import takes
-from wan.serve.api.schema import MB, VideoRequest, video_object
+from wan.serve.api.schema import MB, VideoRequest, inference_seconds, video_object
 from wan.serve.api.service import Asks, Client, Service
 from wan.serve.jobs.job import Job, Status
 
@@ -70,7 +70,7 @@ def file_routes(service: Service) -> APIRouter:
         headers = {
             "X-Request-Id": job.id,
             "X-Model": job.wish.model,
-            "X-Inference-Time-S": f"{sum(job.seconds.values()):.3f}",
+            "X-Inference-Time-S": f"{inference_seconds(job):.3f}",
             "X-Stage-Durations": json.dumps({name: round(seconds, 3) for name, seconds in job.seconds.items()}),
             "X-Peak-Memory-MB": f"{(job.peak_bytes or 0) / MB:.1f}",
         }

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from wan.serve.jobs.job import Job, Status
+from wan.serve.workers.messages import LOADING, SAMPLING
 
 MB = 1 << 20
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -147,15 +148,20 @@ def video_object(job: Job, ahead: int | None = None, videos: list[str] | None = 
         fps=video["fps"],
         seed=layer["sampling"]["seed"],
         stage=job.stage if is_running else None,
-        seconds_left=job.seconds_left if is_running else None,
+        seconds_left=job.seconds_left if is_running and job.stage == SAMPLING else None,
         jobs_ahead=ahead,
         notes=[*job.notes],
-        inference_time_s=round(math.fsum(job.seconds.values()), 3) if is_done else None,
+        inference_time_s=inference_seconds(job) if is_done else None,
         stage_durations={name: round(seconds, 3) for name, seconds in job.seconds.items()} if is_done else None,
         peak_memory_mb=None if job.peak_bytes is None else round(job.peak_bytes / MB, 1),
         kept_share=None if job.kept is None else round(job.kept, 4),
         videos=videos,
     )
+
+
+def inference_seconds(job: Job) -> float:
+    """What a video took, without the load of a model that was not there yet."""
+    return round(math.fsum(seconds for stage, seconds in job.seconds.items() if stage != LOADING), 3)
 
 
 def seconds_of(frames: int, fps: int) -> float:

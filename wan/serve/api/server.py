@@ -59,6 +59,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"port {port} of {host} cannot be served ({reason}); choose another") from None
 
 
+def url_of(listening: socket.socket) -> str:
+    """What a socket is reached by from this machine."""
+    host, port = listening.getsockname()[:2]
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
+
+
 def make_server(app: Callable) -> uvicorn.Server:
     """A server of an application; `run(sockets=[...])` serves until it is interrupted."""
     return uvicorn.Server(

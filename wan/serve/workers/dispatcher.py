@@ -58,6 +58,10 @@ class Dispatcher:
                 thread.join(GRACE_SECONDS)
         self.engine.close()
 
+    def is_alive(self) -> bool:
+        """Whether jobs are given out."""
+        return self._manager.is_alive()
+
     def _manage(self) -> None:
         """Have as many replicas as the engine wants for the jobs that there are."""
         while not self._ending.wait(LOOK_SECONDS):
