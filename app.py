@@ -80,6 +80,7 @@ def making(queue: Queue, options: Options, folder: Path) -> Iterator[None]:
     """Make what a queue holds meanwhile, in a process of its own, unless a server makes it already."""
     from nabla import InputError
     from wan.files.atomic import lock_folder
+    from wan.serve.jobs.keeping import kept_tidy
     from wan.serve.workers.dispatcher import Dispatcher
     from wan.serve.workers.local_engine import LocalEngine
     from wan.serve.workers.maker import Maker
@@ -90,7 +91,7 @@ def making(queue: Queue, options: Options, folder: Path) -> Iterator[None]:
         say(f"videos are made by the server that serves {folder}; flags of how they are made are its own")
         yield
         return
-    with lock, Dispatcher(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))):
+    with lock, kept_tidy(queue), Dispatcher(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))):
         yield
 
 

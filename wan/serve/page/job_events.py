@@ -134,7 +134,8 @@ class JobEvents:
     def _view(self, visitor: Visitor, shown: str | None, rows: int) -> View:
         job = None if shown is None else self.jobs.get(shown, visitor)
         listed, has_more = self.jobs.list(visitor, rows)
-        going = [one for one in listed if not one.status.has_ended]
+        # The one that is shown may be older than all that are listed.
+        going = [one for one in (*listed, *filter(None, [job])) if not one.status.has_ended]
         previews = {one.id: time for one in going if (time := self.jobs.preview_time(one)) is not None}
         if job is None:
             said = READY if shown is None else said_html("This video is no longer there")

@@ -237,7 +237,7 @@ def _lora(form: Form, files: Mapping[str, str]) -> tuple[dict[str, gr.components
         add = gr.UploadButton(
             "Add a file", file_types=[".safetensors"], size="md", scale=1, min_width=110, elem_id="add-lora"
         )
-    gr.Markdown("Another choice of files or scales loads the model again.", elem_classes="about")
+    gr.Markdown("Packed weights are loaded again for other files or scales.", elem_classes="about")
     return {"lora": lora, "scales": scales}, add
 
 
