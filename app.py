@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wan.observe.console import exit_with, log_to_stderr, run_program, say
 from wan.run.flag_types import boolean
 from wan.run.flags import SMALL_CHECKPOINT, Parser, add_shared, options_of
-
-if TYPE_CHECKING:
-    from wan.run.request import Options
-    from wan.serve.jobs.queue import Queue
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Serve the page that the flags ask for, until it is interrupted."""
     # Imported after parsing: --help and a mistyped flag should not wait for torch and gradio.
+    from nabla import InputError
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import pick_device
     from wan.serve.jobs.queue import Queue
@@ -61,6 +56,9 @@ def run(args: argparse.Namespace) -> None:
     from wan.serve.page.server import Address, make_page, serve
     from wan.serve.page.visible import VisibleJobs
     from wan.serve.presets import Presets
+    from wan.serve.workers.local_engine import LocalEngine
+    from wan.serve.workers.maker import Maker
+    from wan.serve.workers.making import making
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     address = Address(args.host, args.port, args.share, tuple(args.allowed_host))
@@ -70,29 +68,13 @@ def run(args: argparse.Namespace) -> None:
     most = {"frames": args.max_frames, "pixels": args.max_pixels, "steps": args.max_steps}
     limits = Limits.of(most, map(presets.settings, presets.names))
     library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
-    with closing(Queue.open(args.save_dir)) as queue, making(queue, options, args.save_dir):
+    with closing(Queue.open(args.save_dir)) as queue, ExitStack() as stack:
+        try:
+            stack.enter_context(making(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))))
+        except InputError:
+            say(f"the server of {args.save_dir} makes its videos, by its own flags of memory and device")
         jobs = VisibleJobs(queue, everyones=address.is_private)
         serve(make_page(jobs, limits, presets, library), library, address)
-
-
-@contextmanager
-def making(queue: Queue, options: Options, folder: Path) -> Iterator[None]:
-    """Make what a queue holds meanwhile, in a process of its own, unless a server makes it already."""
-    from nabla import InputError
-    from wan.files.atomic import lock_folder
-    from wan.serve.jobs.keeping import kept_tidy
-    from wan.serve.workers.dispatcher import Dispatcher
-    from wan.serve.workers.local_engine import LocalEngine
-    from wan.serve.workers.maker import Maker
-
-    try:
-        lock = lock_folder(folder)
-    except InputError:
-        say(f"videos are made by the server that serves {folder}; flags of how they are made are its own")
-        yield
-        return
-    with lock, kept_tidy(queue), Dispatcher(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))):
-        yield
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from wan.models import recognise as recognition
 from wan.models.family import MediaInputs
 from wan.models.wan.family import WAN
 from wan.models.wan.random_checkpoint import random_transformer
-from wan.run.request import Options
 from wan.serve.jobs.job import Status, Wish
 from wan.serve.jobs.queue import Queue
 from wan.serve.lora_library import LoraLibrary
@@ -369,13 +368,18 @@ def test_an_interrupted_start_is_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_videos_are_made_unless_a_server_makes_those_of_the_folder(tmp_path, capsys, monkeypatch):
+def test_videos_are_made_unless_a_server_makes_those_of_the_folder(random_nano, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
+    queue, ended = Queue.open(tmp_path), []
+
+    def served(*_, **__):
+        [job] = queue.submit([Wish("small", {})])
+        ended.append(queue.wait(job.id, "", 20 if not ended else 0.3).status)
+
+    monkeypatch.setattr("wan.serve.page.server.serve", served)
     monkeypatch.setattr("wan.serve.workers.local_engine.LocalEngine", lambda make: ThreadEngine())
-    queue = Queue.open(tmp_path)
-    [job] = queue.submit([Wish("small", {})])
-    with app.making(queue, Options(), tmp_path):
-        assert queue.wait(job.id, "", 20).status is Status.COMPLETED
-    assert not capsys.readouterr().err
+    flags = ["--ckpt_dir", str(random_nano), "--save_dir", str(tmp_path)]
+    assert app.main(flags) == 0 and not capsys.readouterr().err
     # By another process, for this one may have a file's lock twice; it takes what `lock_folder` does.
     holder = (
         "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True)"
@@ -383,11 +387,12 @@ def test_videos_are_made_unless_a_server_makes_those_of_the_folder(tmp_path, cap
     holds = [sys.executable, "-c", f"{holder}; sys.stdin.read()", str(tmp_path / LOCK)]
     with subprocess.Popen(holds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline() == "held\n"
-        [job] = queue.submit([Wish("small", {})])
-        with app.making(queue, Options(), tmp_path):
-            assert queue.wait(job.id, "", 0.3).status is Status.QUEUED
+        assert app.main(flags) == 0
         server.stdin.close()
-    assert capsys.readouterr().err.startswith("videos are made by the server that serves ")
+    assert (
+        capsys.readouterr().err == f"the server of {tmp_path} makes its videos, by its own flags of memory and device\n"
+    )
+    assert ended == [Status.COMPLETED, Status.QUEUED]
 
 
 def test_presets_for_other_kinds_of_checkpoint_than_the_given_one_are_left_out(random_nano, kandinsky_nano):
