@@ -26,11 +26,11 @@ class Counting(Loaded):
     def __init__(self) -> None:
         self.loads = 0
 
-        def load(checkpoint, every, device, options):
+        def load(checkpoint, every, device, options, processes):
             self.loads += 1
             return load_pipeline(checkpoint, every, device, options)
 
-        super().__init__(Options(device="cpu"), CPU, load)
+        super().__init__(Options(device="cpu"), CPU, load, processes=None)
 
 
 @pytest.fixture(scope="module")

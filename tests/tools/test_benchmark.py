@@ -175,6 +175,22 @@ def test_a_whole_video_of_random_weights(model, monkeypatch, capsys):
     assert ("2 experts" in said) is ("A14B" in model) and "(text 0.0, picture 0.0, sampling" in said
 
 
+def test_a_warm_server_beside_generate(monkeypatch, capsys):
+    # That compiled blocks compute the same is tested with the pipelines; the second is for the server's own process.
+    monkeypatch.setattr(placing, "compile_blocks", lambda blocks: None)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    flags = ["serve", "--no_dense", "--keep", "0.5", "--repeats", "1", "--steps", "2", "--model", "nano"]
+    assert benchmark.main([*flags, "--size", "64*48", "--frame_num", "5", "--device", "cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["what"].removeprefix("64x48x5, 2 steps, keep-0.5: ") for row in rows] == [
+        "generate",
+        "generate, and its file",
+        "the server's text, sampling and decoding",
+        "from a request to the first byte",
+    ]
+    assert rows[2]["overhead"].endswith("%") and 0 < rows[3]["beside_the_job_ms"] < rows[3]["ms"]
+
+
 def test_a_mode_that_does_not_measure_a_model_is_one_line(capsys):
     assert benchmark.main(["training", "--model", "kandinsky5-lite", "--device", "cpu"]) == 2
     said = capsys.readouterr().err

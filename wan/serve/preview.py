@@ -15,7 +15,7 @@ from wan.sampling.guided import GuidedPipeline
 log = logging.getLogger("wan")
 
 # Of a video's time that its previews may take.
-SHARE_OF_TIME = 0.05
+SHARE_OF_TIME = 0.01
 
 
 class Preview:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 log = logging.getLogger("wan")
 
 # How long what is new may go unnoticed: a job that came, one that was deleted, a queue that grew.
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.05
 # Between two tries of what failed through no job: the first time, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 # What a thread may take to give its job back at the end.

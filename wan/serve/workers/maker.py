@@ -91,7 +91,7 @@ class Maker:
         except Cancelled:
             return Aborted()
         except Exception as error:
-            if has_lost_another(error):
+            if self.loaded.processes is not None and has_lost_another(error):
                 # Whoever started the processes knows which has gone, and why; this one is of no use without it.
                 raise
             failed = self._failed(error)

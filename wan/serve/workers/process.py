@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
 import queue
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,8 @@ READY, ABORT = "ready", "abort"
 SIGNALS_OF_THE_SERVER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What a process that has let go of its pipe may take to be gone.
 GRACE_SECONDS = 5.0
+# Not multiprocessing, which runs the main program's file again, and whose locks a process that is killed leaves behind.
+PROGRAM = "import sys; sys.path[:] = {path}; from wan.serve.workers.process import work; work({pipe})"
 
 
 class MakesVideos(Protocol):
@@ -36,19 +39,21 @@ class MakesVideos(Protocol):
 class ProcessReplica:
     """A `Replica` of one process, which ends with this one, however that ends.
 
-    make_maker: makes in that process what makes its videos; has to be of a kind that pickle takes
+    make_maker: makes in that process what makes its videos; has to be of a module that can be imported, for pickle
     Raises `ReplicaDied` if the process does not come up, and `InputError` for what `make_maker` finds wrong.
     """
 
     def __init__(self, make_maker: Callable[[], MakesVideos]):
-        # A fork would take over this process's threads' locks, and could not use CUDA.
-        context = multiprocessing.get_context("spawn")
-        self.connection, far_end = context.Pipe()
-        self.process = context.Process(target=work, args=(far_end, make_maker), name="video worker", daemon=True)
-        self.process.start()
-        far_end.close()
-        # Before multiprocessing waits for its processes, of which this one heeds no signal.
-        atexit.register(self.close)
+        near, far = socket.socketpair()
+        program = PROGRAM.format(path=sys.path, pipe=far.fileno())
+        # In a session of its own, so that Ctrl-C does not reach it before it has learnt to leave that to the server.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[far.fileno()], start_new_session=True
+        )
+        far.close()
+        self.connection = Connection(near.detach())
+        with suppress(OSError):
+            self.connection.send(make_maker)
         said = self._receive()
         if isinstance(said, Failed):
             self.close()
@@ -69,9 +74,8 @@ class ProcessReplica:
             self.connection.send(ABORT)
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.connection.close()
 
     def _receive(self) -> Event:
@@ -81,18 +85,25 @@ class ProcessReplica:
             raise self._died() from None
 
     def _died(self) -> ReplicaDied:
-        self.process.join(GRACE_SECONDS)
-        code = self.process.exitcode
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)
+        code = self.process.returncode
         if code is not None and code < 0:
             return ReplicaDied(f"its process was ended by {signal.Signals(-code).name}")
         return ReplicaDied("its process has let go of its pipe" if code is None else f"its process ended with {code}")
 
 
-def work(connection: Connection, make_maker: Callable[[], MakesVideos]) -> None:
-    """What the process of a replica does, until it is ended."""
+def work(pipe: int) -> None:
+    """What the process of a replica does, until it is ended. pipe: a descriptor of the server's connection"""
     for number in SIGNALS_OF_THE_SERVER:
         signal.signal(number, signal.SIG_IGN)
     log_to_stderr()
+    connection = Connection(pipe)
+    try:
+        make_maker: Callable[[], MakesVideos] = connection.recv()
+    except EOFError:
+        # A server that was gone again at once.
+        return
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     aborted = threading.Event()
     threading.Thread(target=_listen, args=(connection, orders, aborted), daemon=True).start()

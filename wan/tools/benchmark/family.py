@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class BenchmarkFamily:
     prepare_decoder, decode: as the family's pipeline decodes
     prepare_encoder, encode_video: the same of a video (1, 3, frames, height, width), where anything is given
     make_pipeline: of models where they wait, and what its videos are given, where mode `run` measures it
+    write_small: writes a checkpoint of the family, where mode `serve` measures it
     decoder_baseline: what the decoder is before that, in the rows' names
     videos: the size and frames that a model is measured at; for others the program has them
     """
@@ -82,6 +84,7 @@ class BenchmarkFamily:
     prepare_encoder: Callable[[Any, torch.dtype], None] | None = None
     encode_video: Callable[[Any, Tensor], Tensor] | None = None
     make_pipeline: Callable[..., Any] | None = None
+    write_small: Callable[[Path], None] | None = None
     float32: tuple[str, ...] = ()
     decoder_baseline: str = "as diffusers has it"
     videos: Mapping[str, tuple[str, int]] = field(default_factory=dict)

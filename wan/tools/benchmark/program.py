@@ -28,6 +28,7 @@ from wan.tools.benchmark.memory import memory_mode
 from wan.tools.benchmark.models import MODELS, family_of
 from wan.tools.benchmark.parallel import ROWS, parallel_mode
 from wan.tools.benchmark.run import run_mode
+from wan.tools.benchmark.serving import serve_mode
 from wan.tools.benchmark.timing import Row
 from wan.tools.benchmark.training import training_mode
 from wan.tools.benchmark.transformer import forward_mode, pipeline_mode
@@ -42,6 +43,7 @@ MODES = {
     "cache": cache_mode,
     "memory": memory_mode,
     "run": run_mode,
+    "serve": serve_mode,
     "calibration": calibration_mode,
 }
 # On a CPU, and on a GPU, of models whose family says nothing else.
@@ -91,7 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--steps",
         type=positive,
-        help=f"pipeline, cache, run: sampling steps ({STEPS}), of which the first warms up, but for run",
+        help=f"pipeline, cache, run, serve: sampling steps ({STEPS}); of the first two, the first warms up",
     )
     add("--ckpt_dir", help="cache: a checkpoint whose videos to compare, of its own size and steps by default")
     of_caches = "with it: kind:threshold[:ratios] or taylorseer:interval; mag measures its ratios itself"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -44,15 +45,8 @@ def _video_row(
     config: NablaConfig,
     name: str,
 ) -> Row:
-    family = MODELS[args.model]
-    transformers = [placed_transformer(args, device, plan, seed) for seed in range(plan.experts)]
-    apply_attention(transformers, config)
-    vae = family.random_vae(args.model, device)
-    family.prepare_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype), device.type))
-    family.prepare_encoder(vae, torch.float32)
-    text = placed_text_encoder(args, device, plan)
-    pipe, given = family.make_pipeline(args.model, transformers, text, vae, device, plan, args.steps, video)
-    pipe.plan, seconds = plan, []
+    pipe, given = random_pipeline(args, video, device, plan, config)
+    seconds = []
     for _ in range(1 + args.repeats):
         synchronize(args)
         start = time.perf_counter()
@@ -61,3 +55,19 @@ def _video_row(
     stages = {f"{stage}_s": round(taken, 2) for stage, taken in pipe.seconds.items()}
     row = row_of(name, [1000 * taken for taken in seconds[1:]]) | {"first_s": round(seconds[0], 1)} | stages
     return row | ({"peak_gib": round(peak_gpu_bytes(device) / GIB, 2)} if device.type == "cuda" else {})
+
+
+def random_pipeline(
+    args: argparse.Namespace, video: VideoSettings, device: torch.device, plan: MemoryPlan, config: NablaConfig
+) -> tuple[Any, dict[str, Any]]:
+    """A family's pipeline with random weights where a plan has them, and what its videos are given beside a prompt."""
+    family = MODELS[args.model]
+    transformers = [placed_transformer(args, device, plan, seed) for seed in range(plan.experts)]
+    apply_attention(transformers, config)
+    vae = family.random_vae(args.model, device)
+    family.prepare_decoder(vae, vae_dtype_of(None, getattr(torch, args.dtype), device.type))
+    family.prepare_encoder(vae, torch.float32)
+    text = placed_text_encoder(args, device, plan)
+    pipe, given = family.make_pipeline(args.model, transformers, text, vae, device, plan, args.steps, video)
+    pipe.plan = plan
+    return pipe, given

@@ -131,6 +131,7 @@ WAN = BenchmarkFamily(
     models=_models_of("t2v"),
     modes=frozenset(
         {"mask", "attention", "forward", "pipeline", "training", "parallel", "cache", "memory", "run", "calibration"}
+        | {"serve"}
     ),
     geometry=GEOMETRY,
     spec=wan_processor.TRANSFORMER,
@@ -154,6 +155,7 @@ WAN = BenchmarkFamily(
     prepare_encoder=wan_vae.speed_up_encoder,
     encode_video=wan_latents.encode,
     make_pipeline=make_pipeline,
+    write_small=lambda folder: wan.write("nano", folder, torch.float32),
 )
 # Of the others, what trains, splits and caches them is that of the first.
 WAN_GIVEN = replace(
