@@ -27,6 +27,7 @@ OPTIONAL = {
     "peft": ("--lora, and training", "peft"),
     "matplotlib": ("--report", "matplotlib"),
     "gradio": ("the web page, app.py", "-r requirements-page.txt"),
+    "ray": ("serve.py over several GPUs or machines, --engine ray", "-r requirements-ray.txt"),
 }
 
 
