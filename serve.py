@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan.observe.console import exit_with, log_to_stderr, run_program, say
-from wan.run.flag_types import boolean, duration
+from wan.observe.console import exit_with, log_to_stderr, positive, run_program, say
+from wan.run.flag_types import boolean, duration, span
 from wan.run.flags import ABOUT_SMALL, SMALL_CHECKPOINT, Parser, add_shared, options_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--keep_for", type=duration, metavar="TIME", help="how long they are, such as 12h or 7d (default: for ever)")
     add("--keep_gb", type=float, metavar="GB", help="how much they may hold, beyond which the first made go first")
     add("--lora_dir", type=Path, help="LoRA files that requests may name (default: SAVE_DIR/loras)")
-    return parser.parse_args(argv)
+    add("--engine", choices=("local", "ray"), default="local", help="where videos are made (default: one process)")
+    add("--replicas", type=span, metavar="N", help="with ray: models that make videos side by side, or MIN-MAX of them")
+    add("--gpus_per_replica", type=positive, metavar="N", help="with ray: GPUs that share each video (default: 1)")
+    args = parser.parse_args(argv)
+    if args.engine == "local" and (args.replicas or args.gpus_per_replica):
+        parser.error("--replicas and --gpus_per_replica are for --engine ray; leave them out, or add that")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     log_to_stderr()
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         say(f"error: the server needs {', '.join(missing)}; pip install -r requirements-serve.txt")
+        return 2
+    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+        say("error: --engine ray needs Ray; pip install -r requirements-ray.txt")
         return 2
     return run_program(run, args, interrupted="interrupted; videos that were being made wait for the next start")
 
@@ -96,15 +105,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_engine(args: argparse.Namespace) -> Engine:
-    """Where videos are made, by the flags."""
+    """Where videos are made, by the flags. Raises `InputError`."""
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import device_named
     from wan.serve.workers.local_engine import LocalEngine
     from wan.serve.workers.maker import Maker
 
     options = options_of(args)
-    check_memory(options.memory, device_named(args.device), None, args.offload_model)
     make_maker = partial(Maker, options, SMALL_CHECKPOINT)
+    if args.engine == "ray":
+        from wan.serve.workers.ray_engine import RayEngine
+
+        return RayEngine(make_maker, args.replicas or (1, 1), args.gpus_per_replica or 1, args.device)
+    check_memory(options.memory, device_named(args.device), None, args.offload_model)
     return LocalEngine(make_maker)
 
 

@@ -18,7 +18,6 @@ DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
 SLOWEST = (
     "parallel",
-    "ray_engine",
     "kandinsky_parallel",
     "family_parallel",
     "wan_family_names",

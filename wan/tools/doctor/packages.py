@@ -18,7 +18,14 @@ PROJECT = "wan-nabla"
 # Or an installed package, beside which others' files lie.
 IS_SOURCE = (ROOT / "scripts" / "setup.sh").is_file() and (ROOT / "pyproject.toml").is_file()
 # Where the name to import is not that of the package.
-MODULES = {"PyYAML": "yaml", "pillow": "PIL", "imageio-ffmpeg": "imageio_ffmpeg", "nvidia-cudnn-frontend": "cudnn"}
+MODULES = {
+    "PyYAML": "yaml",
+    "pillow": "PIL",
+    "imageio-ffmpeg": "imageio_ffmpeg",
+    "nvidia-cudnn-frontend": "cudnn",
+    "prometheus-client": "prometheus_client",
+    "python-multipart": "python_multipart",
+}
 # Of the optional ones: what for, and how to get it.
 OPTIONAL = {
     "nvidia-cudnn-frontend": ("the fastest attention kernel, Hopper and newer", "-r requirements-cudnn.txt"),
@@ -27,7 +34,10 @@ OPTIONAL = {
     "peft": ("--lora, and training", "peft"),
     "matplotlib": ("--report", "matplotlib"),
     "gradio": ("the web page, app.py", "-r requirements-page.txt"),
-    "ray": ("serve.py over several GPUs or machines, --engine ray", "-r requirements-ray.txt"),
+    "fastapi": ("the video server, serve.py", "-r requirements-serve.txt"),
+    "uvicorn": ("the same", "-r requirements-serve.txt"),
+    "python-multipart": ("the same", "-r requirements-serve.txt"),
+    "prometheus-client": ("the same", "-r requirements-serve.txt"),
 }
 
 
