@@ -18,6 +18,7 @@ DATA = Path(__file__).parent / "data"
 # Begun first, so that workers end together.
 SLOWEST = (
     "parallel",
+    "ray_engine",
     "kandinsky_parallel",
     "family_parallel",
     "wan_family_names",

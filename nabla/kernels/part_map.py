@@ -57,18 +57,19 @@ def part_map(q: Tensor, k: Tensor, part_sizes: Tensor, has_empty_parts: bool, ha
     which together have float32's precision
     """
     (batch, heads, rows, dim), (blocks, parts) = q.shape, part_sizes.shape
-    first, second = OPTIONS[half]
     k_greatest = None
     if half:
         # Of k alone: a program reads q once, and can make float16 of it then.
         k, k_greatest = halved(k)
+    depth = min(DEPTH_BYTES // k.element_size(), max(16, triton.next_power_of_2(dim)))
+    first, second = _options(half, depth < dim)
     totals = torch.empty(first.splits, batch * heads, rows, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
     # Of base two, as exponentials are on a GPU.
     scale = dim**-0.5 / math.log(2)
     given = q, k, k_greatest, part_sizes, totals, *q.stride()[:3], *k.stride()[:3], heads, blocks, scale
     shape = {"PARTS": parts, "HAS_EMPTY": has_empty_parts, "SPLITS": first.splits, "TO_HALF": half}
-    shape |= {"DIM": dim, "DEPTH": min(DEPTH_BYTES // k.element_size(), max(16, triton.next_power_of_2(dim)))}
+    shape |= {"DIM": dim, "DEPTH": depth}
     grid = triton.cdiv(rows, first.rows), first.splits, batch * heads
     _add_up_keys[grid](*given, **shape, **first.of_launch)
     # Of a number of parts that is no power of two, such as 3, steps hold places for one more.
@@ -76,6 +77,13 @@ def part_map(q: Tensor, k: Tensor, part_sizes: Tensor, has_empty_parts: bool, ha
     grid = triton.cdiv(blocks * width, second.rows), second.splits, batch * heads
     _sum_by_tiles[grid](*given, sums, **shape, WIDTH=width, **second.of_launch)
     return sums
+
+
+def _options(half: bool, is_deep: bool) -> tuple[Options, Options]:
+    """Those of both passes; is_deep: whether heads are read in several stretches."""
+    first, second = OPTIONS[half]
+    # All stretches of the keys of a step are held at once, so that fewer steps ahead fit into shared memory.
+    return first, second._replace(num_stages=min(2, second.num_stages)) if is_deep else second
 
 
 if triton is not None:

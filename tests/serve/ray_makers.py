@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,25 @@ from wan.serve.workers.maker import Maker
 
 
 def make_maker(checkpoint: Path, folder: Path, processes: DistributedContext | None = None) -> Maker:
-    """The latents of each video that a process has made are in the folder, see `latents_of`."""
+    """The latents of each video that a process has made are in the folder, see `latents_of`.
+
+    Forwards take a little longer than they would, and leave the cores to processes that start meanwhile.
+    """
     numbers = itertools.count()
 
     def load(*what: Any) -> GuidedPipeline:
         pipe = load_pipeline(*what)
-        decode = pipe.decode
+        decode, predict = pipe.decode, pipe.predict
 
         def keep(latents: torch.Tensor) -> torch.Tensor:
             torch.save(latents, latents_of(folder, os.getpid(), next(numbers)))
             return decode(latents)
 
-        pipe.decode = keep
+        def wait(*what: Any) -> torch.Tensor:
+            time.sleep(0.05)
+            return predict(*what)
+
+        pipe.decode, pipe.predict = keep, wait
         return pipe
 
     return Maker(Options(device="cpu"), str(checkpoint), load, processes)

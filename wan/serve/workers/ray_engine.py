@@ -201,7 +201,9 @@ class RayReplica:
         try:
             return ray.get(next(told))
         except RayError as error:
-            raise ReplicaDied(f"{self._telling[told]}: {_line(error)}") from error
+            # Clients are told the one, and the log the other, which names machines.
+            log.warning("warning: %s: %s", self._telling[told], _line(error))
+            raise ReplicaDied("a process of it has died, or its machine cannot be reached") from error
 
     def abort(self) -> None:
         self.workers[0].actor.abort.remote(self._job)

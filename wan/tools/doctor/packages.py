@@ -38,6 +38,7 @@ OPTIONAL = {
     "uvicorn": ("the same", "-r requirements-serve.txt"),
     "python-multipart": ("the same", "-r requirements-serve.txt"),
     "prometheus-client": ("the same", "-r requirements-serve.txt"),
+    "ray": ("serve.py over several GPUs or machines, --engine ray", "-r requirements-ray.txt"),
 }
 
 
