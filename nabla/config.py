@@ -97,10 +97,9 @@ class NablaConfig:
 
     def _check_limits(self) -> None:
         least, most = self.keep_min, self.keep_max
-        if (least, most) != (None, None) and self.threshold is None:
-            raise InputError(
-                f"keep_min {least} and keep_max {most} limit a threshold, and none is given; leave them out"
-            )
+        for name, limit in (("keep_min", least), ("keep_max", most)):
+            if limit is not None and self.threshold is None:
+                raise InputError(f"{name} {limit} limits a threshold, and none is given; leave it out")
         if least is not None and most is not None and least > most:
             raise InputError(f"keep_min {least} is more than keep_max {most}; swap them")
 

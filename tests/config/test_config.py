@@ -82,7 +82,7 @@ def test_unknown_algorithm_strings(text):
         ({"keep": 0.1, "pool": (1, 3, 4)}, r"pool \(1, 3, 4\) does not divide tile \(1, 8, 8\)"),
         ({"keep": 0.1, "pool": (1, 4)}, "pool .* is not three positive integers"),
         ({"pool": (1, 4, 4)}, r"pool \(1, 4, 4\) has no use for dense"),
-        ({"keep": 0.1, "keep_max": 0.2}, "limit a threshold, and none is given"),
+        ({"keep": 0.1, "keep_max": 0.2}, "^keep_max 0.2 limits a threshold, and none is given; leave it out"),
         ({"threshold": 0.1, "keep_min": 0}, r"keep_min 0 is outside \(0, 1\]"),
         ({"threshold": 0.1, "keep_min": 0.3, "keep_max": 0.2}, "keep_min 0.3 is more than keep_max 0.2"),
         ({"keep": 0.1, "dropped": "max"}, "dropped 'max' is not known; use one of none, mean"),

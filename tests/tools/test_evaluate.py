@@ -451,6 +451,9 @@ def test_settings_by_strings_and_files(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=said):
             read_compared(given)
+    Path("mine.yaml").write_text("stretches: [{until: 1, keep: [1, 0.2]}]\n")
+    _, profile = read_compared(["profile:mine.yaml"])
+    assert profile.name == "mine" and profile.attention.profile.mean_keep == 0.6
     Path("nabla-0.4.yaml").write_text("attention: {algorithm: keep-0.5}\n")
     with pytest.raises(InputError, match="two settings would both be called nabla-0.4"):
         read_compared(["nabla-0.4", "nabla-0.4.yaml"])

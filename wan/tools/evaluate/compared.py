@@ -11,7 +11,7 @@ from typing import Any
 from nabla import InputError, NablaConfig
 from wan.config.attention_settings import SAYS_WHICH, attention_config, attention_to_dict
 from wan.config.cache_settings import CacheSettings
-from wan.config.config_files import read_settings
+from wan.config.config_files import PROFILE, read_settings
 from wan.config.settings import Settings
 from wan.models.checkpoint import Checkpoint
 
@@ -48,8 +48,9 @@ DENSE = Compared("dense")
 def read_compared(given: Sequence[str], checkpoint: Checkpoint | None = None) -> list[Compared]:
     """What each of several texts names, behind the dense baseline, which there always is.
 
-    A text is an algorithm, such as `nabla-0.7`, or a file of settings, by path or by name in configs/, of which
-    `attention` and `cache` alone count. checkpoint: what a text does not say is what generate.py takes with this one.
+    A text is an algorithm, such as `nabla-0.7`, a profile, as `profile:FILE`, or a file of settings, by path or by name
+    in configs/, of which `attention` and `cache` alone count. checkpoint: what a text does not say is what generate.py
+    takes with this one.
     Raises `InputError` for what is neither, and for a name that stands for two.
     """
     found = [DENSE]
@@ -90,6 +91,8 @@ def stands_alone(text: str) -> bool:
 
 def _layer_of(text: str) -> tuple[str, Mapping[str, Any]]:
     """The name of a setting, and what it says, in the schema of the YAML files."""
+    if text.startswith(PROFILE):
+        return _name(Path(text.removeprefix(PROFILE)).stem), {"attention": {"algorithm": text}}
     if not text.endswith(FILES):
         return _name(text), {"attention": {"algorithm": text}}
     layer = read_settings(text)

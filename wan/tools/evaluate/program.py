@@ -81,7 +81,13 @@ def parse_args() -> argparse.Namespace:
     """generate.py's flags, and this program's own besides."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--settings", nargs="+", default=[], metavar="SETTING", help="algorithms such as nabla-0.7, or YAML files")
+    add(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help="algorithms such as nabla-0.7 or profile:FILE, or YAML files",
+    )
     add("--out", type=Path, required=True, help="a folder, a new one or that of the same evaluation")
     prompts = "as for generate.py, by path or by name in configs/prompts (default: 50 that come with the program)"
     add("--prompt_file", type=Path, default=Path(PROMPTS), help=prompts)
