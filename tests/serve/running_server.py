@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,8 @@ class Server:
         others = children(self.pid)
         os.kill(self.pid, number)
         os.waitpid(self.pid, 0)
-        until = time.monotonic() + 10
+        # One that still imports torch ends once it has.
+        until = time.monotonic() + 60
         while alive := [one for one in others if Path(f"/proc/{one}").exists()]:
             assert time.monotonic() < until, f"processes {alive} outlive their server"
             time.sleep(0.05)
@@ -100,10 +102,10 @@ def serve_program(folder: Path, *flags: object) -> tuple[int, int]:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pid = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=output, stderr=output, env=env).pid
     until = time.monotonic() + START_SECONDS
-    while "http://127.0.0.1:" not in log.read_text():
+    while "server: http://127.0.0.1:" not in log.read_text():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.1)
-    return pid, int(log.read_text().partition("http://127.0.0.1:")[2].split()[0].strip("/.,;"))
+    return pid, int(re.search(r"http://127.0.0.1:(\d+)/", log.read_text())[1])
 
 
 class InstantReplica:

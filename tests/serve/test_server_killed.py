@@ -49,13 +49,13 @@ def make_videos(server: Server, client: int, number: int, look_seconds: float) -
     return ids
 
 
-def listed(server: Server) -> list[dict]:
-    """All videos of the server's list, by its pages."""
+def listed(server: Server, limit: int = 100) -> list[dict]:
+    """All videos of the server's list, by its pages of so many."""
     found: list[dict] = []
     more = True
     while more:
         after = f"&after={found[-1]['id']}" if found else ""
-        page = server.ask("GET", f"/v1/videos?limit=7&order=asc{after}").json
+        page = server.ask("GET", f"/v1/videos?limit={limit}&order=asc{after}").json
         found += page["data"]
         more = page["has_more"]
     return found
@@ -77,7 +77,7 @@ def run(server: Server, clients: int, each: int, kills: int, look_seconds: float
         asked = [threads.submit(make_videos, server, client, each, look_seconds) for client in range(clients)]
         killer.result()
         ids = [one for client in asked for one in client.result()]
-    videos = listed(server)
+    videos = listed(server, 7)
     assert len(set(ids)) == total and sorted(one["id"] for one in videos) == sorted(ids)
     assert {(one["status"], one["progress"]) for one in videos} == {("completed", 100)}
     assert len({one["seed"] for one in videos}) == total
@@ -114,6 +114,6 @@ def test_a_server_does_not_grow_with_what_it_is_asked(tmp_path, random_nano):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         with Server(partial(serve_program, Path(place) / "killed")) as started:
-            run(started, clients=20, each=10, kills=5, look_seconds=1)
+            run(started, clients=20, each=10, kills=5, look_seconds=3)
         with Server(partial(serve_program, Path(place) / "memory")) as started:
             print("MB:", *(f"{one:.1f}" for one in measure_memory(started, 1000)))
