@@ -41,7 +41,7 @@ SCRIPT = Path(benchmark.__file__)
 )
 def test_modes(mode, first, tmp_path):
     flags = [mode, "--quick", "--size", "64*48", "--frame_num", "5", "--device", "cpu"]
-    flags += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2"]
+    flags += ["--model", "nano", "--dtype", "float32", "--layers", "1", "--mask_refresh", "2", "--batch", "2"]
     # In a process of its own: compiles are counted, and kernels that were tried would be chosen in other tests.
     code, out, said = finish(Forked(SCRIPT, *flags, cwd=tmp_path))
     assert code == 0, said
@@ -52,7 +52,8 @@ def test_modes(mode, first, tmp_path):
     assert len(rows) == len(table) and rows[0]["what"] == first
     assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
     if mode == "forward":
-        assert [row["recompiles"] for row in rows] == [0, 0] and rows[1]["speedup"] > 0
+        assert [row["recompiles"] for row in rows] == [0] * 4 and rows[2]["speedup"] > 0
+        assert rows[3]["what"] == "64x48x5, 2 at once: keep-0.1" and rows[3]["times_one_by_one"] > 0
     if mode == "training":
         assert rows[-1]["what"] == "64x48x5: nano, 1 layers, keep-0.1" and rows[-1]["backend"] == "reference"
         assert all(row["speedup"] > 0 for row in (rows[1], rows[-1]))

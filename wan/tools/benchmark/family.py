@@ -41,7 +41,7 @@ class BenchmarkFamily:
     modes: those that measure them
     random_transformer: makes one, on its device
     as_diffusers, as_ours: turn it, in place and as often as one likes, into what is compared
-    forward: a forward of a video, as the model is then
+    forward: a forward of a video, or of a batch of videos, as the model is then
     sampled: the same for the sampling loop
     solver: that the family's pipeline runs
     all_blocks: of a transformer: what is streamed and quantised, those that run before the ones in `spec` first
@@ -67,7 +67,7 @@ class BenchmarkFamily:
     random_transformer: Callable[..., Any]
     as_diffusers: Callable[[Any], None]
     as_ours: Callable[[Any], object]
-    forward: Callable[[Any, VideoSettings], Callable[[], Tensor]]
+    forward: Callable[..., Callable[[], Tensor]]
     sampled: Callable[[Any, VideoSettings], Sampled]
     solver: str
     all_blocks: Callable[[Any], nn.ModuleList]

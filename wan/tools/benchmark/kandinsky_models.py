@@ -9,6 +9,7 @@ import torch
 from diffusers import Kandinsky5Transformer3DModel
 from torch import Tensor
 
+from nabla import InputError
 from wan.config.settings import VideoSettings
 from wan.models.kandinsky import latents as kandinsky_latents
 from wan.models.kandinsky import processor as kandinsky_processor
@@ -28,7 +29,11 @@ from wan.tools.benchmark.family import TIMESTEP, BenchmarkFamily, Sampled, drawn
 KANDINSKY_TEXT_ROWS = 128
 
 
-def _kandinsky_forward(transformer: Kandinsky5Transformer3DModel, video: VideoSettings) -> Callable[[], Tensor]:
+def _kandinsky_forward(
+    transformer: Kandinsky5Transformer3DModel, video: VideoSettings, batch: int = 1
+) -> Callable[[], Tensor]:
+    if batch > 1:
+        raise InputError(f"batch {batch} is measured of Wan alone; leave it out")
     latents, predict, conditions = _kandinsky_sampled(transformer, video)
     timestep = torch.full((1,), TIMESTEP, device=transformer.device)
     return partial(predict, latents, timestep, conditions.prompt)

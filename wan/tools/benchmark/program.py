@@ -89,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--keep", type=float, nargs="*", default=[0.1, 0.2], help="shares of blocks kept")
     add("--threshold", type=float, nargs="*", default=[], help="thresholds besides")
     add("--algorithm", nargs="*", default=[], help="algorithms besides, such as keep-0.1_pool-1-4-4")
+    add("--batch", type=positive, nargs="*", default=[], help="forward: videos at once, besides one")
     add("--mask_refresh", type=int, nargs="*", default=[], help="pipeline: steps to keep masks for, besides none")
     add(
         "--steps",

@@ -78,6 +78,11 @@ def forward_mode(args: argparse.Namespace, videos: list[VideoSettings], device: 
             elif not args.no_dense:
                 row["speedup"] = round(dense[label(video) + kind] / row["ms"], 2)
             yield row
+            for batch in args.batch:
+                forward = MODELS[args.model].forward(transformer, video, batch)
+                with context():
+                    several = forward_row(args, f"{label(video)}, {batch} at once: {name}{kind}", forward, exact, kind)
+                yield several | {"times_one_by_one": round(several["ms"] / (batch * row["ms"]), 3)}
 
 
 def forward_row(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nabla import InputError
 from wan.config.settings import SamplingSettings, VideoSettings
 from wan.memory.planner import MemoryPlan
 from wan.models.family import Layout
@@ -55,11 +56,15 @@ def given_inputs(transformer: nn.Module, video: VideoSettings) -> dict[str, Tens
     return {name: value.to(transformer.dtype) for name, value in zip(given, values)}
 
 
-def _forward(transformer: nn.Module, video: VideoSettings, with_picture: bool = False) -> Callable[[], Tensor]:
-    latents, timestep, text = wan_inputs(transformer, video, 1)
+def _forward(
+    transformer: nn.Module, video: VideoSettings, batch: int = 1, with_picture: bool = False
+) -> Callable[[], Tensor]:
+    latents, timestep, text = wan_inputs(transformer, video, batch)
     if with_picture:
         timestep = token_timesteps(timestep, video.token_grid)
     given = given_inputs(transformer, video)
+    if given and batch > 1:
+        raise InputError(f"batch {batch} is measured of models that are given text alone; leave it out")
     return lambda: transformer(latents, timestep, text, return_dict=False, **given)[0]
 
 
