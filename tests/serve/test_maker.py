@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -82,6 +83,14 @@ def test_what_is_loaded_stays_until_other_weights_are_wanted(maker):
     assert pipe.transformer.nabla.config == untuned
     make(maker, vae_dtype="bfloat16")
     assert maker.loaded.pipe is not pipe
+
+
+def test_models_of_several_families_are_swapped(maker, random_nano, kandinsky_nano):
+    makers = [make(maker, checkpoint=str(folder)) for folder in (kandinsky_nano, random_nano, kandinsky_nano)]
+    names = [Path(made.settings["checkpoint"]).name for made in makers]
+    assert names == [kandinsky_nano.name, random_nano.name, kandinsky_nano.name]
+    assert all(made.seconds["loading"] > 0 for made in makers)
+    assert type(maker.loaded.pipe).__name__ == "Kandinsky5"
 
 
 def test_a_video_that_outgrows_its_plan_of_memory_is_planned_anew(random_nano):
