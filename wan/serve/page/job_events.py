@@ -30,13 +30,13 @@ MOST_ROWS = 200
 
 
 class View(NamedTuple):
-    """What a browser shows of jobs, as HTML, so that it is only sent what is new. cancels: whether it has the button"""
+    """What a browser shows of jobs, as HTML, so that it is only sent what is new. cancel: what the button says"""
 
     said: str
     result: str
     listed: str
     is_busy: bool
-    cancels: bool
+    cancel: str
 
 
 class JobEvents:
@@ -123,7 +123,7 @@ class JobEvents:
             "result": {c.result: now.result},
             "listed": {c.listed: now.listed},
             "is_busy": {c.timer: gr.Timer(BUSY_SECONDS if now.is_busy else IDLE_SECONDS)},
-            "cancels": {c.cancel: gr.update(visible=now.cancels)},
+            "cancel": {c.cancel: gr.update(value=now.cancel, visible=bool(now.cancel))},
         }
         updates: Updates = {c.seen: now}
         for name, update in shows.items():
@@ -146,8 +146,15 @@ class JobEvents:
             result_html(job, None if job is None else previews.get(job.id)),
             list_html(listed, has_more and rows < MOST_ROWS, shown, previews),
             bool(going),
-            bool(self.visits.going(visitor)),
+            _cancel([one.id for one in self.visits.going(visitor)], shown),
         )
+
+
+def _cancel(going: Sequence[str], shown: str | None) -> str:
+    """What the button says that ends a session's jobs, of which another may be shown."""
+    if len(going) == 1:
+        return "Cancel" if shown in going else "Cancel mine"
+    return f"Cancel all {len(going)} of mine" if going else ""
 
 
 def visitor_of(request: gr.Request) -> Visitor:
