@@ -7,28 +7,23 @@ send each other goes by torch.distributed, in the layouts of `wan.parallel`.
 from __future__ import annotations
 
 import logging
-import os
-import queue
+import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ray
-import torch
-import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nabla import InputError
 from nabla.checks import is_count
-from wan.observe.console import log_to_stderr
-from wan.parallel.distributed import START_TIMEOUT, DistributedContext, pick_device
+from wan.parallel.distributed import START_TIMEOUT
 from wan.serve.workers.messages import Aborted, Event, Failed, Made, Order, Progress
-from wan.serve.workers.process import MakesVideos
+from wan.serve.workers.ray_worker import MakeMaker, Place, RayWorker
 from wan.serve.workers.replica import ReplicaDied
 
 log = logging.getLogger("wan")
@@ -41,14 +36,6 @@ IDLE_SECONDS = 300.0
 PATIENCE_SECONDS = 10.0
 # Has Ray leave a process the sight of its machine's other GPUs, which it may write to only if it sees them.
 SEE_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
-
-
-class MakeMaker(Protocol):
-    """Makes what makes the videos of a process; `processes`: those that share each. Has to be of a kind that pickle
-    takes.
-    """
-
-    def __call__(self, *, processes: DistributedContext | None = None) -> MakesVideos: ...
 
 
 class RayEngine:
@@ -144,16 +131,6 @@ class RayEngine:
             ray.shutdown()
 
 
-class Place(NamedTuple):
-    """Where a process runs."""
-
-    host: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
 class Worker(NamedTuple):
     """A process of a replica, from outside. actor: Ray's handle of its `RayWorker`"""
 
@@ -229,87 +206,15 @@ def outcome(ends: Sequence[Made | Failed | Aborted | None]) -> Made | Failed | A
     return end if in_step else replace(end, broken=True)
 
 
-class RayWorker:
-    """One process of a replica, as an actor of Ray."""
-
-    def __init__(self, make_maker: MakeMaker):
-        log_to_stderr()
-        self._make_maker = make_maker
-        # Which GPU is used, and how many cores, is chosen for one thread of Python, by that.
-        self._thread = ThreadPoolExecutor(1)
-        self._aborted = ""
-
-    def place(self) -> Place:
-        return Place(ray.util.get_node_ip_address(), os.getpid())
-
-    def open_store(self, count: int) -> tuple[str, int]:
-        """Where `count` processes can meet: host and port of a store in this one."""
-        host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, count, is_master=True, timeout=START_TIMEOUT, wait_for_workers=False)
-        return host, self._store.port
-
-    def begin(self, meeting: tuple[str, int] | None, rank: int, count: int) -> None:
-        """Be ready for videos, with the others of the replica. Raises what `make_maker` does."""
-        self._thread.submit(self._begin, meeting, rank, count).result()
-
-    def _begin(self, meeting: tuple[str, int] | None, rank: int, count: int) -> None:
-        torch.set_num_threads(_own_cores())
-        self._processes = None
-        if meeting is not None:
-            device = _own_device()
-            store = dist.TCPStore(*meeting, count, is_master=False, timeout=START_TIMEOUT)
-            self._processes = DistributedContext.connect(store, rank, count, device)
-        self._maker = self._make_maker(processes=self._processes)
-
-    def make(self, order: Order) -> Iterator[Event | None]:
-        """What happens to a video, and at last what it came to: None on a process that does not lead."""
-        told: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
-        leads = self._processes is None or self._processes.rank == 0
-        tell = told.put if leads else _tell_nobody
-        end = self._thread.submit(self._maker.make, order, tell, lambda: self._is_aborted(order.job_id))
-        end.add_done_callback(lambda _: told.put(None))
-        while (progress := told.get()) is not None:
-            yield progress
-        yield end.result()
-
-    def abort(self, job_id: str) -> None:
-        """Nobody wants a video any more; heeded on the process that leads."""
-        self._aborted = job_id
-
-    def _is_aborted(self, job_id: str) -> bool:
-        own = self._aborted == job_id
-        return own if self._processes is None else self._processes.any_of_all(own)
-
-
-def _tell_nobody(progress: Progress) -> None:
-    """What processes that do not lead have to say is said by the one that does."""
-
-
-def _own_device() -> torch.device:
-    """The device that Ray has given this process, which sees those of others as well."""
-    numbers = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    if not numbers:
-        return pick_device("cpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = int(numbers[0]) if visible is None else visible.split(",").index(numbers[0])
-    torch.cuda.set_device(index)
-    return pick_device(f"cuda:{index}")
-
-
-def _own_cores() -> int:
-    """A GPU's share of its machine's cores, or the one core of a process without a GPU."""
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-        return 1
-    own = ray.get_runtime_context().get_node_id()
-    has = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == own)
-    return max(1, int(has["CPU"] // has["GPU"]))
-
-
 def _join_cluster() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=True, logging_level=logging.WARNING, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray cannot be joined or started ({_line(error)}); see RAY_ADDRESS and ray status") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray has taken it over, for an end at which nothing is given back to the queue.
+        signal.signal(signal.SIGTERM, before)
 
 
 def _line(error: BaseException) -> str:
