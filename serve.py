@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import logging
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.engine == "local" and (args.replicas or args.gpus_per_replica):
         parser.error("--replicas and --gpus_per_replica are for --engine ray; leave them out, or add that")
+    if args.memory is not None and (args.gpus_per_replica or 1) > 1:
+        parser.error("--memory plans for one GPU, and --gpus_per_replica has several share a video; leave out either")
     return args
 
 
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     from wan.serve.workers.making import making
 
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
-    hosts, engine = Hosts(args.host, args.allowed_host), make_engine(args)
+    hosts = Hosts(args.host, args.allowed_host)
     tokens = Tokens() if args.api_key_file is None else Tokens.read(args.api_key_file)
     models = Models(Model.open(config, flags, SMALL_CHECKPOINT) for config in args.config or [None])
     usual = [model.resolve({}, needs_prompt=False) for model in models.by_name.values()]
@@ -92,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
     library = LoraLibrary(args.lora_dir or args.save_dir / "loras")
     counted, metrics = QueueLimits(limits.waiting, limits.waiting_of_source), Metrics()
     queue = MeasuredQueue.open(args.save_dir, limits=counted, keep_seconds=args.keep_for, metrics=metrics)
+    # Once all that may be wrong with other flags is known, since Ray takes seconds to start.
+    engine = make_engine(args)
     most_bytes = None if args.keep_gb is None else int(args.keep_gb * 1e9)
     with closing(queue), listen(args.host, args.port) as listening, making(queue, engine, most_bytes) as dispatcher:
         service = Service(queue, models, limits, tokens, metrics, library, dispatcher.is_alive)
@@ -111,7 +116,8 @@ def make_engine(args: argparse.Namespace) -> Engine:
     from wan.serve.workers.local_engine import LocalEngine
     from wan.serve.workers.maker import Maker
 
-    options = options_of(args)
+    # Of generate.py's, --replicas is how one run of several processes is laid out.
+    options = replace(options_of(args), replicas=None)
     make_maker = partial(Maker, options, SMALL_CHECKPOINT)
     if args.engine == "ray":
         from wan.serve.workers.ray_engine import RayEngine

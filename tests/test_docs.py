@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from places import ROOT
 
+import serve
 from wan.config.config_files import read_settings
 from wan.config.settings import resolve
 from wan.run.flags import make_parser
@@ -100,3 +103,12 @@ def test_the_example_with_all_keys_has_all_and_is_read(tmp_path):
     known = resolve(given).to_dict()
     assert given.keys() == known.keys()
     assert all(given[section].keys() == known[section].keys() for section in ("sampling", "video"))
+
+
+def test_examples_of_clusters_start_the_server_with_flags_that_it_takes():
+    job = next(yaml.safe_load_all((ROOT / "docs" / "serve_kuberay.yaml").read_text(encoding="utf-8")))
+    slurm = (ROOT / "docs" / "serve_slurm.sh").read_text(encoding="utf-8").partition(" -- \\\n")[2]
+    for command in (job["spec"]["entrypoint"], slurm.replace("\\\n", " ")):
+        python, program, *flags = shlex.split(command)
+        assert (python, Path(program).name) == ("python", "serve.py")
+        assert serve.parse_args(flags).engine == "ray"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ class RayWorker:
         self._thread.submit(self._begin, meeting, rank, count).result()
 
     def _begin(self, meeting: tuple[str, int] | None, rank: int, count: int) -> None:
+        # Warnings only, of those that do not lead.
+        logging.getLogger("wan").setLevel(logging.INFO if rank == 0 else logging.WARNING)
         torch.set_num_threads(_own_cores())
         self._processes = None
         if meeting is not None:
