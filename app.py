@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported after parsing: --help and a mistyped flag should not wait for torch and gradio.
     from nabla import InputError
     from wan.memory.budget import check_memory
-    from wan.parallel.distributed import pick_device
+    from wan.parallel.distributed import device_named
     from wan.serve.jobs.queue import Queue
     from wan.serve.limits import Limits
     from wan.serve.lora_library import LoraLibrary
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     flags = {key: value for key, value in (("checkpoint", args.ckpt_dir), ("dtype", args.dtype)) if value is not None}
     address = Address(args.host, args.port, args.share, tuple(args.allowed_host))
     options = options_of(args)
-    check_memory(options.memory, pick_device(args.device), None, args.offload_model)
+    check_memory(options.memory, device_named(args.device), None, args.offload_model)
     presets = Presets(flags, SMALL_CHECKPOINT, args.config)
     most = {"frames": args.max_frames, "pixels": args.max_pixels, "steps": args.max_steps}
     limits = Limits.of(most, map(presets.settings, presets.names))

@@ -14,6 +14,8 @@ from PIL import Image
 from served_api import MP4, SHEET, THUMBNAIL, TINY, Served, serve, settings_of
 
 from wan.serve.api.schema import frames_of, seconds_of
+from wan.serve.limits import Visitor
+from wan.serve.page.wishes import to_wish
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,20 @@ def test_several_videos_are_asked_for_at_once(served: Served):
     first = create(served, extra_body={"n": 3, "seed": 10})
     assert len(first.videos) == 3 and first.videos[0] == first.id
     assert [served.client().videos.retrieve(one).seed for one in first.videos] == [10, 11, 12]
+
+
+def test_jobs_of_the_page_are_jobs_here(served: Served):
+    own = served.service.models["nano"].resolve({}, needs_prompt=False).to_dict()
+    layer = own | {"prompt": "A circle", "video": own["video"] | {"size": "48x32", "frame_num": 5}}
+    wish, uploads = to_wish(layer, "The checkpoint's own", Visitor("192.0.2.7"), served.service.limits)
+    [job] = served.service.queue.submit([wish], uploads)
+    client = served.client()
+    [listed] = client.videos.list().data
+    assert (listed.id, listed.size, listed.model, listed.prompt) == (job.id, "48x32", wish.model, "A circle")
+    served.make()
+    assert client.videos.download_content(job.id).read() == MP4
+    assert client.videos.remix(job.id, prompt="A square").size == "48x32"
+    assert client.videos.delete(job.id).deleted
 
 
 def test_a_repeated_request_is_the_first(served: Served):

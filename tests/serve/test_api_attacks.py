@@ -177,6 +177,10 @@ def test_a_body_that_is_too_large_is_not_read(served: Served):
     head = f"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nAuthorization: Bearer {OURS}\r\n"
     answer = served.raw(f"{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode() + b"{")
     assert answer.startswith(b"HTTP/1.1 413") and b"the most is 2 MB" in answer
+    # A client that sends somewhat too much hears so.
+    with pytest.raises(openai.APIStatusError, match="the most is 2 MB"):
+        picture = ("a.png", bytes(3 << 20))
+        served.client(OURS).videos.create(prompt="A", model="pictures", input_reference=picture)
     answer = served.raw(f"{head}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 411")
 

@@ -13,7 +13,7 @@ from nabla import InputError
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # What stands once in a request: of two, a server and what is behind it might each go by another.
 ONCE = ("host", "origin", "content-length", "authorization")
-# Of a request that is refused, what is read all the same, and for how long.
+# Of a request that is refused, what is mostly read all the same, and for how long.
 MAX_TAKEN_IN = 1 << 20
 TAKE_IN_SECONDS = 2
 
@@ -94,12 +94,15 @@ class Hosts:
         return scheme in ("http", "https") and self._is_own(netloc, scheme, scope)
 
 
-async def take_in(scope: dict, receive: Callable) -> None:
-    """Read the rest of a small request that is refused: with some unread, its sender may lose the answer."""
+async def take_in(scope: dict, receive: Callable, most: int = MAX_TAKEN_IN) -> None:
+    """Read the rest of a request that is refused, if it is of up to `most` bytes, and forget it.
+
+    With some unread, its sender may lose the answer.
+    """
     lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
-    if scope["type"] != "http" or len(lengths) != 1 or not re.fullmatch(rb"[0-9]{1,7}", lengths[0]):
+    if scope["type"] != "http" or len(lengths) != 1 or not re.fullmatch(rb"[0-9]{1,15}", lengths[0]):
         return
-    if 0 < int(lengths[0]) <= MAX_TAKEN_IN:
+    if 0 < int(lengths[0]) <= most:
         with suppress(TimeoutError):
             async with asyncio.timeout(TAKE_IN_SECONDS):
                 while (await receive()).get("more_body"):

@@ -35,7 +35,7 @@ async def read_body(request: Request) -> Body:
     """What a request carries. Raises `ApiError` and `InputError` for what cannot be read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        fields = _json((await request.body()).decode("utf-8", "replace"), "the request")
+        fields = _json(await request.body(), "the request")
     elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             fields = await _fields_of(form)
@@ -90,9 +90,9 @@ def _plain(text: str) -> Any:
     return value if isinstance(value, (int, float)) else text
 
 
-def _json(text: str, what: str) -> Any:
+def _json(text: str | bytes, what: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text if isinstance(text, str) else text.decode())
     except ValueError as error:
         raise InputError(f"{what} is not JSON that can be read: {error}") from None
 

@@ -48,7 +48,8 @@ class Bounds:
         try:
             size = self._check(scope)
         except (ApiError, Refused) as error:
-            await take_in(scope, receive)
+            # Clients that sent somewhat too much should hear so.
+            await take_in(scope, receive, 4 * self.max_body)
             code, headers = getattr(error, "code", "not_allowed"), getattr(error, "headers", {})
             body = json.dumps(error_object(error.status, str(error), code)).encode()
             sent = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, StreamingResponse
@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.routes_videos import takes
-from wan.serve.api.schema import MB, VideoRequest, inference_seconds, video_object
+from wan.serve.api.schema import MB, VideoDeleted, VideoRequest, inference_seconds, video_object
 from wan.serve.api.service import Asks, Client, Service
 from wan.serve.jobs.job import Job, Status
 
@@ -42,22 +42,14 @@ def file_routes(service: Service) -> APIRouter:
     async def events(video_id: str, client: Asks) -> StreamingResponse:
         """The video object whenever it has changed, as server-sent events, until the video is made or failed."""
         await service.job(video_id, client)
-        listener = service.listener()
-        # Before the answer begins, so that one listener too many gets a status.
-        listener.__enter__()
-
-        async def stream() -> AsyncIterator[str]:
-            try:
-                async for line in _news(service, video_id, client):
-                    yield line
-            finally:
-                listener.__exit__(None, None, None)
-
-        return StreamingResponse(stream(), media_type="text/event-stream")
+        # Before the answer begins, which has a status.
+        service.check_listeners()
+        return StreamingResponse(_news(service, video_id, client), media_type="text/event-stream")
 
     @router.post("/sync", response_class=FileResponse, openapi_extra=takes(VideoRequest))
     async def sync(request: Request, client: Asks) -> FileResponse:
         """Make a video and send it. A client that goes away takes its job with it."""
+        service.check_listeners()
         with service.listener():
             jobs = await service.submit(request, client)
             if len(jobs) > 1:
@@ -103,21 +95,23 @@ async def _ended(service: Service, job: Job, client: Client, request: Request) -
 
 async def _news(service: Service, job_id: str, client: Client) -> AsyncIterator[str]:
     last, quiet = "", 0.0
-    while (job := await run_in_threadpool(service.queue.get, job_id, client.owner)) is not None:
-        ahead = None
-        if job.status is Status.QUEUED:
-            ahead = await run_in_threadpool(service.queue.store.ahead, job_id)
-        text = video_object(job, ahead).model_dump_json()
-        if text != last or quiet >= QUIET_SECONDS:
-            # A comment keeps what lies between from ending a connection that says nothing.
-            yield _event(f"video.{job.status}", text) if text != last else ": still here\n\n"
-            last, quiet = text, 0.0
-        if job.status.has_ended:
-            return
-        await asyncio.sleep(LOOK_SECONDS)
-        quiet += LOOK_SECONDS
-    gone: dict[str, Any] = {"id": job_id, "object": "video.deleted", "deleted": True}
-    yield _event("video.deleted", json.dumps(gone))
+    with service.listener():
+        while (job := await run_in_threadpool(service.queue.get, job_id, client.owner)) is not None:
+            is_waiting = job.status is Status.QUEUED
+            ahead = await run_in_threadpool(service.queue.store.ahead, job_id) if is_waiting else None
+            text = video_object(job, ahead).model_dump_json()
+            if text != last:
+                yield _event(f"video.{job.status}", text)
+                last, quiet = text, 0.0
+            elif quiet >= QUIET_SECONDS:
+                # A comment, which keeps what lies between from ending a connection that says nothing.
+                yield ": still here\n\n"
+                quiet = 0.0
+            if job.status.has_ended:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+            quiet += LOOK_SECONDS
+    yield _event("video.deleted", VideoDeleted(id=job_id).model_dump_json())
 
 
 def _event(name: str, data: str) -> str:

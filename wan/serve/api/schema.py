@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from wan.config.checks import parse_size
 from wan.serve.jobs.job import Job, Status
 from wan.serve.workers.messages import LOADING, SAMPLING
 
@@ -139,7 +140,8 @@ def video_object(job: Job, ahead: int | None = None, videos: list[str] | None = 
         created_at=int(job.created_at),
         completed_at=None if job.completed_at is None else int(job.completed_at),
         expires_at=None if job.expires_at is None else int(job.expires_at),
-        size="x".join(map(str, video["size"])),
+        # As one of the page has it, a text.
+        size="x".join(map(str, parse_size(video["size"]))),
         seconds=f"{seconds_of(video['frame_num'], video['fps']):g}",
         prompt=job.wish.layer["prompt"],
         remixed_from_video_id=job.wish.remixed_from,

@@ -107,12 +107,15 @@ class Service:
             raise not_found(job_id)
         return job
 
-    @contextmanager
-    def listener(self) -> Iterator[None]:
-        """One more client that is told when its video is made. Raises `ApiError`, 429."""
+    def check_listeners(self) -> None:
+        """Raise `ApiError`, 429, if no further client may wait here for its video."""
         if self._listening >= MOST_LISTENING:
             wait = {"Retry-After": "10"}
             raise ApiError(429, f"{MOST_LISTENING} clients wait for videos; ask again, or poll", "busy", None, wait)
+
+    @contextmanager
+    def listener(self) -> Iterator[None]:
+        """One more client waits for its video."""
         self._listening += 1
         try:
             yield
