@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_without_a_path(queue, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="cannot keep image.png .No space left on device.$"):
+    with pytest.raises(StorageError, match="cannot keep the files of a job .No space left on device.$"):
         queue.submit([WISH], {"image.png": b"png"})
     assert queue.list("").jobs == [] and [*queue.files._folders()] == []
 
@@ -146,7 +146,7 @@ def test_a_database_that_cannot_grow_takes_jobs_again_once_it_can(queue):
 
 @pytest.mark.parametrize("job_id, name", [("..", "a"), ("video_" + "0" * 32, "../a"), ("video_" + "0" * 32, "..")])
 def test_no_path_is_taken_for_a_name(tmp_path, job_id, name):
-    with pytest.raises(ValueError, match="not an id and a name"):
+    with pytest.raises(ValueError, match="is not an? (id|name)"):
         JobFiles(tmp_path).path(job_id, name)
 
 
@@ -161,6 +161,15 @@ def test_folders_of_no_job_are_swept_once_they_are_old(tmp_path, monkeypatch):
     monkeypatch.setattr(job_files, "YOUNG_SECONDS", -1)
     files.sweep(lambda one: one == kept)
     assert files.sizes() == {kept: 3} and (tmp_path / "mine").is_dir()
+
+
+def test_folders_may_go_while_they_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_files, "YOUNG_SECONDS", -1)
+    files, lost = JobFiles(tmp_path), [new_id(), new_id(), new_id()]
+    for one in lost:
+        files.keep(one, {"a": b"123"})
+    files.sweep(lambda _: [files.delete(one) for one in lost])
+    assert files.sizes() == {}
 
 
 def made(queue: Queue, number: int, content: bytes = b"12345") -> list[str]:

@@ -6,10 +6,11 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from nabla import InputError
-from wan.files.atomic import atomic_path, remove
+from wan.files.atomic import atomic_path, remove, sync
 from wan.files.video import make_folder
 from wan.serve.jobs.store import StorageError
 
@@ -29,19 +30,24 @@ class JobFiles:
 
     def path(self, job_id: str, name: str) -> Path:
         """Where a file of a job lies, if it is there. Raises `ValueError` for what is no id, and no name of a file."""
-        if not ID.fullmatch(job_id) or name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(f"{job_id!r}, {name!r}: not an id and a name of a file")
-        return self.folder / job_id / name
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{name!r} is not a name of a file")
+        return self._folder(job_id) / name
 
     def keep(self, job_id: str, files: Mapping[str, bytes]) -> None:
         """Write files by their names, each whole or not at all, all on the disk at the end. Raises `StorageError`."""
-        for name, content in files.items():
-            try:
+        folder = self._folder(job_id)
+        try:
+            if files and not folder.exists():
+                folder.mkdir(exist_ok=True)
+                # Else a power cut could leave the job without it.
+                sync(self.folder)
+            for name, content in files.items():
                 with atomic_path(self.path(job_id, name)) as partial:
                     partial.write_bytes(content)
-            except InputError as error:
-                reason = getattr(error.__cause__, "strerror", None) or "it cannot be written"
-                raise StorageError(f"the server cannot keep {name} ({reason})") from error
+        except (InputError, OSError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", None) or "it cannot be written"
+            raise StorageError(f"the server cannot keep the files of a job ({reason})") from error
 
     def read(self, job_id: str, name: str) -> bytes:
         """What is in a file. Raises `FileNotFoundError`."""
@@ -53,7 +59,7 @@ class JobFiles:
         Whoever makes it may write there, or remove them too, until it hears so; what is left then is swept.
         """
         try:
-            remove(self.path(job_id, "any").parent)
+            remove(self._folder(job_id))
         except OSError as error:
             log.info("%s is not removed yet: %s", job_id, error.strerror)
 
@@ -64,8 +70,16 @@ class JobFiles:
     def sweep(self, has_job: Callable[[str], object]) -> None:
         """Remove folders of jobs that are no more, such as of a process that was killed while it deleted one."""
         for folder in self._folders():
-            if not has_job(folder.name) and time.time() - folder.stat().st_mtime > YOUNG_SECONDS:
-                remove(folder)
+            # Another may remove it at the same time.
+            with suppress(FileNotFoundError):
+                is_old = time.time() - folder.stat().st_mtime > YOUNG_SECONDS
+                if is_old and not has_job(folder.name):
+                    self.delete(folder.name)
+
+    def _folder(self, job_id: str) -> Path:
+        if not ID.fullmatch(job_id):
+            raise ValueError(f"{job_id!r} is not an id of a job")
+        return self.folder / job_id
 
     def _folders(self) -> Iterator[Path]:
         return (path for path in self.folder.iterdir() if ID.fullmatch(path.name))
