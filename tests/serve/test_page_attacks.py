@@ -245,7 +245,10 @@ def test_nothing_is_served_but_what_the_page_shows(page):
     assert {what: answer[0] for what, answer in files.items()} == dict.fromkeys(files, 200)
     assert job.id in told
     assert [answer[1]["Content-Type"] for answer in files.values()] == ["image/png", "image/webp", "application/json"]
-    assert all(answer[1]["X-Content-Type-Options"] == "nosniff" for answer in files.values())
+    for _, headers, _ in files.values():
+        assert (headers["X-Content-Type-Options"], headers["Cache-Control"]) == ("nosniff", "private")
+    # As players ask, which then can jump.
+    assert page.ask("GET", f"/jobs/{job.id}/video", Range="bytes=0-3")[0] == 206
     folder, shared = page.queue.files.folder, files["settings"][2]
     for secret in (str(folder), str(page.checkpoint), str(page.checkpoint.parent)):
         assert secret not in told + shared + page.ask("GET", "/config")[2] + page.ask("GET", "/")[2]

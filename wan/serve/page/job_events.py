@@ -29,8 +29,12 @@ BUSY_SECONDS, IDLE_SECONDS = 0.5, 3.0
 MOST_ROWS = 200
 
 
+# A mark of each part of a `View`: the parts themselves would fill the memory that is kept for each session.
+Seen = tuple[int, ...] | None
+
+
 class View(NamedTuple):
-    """What a browser shows of jobs, as HTML, so that it is only sent what is new. cancel: what the button says"""
+    """What a browser shows of jobs, of which it is sent what is new to it. cancel: what the button says"""
 
     said: str
     result: str
@@ -79,7 +83,7 @@ class JobEvents:
         c.listed.click(self.use, looked_at, [c.told, c.shown, c.rows, *looks], queue=False, **QUIET)
 
     def generate(
-        self, request: gr.Request, rows: int, seen: View | None, base: Settings, chosen: str | None, *values: Any
+        self, request: gr.Request, rows: int, seen: Seen, base: Settings, chosen: str | None, *values: Any
     ) -> Updates:
         """Ask for the video of the controls, and show how far it is from now on."""
         c, visitor = self.controls, visitor_of(request)
@@ -91,17 +95,17 @@ class JobEvents:
             return {c.told: said_html(str(error), "wrong")}
         return {c.told: "", c.shown: job.id} | self._changes(visitor, job.id, rows, seen)
 
-    def look(self, request: gr.Request, shown: str | None, rows: int, seen: View | None) -> Updates:
+    def look(self, request: gr.Request, shown: str | None, rows: int, seen: Seen) -> Updates:
         """What is new of the job that is shown, and of the list."""
         return self._changes(visitor_of(request), shown, rows, seen)
 
-    def cancel(self, request: gr.Request, rows: int | None, seen: View | None) -> Updates:
+    def cancel(self, request: gr.Request, rows: int | None, seen: Seen) -> Updates:
         """End all jobs of this session that have not ended."""
         c, visitor = self.controls, visitor_of(request)
         self.visits.cancel(visitor)
         return {c.told: said_html("Cancelled"), c.shown: None} | self._changes(visitor, None, rows, seen)
 
-    def use(self, request: gr.Request, shown: str | None, rows: int, seen: View | None, event: gr.EventData) -> Updates:
+    def use(self, request: gr.Request, shown: str | None, rows: int, seen: Seen, event: gr.EventData) -> Updates:
         """What was clicked in the list: a video that shall be shown or deleted, or older ones."""
         c, visitor = self.controls, visitor_of(request)
         # Whoever asks by a raw call says what he likes.
@@ -116,18 +120,19 @@ class JobEvents:
             shown = None if shown == job_id else shown
         return {c.told: "", c.shown: shown, c.rows: rows} | self._changes(visitor, shown, rows, seen)
 
-    def _changes(self, visitor: Visitor, shown: str | None, rows: int, seen: View | None) -> Updates:
+    def _changes(self, visitor: Visitor, shown: str | None, rows: int, seen: Seen) -> Updates:
         c, now = self.controls, self._view(visitor, shown, rows)
-        shows = {
-            "said": {c.said: now.said},
-            "result": {c.result: now.result},
-            "listed": {c.listed: now.listed},
-            "is_busy": {c.timer: gr.Timer(BUSY_SECONDS if now.is_busy else IDLE_SECONDS)},
-            "cancel": {c.cancel: gr.update(value=now.cancel, visible=bool(now.cancel))},
-        }
-        updates: Updates = {c.seen: now}
-        for name, update in shows.items():
-            if seen is None or getattr(now, name) != getattr(seen, name):
+        shows: list[Updates] = [
+            {c.said: now.said},
+            {c.result: now.result},
+            {c.listed: now.listed},
+            {c.timer: gr.Timer(BUSY_SECONDS if now.is_busy else IDLE_SECONDS)},
+            {c.cancel: gr.update(value=now.cancel, visible=bool(now.cancel))},
+        ]
+        marks = tuple(map(hash, now))
+        updates: Updates = {c.seen: marks}
+        for update, mark, before in zip(shows, marks, seen or [None] * len(now)):
+            if mark != before:
                 updates |= update
         return updates
 

@@ -18,6 +18,8 @@ from wan.serve.shown import sidecar_to_share
 ROUTE = re.compile(r"/jobs/(video_[0-9a-f]{32})/(video|settings|thumbnail|preview)")
 # Of a job that is made, by what is asked for; and of what a browser takes it for.
 MADE = {"video": ("video.mp4", "video.png"), "thumbnail": ("thumbnail.webp",), "settings": ("video.json",)}
+# A cache that several visitors share, as a proxy's, would give one what another sees.
+OWN = {"cache-control": "private"}
 KINDS = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp"}
 
 
@@ -52,7 +54,7 @@ class JobFilesApp:
             return None
 
     def _preview(self, job: Job) -> Response:
-        return Response(self.jobs.queue.files.read(job.id, PREVIEW), media_type="image/jpeg")
+        return Response(self.jobs.queue.files.read(job.id, PREVIEW), media_type="image/jpeg", headers=OWN)
 
     def _made(self, job: Job, what: str) -> Response | None:
         names = [name for name in MADE[what] if name in job.files]
@@ -60,6 +62,6 @@ class JobFilesApp:
             return None
         path = self.jobs.queue.files.path(job.id, names[0])
         if what == "settings":
-            return Response(sidecar_to_share(read_json(path)), media_type="application/json")
+            return Response(sidecar_to_share(read_json(path)), media_type="application/json", headers=OWN)
         # Looked at here, so that one that is gone is answered like any other.
-        return FileResponse(path, media_type=KINDS[path.suffix], stat_result=path.stat())
+        return FileResponse(path, media_type=KINDS[path.suffix], headers=OWN, stat_result=path.stat())

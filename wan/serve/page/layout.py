@@ -146,29 +146,15 @@ def _what(presets: Presets, first: Settings, form: Form, limits: Limits) -> dict
         )
         seed = gr.Textbox(form.seed, label="Seed", placeholder="drawn anew", max_lines=1, min_width=130, elem_id="seed")
     with gr.Row():
-        frames = gr.Slider(
-            1,
-            limits.frames,
-            form.frame_num,
-            # From 1 on, which gives 4n+1: the counts of frames that there can be.
-            step=first.video.geometry.vae_stride[0],
-            label="Frames",
-            min_width=150,
-            buttons=[],
-            elem_id="frames",
-        )
-        steps = gr.Slider(
-            1,
-            limits.steps,
-            form.steps,
-            step=1,
-            label="Steps",
-            min_width=150,
-            buttons=[],
-            elem_id="steps",
-        )
+        # From 1 on, which gives 4n+1: the counts of frames that there can be.
+        frames = _slider("Frames", limits.frames, form.frame_num, first.video.geometry.vae_stride[0])
+        steps = _slider("Steps", limits.steps, form.steps, 1)
     controls = {"prompt": prompt, "size": size, "seed": seed, "frame_num": frames, "steps": steps}
     return {"preset": preset, "about": about, "load_sidecar": load_sidecar, "form": controls, "pictures": pictures}
+
+
+def _slider(label: str, most: int, value: int | None, step: int) -> gr.Slider:
+    return gr.Slider(1, most, value, step=step, label=label, min_width=150, buttons=[], elem_id=label.lower())
 
 
 def _picture(name: str, is_taken: bool) -> PictureControls:

@@ -4,7 +4,7 @@ escaped and the server's folders left out."""
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from wan.config.settings import Settings, resolve
@@ -68,10 +68,10 @@ def error_line(job: Job) -> str:
 
 def result_html(job: Job | None, preview: int | None = None) -> str:
     """What there is to be seen of a job, and to be saved. preview: as of `VisibleJobs.preview_time`"""
-    if job is None or job.status is not Status.COMPLETED:
-        return (
-            NOTHING if job is None or preview is None else f'<img id="picture" alt="" src="{_preview(job, preview)}">'
-        )
+    if job is None:
+        return NOTHING
+    if job.status is not Status.COMPLETED:
+        return NOTHING if preview is None else f'<img id="picture" alt="" src="{_preview(job, preview)}">'
     files, name = f"jobs/{job.id}", f"{words_of(_prompt(job))}-{job.id[-8:]}"
     is_video = "video.mp4" in job.files
     # Browsers play by themselves only what is muted.
@@ -84,12 +84,11 @@ def result_html(job: Job | None, preview: int | None = None) -> str:
     )
 
 
-def list_html(jobs: Sequence[Job], has_more: bool, shown: str | None, previews: Collection[tuple[str, int]]) -> str:
-    """The videos of a list. shown: the one that is played; previews: times of those of jobs, by id"""
+def list_html(jobs: Sequence[Job], has_more: bool, shown: str | None, previews: Mapping[str, int]) -> str:
+    """The videos of a list. shown: the id of the one that is played; previews: times of those of jobs, by id"""
     if not jobs:
         return '<div class="about">No videos yet</div>'
-    times = dict(previews)
-    rows = "".join(_row(job, job.id == shown, times.get(job.id)) for job in jobs)
+    rows = "".join(_row(job, job.id == shown, previews.get(job.id)) for job in jobs)
     more = '<button data-does="more" class="older">Older ones</button>' if has_more else ""
     return f'<ul class="jobs">{rows}</ul>{more}'
 
