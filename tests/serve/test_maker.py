@@ -119,16 +119,16 @@ def test_a_video_that_nobody_wants_any_more_ends_at_a_step(maker, asked):
 
 
 @pytest.mark.parametrize(
-    "layer, message",
+    "layer, code, message",
     (
-        ({"prompt": " "}, "the prompt is empty"),
-        ({"video": {"size": "64*48", "frame_num": 6}}, "frame_num 6 is not of the form 4n+1"),
-        ({"checkpoint": "/secret/place/model"}, "checkpoint 'model' is neither"),
+        ({"prompt": " "}, "invalid_request", "the prompt is empty"),
+        ({"video": {"size": "64*48", "frame_num": 6}}, "invalid_request", "frame_num 6 is not of the form 4n+1"),
+        ({"checkpoint": "/secret/place/model"}, "internal_error", "checkpoint 'model' is neither"),
     ),
 )
-def test_what_is_wrong_with_an_order_is_a_line_that_names_no_folder(maker, layer, message):
+def test_what_is_wrong_with_an_order_is_a_line_that_names_no_folder(maker, layer, code, message):
     failed = make(maker, **layer)
-    assert failed.code == "invalid_request" and message in failed.message and "/secret" not in failed.message
+    assert failed.code == code and message in failed.message and "/secret" not in failed.message
 
 
 def test_a_lora_that_does_not_fit_is_an_error_that_keeps_the_model(maker, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nabla import InputError
+from wan.checkpoints.file_errors import CheckpointError
 from wan.files.atomic import scratch
 from wan.files.video import sidecar_of, write_with_sidecar
 from wan.memory.peak import peak_gpu_bytes
@@ -154,7 +155,9 @@ class Maker:
             text = str(error) if isinstance(error, OutOfMemory) else "there is too little memory; make it smaller"
             return Failed("out_of_memory", _line(text))
         if isinstance(error, InputError):
-            return Failed("invalid_request", _line(str(error)))
+            # A checkpoint that is damaged, or cannot be had, is the operator's to mend.
+            code = "internal_error" if isinstance(error, CheckpointError) else "invalid_request"
+            return Failed(code, _line(str(error)))
         traceback.print_exception(error)
         return Failed("internal_error", _line(f"{type(error).__name__}: {error}"), is_broken(self.device))
 
@@ -222,9 +225,10 @@ class _Teller(Observer):
             # Python is far ahead of a GPU: else the step that is told would not be done, nor the process free.
             torch.cuda.synchronize(self.device)
         self.check()
-        now = time.perf_counter()
+        now, to_come = time.perf_counter(), self.progress.steps - step - 1
         # The first step compiles.
-        left = None if step == 0 else self.pace.seconds_left(now - self.last_at, self.progress.steps - step - 1)
+        left = None if step == 0 else self.pace.seconds_left(now - self.last_at, to_come)
         self.last_at = now
-        frame = None if self.preview is None else self.preview.see(clean)
+        # After the last step comes the video itself.
+        frame = self.preview.see(clean) if self.preview is not None and to_come else None
         self.say(step=step + 1, seconds_left=left, preview=None if frame is None else jpeg(frame))
