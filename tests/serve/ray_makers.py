@@ -20,7 +20,7 @@ from wan.serve.workers.maker import Maker
 def make_maker(checkpoint: Path, folder: Path, processes: DistributedContext | None = None) -> Maker:
     """The latents of each video that a process has made are in the folder, see `latents_of`.
 
-    Forwards take a little longer than they would, and leave the cores to processes that start meanwhile.
+    Forwards take longer than they would, and leave the cores to processes that start meanwhile.
     """
     numbers = itertools.count()
 
@@ -33,7 +33,7 @@ def make_maker(checkpoint: Path, folder: Path, processes: DistributedContext | N
             return decode(latents)
 
         def wait(*what: Any) -> torch.Tensor:
-            time.sleep(0.05)
+            time.sleep(0.2)
             return predict(*what)
 
         pipe.decode, pipe.predict = keep, wait

@@ -63,7 +63,7 @@ def test_a_video_of_a_process_that_is_killed_is_made_by_another_replica_as_by_on
         unwanted = submit(queue, steps=1000)
         in_sampling(queue, unwanted)
         # The second replica comes for it.
-        guided = submit(queue, steps=20)
+        guided = submit(queue, steps=8)
         in_sampling(queue, guided)
         staying, lost = engine.started
         os.kill(lost.places[1].pid, signal.SIGKILL)

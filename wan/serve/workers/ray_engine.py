@@ -99,11 +99,16 @@ class RayEngine:
             raise
 
     def _await(self, group: PlacementGroup) -> None:
+        if group.wait(2):
+            return
+        left = {what: ray.available_resources().get(what, 0) for what in ("CPU", "GPU")}
+        each = "a CPU and a GPU" if self.on_gpus else "a CPU"
+        no_place = f"Ray has no place for {self.processes} processes with {each} each; it has {left} left"
+        log.info("replica: %s, and waits for one", no_place)
         until = time.monotonic() + START_SECONDS
         while not group.wait(1):
             if self._closing.is_set() or time.monotonic() > until:
-                what = f"{self.processes} processes with a {'GPU' if self.on_gpus else 'CPU'} each"
-                raise ReplicaDied(f"Ray has no place for {what}; it has {ray.available_resources()} left")
+                raise ReplicaDied(no_place)
 
     def _begin(self, group: PlacementGroup) -> list[Worker]:
         """The processes of a replica, which have met each other."""
