@@ -30,6 +30,8 @@ MAX_PORT = 65535
 MAX_UPLOAD, MAX_HELD = 2 << 30, 20 << 30
 # Uploads that gradio keeps: looked at every hour, removed after a day.
 CACHE_SECONDS = (3600, 86400)
+# Whose controls and jobs gradio remembers, with 0.2 MB each; whoever asks can make up as many as he likes.
+MAX_SESSIONS = 1000
 CSS = Path(__file__).with_name("page.css")
 
 
@@ -125,6 +127,7 @@ def serve(page: Page, library: LoraLibrary, address: Address, wait: bool = True)
             quiet=True,
             blocked_paths=[str(library.folder.resolve())],
             max_file_size=MAX_UPLOAD,
+            state_session_capacity=MAX_SESSIONS,
             # Names of fonts that visitors have: none is fetched.
             theme=gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css_paths=CSS,
