@@ -195,6 +195,19 @@ def test_errors_are_exceptions_of_the_client(served: Served):
     assert (failed.error.code, failed.error.message) == ("out_of_memory", "it takes 90 GB, and the GPU has 80")
 
 
+def test_a_fault_of_the_server_says_nothing_of_it(served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(served.service.queue), "get", lambda *_: 1 / 0)
+    with pytest.raises(openai.InternalServerError) as error:
+        served.client().videos.retrieve("video_0")
+    assert (error.value.code, error.value.body["message"]) == ("internal_error", "the server failed; its log says how")
+
+
+def test_an_address_is_not_believed(served: Served):
+    video = create(served, extra_headers={"X-Forwarded-For": "192.0.2.7"})
+    job = served.service.queue.store.get(video.id)
+    assert job is not None and job.wish.source == "127.0.0.1"
+
+
 def test_several_videos_are_asked_for_at_once(served: Served):
     first = create(served, extra_body={"n": 3, "seed": 10})
     assert len(first.videos) == 3 and first.videos[0] == first.id

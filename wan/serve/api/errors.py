@@ -65,46 +65,46 @@ def not_found(job_id: str) -> ApiError:
     return ApiError(404, f"video {job_id[:100]!r} is not here; GET /v1/videos lists yours", "video_not_found", "id")
 
 
+def answer_to(request: Request, error: Exception) -> JSONResponse:
+    """The answer for an error, in OpenAI's form."""
+    status, message, code, param, headers = _told(request, error)
+    return JSONResponse(error_object(status, message, code, param), status, headers)
+
+
 def add_handlers(app: FastAPI) -> None:
-    """Have an application answer every error in OpenAI's form."""
+    """Have an application answer every error by `answer_to`."""
+    for kind in (ApiError, InputError, QueueFull, StorageError, ValidationError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer_to)
+    # Starlette raises these again once they are answered, for the log.
+    app.add_exception_handler(Exception, answer_to)
 
-    def answer(status: int, message: str, code: str | None = None, param: str | None = None, **headers: str) -> Any:
-        return JSONResponse(error_object(status, message, code, param), status, headers)
 
-    @app.exception_handler(ApiError)
-    async def _(_: Request, error: ApiError) -> Any:
-        return answer(error.status, str(error), error.code, error.param, **error.headers)
-
-    @app.exception_handler(InputError)
-    async def _(_: Request, error: InputError) -> Any:
-        message, param = in_fields(without_folders(str(error)))
-        return answer(400, message, "invalid_value", param)
-
-    @app.exception_handler(QueueFull)
-    async def _(_: Request, error: QueueFull) -> Any:
-        return answer(429, str(error), "queue_full", **{"Retry-After": str(error.retry_after)})
-
-    @app.exception_handler(StorageError)
-    async def _(_: Request, error: StorageError) -> Any:
-        log.warning("warning: %s", error)
-        return answer(503, str(error), "storage_full", **{"Retry-After": "60"})
-
-    @app.exception_handler(RequestValidationError)
-    @app.exception_handler(ValidationError)
-    async def _(_: Request, error: RequestValidationError | ValidationError) -> Any:
-        message, param = _first_fault(error)
-        return answer(400, message, "invalid_value", param)
-
-    @app.exception_handler(HTTPException)
-    async def _(request: Request, error: HTTPException) -> Any:
-        where = f"{request.method} {request.url.path[:100]}"
-        said = {404: f"there is nothing at {where}; /docs lists what is", 405: f"{where} is not offered; see /docs"}
-        return answer(error.status_code, said.get(error.status_code, str(error.detail)), **dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def _(_: Request, error: Exception) -> Any:
-        # Starlette raises it again once this is sent, for the log.
-        return answer(500, "the server failed; its log says how", "internal_error")
+def _told(request: Request, error: Exception) -> tuple[int, str, str | None, str | None, dict[str, str]]:
+    """Status, message, code, field and headers of the answer for an error."""
+    match error:
+        case ApiError():
+            return error.status, str(error), error.code, error.param, error.headers
+        case InputError():
+            message, param = in_fields(without_folders(str(error)))
+            return 400, message, "invalid_value", param, {}
+        case ValidationError() | RequestValidationError():
+            message, param = _first_fault(error)
+            return 400, message, "invalid_value", param, {}
+        case QueueFull():
+            return 429, str(error), "queue_full", None, {"Retry-After": str(error.retry_after)}
+        case StorageError():
+            log.warning("warning: %s", error)
+            return 503, str(error), "storage_full", None, {"Retry-After": "60"}
+        case HTTPException():
+            where = f"{request.method} {request.url.path[:100]}"
+            usual = {
+                404: f"there is nothing at {where}; /docs lists what is",
+                405: f"{where} is not offered; see /docs",
+            }
+            said = usual.get(error.status_code, str(error.detail))
+            return error.status_code, said, None, None, dict(error.headers or {})
+        case _:
+            return 500, "the server failed; its log says how", "internal_error", None, {}
 
 
 def in_fields(message: str) -> tuple[str, str | None]:

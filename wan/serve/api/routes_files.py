@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.routes_videos import takes
 from wan.serve.api.schema import MB, VideoDeleted, VideoRequest, inference_seconds, video_object
-from wan.serve.api.service import Asks, Client, Service
+from wan.serve.api.service import Asks, Client, Served, Service
 from wan.serve.jobs.job import Job, Status
 
 KINDS = {"mp4": "video/mp4", "png": "image/png", "webp": "image/webp"}
@@ -24,51 +24,51 @@ LOOK_SECONDS, QUIET_SECONDS = 0.25, 15.0
 STATUSES = {"invalid_request": 400, "out_of_memory": 507}
 
 
-def file_routes(service: Service) -> APIRouter:
-    router = APIRouter(prefix="/v1/videos", tags=["videos"])
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-    @router.get("/{video_id}/content", response_class=FileResponse)
-    async def content(
-        video_id: str, client: Asks, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
-    ) -> FileResponse:
-        """The video, or a picture of it. A video of one frame is a PNG."""
-        job = await service.job(video_id, client)
-        if job.status is not Status.COMPLETED:
-            what = f"is {job.status}; its content comes once it is completed"
-            raise ApiError(404, f"video {video_id} {what}", "video_not_ready")
-        return _file(service, job, variant)
 
-    @router.get("/{video_id}/events", response_class=StreamingResponse)
-    async def events(video_id: str, client: Asks) -> StreamingResponse:
-        """The video object whenever it has changed, as server-sent events, until the video is made or failed."""
-        await service.job(video_id, client)
-        # Before the answer begins, which has a status.
-        service.check_listeners()
-        return StreamingResponse(_news(service, video_id, client), media_type="text/event-stream")
+@router.get("/{video_id}/content", response_class=FileResponse)
+async def content(
+    video_id: str, client: Asks, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+) -> FileResponse:
+    """The video, or a picture of it. A video of one frame is a PNG."""
+    job = await service.job(video_id, client)
+    if job.status is not Status.COMPLETED:
+        what = f"is {job.status}; its content comes once it is completed"
+        raise ApiError(404, f"video {video_id} {what}", "video_not_ready")
+    return _file(service, job, variant)
 
-    @router.post("/sync", response_class=FileResponse, openapi_extra=takes(VideoRequest))
-    async def sync(request: Request, client: Asks) -> FileResponse:
-        """Make a video and send it. A client that goes away takes its job with it."""
-        service.check_listeners()
-        with service.listener():
-            jobs = await service.submit(request, client)
-            if len(jobs) > 1:
-                for job in jobs:
-                    await run_in_threadpool(service.queue.delete, job.id, client.owner)
-                raise ApiError(400, "n is 1 where one video is sent back", "invalid_value", "n")
-            job = await _ended(service, jobs[0], client, request)
-        if job.error is not None:
-            raise ApiError(STATUSES.get(job.error.code, 500), job.error.message, job.error.code)
-        headers = {
-            "X-Request-Id": job.id,
-            "X-Model": job.wish.model,
-            "X-Inference-Time-S": f"{inference_seconds(job):.3f}",
-            "X-Stage-Durations": json.dumps({name: round(seconds, 3) for name, seconds in job.seconds.items()}),
-            "X-Peak-Memory-MB": f"{(job.peak_bytes or 0) / MB:.1f}",
-        }
-        return _file(service, job, "video", headers)
 
-    return router
+@router.get("/{video_id}/events", response_class=StreamingResponse)
+async def events(video_id: str, client: Asks, service: Served) -> StreamingResponse:
+    """The video object whenever it has changed, as server-sent events, until the video is made or failed."""
+    await service.job(video_id, client)
+    # Before the answer begins, which has a status.
+    service.check_listeners()
+    return StreamingResponse(_news(service, video_id, client), media_type="text/event-stream")
+
+
+@router.post("/sync", response_class=FileResponse, openapi_extra=takes(VideoRequest))
+async def sync(request: Request, client: Asks, service: Served) -> FileResponse:
+    """Make a video and send it. A client that goes away takes its job with it."""
+    service.check_listeners()
+    with service.listener():
+        jobs = await service.submit(request, client)
+        if len(jobs) > 1:
+            for job in jobs:
+                await run_in_threadpool(service.queue.delete, job.id, client.owner)
+            raise ApiError(400, "n is 1 where one video is sent back", "invalid_value", "n")
+        job = await _ended(service, jobs[0], client, request)
+    if job.error is not None:
+        raise ApiError(STATUSES.get(job.error.code, 500), job.error.message, job.error.code)
+    headers = {
+        "X-Request-Id": job.id,
+        "X-Model": job.wish.model,
+        "X-Inference-Time-S": f"{inference_seconds(job):.3f}",
+        "X-Stage-Durations": json.dumps({name: round(seconds, 3) for name, seconds in job.seconds.items()}),
+        "X-Peak-Memory-MB": f"{(job.peak_bytes or 0) / MB:.1f}",
+    }
+    return _file(service, job, "video", headers)
 
 
 def _file(service: Service, job: Job, variant: str, headers: dict[str, str] | None = None) -> FileResponse:

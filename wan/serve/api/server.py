@@ -10,14 +10,12 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from nabla import InputError
+from wan.serve.api import routes_files, routes_server, routes_videos
 from wan.serve.api.bounds import BODY_SECONDS, MAX_FIELDS_BYTES, Bounds
 from wan.serve.api.connections import HastyProtocol
 from wan.serve.api.errors import add_handlers
 from wan.serve.api.metrics import Counted
 from wan.serve.api.reference import reference_page
-from wan.serve.api.routes_files import file_routes
-from wan.serve.api.routes_server import server_routes
-from wan.serve.api.routes_videos import video_routes
 from wan.serve.api.schema import MB
 from wan.serve.api.service import Service
 from wan.serve.hosts import Hosts
@@ -36,8 +34,9 @@ def make_app(service: Service, hosts: Hosts, body_seconds: float = BODY_SECONDS)
     add_handlers(app)
     service.metrics.watch(service.queue.store)
 
-    for router in (file_routes(service), video_routes(service), server_routes(service)):
-        app.include_router(router)
+    app.state.service = service
+    for routes in (routes_files, routes_videos, routes_server):
+        app.include_router(routes.router)
 
     @app.get("/docs", include_in_schema=False)
     @app.get("/", include_in_schema=False)

@@ -49,9 +49,6 @@ async def client_of(request: Request) -> Client:
     return Client(owner, source_of(owner, request.client.host if request.client else None), key)
 
 
-Asks = Annotated[Client, Depends(client_of)]
-
-
 @dataclass
 class Service:
     """What the server is made of. is_alive: whether jobs are being given out"""
@@ -136,3 +133,13 @@ class Service:
             ending = ENDINGS[check_content(content, fields[setting], most)]
             files[setting] = (f"{setting}.{ending}", content)
         return files
+
+
+async def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+# What routes take: who asks, and what serves.
+Asks = Annotated[Client, Depends(client_of)]
+Served = Annotated[Service, Depends(service_of)]
