@@ -18,8 +18,9 @@ from wan.serve.api.service import Asks, Client, Served, Service
 from wan.serve.jobs.job import Job, Status
 
 KINDS = {"mp4": "video/mp4", "png": "image/png", "webp": "image/webp"}
-# How often a job is looked at that a client waits for, and how long nothing may be said to it.
-LOOK_SECONDS, QUIET_SECONDS = 0.25, 15.0
+# How often a job is looked at of which a client wants news, or the video, which is late by half of it in the mean; and
+# how long nothing may be said to a client.
+LOOK_SECONDS, END_LOOK_SECONDS, QUIET_SECONDS = 0.25, 0.1, 15.0
 # Of a job that failed, by its code; others are the server's own.
 STATUSES = {"invalid_request": 400, "out_of_memory": 507}
 
@@ -88,7 +89,7 @@ async def _ended(service: Service, job: Job, client: Client, request: Request) -
         if await request.is_disconnected():
             await run_in_threadpool(service.queue.delete, job.id, client.owner)
             raise not_found(job.id)
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(END_LOOK_SECONDS)
         job = await service.job(job.id, client)
     return job
 
