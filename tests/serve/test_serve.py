@@ -94,6 +94,14 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert f"error: {said}" in capfd.readouterr().err
 
 
+def test_without_the_small_checkpoint_it_says_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    monkeypatch.setattr(serve, "SMALL_CHECKPOINT", str(tmp_path / "none"))
+    assert serve.main(["--save_dir", str(tmp_path)]) == 2
+    assert "give --ckpt_dir, or --config nabla_0.7.yaml for Wan2.1 14B" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("flag", [["--keep_for", "7 days"], ["--keep_for", "0h"], ["--port", "many"]])
 def test_flags_are_checked_first(flag: list[str]):
     with pytest.raises(SystemExit):

@@ -56,7 +56,7 @@ def settle(request: Request, device: torch.device) -> tuple[Checkpoint, list[Vid
     _check_weights(settings.model, device, getattr(torch, settings.dtype or own_dtype))
     # A default that is a hub id is downloaded; the small one is a folder beside the source.
     if settings.checkpoint == request.default_checkpoint and Path(settings.checkpoint).is_absolute():
-        _check_small(Path(settings.checkpoint))
+        check_small(Path(settings.checkpoint))
     checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
     # Before what others have is downloaded.
     checkpoint.check_kind(settings.model.kind)
@@ -111,7 +111,8 @@ def _paths(request: Request, given: list[str | None], every: list[Settings]) -> 
     return paths
 
 
-def _check_small(folder: Path) -> None:
+def check_small(folder: Path) -> None:
+    """Raise `InputError` if the small checkpoint, which runs where nothing names one, is not here."""
     if not folder.is_dir():
         raise InputError(
             f"no checkpoint is named, and the small one, {folder}, comes with the program's source but not with an "

@@ -13,6 +13,7 @@ from wan.config.inputs import INPUTS
 from wan.config.settings import Settings, resolve
 from wan.models.checkpoint import Checkpoint
 from wan.models.family import MediaInputs
+from wan.run.settle import check_small
 from wan.serve.api.bodies import PICTURES
 from wan.serve.api.errors import ApiError
 
@@ -41,6 +42,8 @@ class Model:
         # Those of a video's sidecar are of that video.
         layer = {key: value for key, value in layer.items() if key not in ("prompt", "expanded_prompt", *INPUTS)}
         settings = resolve(flags, layer, {"checkpoint": default_checkpoint}, needs_prompt=False)
+        if settings.checkpoint == default_checkpoint:
+            check_small(Path(default_checkpoint))
         checkpoint = Checkpoint.open(settings.checkpoint, settings.transformer, settings.model.components)
         name = Path(settings.checkpoint).name if config is None else Path(config).stem
         model = cls(name, checkpoint, flags, layer)
