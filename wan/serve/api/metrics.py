@@ -91,9 +91,12 @@ class MeasuredQueue(Queue):
     metrics: Metrics
 
     def finish(self, job_id: str, made: Made) -> bool:
-        self.metrics.see(made)
-        return super().finish(job_id, made)
+        # Not of one that was deleted meanwhile, nor one whose files could not be kept.
+        if is_there := super().finish(job_id, made):
+            self.metrics.see(made)
+        return is_there
 
     def fail(self, job_id: str, error: JobError) -> bool:
-        self.metrics.ended.labels(Status.FAILED).inc()
-        return super().fail(job_id, error)
+        if is_there := super().fail(job_id, error):
+            self.metrics.ended.labels(Status.FAILED).inc()
+        return is_there
