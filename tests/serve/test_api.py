@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -14,8 +17,10 @@ from PIL import Image
 from served_api import MP4, SHEET, THUMBNAIL, TINY, Served, serve, settings_of
 
 from wan.serve.api.schema import frames_of, seconds_of
+from wan.serve.jobs.job import JobError
 from wan.serve.limits import Visitor
 from wan.serve.page.wishes import to_wish
+from wan.serve.workers.messages import Made
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +107,20 @@ def test_a_list_comes_in_pages(served: Served):
         client.videos.list(limit=0)
 
 
-def test_a_remix_is_the_same_with_another_prompt(served: Served):
+def test_a_remix_is_the_same_with_another_prompt(served: Served, monkeypatch: pytest.MonkeyPatch):
     client = served.client()
     picture = ("client/../name.png", png())
     video = create(served, input_reference=picture, model="pictures", extra_body={"seed": 5})
     with pytest.raises(openai.BadRequestError, match="remix it once it is completed"):
         client.videos.remix(video.id, prompt="A blue circle")
     served.make()
+    with pytest.raises(openai.BadRequestError, match="a remix has the pictures of its source"):
+        body = {"prompt": "A blue circle", "input_reference": "data:image/png;base64,AAAA"}
+        client.post(f"/videos/{video.id}/remix", body=body, cast_to=dict)
+    with monkeypatch.context() as patch, pytest.raises(openai.BadRequestError, match="use up to 1"):
+        # As after a start with other limits.
+        patch.setattr(served.service, "limits", replace(served.service.limits, steps=1))
+        client.videos.remix(video.id, prompt="A blue circle")
     remix = client.videos.remix(video.id, prompt="A blue circle")
     assert (remix.remixed_from_video_id, remix.prompt, remix.seed) == (video.id, "A blue circle", 5)
     order = served.service.queue.order(served.service.queue.claim())
@@ -234,8 +246,15 @@ def test_a_repeated_request_is_the_first(served: Served):
     again = create(served, extra_headers=key, extra_body={"n": 2})
     assert first.videos == again.videos
     assert len(served.service.queue.store.list("").jobs) == 2
-    with pytest.raises(openai.ConflictError, match="was another request's"):
-        create(served, "A blue circle", extra_headers=key)
+    others: list[dict[str, Any]] = [{"n": 1}, {"n": 2, "seed": 1}]
+    for other in others:
+        with pytest.raises(openai.ConflictError, match="was another request's"):
+            create(served, extra_headers=key, extra_body=other)
+    # Nor are they those of one who takes a video at once, and who would take them along.
+    body = json.dumps(TINY | {"prompt": "A red circle", "n": 1}).encode()
+    sent = {"Content_Type": "application/json", "Idempotency_Key": "one"}
+    assert served.ask("POST", "/v1/videos/sync", body, **sent)[0] == 409
+    assert len(served.service.queue.store.list("").jobs) == 2
 
 
 @pytest.fixture
@@ -269,6 +288,8 @@ def test_a_video_is_made_and_sent_at_once(served: Served, maker: None):
     assert headers["x-stage-durations"] == '{"sampling": 1.5, "decode": 0.25}'
     with pytest.raises(openai.BadRequestError, match="it cannot be"):
         client.post("/videos/sync", body={"prompt": "fail"} | TINY, cast_to=kind)
+    with pytest.raises(openai.BadRequestError, match="n is 1 where one video is sent back"):
+        client.post("/videos/sync", body={"prompt": "A circle", "n": 2} | TINY, cast_to=kind)
 
 
 def test_a_client_that_goes_away_takes_its_job_with_it(served: Served):
@@ -315,6 +336,13 @@ def test_models_health_metrics_and_reference(served: Served):
         "wan_gpu_peak_bytes 3.145728e+06",
     ):
         assert line in text
+    made = [line for line in text.splitlines() if line.startswith("wan_videos_total")]
+    deleted = served.begin()
+    served.service.queue.remove(deleted)
+    # Whoever makes it does not know yet.
+    served.service.queue.finish(deleted, Made({}, {}, {}, None, None))
+    served.service.queue.fail(deleted, JobError("internal_error", "it failed"))
+    assert set(made) <= {*served.service.metrics.text().decode().splitlines()}
     page = client._client.get(f"http://127.0.0.1:{served.port}/docs").text
     assert "POST /v1/videos/{video_id}/remix" in page and "num_inference_steps" in page
     assert "<script" not in page and "://" not in page

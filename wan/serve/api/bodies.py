@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,6 +31,11 @@ class Body(NamedTuple):
 
     fields: dict[str, Any]
     pictures: dict[str, bytes]
+
+    def digest(self, path: str) -> str:
+        """What tells this request, at a path, from others."""
+        pictures = {name: hashlib.sha256(content).hexdigest() for name, content in self.pictures.items()}
+        return hashlib.sha256(json.dumps([path, self.fields, pictures], sort_keys=True).encode()).hexdigest()
 
 
 async def read_body(request: Request) -> Body:

@@ -54,12 +54,8 @@ async def sync(request: Request, client: Asks, service: Served) -> FileResponse:
     """Make a video and send it. A client that goes away takes its job with it."""
     service.check_listeners()
     with service.listener():
-        jobs = await service.submit(request, client)
-        if len(jobs) > 1:
-            for job in jobs:
-                await run_in_threadpool(service.queue.delete, job.id, client.owner)
-            raise ApiError(400, "n is 1 where one video is sent back", "invalid_value", "n")
-        job = await _ended(service, jobs[0], client, request)
+        [job] = await service.submit(request, client, is_one=True)
+        job = await _ended(service, job, client, request)
     if job.error is not None:
         raise ApiError(STATUSES.get(job.error.code, 500), job.error.message, job.error.code)
     headers = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
+from nabla import InputError
 from wan.serve.api.bodies import PICTURES, read_body
 from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.schema import RemixRequest, VideoDeleted, VideoList, VideoObject, VideoRequest, video_object
@@ -75,7 +76,10 @@ async def delete(video_id: str, client: Asks, service: Served) -> VideoDeleted:
 @router.post("/{video_id}/remix", openapi_extra=takes(RemixRequest))
 async def remix(video_id: str, request: Request, client: Asks, service: Served) -> VideoObject:
     """The same settings, seed and pictures with another prompt."""
-    asked = RemixRequest.model_validate((await read_body(request)).fields)
+    body = await read_body(request)
+    asked = RemixRequest.model_validate(body.fields)
+    if body.pictures:
+        raise InputError(f"{' and '.join(body.pictures)}: a remix has the pictures of its source; leave them out")
     source = await service.job(video_id, client)
     if source.status is not Status.COMPLETED:
         raise ApiError(400, f"video {video_id} is {source.status}; remix it once it is completed", "not_completed")
@@ -84,5 +88,6 @@ async def remix(video_id: str, request: Request, client: Asks, service: Served) 
         uploads = {name: await run_in_threadpool(service.queue.files.read, video_id, name) for name in inputs.values()}
     except FileNotFoundError:
         raise not_found(video_id) from None
-    jobs = await service.add([layer], source.wish.model, inputs, uploads, client, remixed_from=video_id)
+    more = {"asked": body.digest(request.url.path), "remixed_from": video_id}
+    jobs = await service.add([layer], source.wish.model, inputs, uploads, client, **more)
     return video_object(jobs[0])

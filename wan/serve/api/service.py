@@ -20,7 +20,7 @@ from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.metrics import Metrics
 from wan.serve.api.models import Model, Models
 from wan.serve.api.schema import VideoRequest
-from wan.serve.api.wishes import Layer, check_pictures, counted_up, is_same, settle
+from wan.serve.api.wishes import Layer, check_pictures, counted_up, settle
 from wan.serve.jobs.job import Job, Wish
 from wan.serve.jobs.queue import Queue
 from wan.serve.limits import Limits
@@ -65,20 +65,23 @@ class Service:
     _decoding: asyncio.Lock = field(default_factory=asyncio.Lock)
     _listening: int = 0
 
-    async def submit(self, request: Request, client: Client) -> list[Job]:
-        """The jobs of a request for videos, which wait once this returns.
+    async def submit(self, request: Request, client: Client, is_one: bool = False) -> list[Job]:
+        """The jobs of a request for videos, which wait once this returns. is_one: where no more than one may be.
 
         Raises `ApiError`, `InputError`, `QueueFull`, `StorageError` and pydantic's `ValidationError`.
         """
-        fields, pictures = await read_body(request)
-        asked = VideoRequest.model_validate(fields)
+        body = await read_body(request)
+        asked, pictures = VideoRequest.model_validate(body.fields), body.pictures
+        if is_one and asked.n > 1:
+            raise InputError("n is 1 where one video is sent back")
         model = self.models[asked.model]
         check_pictures(model, pictures)
         async with self._decoding:
             files = await run_in_threadpool(self._named, pictures)
         layers = await run_in_threadpool(self._settled, asked, model)
         inputs = {setting: name for setting, (name, _) in files.items()}
-        return await self.add(layers, model.name, inputs, dict(files.values()), client, priority=asked.priority)
+        more = {"asked": body.digest(request.url.path), "priority": asked.priority}
+        return await self.add(layers, model.name, inputs, dict(files.values()), client, **more)
 
     async def add(
         self,
@@ -93,7 +96,7 @@ class Service:
         common = {"owner": client.owner, "source": client.source, "key": client.key, **more}
         wishes = [Wish(model, layer, inputs, **common) for layer in layers]
         jobs = await run_in_threadpool(self.queue.submit, wishes, uploads)
-        if not is_same(jobs[0], layers[0], model):
+        if jobs[0].wish.asked != wishes[0].asked:
             raise ApiError(409, "this Idempotency-Key was another request's; use a new one", "idempotency_key_reused")
         return jobs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from nabla import InputError
 from wan.config.checks import check_keys, parse_size
 from wan.config.prompts import check_prompt
-from wan.config.settings import Settings
+from wan.config.settings import Settings, resolve
 from wan.serve.api.models import Model
 from wan.serve.api.schema import LoraRequest, VideoRequest, frames_of
 from wan.serve.from_clients import check_names_no_file
@@ -67,15 +66,16 @@ def settle(model: Model, request: VideoRequest, limits: Limits, library: Mapping
 
 
 def remixed(source: Job, prompt: str, limits: Limits) -> Layer:
-    """The settings of a job with another prompt. Raises `InputError`."""
+    """The settings of a job with another prompt. Raises `InputError`, also for limits that were wider then."""
     check_prompt(prompt, "in prompt")
-    limits.check_text("prompt", prompt)
     layer = dict(source.wish.layer)
     # What the other prompt was expanded to says what the other video shows.
     layer.pop("expanded_prompt", None)
     # The page leaves a seed to be drawn, which is known once the video is made.
     seed = (source.settings or layer)["sampling"]["seed"]
-    return layer | {"prompt": prompt, "sampling": {**layer["sampling"], "seed": seed}}
+    layer |= {"prompt": prompt, "sampling": {**layer["sampling"], "seed": seed}}
+    limits.check(resolve(layer))
+    return layer
 
 
 def counted_up(settings: Settings, count: int) -> list[Layer]:
@@ -86,15 +86,6 @@ def counted_up(settings: Settings, count: int) -> list[Layer]:
         raise InputError(f"seed {first} and {count - 1} more go beyond {MAX_SEED}; use a lower one")
     every = (replace(settings, sampling=replace(settings.sampling, seed=first + number)) for number in range(count))
     return [one.to_dict() for one in every]
-
-
-def is_same(job: Job, layer: Layer, model: str) -> bool:
-    """Whether a job is what a repeated request asks for; seeds are drawn anew by each."""
-    return job.wish.model == model and _without_seed(job.wish.layer) == _without_seed(layer)
-
-
-def _without_seed(layer: Mapping[str, Any]) -> str:
-    return json.dumps({**layer, "sampling": {**layer["sampling"], "seed": None}}, sort_keys=True)
 
 
 def _given(**values: Any) -> Layer:

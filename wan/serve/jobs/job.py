@@ -40,6 +40,7 @@ class Wish:
     source: whose jobs are counted together in the queue: a token's owner, or an address
     priority: higher ones are made first; of equals the first that came
     key: of two wishes of one owner with the same idempotency key, the second is the first
+    asked: a digest of the request, which tells one that is repeated from another that has its key
     via: "api" or "page"
     """
 
@@ -50,6 +51,7 @@ class Wish:
     source: str = ""
     priority: int = 0
     key: str | None = None
+    asked: str = ""
     remixed_from: str | None = None
     via: str = "api"
 
