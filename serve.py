@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("wan")
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from wan.serve.api.models import Model, Models
     from wan.serve.api.server import listen, make_app, make_server, url_of
     from wan.serve.api.service import Service
-    from wan.serve.hosts import Hosts
+    from wan.serve.hosts import LOOPBACK, Hosts
     from wan.serve.jobs.store import QueueLimits
     from wan.serve.limits import Limits, read_limits
     from wan.serve.lora_library import LoraLibrary
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         service = Service(queue, models, limits, tokens, metrics, library, dispatcher.is_alive)
         if args.config is None and args.ckpt_dir is None:
             log.info(ABOUT_SMALL)
-        if not tokens and args.host not in LOCAL_HOSTS:
+        if not tokens and args.host not in LOOPBACK:
             log.warning("warning: whoever reaches %s can make videos; --api_key_file asks for tokens", args.host)
         url = url_of(listening)
         log.info("server: %s/v1, models: %s; what can be asked: %s/docs", url, ", ".join(models.by_name), url)

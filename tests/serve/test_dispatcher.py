@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from stand_in_maker import KILL, ThreadEngine
 
-from wan.serve.jobs.files import StorageError
 from wan.serve.jobs.job import Job, Status, Wish
 from wan.serve.jobs.queue import Queue
+from wan.serve.jobs.store import StorageError
 from wan.serve.workers import dispatcher as dispatcher_module
 from wan.serve.workers.dispatcher import Dispatcher
 from wan.serve.workers.messages import SAMPLING

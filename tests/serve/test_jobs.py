@@ -119,9 +119,9 @@ def test_a_list_goes_on_where_a_page_of_it_ended(store, newest_first):
 
 
 def test_a_list_has_only_jobs_of_its_owner(store):
-    own, other, page = add(store, job(owner="a"), job(owner="b"), job(owner="a", via="page", source="::1"))
-    assert ids(store.list("a").jobs) == [page.id, own.id] and ids(store.list("a", via="api").jobs) == [own.id]
-    assert ids(store.list("a", source="::1").jobs) == [page.id] and store.list("a", source="::1", via="api").jobs == []
+    own, other, page = add(store, job(owner="a"), job(owner="b"), job(owner="a", source="::1"))
+    assert ids(store.list("a").jobs) == [page.id, own.id]
+    assert ids(store.list("a", source="::1").jobs) == [page.id] and store.list("b", source="::1").jobs == []
     for stranger in (other.id, "video_1"):
         with pytest.raises(KeyError):
             store.list("a", after=stranger)
@@ -149,6 +149,7 @@ def test_a_full_queue_takes_all_of_a_request_or_none(store):
     store.claim()
     assert store.add([job(source="a")], limits)
     assert {**store.count()} == {"queued": 2, "in_progress": 1, "completed": 0, "failed": 0}
+    assert {**store.count([Status.QUEUED, Status.FAILED])} == {"queued": 2, "failed": 0}
 
 
 def test_jobs_that_ended_are_found_by_their_end(store):

@@ -15,8 +15,7 @@ from starlette.exceptions import HTTPException
 
 from nabla import InputError
 from wan.observe.console import printable
-from wan.serve.jobs.files import StorageError
-from wan.serve.jobs.store import QueueFull
+from wan.serve.jobs.store import QueueFull, StorageError
 from wan.serve.shown import without_folders
 
 log = logging.getLogger("wan")

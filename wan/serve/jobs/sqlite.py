@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,12 +43,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             owner TEXT AS (json_extract(job, '$.wish.owner')),
             source TEXT AS (json_extract(job, '$.wish.source')),
             priority INTEGER AS (json_extract(job, '$.wish.priority')),
-            key TEXT AS (json_extract(job, '$.wish.key')),
-            via TEXT AS (json_extract(job, '$.wish.via'))
+            key TEXT AS (json_extract(job, '$.wish.key'))
         )""",
         "CREATE UNIQUE INDEX by_id ON jobs (id)",
         "CREATE INDEX by_turn ON jobs (status, priority DESC, place)",
         "CREATE INDEX by_owner ON jobs (owner, place)",
+        "CREATE INDEX by_source ON jobs (owner, source, place)",
         "CREATE INDEX by_key ON jobs (owner, key) WHERE key IS NOT NULL",
         "CREATE INDEX by_end ON jobs (completed_at) WHERE completed_at IS NOT NULL",
         "CREATE INDEX by_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL",
@@ -93,11 +93,9 @@ class SqliteStore:
         after: str | None = None,
         limit: int = 20,
         newest_first: bool = True,
-        via: str | None = None,
         source: str | None = None,
     ) -> Listed:
-        given = {name: one for name, one in {"owner": owner, "via": via, "source": source}.items() if one is not None}
-        where, values = " AND ".join(f"{name} = ?" for name in given), [*given.values()]
+        where, values = ("owner = ?", [owner]) if source is None else ("owner = ? AND source = ?", [owner, source])
         if after is not None:
             found = self._ask(f"SELECT place FROM jobs WHERE {where} AND id = ?", *values, after)
             if not found:
@@ -144,9 +142,10 @@ class SqliteStore:
             job_id,
         )[0][0]
 
-    def count(self) -> dict[Status, int]:
-        found = {Status(status): number for status, number in self._ask("SELECT status, count(*) FROM jobs GROUP BY 1")}
-        return {status: found.get(status, 0) for status in Status}
+    def count(self, statuses: Collection[Status] = tuple(Status)) -> dict[Status, int]:
+        among = ", ".join("?" * len(statuses))
+        counts = f"SELECT status, count(*) FROM jobs WHERE status IN ({among}) GROUP BY 1"
+        return dict.fromkeys(statuses, 0) | {Status(status): count for status, count in self._ask(counts, *statuses)}
 
     def expired_by(self, time: float) -> Sequence[str]:
         return [one for (one,) in self._ask("SELECT id FROM jobs WHERE expires_at <= ? ORDER BY completed_at", time)]
@@ -237,21 +236,26 @@ class SqliteStore:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            database = self._idle.pop()
-        except IndexError:
-            # Without Python's own transactions: it would begin them late, when another may write already.
-            database = sqlite3.connect(self.path, PATIENCE, isolation_level=None, check_same_thread=False)
-            # Readers and a writer do not wait for each other, and what is committed is on the disk.
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-        try:
-            yield database
+            try:
+                database = self._idle.pop()
+            except IndexError:
+                database = self._connect()
+            try:
+                yield database
+            finally:
+                self._idle.append(database)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF not in FAULTS_OF_DISKS:
                 raise
             raise StorageError(f"the server cannot keep jobs ({error})") from error
-        finally:
-            self._idle.append(database)
+
+    def _connect(self) -> sqlite3.Connection:
+        # Without Python's own transactions: it would begin them late, when another may write already.
+        database = sqlite3.connect(self.path, PATIENCE, isolation_level=None, check_same_thread=False)
+        # Readers and a writer do not wait for each other, and what is committed is on the disk.
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        return database
 
 
 NAMES = {field.name for field in fields(Job)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -60,13 +60,12 @@ class JobStore(Protocol):
         after: str | None = None,
         limit: int = 20,
         newest_first: bool = True,
-        via: str | None = None,
         source: str | None = None,
     ) -> Listed:
         """Jobs of an owner by the time that they came, those behind the job `after`. Raises `KeyError` for an `after`
         that is not one of them.
 
-        via, source: only those whose wish has it, if given
+        source: only those whose wish has it, if given
         """
         ...
 
@@ -105,8 +104,8 @@ class JobStore(Protocol):
         """How many jobs are made before a waiting one, those in progress included."""
         ...
 
-    def count(self) -> Mapping[Status, int]:
-        """Jobs by status."""
+    def count(self, statuses: Collection[Status] = tuple(Status)) -> Mapping[Status, int]:
+        """Jobs by status; of those that wait and run alone it costs nothing for all that have ended."""
         ...
 
     def expired_by(self, time: float) -> Sequence[str]:

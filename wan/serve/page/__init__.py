@@ -1,1 +1,1 @@
-"""The web page of app.py. Only `layout`, `events` and `server` need gradio."""
+"""The web page of app.py. Only `layout`, the events and `server` need gradio."""

@@ -9,8 +9,7 @@ import gradio as gr
 
 from nabla import InputError
 from wan.config.settings import Settings
-from wan.serve.jobs.files import StorageError
-from wan.serve.jobs.store import QueueFull
+from wan.serve.jobs.store import QueueFull, StorageError
 from wan.serve.limits import Limits, Visitor
 from wan.serve.page.layout import ROWS, Controls
 from wan.serve.page.status import READY, job_html, list_html, result_html, said_html

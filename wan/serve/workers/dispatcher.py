@@ -10,9 +10,9 @@ from contextlib import closing
 from typing import TypeVar
 
 from nabla import InputError
-from wan.serve.jobs.files import StorageError
 from wan.serve.jobs.job import Job, JobError, Status
 from wan.serve.jobs.queue import Queue
+from wan.serve.jobs.store import StorageError
 from wan.serve.workers.messages import EVENTS_AT_THE_END, Event, Failed, Made, Order, Progress
 from wan.serve.workers.replica import Engine, Replica, ReplicaDied
 
@@ -66,7 +66,7 @@ class Dispatcher:
         """Have as many replicas as the engine wants for the jobs that there are."""
         while not self._ending.wait(LOOK_SECONDS):
             self._threads = [thread for thread in self._threads if thread.is_alive()]
-            jobs = _surely(self.queue.store.count, self._ending)
+            jobs = _surely(lambda: self.queue.store.count((Status.QUEUED, Status.IN_PROGRESS)), self._ending)
             if jobs is not None:
                 self._have(self.engine.wanted(jobs[Status.QUEUED], jobs[Status.IN_PROGRESS]))
 
