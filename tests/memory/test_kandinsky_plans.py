@@ -55,7 +55,7 @@ def test_modulations_stay_in_float32_where_weights_are_quantised():
 @pytest.mark.parametrize("size", ((768, 512), (1280, 768)))
 @torch.no_grad()
 def test_a_decode_takes_a_little_less_than_its_estimate(size, tiles, monkeypatch):
-    (width, height), frames = size, 61
+    (width, height), frames = size, 33
     vae = meta_vae(MODELS[LITE])
     prepare_decoder(vae, torch.float16)
     # In the place of the choice by a GPU's memory.

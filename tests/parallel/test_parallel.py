@@ -9,7 +9,6 @@ import re
 import signal
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,7 +16,7 @@ import pytest
 import torch
 import weight_files
 from places import PROGRAMS, ROOT
-from starting import STANDALONE, Forked, finish, fork, start
+from starting import STANDALONE, finish, fork, start
 
 import generate
 from wan.models.wan import random_checkpoint
@@ -59,12 +58,6 @@ def results_of(nano, tmp_path_factory):
     return run
 
 
-def test_compiled_blocks_send_early_and_wait_late(tmp_path):
-    """All of q, k and v are sent before the first is waited for."""
-    _, out, said = finish(Forked(PROGRAMS / "compiled_order.py", cwd=tmp_path), seconds=300)
-    assert out.strip() == "sss" + "www" + "a" + "s" + "w" + "a", said[-2000:]
-
-
 @pytest.mark.parametrize("count, heads", ((2, 2), (2, 3), (2, 7), (4, 2), (4, 3)))
 def test_every_layout_gives_the_latents_of_one_process(count, heads, results_of):
     results = [result for result in results_of(count, "cpu", *HEADS[count]) if result.get("heads") == heads]
@@ -75,9 +68,11 @@ def test_every_layout_gives_the_latents_of_one_process(count, heads, results_of)
         assert result["held"] < 0.7 if result["sharded"] else result["held"] == 1, result
 
 
-def test_compiled_blocks_give_the_latents_of_one_process(results_of):
+def test_compiled_blocks_give_the_latents_of_one_process_and_send_early_and_wait_late(results_of):
     (result,) = (result for result in results_of(2, "cpu", *HEADS[2]) if result.get("what") == "compiled")
     assert result["error"] < 1e-5
+    # One graph for all blocks, in which all of q, k and v are sent before the first is waited for.
+    assert result["orders"] == ["sss" + "www" + "a" + "s" + "w" + "a"]
 
 
 @pytest.mark.gpu
@@ -176,8 +171,8 @@ def test_prompts_go_to_replicas_and_a_second_run_makes_what_is_missing(random_na
 def test_a_fault_of_one_process_ends_all_with_its_message(fault, rank, message, random_nano, tmp_path):
     command = [PROGRAMS / "faulty.py", fault, rank, "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL]
     # Who ends the others is torchrun, where one could not say a word, so it looks seldom enough for the others to.
-    begin = partial(start, how=(*STANDALONE, "--monitor-interval=2")) if fault == "killed_in_sampling" else fork
-    code, _, said = finish(begin(2, *command, "--save_file", "out.mp4", cwd=tmp_path), seconds=60)
+    how = (*STANDALONE, "--monitor-interval=2") if fault == "killed_in_sampling" else STANDALONE
+    code, _, said = finish(fork(2, *command, "--save_file", "out.mp4", cwd=tmp_path, how=how), seconds=60)
     assert code != 0 and message in said and files(tmp_path) == []
     assert said.count("error: ") <= 1 and said.count("Traceback (most recent call last):\n  File") <= 2
 
@@ -199,6 +194,6 @@ def test_an_interrupt_ends_all_within_seconds(random_nano, tmp_path):
 
 def test_wrong_layouts_are_one_line_before_loading(random_nano, tmp_path):
     flags = [ROOT / "generate.py", "--prompt", "A cat", "--ckpt_dir", random_nano, *SMALL, "--save_file", "out.mp4"]
-    code, _, said = finish(start(2, *flags, "--ulysses_size", "3", cwd=tmp_path), seconds=60)
+    code, _, said = finish(fork(2, *flags, "--ulysses_size", "3", cwd=tmp_path), seconds=60)
     assert code == 1 and said.count("error: ulysses_size 3 is more than the 2 heads of the model; lower it") == 1
     assert "Traceback" not in said.split("torch/distributed")[0] and files(tmp_path) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from pathlib import Path
 import cached
 import torch
 from diffusers_parallel import error_of_pipeline, errors
+from torch._inductor.utils import run_and_get_code
 
 from nabla import NablaConfig
 from wan import Checkpoint, WanT2V
@@ -50,7 +52,9 @@ def main(device: str, checkpoints: list[Path]) -> None:
                 )
         if distributed.world_size == 2 and device == "cpu":
             case = ParallelLayout(ulysses=2), False, "nabla", "partial tiles"
-            say(distributed, what="compiled", **compare(distributed, checkpoints[0], *case, compiles=True))
+            compiled = functools.partial(compare, distributed, checkpoints[0], *case, compiles=True)
+            result, codes = run_and_get_code(compiled)
+            say(distributed, what="compiled", orders=list(map(order_of, codes)), **result)
             for result in cached.cases(distributed, checkpoints[0]):
                 say(distributed, what="cached", **result)
             for error in errors(distributed):
@@ -89,6 +93,13 @@ def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[ParallelLayo
             if layout.cfg == 1 or CONFIGS[attention].mask_refresh == 1:
                 for size in list(SIZES)[1 if few else 0 :]:
                     yield layout, sharded, attention, size
+
+
+def order_of(code: str) -> str:
+    """In which order a compiled block sends (s), waits (w) and attends (a)."""
+    attention = {"gather": "a", "_scaled_dot_product_flash_attention_for_cpu": "a"}
+    calls = {"all_to_all_single": "s", "wait_tensor": "w"} | attention
+    return "".join(calls[name] for name in re.findall(rf"torch\.ops\.\w+\.({'|'.join(calls)})\.default\(", code))
 
 
 @functools.cache

@@ -156,7 +156,10 @@ class SequenceParallel:
             self.tokens = x.shape[1]
             if self.tokens < self.size:
                 raise InputError(f"{self.tokens} tokens are too few for ulysses_size {self.size}; lower it")
-            args, kwargs = state.put(self._own(x).contiguous(), args, kwargs)
+            # Of a batch of one, `contiguous` would leave the strides of all tokens, for which compiled blocks would
+            # have a second graph.
+            own = self._own(x).clone(memory_format=torch.contiguous_format)
+            args, kwargs = state.put(own, args, kwargs)
         return args, kwargs
 
     def _gather(self, _: nn.Module, args: tuple, out: Tensor) -> Tensor:
