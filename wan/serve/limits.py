@@ -26,7 +26,7 @@ class Limits:
     pixels: of a frame; picture_pixels: of a picture that is sent, width times height, before it is decoded
     upload_mb: of one request, in MB
     waiting, waiting_of_source: jobs that wait, of everyone, and of one token or address
-    n: videos of one request; priority: the highest that a request may have
+    lora: LoRA files of one video; n: videos of one request; priority: the highest that a request may have
     Raises `InputError` unless all are positive whole numbers; priority may be 0.
     """
 
@@ -38,6 +38,7 @@ class Limits:
     picture_pixels: int = 4096 * 4096
     waiting: int = 1000
     waiting_of_source: int = 1000
+    lora: int = 8
     n: int = 8
     priority: int = 0
 
@@ -54,6 +55,7 @@ class Limits:
             "frames": max(one.video.frame_num for one in every),
             "pixels": max(math.prod(one.video.size) for one in every),
             "steps": max(one.sampling.steps for one in every),
+            "lora": max(len(one.lora) for one in every),
         }
         own = {name: max(usual[name], most) for name, most in needed.items()}
         return cls(**own | {name: most for name, most in given.items() if most is not None})
@@ -68,6 +70,8 @@ class Limits:
             raise InputError(f"size {size} is larger than is made here; use up to {self.pixels} pixels")
         if settings.sampling.steps > self.steps:
             raise InputError(f"{settings.sampling.steps} steps are more than are taken here; use up to {self.steps}")
+        if len(settings.lora) > self.lora:
+            raise InputError(f"lora has {len(settings.lora)} files; use up to {self.lora}")
         self.check_text("prompt", settings.prompt or "")
 
     def check_text(self, name: str, text: str) -> None:
