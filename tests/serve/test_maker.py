@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nabla import NablaConfig
+from nabla import InputError, NablaConfig
 from wan.run.generation import load_pipeline
 from wan.run.request import Options
 from wan.sampling import guided
@@ -158,6 +158,18 @@ def test_an_error_in_sampling_fails_one_video(maker, monkeypatch, error, code, m
     # A bug keeps its traceback, for who runs the server.
     assert ("Traceback" in capsys.readouterr().err) == (code == "internal_error")
     assert isinstance(make(maker), Made)
+
+
+def test_a_disk_that_is_full_is_not_the_clients_mistake(maker, monkeypatch, capsys):
+    def fails(path, *_):
+        raise InputError(f"{path} cannot be written (No space left on device); free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maker_module, "write_with_sidecar", fails)
+        failed = make(maker)
+    said = "the server cannot write the video: video.mp4 cannot be written (No space left on device); free some space"
+    assert (failed.code, failed.message, failed.broken) == ("internal_error", said, False)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_device_that_does_nothing_more_is_broken(maker, monkeypatch):

@@ -31,6 +31,7 @@ from wan.run.outputs import ending
 from wan.run.request import Options, Request
 from wan.run.settle import settle
 from wan.sampling.loop import Cancelled
+from wan.serve.jobs.store import StorageError
 from wan.serve.preview import Preview
 from wan.serve.shown import without_folders
 from wan.serve.workers.loaded import Loaded, LoadPipeline
@@ -138,7 +139,11 @@ class Maker:
         start, path = time.perf_counter(), folder / f"video{ending(made.settings)}"
         # What a client sent is known by its name; where it lay for this video is gone with it.
         settings = made.settings.to_dict() | {name: file.name for name, file in inputs.items()}
-        write_with_sidecar(path, made.frames, made.settings.video.fps, made.record | {"settings": settings})
+        try:
+            write_with_sidecar(path, made.frames, made.settings.video.fps, made.record | {"settings": settings})
+        except InputError as error:
+            # Of a path that no client has chosen.
+            raise StorageError(f"the server cannot write the video: {error}") from error
         files = {file.name: file.read_bytes() for file in (path, sidecar_of(path))}
         files |= {"thumbnail.webp": thumbnail(made.frames), "spritesheet.webp": sprite_sheet(made.frames)}
         return Made(
@@ -158,6 +163,8 @@ class Maker:
             # A checkpoint that is damaged, or cannot be had, is the operator's to mend.
             code = "internal_error" if isinstance(error, CheckpointError) else "invalid_request"
             return Failed(code, _line(str(error)))
+        if isinstance(error, StorageError):
+            return Failed("internal_error", _line(str(error)))
         traceback.print_exception(error)
         return Failed("internal_error", _line(f"{type(error).__name__}: {error}"), is_broken(self.device))
 

@@ -52,12 +52,15 @@ class ProcessReplica:
         )
         far.close()
         self.connection = Connection(near.detach())
-        with suppress(OSError):
-            self.connection.send(make_maker)
-        said = self._receive()
-        if isinstance(said, Failed):
+        try:
+            with suppress(OSError):
+                self.connection.send(make_maker)
+            if isinstance(said := self._receive(), Failed):
+                raise InputError(said.message)
+        except BaseException:
+            # It may go on without its pipe.
             self.close()
-            raise InputError(said.message)
+            raise
 
     def start(self, order: Order) -> None:
         try:
