@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from wan.observe.console import exit_with, log_to_stderr, run_program, say
+from wan.observe.console import EndedBySignal, exit_with, log_to_stderr, run_program, say
 from wan.run.flags import Parser
 
 POLL_SECONDS, ANSWER_SECONDS = 0.5, 120
@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> None:
     video = server.ask("POST", "/v1/videos", fields_of(args))
     try:
         video = watch(server, video)
-    except BaseException:
-        # Nobody waits for it any more, which the server may not be there to hear.
+    except (KeyboardInterrupt, EndedBySignal):
+        # Nobody waits for it any more, which the server may not be there to hear. One that cannot be asked for a while,
+        # as it is started again, goes on with it.
         with suppress(ValueError):
             server.ask("DELETE", f"/v1/videos/{video['id']}")
         raise

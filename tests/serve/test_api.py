@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from served_api import MP4, SHEET, THUMBNAIL, TINY, Served, serve, settings_of
 
+from nabla import InputError
+from wan import client as own_client
 from wan.serve.api.schema import frames_of, seconds_of
 from wan.serve.jobs.job import JobError
 from wan.serve.limits import Visitor
@@ -141,6 +143,8 @@ def test_every_field_becomes_a_setting(served: Served):
     # Once as the form that OpenAI's client sends, once as JSON.
     by_form = client.videos.create(prompt="A circle", seconds="2", extra_body=fields).id
     by_json = client.post("/videos", body={"prompt": "A circle", "seconds": 2} | fields, cast_to=dict)["id"]
+    with pytest.raises(openai.BadRequestError, match="lora has 9 files; use up to 8"):
+        client.post("/videos", body={"prompt": "A circle", "lora": [{"name": "style"}] * 9}, cast_to=dict)
     (library.folder / "style.safetensors").unlink()
     for one in (by_form, by_json):
         made = settings_of(served, one)
@@ -299,6 +303,18 @@ def test_a_client_that_goes_away_takes_its_job_with_it(served: Served):
     while served.service.queue.store.list("").jobs and time.monotonic() < until:
         time.sleep(0.02)
     assert not served.service.queue.store.list("").jobs
+
+
+@pytest.mark.parametrize(("raised", "code", "left"), [(KeyboardInterrupt(), 130, 0), (InputError("no answer"), 2, 1)])
+def test_our_client_takes_its_job_with_it_only_if_it_is_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, left: int
+):
+    def fails(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(own_client, "watch", fails)
+    assert own_client.main(["A red circle", "--size", "32x32", "--url", f"http://127.0.0.1:{served.port}"]) == code
+    assert len(served.service.queue.store.list("").jobs) == left
 
 
 def test_progress_comes_as_events(served: Served):
