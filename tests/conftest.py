@@ -33,6 +33,17 @@ SLOWEST = (
     "wan_shapes",
     "page_browser",
     "speed_ups",
+    "serve",
+    "evaluate",
+    "pictures_reference",
+    "generate",
+    "kandinsky_names",
+    "apply_attention",
+    "worker",
+    "kandinsky_plans",
+    "calibrate_attention",
+    "shapes",
+    "study",
 )
 
 

@@ -460,8 +460,8 @@ def test_as_a_program_from_another_directory(tmp_path):
     command = [sys.executable, str(ROOT / "generate.py"), "--prompt", "a cat", "--size", "17*16"]
     plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert plain.returncode == 2 and plain.stderr.startswith("error: size 17*16") and not plain.stdout
-    shown = subprocess.run([*command[:2], "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--sparse_algo" in shown.stdout
+    code, shown, _ = finish(Forked(ROOT / "generate.py", "--help", cwd=tmp_path))
+    assert code == 0 and "--sparse_algo" in shown
 
 
 def test_random_checkpoint_script(tmp_path):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from places import ROOT
 from stand_in_maker import CTRL_C, KILL, StandIn, without_a_device
 
 from nabla import InputError
@@ -18,20 +18,16 @@ from wan.serve.workers.process import ProcessReplica
 from wan.serve.workers.replica import ReplicaDied
 
 LONG = {"steps": 1000, "seconds": 0.02}
-# A process that begins a step which takes long, and says which process does.
-SERVER = """
-import sys; sys.path.insert(0, sys.argv[1])
-from stand_in_maker import StandIn
-from wan.serve.workers.messages import Order
-from wan.serve.workers.process import ProcessReplica
-if __name__ == "__main__":
+
+
+def serve(answer: Connection) -> None:
+    """Begin a step that takes long, say which process does, and wait."""
     replica = ProcessReplica(StandIn)
-    replica.start(Order("video_1", {"steps": 2, "seconds": 0}))
+    replica.start(order(1, steps=2, seconds=0))
     replica.poll(60)
-    replica.start(Order("video_2", {"seconds": 600}))
-    print(replica.process.pid, flush=True)
-    sys.stdin.read()
-"""
+    replica.start(order(2, seconds=600))
+    answer.send(replica.process.pid)
+    threading.Event().wait()
 
 
 def order(number: int, **layer) -> Order:
@@ -80,18 +76,17 @@ def test_what_is_wrong_with_how_videos_are_made_is_said_at_the_start():
 
 
 def test_a_process_ends_with_a_server_that_is_killed_while_a_step_runs():
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(Path(__file__).parent)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    ours, theirs = multiprocessing.Pipe()
+    # Forked, without what torch takes to import.
+    server = multiprocessing.get_context("fork").Process(target=serve, args=(theirs,))
+    server.start()
     try:
-        worker = int(server.stdout.readline())
+        assert ours.poll(120)
+        worker = ours.recv()
         assert is_there(worker)
     finally:
         server.kill()
-        server.communicate()
+        server.join()
     until = time.perf_counter() + 10
     while is_there(worker) and time.perf_counter() < until:
         time.sleep(0.02)

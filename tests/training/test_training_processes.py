@@ -17,7 +17,7 @@ from family_runs import family_settings, prepare_clips
 from places import PROGRAMS, ROOT
 from safetensors.torch import load_file
 from shapes_runs import vae_settings_dict
-from starting import finish, fork, start
+from starting import Forked, finish, fork
 from training_runs import exact_rows, settings_dict, train
 from wan_family_sets import with_tokenizer
 
@@ -93,14 +93,13 @@ def test_two_processes_train_as_one(together, name, single, request):
 def test_a_run_killed_outright_goes_on_exactly(alone, tmp_path):
     content, rows = alone
     content = content | {"out": str(tmp_path / "run")}
-    command = [sys.executable, SCRIPT, "--config", write_config(content, tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = Forked(SCRIPT, "--config", write_config(content, tmp_path / "config.yaml"), cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "latest").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
+    os.killpg(process.pid, signal.SIGKILL)
+    code, _, said = finish(process)
+    assert code == -signal.SIGKILL, said
     assert len(exact_rows(tmp_path / "run")) < len(rows)
     assert train(content) == rows
 
@@ -136,7 +135,7 @@ def test_two_processes_train_a_vae(tmp_path):
         tmp_path / "run", cuts=[{"batch": 2, "size": "16*16", "frames": 5, "clips": 4}], steps=3
     )
     path = write_config(content, tmp_path / "config.yaml")
-    code, _, said = finish(start(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
+    code, _, said = finish(fork(2, ROOT / "scripts" / "train_vae.py", "--config", path, cwd=tmp_path))
     assert code == 0, said
     rows = read_metrics(tmp_path / "run" / METRICS_FILE)
     assert [row["step"] for row in rows] == [1, 2, 3, 3] and rows[-1]["psnr_32*32"] > 0
