@@ -203,6 +203,12 @@ def test_a_head_that_does_not_come_is_not_waited_for(served: Served, monkeypatch
     # The next request of a connection too.
     whole = f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode()
     assert b'{"status":"ok"}' in served.raw(whole, b"GET /health HT")
+    # But one that came together with the one before, and takes long, is.
+    video = served.create({}, **bearer())[1]["id"]
+    events = whole.replace(b"/health", f"/v1/videos/{video}/events".encode())
+    events = events.replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {OURS}\r\nConnection: close\r\n\r\n".encode())
+    threading.Timer(0.8, served.make).start()
+    assert b"event: video.completed" in served.raw(whole + events)
 
 
 def test_many_connections_that_say_nothing_leave_others_served(served: Served):

@@ -20,11 +20,6 @@ class HastyProtocol(H11Protocol):
         super().connection_made(transport)
         self._wait()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._impatience is not None and self.cycle is not None and not self.cycle.response_complete:
-            self._impatience.cancel()
-
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._wait()
@@ -38,4 +33,9 @@ class HastyProtocol(H11Protocol):
         if self._impatience is not None:
             self._impatience.cancel()
         if not self.transport.is_closing():
-            self._impatience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._impatience = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        # Looked at only here, for a request that was sent together with the one before comes by no call of its own.
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
