@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", **options)
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture that the video begins with")
     parser.add_argument("--lora", metavar="NAME[:SCALE]", help="a LoRA file of the server")
-    parser.add_argument("--extra_params", type=json.loads, metavar="JSON", help="attention and cache, as in configs/")
+    parser.add_argument("--extra_params", type=_mapping, metavar="JSON", help="attention and cache, as in configs/")
     return parser.parse_args(argv)
 
 
@@ -109,7 +109,9 @@ def fields_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a request, of those flags that were given."""
     given = {name: getattr(args, name) for name in ("prompt", *FIELDS, "extra_params")}
     if args.image is not None:
-        kind = mimetypes.guess_type(args.image.name)[0] or "image/png"
+        kind = mimetypes.guess_type(args.image.name)[0] or ""
+        # What is no picture, the server tells by its content.
+        kind = kind if kind.startswith("image/") else "image/png"
         given["input_reference"] = f"data:{kind};base64,{base64.b64encode(_content(args.image)).decode()}"
     if args.lora is not None:
         name, _, scale = args.lora.partition(":")
@@ -167,6 +169,14 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    usual = '{"cache": {"kind": "taylorseer"}}'
+    raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as {usual!r}")
 
 
 def _first_line(path: Path) -> str:

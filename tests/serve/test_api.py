@@ -159,6 +159,10 @@ def test_every_field_becomes_a_setting(served: Served):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"size": "big"}, "size 'big' is not of the form widthxheight, such as 1280x720"),
+        ({"num_frames": True}, "num_frames True: input should be neither true nor false"),
+        ({"lora": "style"}, "lora.0 'style': input should be an object"),
+        ({"lora": {"scale": 1}}, "lora.0.name: field required"),
         ({"prompt": " "}, "the prompt is empty; say what the video should show in prompt"),
         ({"size": "33x32"}, "both must be positive multiples of 16"),
         ({"num_frames": 6}, "num_frames 6 is not of the form 4n+1; use 5 or 9"),
@@ -189,6 +193,7 @@ def test_what_cannot_be_made_is_said_in_a_line(served: Served, fields: dict, sai
     message = error.value.body["message"]
     assert said in message and "\n" not in message
     assert (error.value.type, error.value.code) == ("invalid_request_error", "invalid_value")
+    assert error.value.param is None or error.value.param in {*TINY, *fields, "input_reference"}
     assert not served.service.queue.store.list("").jobs
 
 
@@ -352,6 +357,7 @@ def test_models_health_metrics_and_reference(served: Served):
         "wan_gpu_peak_bytes 3.145728e+06",
     ):
         assert line in text
+    assert "_created" not in text
     made = [line for line in text.splitlines() if line.startswith("wan_videos_total")]
     deleted = served.begin()
     served.service.queue.remove(deleted)
@@ -361,6 +367,7 @@ def test_models_health_metrics_and_reference(served: Served):
     assert set(made) <= {*served.service.metrics.text().decode().splitlines()}
     page = client._client.get(f"http://127.0.0.1:{served.port}/docs").text
     assert "POST /v1/videos/{video_id}/remix" in page and "num_inference_steps" in page
+    assert page.index("POST /v1/videos<") < page.index("/content")
     assert "<script" not in page and "://" not in page
 
 

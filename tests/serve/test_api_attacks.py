@@ -290,8 +290,10 @@ def test_forms_that_are_odd_are_refused(served: Served, name: str, value: str):
     body = "".join(f'--b\r\nContent-Disposition: form-data; name="{one}"\r\n\r\n{parts[one]}\r\n' for one in parts)
     kind = "multipart/form-data; boundary=b"
     assert served.ask("POST", "/v1/videos", f"{body}--b--\r\n".encode(), Content_Type=kind, **bearer())[0] == 400
-    many = "&".join(f"a{number}=1" for number in range(bodies.MOST_FIELDS + 1)).encode()
     kind = "application/x-www-form-urlencoded"
+    status, answer = served.ask("POST", "/v1/videos", b"prompt=A&prompt=B", Content_Type=kind, **bearer())
+    assert (status, answer["error"]["message"]) == (400, "prompt stands twice in the form; send it once")
+    many = "&".join(f"a{number}=1" for number in range(bodies.MOST_FIELDS + 1)).encode()
     assert served.ask("POST", "/v1/videos", many, Content_Type=kind, **bearer())[0] == 400
     assert served.ask("POST", "/v1/videos", b"<a/>", Content_Type="text/xml", **bearer())[0] == 415
 

@@ -67,7 +67,10 @@ def test_a_server_makes_videos(url: str, folder: Path, tmp_path: Path, capfd: py
     assert capfd.readouterr().out.strip() == str(file)
     # What a server refuses is said in a line.
     assert client.main(["A red circle", "--url", url, "--size", "33x33"]) == 2
-    assert "error: size 33*33: both must be positive multiples" in capfd.readouterr().err
+    assert "error: size 33x33: both must be positive multiples" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        client.main(["A red circle", "--extra_params", "{"])
+    assert "argument --extra_params: '{' is not a JSON object" in capfd.readouterr().err
     # Another server of the folder would make the same videos.
     assert serve.main(["--save_dir", str(folder), "--port", "0"]) == 2
     assert "is in use by another run" in capfd.readouterr().err
@@ -80,7 +83,7 @@ def test_a_server_makes_videos(url: str, folder: Path, tmp_path: Path, capfd: py
         (["--api_key_file", "none"], "api_key_file none cannot be read"),
         (["--limits", "none.yaml"], "limits none.yaml cannot be read"),
         (["--allowed_host", "a b"], "allowed_host 'a b' is not a host"),
-        (["--host", "203.0.113.7"], "port 8000 of 203.0.113.7 cannot be served"),
+        (["--host", "203.0.113.7"], "port 8000 of 203.0.113.7 cannot be served (Cannot assign requested address)"),
         (["--device", "cuda:99"], "device 'cuda:99' is not here"),
         (["--device", "odd"], "device 'odd' is not known"),
         (["--ckpt_dir", "none"], "checkpoint 'none' is neither a directory nor a hub id"),

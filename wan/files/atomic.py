@@ -170,7 +170,7 @@ def lock_folder(folder: Path) -> TextIO:
     except (BlockingIOError, PermissionError):
         file.close()
         raise InputError(
-            f"{folder} is in use by another run; wait for its end, stop it, or choose another out"
+            f"{folder} is in use by another run; wait for its end, stop it, or choose another folder"
         ) from None
     except OSError as error:
         log.warning("warning: %s cannot be locked (%s); start no other run in it", folder, error.strerror)

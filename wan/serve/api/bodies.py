@@ -56,7 +56,12 @@ async def read_body(request: Request) -> Body:
 
 async def _fields_of(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    names: set[str] = set()
     for name, value in form.multi_items():
+        # As in JSON: one of two values would be passed over.
+        if name in names and not name.endswith("[]"):
+            raise InputError(f"{name[:60]} stands twice in the form; send it once")
+        names.add(name)
         if isinstance(value, UploadFile):
             if name not in PICTURES:
                 raise InputError(f"{name[:60]} is a file; files are taken as {' or '.join(PICTURES)}")

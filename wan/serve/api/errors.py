@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from nabla import InputError
 from wan.observe.console import printable
+from wan.serve.api.schema import VideoRequest
 from wan.serve.jobs.store import QueueFull, StorageError
 from wan.serve.shown import without_folders
 
@@ -35,6 +36,10 @@ FIELDS = {
     "shift": "flow_shift",
     "image": "input_reference",
 }
+# What may be at fault of a request; all else that a message begins with is a word of it.
+PARAMS = {*VideoRequest.model_fields, "input_reference", "last_image", "after"}
+# What pydantic says of a mapping that is not one has the names of classes.
+NO_MAPPING = ("model_type", "dict_type", "model_attributes_type")
 MAX_MESSAGE = 2000
 
 
@@ -107,19 +112,23 @@ def _told(request: Request, error: Exception) -> tuple[int, str, str | None, str
 
 
 def in_fields(message: str) -> tuple[str, str | None]:
-    """A message about a setting as one about the field of a request that says it, and the field."""
+    """A message about a setting as one about the field of a request that says it, and the field if it is one."""
     first = re.match(r"[a-z_0-9]+", message)
     if first is None:
         return message, None
     field = FIELDS.get(first[0], first[0])
-    return field + message[first.end() :], field
+    said = field + message[first.end() :]
+    if field == "size":
+        said = said.replace("*", "x")
+    return said, field if field in PARAMS else None
 
 
 def _first_fault(error: RequestValidationError | ValidationError) -> tuple[str, str | None]:
     fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"] if part not in ("body", "query", "path"))
+    parts = [str(part) for part in fault["loc"] if part not in ("body", "query", "path")]
+    place, param = ".".join(parts), parts[0] if parts else None
     if fault["type"] == "extra_forbidden":
-        return f"{place} is not a field that is taken here; see /docs", place
+        return f"{place} is not a field that is taken here; see /docs", param
     given = "" if fault["type"] == "missing" else f" {repr(fault.get('input'))[:60]}"
-    reason = fault["msg"][:1].lower() + fault["msg"][1:]
-    return f"{place or 'the request'}{given}: {reason}", place or None
+    said = "Input should be an object" if fault["type"] in NO_MAPPING else fault["msg"]
+    return f"{place or 'the request'}{given}: {said[:1].lower()}{said[1:]}", param

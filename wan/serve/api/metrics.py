@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -25,6 +25,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # The times at which counters began, for each a line that nobody asks for.
+        disable_created_metrics()
         more = {"registry": self.registry}
         self.requests = Counter("wan_http_requests", "Requests, by route and status", ["route", "status"], **more)
         self.ended = Counter("wan_videos", "Videos that were made or failed since the start", ["status"], **more)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from wan.config.checks import parse_size
 from wan.serve.jobs.job import Job, Status
@@ -21,6 +22,14 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, given: Any) -> Any:
+        # Pydantic would take true for 1.
+        if isinstance(given, bool):
+            raise PydanticCustomError("boolean", "input should be neither true nor false")
+        return given
+
 
 class LoraRequest(_Asked):
     """A LoRA of the server's folder, by the name of its file."""
@@ -28,6 +37,14 @@ class LoraRequest(_Asked):
     name: str = Field(max_length=255)
     scale: Finite = 1.0
     expert: Literal["high", "low"] | None = None
+
+
+def _listed(given: Any) -> Any:
+    return given if given is None or isinstance(given, list) else [given]
+
+
+# One alone is read as a list of one, so that a fault in it is told as one of it.
+LoraRequests = Annotated[list[LoraRequest], BeforeValidator(_listed, LoraRequest | list[LoraRequest])]
 
 
 class RemixRequest(_Asked):
@@ -52,7 +69,7 @@ class VideoRequest(RemixRequest):
     flow_shift: Finite | None = None
     seed: int | None = Field(None, description="drawn if there is none")
     n: int = Field(1, ge=1, description="videos, whose seeds count up")
-    lora: LoraRequest | list[LoraRequest] | None = Field(None, description="beside those of the model")
+    lora: LoraRequests | None = Field(None, description="beside those of the model")
     extra_params: dict[str, Any] | None = Field(None, description="attention and cache, as in the files of configs/")
     priority: int = Field(0, ge=-100, description="jobs of a higher one are made first, as far as the operator lets")
     user: str | None = Field(None, description="taken, and of no effect")

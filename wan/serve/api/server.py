@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def make_app(service: Service, hosts: Hosts, body_seconds: float = BODY_SECONDS)
     service.metrics.watch(service.queue.store)
 
     app.state.service = service
-    for routes in (routes_files, routes_videos, routes_server):
+    for routes in (routes_videos, routes_files, routes_server):
         app.include_router(routes.router)
 
     @app.get("/docs", include_in_schema=False)
@@ -54,7 +55,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python adds the address to the system's words, which the message has already.
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
         raise InputError(f"port {port} of {host} cannot be served ({reason}); choose another") from None
 
 

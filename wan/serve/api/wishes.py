@@ -119,16 +119,15 @@ def _guidance(request: VideoRequest) -> float | tuple[float, float] | None:
     return low, high
 
 
-def _loras(model: Model, asked: LoraRequest | list[LoraRequest] | None, library: Mapping[str, str]) -> list[Any] | None:
+def _loras(model: Model, asked: list[LoraRequest] | None, library: Mapping[str, str]) -> list[Any] | None:
     """The model's own LoRA files and those that are asked for; None for the model's own alone."""
     if not asked:
         return None
     files = []
-    for one in asked if isinstance(asked, list) else [asked]:
+    for one in asked:
         path = library.get(one.name) or library.get(f"{one.name}.safetensors")
         if path is None:
-            raise InputError(
-                f"lora {one.name!r} is not here; use {', '.join(library) or 'none: there is no LoRA here'}"
-            )
+            others = f"use {', '.join(library)}" if library else "the server has none"
+            raise InputError(f"lora {one.name!r} is not here; {others}")
         files.append({"file": path, "scale": one.scale, "expert": one.expert})
     return [*model.resolve({}, needs_prompt=False).to_dict()["lora"], *files]

@@ -42,7 +42,7 @@ class Dispatcher:
 
     def __enter__(self) -> Dispatcher:
         if left := self.queue.store.give_back_all():
-            log.info("jobs: %d were being made when the last server ended, and wait again", left)
+            log.info("jobs that were being made when the last server ended, and wait again: %d", left)
         self._manager.start()
         return self
 
