@@ -44,12 +44,13 @@ def test_equals_reference(algorithm, grid):
     assert (dense - exact).abs().max() > 1e-2
 
 
-def test_nine_grids_in_one_process():
-    for columns in range(9, 18):
-        grid = (2, 8, columns)
-        qkv = random_qkv(grid, heads=1, dim=16, seed=columns)
-        difference = nabla.attention(*qkv, grid, FLEX) - nabla.attention(*qkv, grid, REFERENCE)
-        assert difference.abs().max() < 1e-5, grid
+def test_more_grids_in_one_process_than_the_caller_lets_functions_be_compiled_for():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for columns in (9, 16, 17):
+            grid = (2, 8, columns)
+            qkv = random_qkv(grid, heads=1, dim=16, seed=columns)
+            difference = nabla.attention(*qkv, grid, FLEX) - nabla.attention(*qkv, grid, REFERENCE)
+            assert difference.abs().max() < 1e-5, grid
 
 
 def test_forced_eager_mode_is_a_clear_error():

@@ -21,7 +21,7 @@ from diffusers_parallel import error_of_pipeline, errors
 from torch._inductor.utils import run_and_get_code
 
 from nabla import NablaConfig
-from wan import Checkpoint, WanT2V
+from wan import Checkpoint, WanT2V, apply_attention
 from wan.parallel.distributed import DistributedContext
 from wan.parallel.layout import ParallelLayout
 
@@ -74,15 +74,24 @@ def compare(
     compiles: bool | None = None,
 ) -> dict[str, float]:
     """On the first process, the error of latents, and the share of the transformer's parameters that it holds."""
-    distributed.init_meshes(layout)
-    form = {"dit_fsdp": sharded, "t5_fsdp": sharded, "compile": compiles}
-    pipe = WanT2V.from_pretrained(checkpoint, CONFIGS[attention], distributed.device, processes=distributed, **form)
+    pipe = load(distributed, checkpoint, layout, sharded, compiles)
+    apply_attention(pipe.transformer, CONFIGS[attention])
     latents = sample(pipe, SIZES[size])
     if distributed.rank > 0:
         return {}
     exact, whole = alone(checkpoint, attention, size, distributed.device)
     error = (latents - exact).norm() / exact.norm()
     return {"error": error.item(), "held": own_bytes(pipe.transformer) / whole}
+
+
+# Cases of one form follow each other.
+@functools.lru_cache(maxsize=1)
+def load(
+    distributed: DistributedContext, checkpoint: Path, layout: ParallelLayout, sharded: bool, compiles: bool | None
+) -> WanT2V:
+    distributed.init_meshes(layout)
+    form = {"dit_fsdp": sharded, "t5_fsdp": sharded, "compile": compiles}
+    return WanT2V.from_pretrained(checkpoint, CONFIGS["nabla"], distributed.device, processes=distributed, **form)
 
 
 def cases(count: int, heads: int, compiles: bool) -> Iterator[tuple[ParallelLayout, bool, str, str]]:
