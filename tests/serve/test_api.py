@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from served_api import MP4, SHEET, THUMBNAIL, TINY, Served, serve, settings_of
 
 from nabla import InputError
 from wan import client as own_client
-from wan.serve.api.schema import frames_of, seconds_of
+from wan.serve.api.schema import VideoRequest, frames_of, seconds_of
 from wan.serve.jobs.job import JobError
 from wan.serve.limits import Visitor
 from wan.serve.page.wishes import to_wish
@@ -367,6 +368,7 @@ def test_models_health_metrics_and_reference(served: Served):
     assert set(made) <= {*served.service.metrics.text().decode().splitlines()}
     page = client._client.get(f"http://127.0.0.1:{served.port}/docs").text
     assert "POST /v1/videos/{video_id}/remix" in page and "num_inference_steps" in page
+    assert all(escape(field.description or "without one") in page for field in VideoRequest.model_fields.values())
     assert page.index("POST /v1/videos<") < page.index("/content")
     assert "<script" not in page and "://" not in page
 

@@ -58,18 +58,20 @@ class VideoRequest(RemixRequest):
     model: str | None = Field(None, description="a name of GET /v1/models; the first of them if none is given")
     seconds: Finite | None = Field(None, gt=0, le=3600, description="length; times fps it gives num_frames")
     size: str | None = Field(None, max_length=20, description="width x height in pixels, such as 1280x720")
-    width: int | None = None
-    height: int | None = None
-    fps: int | None = None
+    width: int | None = Field(None, description="with height, in place of size")
+    height: int | None = Field(None, description="with width, in place of size")
+    fps: int | None = Field(None, description="frames a second")
     num_frames: int | None = Field(None, description="frames, 4n+1; in place of seconds")
-    negative_prompt: str | None = None
-    num_inference_steps: int | None = None
+    negative_prompt: str | None = Field(None, description="what the video should not show")
+    num_inference_steps: int | None = Field(None, description="steps of sampling")
     guidance_scale: Finite | None = Field(None, description="1 turns guidance off; of two experts the high-noise one's")
     guidance_scale_2: Finite | None = Field(None, description="of the low-noise expert")
-    flow_shift: Finite | None = None
+    flow_shift: Finite | None = Field(None, description="higher ones spend more steps on high noise")
     seed: int | None = Field(None, description="drawn if there is none")
     n: int = Field(1, ge=1, description="videos, whose seeds count up")
-    lora: LoraRequests | None = Field(None, description="beside those of the model")
+    lora: LoraRequests | None = Field(
+        None, description="name, scale and expert of files of the server, beside the model's"
+    )
     extra_params: dict[str, Any] | None = Field(None, description="attention and cache, as in the files of configs/")
     priority: int = Field(0, ge=-100, description="jobs of a higher one are made first, as far as the operator lets")
     user: str | None = Field(None, description="taken, and of no effect")
