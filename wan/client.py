@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
     parser.add_argument("--api_key_file", type=Path, metavar="FILE", help="whose first line is the token")
     parser.add_argument("--save_file", type=Path, help="output (default: the video's id and .mp4)")
+    parser.add_argument("--overwrite", action="store_true", help="let it take the place of a file that is there")
     for name, options in FIELDS.items():
         parser.add_argument(f"--{name}", **options)
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture that the video begins with")
@@ -56,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Have a video made, say how far it is, and save it."""
+    """Have a video made, say how far it is, and save it. Raises `InputError` also for a file that is there."""
+    from nabla import InputError
+
+    # Before minutes are spent on what could not be kept.
+    if args.save_file is not None and args.save_file.exists() and not args.overwrite:
+        raise InputError(f"{args.save_file} is there already; give --overwrite, or choose another --save_file")
     server = Server(args.url, args.api_key_file)
     video = server.ask("POST", "/v1/videos", fields_of(args))
     try:

@@ -76,6 +76,18 @@ def test_a_server_makes_videos(url: str, folder: Path, tmp_path: Path, capfd: py
     assert "is in use by another run" in capfd.readouterr().err
 
 
+def test_the_client_takes_no_other_file_s_place(tmp_path: Path, capfd: pytest.CaptureFixture):
+    file = tmp_path / "cats.mp4"
+    file.write_bytes(b"mine")
+    # Nobody is asked: there is no server at this port.
+    asked = ["Cats", "--url", "http://127.0.0.1:9", "--save_file", str(file)]
+    assert client.main(asked) == 2
+    assert "is there already; give --overwrite" in capfd.readouterr().err
+    assert client.main([*asked, "--overwrite"]) == 2
+    assert "cannot be asked" in capfd.readouterr().err
+    assert file.read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
