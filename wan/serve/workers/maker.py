@@ -91,6 +91,7 @@ class Maker:
             with scratch(Path(tempfile.gettempdir())) as folder:
                 return self._make(order, folder, tell, is_aborted)
         except Cancelled:
+            log.info("ended: %s, which nobody wants any more", order.job_id)
             return Aborted()
         except Exception as error:
             if self.loaded.processes is not None and has_lost_another(error):
@@ -107,6 +108,7 @@ class Maker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         observer = _Teller(tell, is_aborted, self.device)
+        log.info("job: %s", order.job_id)
         observer.say(stage=LOADING)
         layer = dict(order.layer) | _placed(order.inputs, folder)
         checkpoint, [(settings, _)] = settle(Request(layer, None, None, self.default_checkpoint), self.device)
