@@ -22,6 +22,7 @@ from wan.serve.jobs.queue import Queue
 from wan.serve.limits import Limits
 from wan.serve.workers.dispatcher import Dispatcher
 from wan.serve.workers.maker import Maker
+from wan.serve.workers.messages import SAMPLING
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-page.txt")
 selenium = pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
@@ -127,10 +128,22 @@ class Browser:
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
+class UnhurriedMaker(Maker):
+    """Its steps take long enough for a browser to see some, however fast the machine is."""
+
+    def make(self, order, tell, is_aborted):
+        def tell_slowly(progress):
+            tell(progress)
+            if progress.stage == SAMPLING:
+                time.sleep(0.1)
+
+        return super().make(order, tell_slowly, is_aborted)
+
+
 @pytest.fixture(scope="module")
 def queue(random_nano, tmp_path_factory) -> Iterator[Queue]:
     queue = Queue.open(tmp_path_factory.mktemp("page") / "videos")
-    with Dispatcher(queue, ThreadEngine(maker=Maker(Options(device="cpu"), str(random_nano)))):
+    with Dispatcher(queue, ThreadEngine(maker=UnhurriedMaker(Options(device="cpu"), str(random_nano)))):
         yield queue
 
 

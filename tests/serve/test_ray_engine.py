@@ -47,9 +47,12 @@ def cluster():
     """Ray on this machine, whose processes find what those of tests do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
+        # Ray takes it over, which the tests after these would find.
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_video_of_a_process_that_is_killed_is_made_by_another_replica_as_by_one_process(
