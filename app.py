@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Serve the page that the flags ask for, until it is interrupted."""
     # Imported after parsing: --help and a mistyped flag should not wait for torch and gradio.
-    from nabla import InputError
+    from wan.files.atomic import FolderInUse
     from wan.memory.budget import check_memory
     from wan.parallel.distributed import device_named
     from wan.serve.jobs.queue import Queue
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     with closing(Queue.open(args.save_dir)) as queue, ExitStack() as stack:
         try:
             stack.enter_context(making(queue, LocalEngine(partial(Maker, options, SMALL_CHECKPOINT))))
-        except InputError:
+        except FolderInUse:
             say(f"the server of {args.save_dir} makes its videos, by its own flags of memory and device")
         jobs = VisibleJobs(queue, everyones=address.is_private)
         serve(make_page(jobs, limits, presets, library), library, address)

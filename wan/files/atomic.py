@@ -155,10 +155,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class FolderInUse(InputError):
+    """Another process holds a folder."""
+
+
 def lock_folder(folder: Path) -> TextIO:
     """A file in a folder that keeps it for this process until the file is closed or the process ends, in any way.
 
-    Raises `InputError` if another process holds the folder. One on a file system without locks is not held, and the
+    Raises `FolderInUse` if another process holds the folder. One on a file system without locks is not held, and the
     log says so.
     """
     file = (folder / LOCK).open("a")
@@ -169,7 +173,7 @@ def lock_folder(folder: Path) -> TextIO:
     # POSIX lets either error say that another process holds the lock.
     except (BlockingIOError, PermissionError):
         file.close()
-        raise InputError(
+        raise FolderInUse(
             f"{folder} is in use by another run; wait for its end, stop it, or choose another folder"
         ) from None
     except OSError as error:

@@ -15,9 +15,9 @@ from wan.serve.api.errors import ApiError, not_found
 from wan.serve.api.routes_videos import takes
 from wan.serve.api.schema import MB, VideoDeleted, VideoRequest, inference_seconds, video_object
 from wan.serve.api.service import Asks, Client, Served, Service
+from wan.serve.jobs.files import MEDIA_TYPES
 from wan.serve.jobs.job import Job, Status
 
-KINDS = {"mp4": "video/mp4", "png": "image/png", "webp": "image/webp"}
 # How often a job is looked at of which a client wants news, or the video, which is late by half of it in the mean; and
 # how long nothing may be said to a client.
 LOOK_SECONDS, END_LOOK_SECONDS, QUIET_SECONDS = 0.25, 0.1, 15.0
@@ -70,13 +70,11 @@ async def sync(request: Request, client: Asks, service: Served) -> FileResponse:
 
 def _file(service: Service, job: Job, variant: str, headers: dict[str, str] | None = None) -> FileResponse:
     """The answer with a file of a completed job; raises `ApiError` for one that is gone."""
-    stems = {name.rpartition(".")[0]: name for name in job.files if name.rpartition(".")[2] in KINDS}
-    name = stems.get(variant)
+    name = next((name for name in job.files if name in [f"{variant}{ending}" for ending in MEDIA_TYPES]), None)
     if name is None or not (path := service.queue.files.path(job.id, name)).is_file():
         raise not_found(job.id) if name else ApiError(404, f"video {job.id} has no {variant}", "no_variant", "variant")
-    ending = path.suffix[1:]
-    shown = f"{job.id}.{ending}" if variant == "video" else f"{job.id}-{variant}.{ending}"
-    return FileResponse(path, media_type=KINDS[ending], filename=shown, headers=headers)
+    shown = f"{job.id}{path.suffix}" if variant == "video" else f"{job.id}-{variant}{path.suffix}"
+    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], filename=shown, headers=headers)
 
 
 async def _ended(service: Service, job: Job, client: Client, request: Request) -> Job:

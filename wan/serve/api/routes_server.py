@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from wan.serve.api.schema import ModelList, ModelObject
 from wan.serve.api.service import Served, Service
+from wan.serve.jobs.store import StorageError
 
 router = APIRouter(tags=["server"])
 
@@ -38,7 +39,7 @@ async def health(service: Served) -> Any:
     try:
         await run_in_threadpool(service.queue.store.count)
         is_well = service.is_alive()
-    except Exception:
+    except StorageError:
         is_well = False
     return JSONResponse({"status": "ok" if is_well else "failing"}, 200 if is_well else 503)
 

@@ -16,6 +16,8 @@ from wan.serve.jobs.store import StorageError
 
 log = logging.getLogger("wan")
 
+# What a video and the pictures of it are, by the endings of their names.
+MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp"}
 ID = re.compile(r"video_[0-9a-f]{32}")
 # A folder without a job may be of one that is just taken in, by another process too: files come first.
 YOUNG_SECONDS = 600

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from wan.files.plain_data import read_json
+from wan.serve.jobs.files import MEDIA_TYPES
 from wan.serve.jobs.job import Job, Status
 from wan.serve.jobs.queue import PREVIEW
 from wan.serve.limits import Visitor
@@ -20,7 +21,6 @@ ROUTE = re.compile(r"/jobs/(video_[0-9a-f]{32})/(video|settings|thumbnail|previe
 MADE = {"video": ("video.mp4", "video.png"), "thumbnail": ("thumbnail.webp",), "settings": ("video.json",)}
 # A cache that several visitors share, as a proxy's, would give one what another sees.
 OWN = {"cache-control": "private"}
-KINDS = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp"}
 
 
 class JobFilesApp:
@@ -64,4 +64,4 @@ class JobFilesApp:
         if what == "settings":
             return Response(sidecar_to_share(read_json(path)), media_type="application/json", headers=OWN)
         # Looked at here, so that one that is gone is answered like any other.
-        return FileResponse(path, media_type=KINDS[path.suffix], headers=OWN, stat_result=path.stat())
+        return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=OWN, stat_result=path.stat())

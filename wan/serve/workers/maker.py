@@ -32,7 +32,6 @@ from wan.run.request import Options, Request
 from wan.run.settle import settle
 from wan.sampling.loop import Cancelled
 from wan.serve.jobs.store import StorageError
-from wan.serve.preview import Preview
 from wan.serve.shown import without_folders
 from wan.serve.workers.loaded import Loaded, LoadPipeline
 from wan.serve.workers.messages import (
@@ -49,6 +48,7 @@ from wan.serve.workers.messages import (
     Progress,
 )
 from wan.serve.workers.pictures import jpeg, sprite_sheet, thumbnail
+from wan.serve.workers.preview import Preview
 
 log = logging.getLogger("wan")
 

@@ -17,7 +17,7 @@ def making(queue: Queue, engine: Engine, most_bytes: int | None = None) -> Itera
     """Have the jobs of a queue made by an engine, and those removed that should go, until the context is left.
 
     most_bytes: that files of jobs may hold
-    Raises `InputError` if another process does so in that folder.
+    Raises `FolderInUse` if another process does so in that folder.
     """
     # Two would each take what the other makes for left over.
     with lock_folder(queue.files.folder), Dispatcher(queue, engine) as dispatcher, kept_tidy(queue, most_bytes):

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,8 @@ def _rows(
     folder: Path,
 ) -> Iterator[Row]:
     name = f"{label(video)}, {args.steps} steps, {config.algorithm}"
-    alone, written = _generated(args, video, device, plan, config, folder)
+    make = partial(random_pipeline, args, video, device, plan, config)
+    alone, written = _generated(make, video.fps, args.repeats, folder)
     yield row_of(f"{name}: generate", alone)
     yield row_of(f"{name}: generate, and its file", written)
     clean(device)
@@ -102,21 +103,17 @@ def _rows(
 
 
 def _generated(
-    args: argparse.Namespace,
-    video: VideoSettings,
-    device: torch.device,
-    plan: MemoryPlan,
-    config: NablaConfig,
-    folder: Path,
+    make: Callable[[], tuple[Any, dict[str, Any]]], fps: int, repeats: int, folder: Path
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of `generate`, and of the same with writing the video, after one that warms up."""
-    pipe, given = random_pipeline(args, video, device, plan, config)
+    # Made here, so that it is gone before the server's is loaded.
+    pipe, given = make()
     alone, written = [], []
-    for number in range(1 + args.repeats):
+    for number in range(1 + repeats):
         start = time.perf_counter()
         frames = pipe.generate(PROMPT, seed=SEED, exact_size=True, **given)
         alone.append(1000 * (time.perf_counter() - start))
-        write_with_sidecar(folder / f"{number}.mp4", frames, video.fps, {})
+        write_with_sidecar(folder / f"{number}.mp4", frames, fps, {})
         written.append(1000 * (time.perf_counter() - start))
     return alone[1:], written[1:]
 
